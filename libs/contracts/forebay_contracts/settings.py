@@ -1,0 +1,202 @@
+"""Settings: from the environment and `.env`, unprefixed, one class a service.
+
+Every setting is a field here and a line of `queue-config.env.example`; a test holds the two together.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from forebay_contracts.errors import ConfigurationError
+
+_URL = re.compile(r"^(nats|tls|ws|wss)://\S+$")
+
+
+def _default_data_dir() -> Path:
+    return Path.home() / ".cache" / "forebay"
+
+
+class Settings(BaseSettings):
+    """What every part of Forebay needs to find the queue and to agree on its limits."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True, env_ignore_empty=True
+    )
+
+    max_concurrent_requests: int = Field(
+        1, ge=1, le=10_000, description="Most requests of one model processed at once, over all its workers"
+    )
+    max_queue_size: int = Field(
+        100, ge=1, le=10_000_000, description="Most requests admitted and unfinished, waiting and processing together"
+    )
+    request_timeout: float = Field(
+        300, ge=1, le=86_400, description="Seconds from arrival until a request ends with 408"
+    )
+    default_model: str = Field(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        min_length=1,
+        description="Hub id, local folder or GGUF file of the model",
+    )
+    model_name: str | None = Field(
+        None, description="Name under which clients ask for the model; empty: the hub id, or the last part of a path"
+    )
+    model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Further names for the model, comma-separated"
+    )
+    max_deliveries: int = Field(3, ge=1, le=100, description="Attempts at one request before it fails with 500")
+    ack_wait: float = Field(
+        5, ge=1, le=3600, description="Seconds without a sign of life from a worker until its request goes to another"
+    )
+    request_state_ttl: float = Field(
+        3600, ge=1, le=2_592_000, description="Seconds that a request's state can be looked up after its last change"
+    )
+    nats_url: str | None = Field(
+        None, description="NATS servers, comma-separated; empty: `forebay up` starts one of its own"
+    )
+    nats_credentials: Path | None = Field(None, description="Credentials file (JWT and NKey) for NATS")
+    nats_tls_ca: Path | None = Field(None, description="CA certificate that NATS servers are checked against")
+    nats_tls_cert: Path | None = Field(None, description="Client certificate for NATS; needs NATS_TLS_KEY")
+    nats_tls_key: Path | None = Field(None, description="Private key of the client certificate")
+    nats_replicas: Literal[1, 3, 5] = Field(1, description="Copies of stream, states and counters in a NATS cluster")
+    data_dir: Path = Field(
+        default_factory=_default_data_dir, description="Folder of model files and of the embedded NATS server"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people (text) or machines (json)")
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("nats_url")
+    @classmethod
+    def _nats_url_is_a_url(cls, value: str | None) -> str | None:
+        if value is not None:
+            for url in value.split(","):
+                if not _URL.match(url.strip()):
+                    raise ValueError(f"NATS_URL must hold URLs like nats://127.0.0.1:4222, not {url.strip()!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _limits_can_hold(self) -> Self:
+        if self.max_concurrent_requests > self.max_queue_size:
+            raise ValueError(
+                f"MAX_CONCURRENT_REQUESTS={self.max_concurrent_requests} cannot be reached with "
+                f"MAX_QUEUE_SIZE={self.max_queue_size}, which counts the processing requests too"
+            )
+        if self.request_state_ttl < self.request_timeout:
+            raise ValueError(
+                f"REQUEST_STATE_TTL={self.request_state_ttl:g} would forget requests that may still run: "
+                f"it must be at least REQUEST_TIMEOUT={self.request_timeout:g}"
+            )
+        if (self.nats_tls_cert is None) != (self.nats_tls_key is None):
+            raise ValueError("NATS_TLS_CERT and NATS_TLS_KEY are needed together")
+        return self
+
+    @property
+    def served_model(self) -> str:
+        """The name that clients ask for."""
+        if self.model_name:
+            return self.model_name
+        if self._is_local_path():
+            return Path(self.default_model).name.removesuffix(".gguf")
+        return self.default_model
+
+    @property
+    def served_aliases(self) -> tuple[str, ...]:
+        """Every other name that means the same model: MODEL_ALIASES, and a hub id without its owner."""
+        short = self.served_model.rsplit("/", 1)[-1]
+        names = dict.fromkeys((*self.model_aliases, short))
+        names.pop(self.served_model, None)
+        return tuple(names)
+
+    def _is_local_path(self) -> bool:
+        return self.default_model.startswith(("/", "./", "../", "~")) or self.default_model.endswith(".gguf")
+
+
+class ApiSettings(Settings):
+    """What the api needs besides."""
+
+    api_host: str = Field("127.0.0.1", min_length=1, description="Address that the api listens on")
+    api_port: int = Field(8091, ge=0, le=65_535, description="Port that the api listens on")
+    api_processes: int = Field(1, ge=1, le=64, description="Api processes behind the one port")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Keys that clients may use, comma-separated; empty: open to all"
+    )
+    max_request_bytes: int = Field(
+        900_000, ge=1_024, le=60_000_000, description="Largest body; NATS itself takes 1 MB unless it is told otherwise"
+    )
+    drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+
+class InferenceSettings(Settings):
+    """What a worker needs besides."""
+
+    worker_slots: int | None = Field(
+        None, ge=1, le=10_000, description="Most requests that one worker processes; empty: MAX_CONCURRENT_REQUESTS"
+    )
+    llm_batch_size: int = Field(
+        256, ge=1, le=1_000_000, description="Most tokens in one forward pass of the continuous batch"
+    )
+    model_quantization: Literal["auto", "none", "int8", "nf4", "fp4"] = Field(
+        "auto", description="bitsandbytes quantization; auto: nf4, or what the checkpoint has already"
+    )
+    model_device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
+    inference_engine: Literal["transformers", "simulated"] = Field(
+        "transformers", description="transformers, or simulated for tests of everything but the model"
+    )
+    drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
+
+    @property
+    def slots(self) -> int:
+        """Most requests that this worker processes at once."""
+        return self.worker_slots or self.max_concurrent_requests
+
+    @model_validator(mode="after")
+    def _slots_can_be_used(self) -> Self:
+        if self.slots > self.max_concurrent_requests:
+            raise ValueError(
+                f"WORKER_SLOTS={self.slots} cannot be used with "
+                f"MAX_CONCURRENT_REQUESTS={self.max_concurrent_requests}, which bounds the model over all workers"
+            )
+        if self.llm_batch_size < self.slots:
+            raise ValueError(
+                f"LLM_BATCH_SIZE={self.llm_batch_size} tokens cannot carry {self.slots} slots: "
+                f"each running request takes one token of a forward pass"
+            )
+        return self
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(cls: type[S], **overrides: Any) -> S:
+    """Read the settings, turning every fault into one sentence each.
+
+    Raises:
+        ConfigurationError: naming each setting that is wrong and why.
+    """
+    try:
+        return cls(**overrides)
+    except ValidationError as exc:
+        raise ConfigurationError("; ".join(_sentence(error) for error in exc.errors())) from exc
+
+
+def _sentence(error: Any) -> str:
+    message: str = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    return f"{str(error['loc'][0]).upper()}={error['input']!r}: {message}"

@@ -1,0 +1,1 @@
+"""The worker: requests from JetStream in, tokens out."""

@@ -1,0 +1,87 @@
+"""The engine seam: what a worker needs of whatever generates tokens."""
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from forebay_contracts.messages import InferenceRequest, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is loaded: `context_length` in tokens, `quantization` as it was resolved (never `auto`)."""
+
+    name: str
+    context_length: int
+    quantization: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """First, exactly once: the request is valid and fits; nothing has been computed yet."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Next tokens of choice `index`, with the text they settle (see `forebay_contracts.messages.Delta`).
+
+    `text` never holds a part of a character, of a stop string or of a special token. `tool_calls` are OpenAI
+    streamed tool-call deltas.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Once a choice: `finish_reason` is OpenAI's (stop, length, tool_calls); `cached_tokens` of its prompt."""
+
+    index: int
+    finish_reason: str
+    cached_tokens: int = 0
+
+
+EngineEvent = Accepted | Tokens | Finished
+
+ResumeTokens = Mapping[int, Sequence[int]]
+"""For a choice's index, the tokens that its client already has from an earlier attempt."""
+
+
+class EngineFault(Exception):
+    """The engine could not serve a request that was in order; another attempt may. The message holds no secrets."""
+
+
+class Engine(Protocol):
+    """Generates tokens for many requests at once.
+
+    A request's own faults (too long, bad template) are raised by `generate` as
+    `forebay_contracts.errors.RequestError`, before `Accepted`; the engine's own as `EngineFault`, at any point.
+    """
+
+    async def start(self, progress: Callable[[str], None]) -> ModelInfo:
+        """Load and warm up; calls `progress` (from any thread) with one readable line per step."""
+        ...
+
+    def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
+        """Accepted, then Tokens and Finished in any interleaving of choices, ending after the last Finished.
+
+        With `resume`, the tokens given are taken as generated already: they are prefilled and not sent again,
+        and what follows goes on as the earlier attempt would have. Closing the generator (`aclose`) takes the
+        request out of the batch within one step.
+        """
+        ...
+
+    def fault(self) -> str | None:
+        """Why the engine can serve nothing any more, or None while it can."""
+        ...
+
+    async def close(self) -> None:
+        """Stop, failing what still runs; frees the memory."""
+        ...

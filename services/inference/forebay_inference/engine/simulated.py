@@ -1,0 +1,112 @@
+"""The simulated engine: `t0 t1 t2 …`, so that the queue can be tested and measured apart from a model."""
+
+import asyncio
+import os
+import re
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+from forebay_contracts.errors import InvalidRequest
+from forebay_contracts.messages import InferenceRequest
+from forebay_inference.engine.protocol import (
+    Accepted,
+    EngineEvent,
+    EngineFault,
+    Finished,
+    ModelInfo,
+    ResumeTokens,
+    Tokens,
+)
+
+_ORDERS = re.compile(r"\[\[([^\]]*)\]\]")
+_DEFAULT_TOKENS = 5
+_CONTEXT_LENGTH = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What `[[tokens=20 delay_ms=50 fail crash]]` asks for: `tokens` how many, `delay_ms` before each,
+    `fail` raises after them, `crash` ends the process there without a word."""
+
+    tokens: int = _DEFAULT_TOKENS
+    delay_ms: float = 0
+    fail: bool = False
+    crash: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Orders":
+        """The orders in `text`; raises InvalidRequest for a word that is not one."""
+        found = _ORDERS.search(text)
+        if found is None:
+            return cls()
+        tokens, delay_ms, fail, crash = _DEFAULT_TOKENS, 0.0, False, False
+        for word in found.group(1).split():
+            name, _, value = word.partition("=")
+            try:
+                match name:
+                    case "tokens":
+                        tokens = int(value)
+                    case "delay_ms":
+                        delay_ms = float(value)
+                    case "fail":
+                        fail = True
+                    case "crash":
+                        crash = True
+                    case _:
+                        raise ValueError
+            except ValueError:
+                raise InvalidRequest(f"the simulated engine does not know the order {word!r}") from None
+        return cls(tokens, delay_ms, fail, crash)
+
+
+class SimulatedEngine:
+    """Obeys orders in the last message; a lost or doubled token shows in its text. One engine, any concurrency."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model = ModelInfo(model_name, _CONTEXT_LENGTH, "none", "none")
+
+    async def start(self, progress: Callable[[str], None]) -> ModelInfo:
+        """Nothing to load."""
+        progress("simulated engine: nothing to load")
+        return self._model
+
+    async def generate(
+        self, request: InferenceRequest, resume: ResumeTokens
+    ) -> AsyncGenerator[EngineEvent, None]:
+        """`t0 t1 …`, choice after choice; token k has id k."""
+        texts = _prompts(request)
+        orders = [Orders.parse(text) for text in texts for _ in range(request.n)]
+        yield Accepted(sum(len(text.split()) for text in texts))
+        limit = request.sampling.max_tokens
+        for index, order in enumerate(orders):
+            count = order.tokens if limit is None else min(order.tokens, limit)
+            for token in range(len(resume.get(index, ())), count):
+                if order.delay_ms:
+                    await asyncio.sleep(order.delay_ms / 1000)
+                yield Tokens(index, (token,), f"t{token}" if token == 0 else f" t{token}")
+            if order.crash:
+                os._exit(70)
+            if order.fail:
+                raise EngineFault("the simulated engine was ordered to fail")
+            yield Finished(index, "stop" if count == order.tokens else "length")
+
+    def fault(self) -> str | None:
+        """Never broken."""
+        return None
+
+    async def close(self) -> None:
+        """Nothing to free."""
+
+
+def _prompts(request: InferenceRequest) -> list[str]:
+    if request.messages:
+        return [_text(request.messages[-1].get("content"))]
+    return [prompt if isinstance(prompt, str) else "" for prompt in request.prompts]
+
+
+def _text(content: object) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    return ""
