@@ -9,11 +9,11 @@ choice, so that a receiver can drop what an older attempt sent, and notice and r
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 
 class Message(BaseModel):
@@ -192,13 +192,6 @@ class ResumedChoice(Message):
     tokens: tuple[int, ...]
 
 
-class Resume(Message):
-    """The api's answer to `started` and `completed`: what it has so far, or that nobody waits (`wanted` false)."""
-
-    wanted: bool = True
-    choices: tuple[ResumedChoice, ...] = ()
-
-
 class RequestStatus(StrEnum):
     """queued → processing → completed | failed, and from either of the first two cancelled or timed_out."""
 
@@ -213,6 +206,17 @@ class RequestStatus(StrEnum):
     def final(self) -> bool:
         """Whether no later write may change it."""
         return self not in (RequestStatus.QUEUED, RequestStatus.PROCESSING)
+
+
+class Resume(Message):
+    """The api's answer to `started` and `completed`: what its client has so far.
+
+    `wanted` false: nobody waits any more, and `outcome` says how the request ended, where the api knows.
+    """
+
+    wanted: bool = True
+    outcome: RequestStatus | None = None
+    choices: tuple[ResumedChoice, ...] = ()
 
 
 class RequestState(Message):

@@ -30,7 +30,10 @@ class Settings(BaseSettings):
         1, ge=1, le=10_000, description="Most requests of one model processed at once, over all its workers"
     )
     max_queue_size: int = Field(
-        100, ge=1, le=10_000_000, description="Most requests admitted and unfinished, waiting and processing together"
+        100,
+        ge=1,
+        le=10_000_000,
+        description="Most requests admitted and unfinished, waiting and processing together",
     )
     request_timeout: float = Field(
         300, ge=1, le=86_400, description="Seconds from arrival until a request ends with 408"
@@ -41,17 +44,24 @@ class Settings(BaseSettings):
         description="Hub id, local folder or GGUF file of the model",
     )
     model_name: str | None = Field(
-        None, description="Name under which clients ask for the model; empty: the hub id, or the last part of a path"
+        None,
+        description="Name under which clients ask for the model; empty: the hub id, or the last part of a path",
     )
     model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Further names for the model, comma-separated"
     )
     max_deliveries: int = Field(3, ge=1, le=100, description="Attempts at one request before it fails with 500")
     ack_wait: float = Field(
-        5, ge=1, le=3600, description="Seconds without a sign of life from a worker until its request goes to another"
+        5,
+        ge=1,
+        le=3600,
+        description="Seconds without a sign of life from a worker until its request goes to another",
     )
     request_state_ttl: float = Field(
-        3600, ge=1, le=2_592_000, description="Seconds that a request's state can be looked up after its last change"
+        3600,
+        ge=1,
+        le=2_592_000,
+        description="Seconds that a request's state can be looked up after its last change",
     )
     nats_url: str | None = Field(
         None, description="NATS servers, comma-separated; empty: `forebay up` starts one of its own"
@@ -130,7 +140,10 @@ class ApiSettings(Settings):
         (), description="Keys that clients may use, comma-separated; empty: open to all"
     )
     max_request_bytes: int = Field(
-        900_000, ge=1_024, le=60_000_000, description="Largest body; NATS itself takes 1 MB unless it is told otherwise"
+        900_000,
+        ge=1_024,
+        le=60_000_000,
+        description="Largest body; NATS itself takes 1 MB unless it is told otherwise",
     )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
 
@@ -146,7 +159,10 @@ class InferenceSettings(Settings):
     """What a worker needs besides."""
 
     worker_slots: int | None = Field(
-        None, ge=1, le=10_000, description="Most requests that one worker processes; empty: MAX_CONCURRENT_REQUESTS"
+        None,
+        ge=1,
+        le=10_000,
+        description="Most requests that one worker processes; empty: MAX_CONCURRENT_REQUESTS",
     )
     llm_batch_size: int = Field(
         256, ge=1, le=1_000_000, description="Most tokens in one forward pass of the continuous batch"

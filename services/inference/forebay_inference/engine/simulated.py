@@ -70,9 +70,7 @@ class SimulatedEngine:
         progress("simulated engine: nothing to load")
         return self._model
 
-    async def generate(
-        self, request: InferenceRequest, resume: ResumeTokens
-    ) -> AsyncGenerator[EngineEvent, None]:
+    async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
         """`t0 t1 …`, choice after choice; token k has id k."""
         texts = _prompts(request)
         orders = [Orders.parse(text) for text in texts for _ in range(request.n)]

@@ -1,0 +1,127 @@
+"""The connection to NATS: for ever reconnecting, never buffering what it cannot send."""
+
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import nats
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
+
+from forebay_contracts.errors import ConfigurationError, QueueUnavailable
+from forebay_contracts.settings import Settings
+
+DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
+CONNECT_TIMEOUT_S = 5
+RECONNECT_WAIT_S = 0.25
+PING_INTERVAL_S = 20
+JETSTREAM_TIMEOUT_S = 5
+OLDEST_SERVER = (2, 12)
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """A NATS client and its JetStream context; `on_reconnect` collects what must be done anew after an outage."""
+
+    def __init__(self, client: Client, jetstream: JetStreamContext) -> None:
+        self.client = client
+        self.jetstream = jetstream
+        self.on_reconnect: list[Callable[[], Awaitable[None]]] = []
+
+    @property
+    def connected(self) -> bool:
+        """Whether something sent now would be sent."""
+        return bool(self.client.is_connected)
+
+    async def close(self) -> None:
+        """Flush and close; never raises for a server that is gone."""
+        try:
+            await self.client.flush(timeout=1)
+        except Exception as exc:
+            log.debug("flush before close: %r", exc)
+        await self.client.close()
+
+
+async def connect(settings: Settings, name: str) -> Connection:
+    """Connect to NATS_URL as `name`.
+
+    An established connection is kept for ever: lost, it is retried until it is back, one log line each.
+    Nothing is buffered meanwhile (`pending_size=0`): a publish fails at once instead of being sent later,
+    when its sender has long reported a failure.
+
+    Raises:
+        QueueUnavailable: no server can be reached now.
+        ConfigurationError: credentials or certificates cannot be used, or the server is older than 2.12.
+    """
+    url = settings.nats_url or DEFAULT_NATS_URL
+    connection: Connection | None = None
+
+    async def disconnected() -> None:
+        if not client.is_closed:
+            log.warning("[RequestQueue] connection to NATS lost; reconnecting until it is back")
+
+    async def reconnected() -> None:
+        log.info("[RequestQueue] connected to NATS again")
+        for action in connection.on_reconnect if connection else ():
+            await action()
+
+    async def failed(error: Exception) -> None:
+        # Refused subjects and slow consumers are reported here and nowhere else; a lost connection is
+        # already logged, once, by `disconnected`.
+        if client.is_connected:
+            log.warning("[RequestQueue] NATS: %s", error)
+
+    client = Client()
+    options: dict[str, Any] = {
+        "servers": [part.strip() for part in url.split(",")],
+        "name": name,
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": RECONNECT_WAIT_S,
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "ping_interval": PING_INTERVAL_S,
+        "pending_size": 0,
+        "disconnected_cb": disconnected,
+        "reconnected_cb": reconnected,
+        "error_cb": failed,
+    }
+    if settings.nats_credentials is not None:
+        options["user_credentials"] = str(settings.nats_credentials)
+    if (tls := _tls(settings)) is not None:
+        options["tls"] = tls
+    # The first connection is bounded, so that a wrong address is said at start and not waited for.
+    try:
+        await nats.aio.client.Client.connect(client, **options | {"allow_reconnect": False})
+    except (NatsError, OSError, TimeoutError) as exc:
+        raise QueueUnavailable(f"cannot reach NATS at {_without_secrets(url)}: {exc}") from exc
+    client.options["allow_reconnect"] = True
+    _check_version(client)
+    connection = Connection(client, client.jetstream(timeout=JETSTREAM_TIMEOUT_S))
+    return connection
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    if settings.nats_tls_ca is None and settings.nats_tls_cert is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=settings.nats_tls_ca)
+        if settings.nats_tls_cert is not None:
+            context.load_cert_chain(settings.nats_tls_cert, settings.nats_tls_key)
+    except OSError as exc:
+        raise ConfigurationError(f"the TLS files for NATS cannot be used: {exc}") from exc
+    return context
+
+
+def _check_version(client: Client) -> None:
+    version = client.connected_server_version
+    if (version.major, version.minor) < OLDEST_SERVER:
+        raise ConfigurationError(
+            f"nats-server {version.major}.{version.minor}.{version.patch} is too old: "
+            f"Forebay needs 2.12 or newer (per-message TTL and counters)"
+        )
+
+
+def _without_secrets(url: str) -> str:
+    return ",".join(part.split("://")[0] + "://" + part.split("@")[-1].split("://")[-1] for part in url.split(","))

@@ -1,0 +1,36 @@
+"""Log lines: text for people, JSON for machines. Never a prompt, never a key."""
+
+import json
+import logging
+import sys
+import time
+
+from forebay_contracts.settings import Settings
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, and `exception` if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def configure(settings: Settings) -> None:
+    """Send all log lines to stderr, as LOG_LEVEL and LOG_FORMAT say."""
+    handler = logging.StreamHandler(sys.stderr)
+    if settings.log_format == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    for noisy in ("httpx", "httpcore", "nats", "asyncio", "urllib3", "filelock", "uvicorn.access"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

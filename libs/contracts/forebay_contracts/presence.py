@@ -1,0 +1,125 @@
+"""Who is alive: each service writes a heartbeat into a KV bucket, and others keep a live view of it."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js.errors import NoKeysError, NotFoundError
+from pydantic import ValidationError
+
+from forebay_contracts import names
+from forebay_contracts.connection import Connection
+from forebay_contracts.messages import ApiInfo, WorkerInfo
+from forebay_contracts.topology import HEARTBEAT_TTL_S
+
+HEARTBEAT_INTERVAL_S = 1.0
+
+Info = TypeVar("Info", bound=ApiInfo | WorkerInfo)
+
+log = logging.getLogger(__name__)
+
+
+class Heartbeat(Generic[Info]):
+    """Writes `describe()` into `bucket` every second, and at once on `beat`; takes it out on `stop`."""
+
+    def __init__(self, connection: Connection, bucket: str, describe: Callable[[], Info]) -> None:
+        self._connection = connection
+        self._bucket = bucket
+        self._describe = describe
+        self._now = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Write the first heartbeat and go on in the background."""
+        await self._put()
+        self._task = asyncio.create_task(self._run())
+
+    def beat(self) -> None:
+        """Something changed that others should see now."""
+        self._now.set()
+
+    async def stop(self) -> None:
+        """Stop and take the heartbeat out, so that nobody waits for it to expire."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        with contextlib.suppress(NatsError, TimeoutError):
+            bucket = await self._connection.jetstream.key_value(self._bucket)
+            await bucket.delete(self._describe().id)
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._now.wait(), HEARTBEAT_INTERVAL_S)
+            self._now.clear()
+            await self._put()
+
+    async def _put(self) -> None:
+        info = self._describe()
+        subject = names.bucket_subjects(self._bucket).removesuffix(">") + info.id
+        with contextlib.suppress(NatsError, TimeoutError):
+            await self._connection.jetstream.publish(subject, info.encode(), timeout=HEARTBEAT_INTERVAL_S)
+
+
+class Presence(Generic[Info]):
+    """A live view of a heartbeat bucket.
+
+    It listens to the bucket's subjects directly instead of watching it through a consumer: everyone alive is
+    heard again within a second anyway, so there is nothing to recover after an outage of NATS.
+    """
+
+    def __init__(self, connection: Connection, bucket: str, kind: type[Info]) -> None:
+        self._connection = connection
+        self._bucket = bucket
+        self._kind = kind
+        self._prefix = names.bucket_subjects(bucket).removesuffix(">")
+        self._seen: dict[str, tuple[float, Info]] = {}
+
+    async def start(self) -> None:
+        """Subscribe, and read who is there already."""
+        await self._connection.client.subscribe(names.bucket_subjects(self._bucket), cb=self._heard)
+        for info in await read(self._connection, self._bucket, self._kind):
+            self._seen.setdefault(info.id, (time.monotonic(), info))
+
+    def alive(self) -> list[Info]:
+        """Everyone whose heartbeat is not older than HEARTBEAT_TTL_S, by id."""
+        oldest = time.monotonic() - HEARTBEAT_TTL_S
+        for member in [member for member, (at, _) in self._seen.items() if at < oldest]:
+            del self._seen[member]
+        return [info for _, (_, info) in sorted(self._seen.items())]
+
+    def is_alive(self, member: str) -> bool:
+        """Whether `member` has been heard of within HEARTBEAT_TTL_S."""
+        at, _ = self._seen.get(member, (-float("inf"), None))
+        return at >= time.monotonic() - HEARTBEAT_TTL_S
+
+    async def _heard(self, msg: Msg) -> None:
+        member = msg.subject.removeprefix(self._prefix)
+        if not msg.data:
+            self._seen.pop(member, None)
+            return
+        try:
+            self._seen[member] = (time.monotonic(), self._kind.model_validate_json(msg.data))
+        except ValidationError as exc:
+            log.warning("[RequestQueue] heartbeat of %s cannot be read: %s", member, exc)
+
+
+async def read(connection: Connection, bucket: str, kind: type[Info]) -> list[Info]:
+    """The heartbeats in `bucket` now, by id."""
+    store = await connection.jetstream.key_value(bucket)
+    try:
+        keys = await store.keys()
+    except NoKeysError:
+        return []
+    found = []
+    for key in sorted(keys):
+        with contextlib.suppress(NotFoundError, ValidationError):
+            found.append(kind.model_validate_json((await store.get(key)).value or b""))
+    return found

@@ -1,0 +1,190 @@
+"""Streams, consumers and buckets: made where they are missing, changed where the settings have changed.
+
+Whichever service starts first makes them; each start of any service applies its settings to the live ones.
+"""
+
+import logging
+from dataclasses import fields
+from typing import Any
+
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    ConsumerInfo,
+    DiscardPolicy,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+)
+from nats.js.errors import APIError, BadRequestError, NotFoundError
+
+from forebay_contracts import names
+from forebay_contracts.connection import Connection
+from forebay_contracts.errors import ConfigurationError, QueueUnavailable
+from forebay_contracts.settings import Settings
+
+HEARTBEAT_TTL_S = 4
+"""A service that has not been heard of for so long is dead."""
+
+DUPLICATE_WINDOW_S = 120
+"""How long a repeated Nats-Msg-Id is recognised."""
+
+COUNTER_HISTORY = 10_000
+"""Increments kept for each counter, so that a repeated one is still recognised after a restart of NATS."""
+
+_STREAM_NAME_IN_USE = 10058
+
+log = logging.getLogger(__name__)
+
+
+def stream_configs(settings: Settings) -> list[StreamConfig]:
+    """The streams that Forebay owns, the ones behind its buckets included, as `settings` want them."""
+    replicas = settings.nats_replicas
+    return [
+        StreamConfig(
+            name=names.STREAM,
+            description="Requests that wait or are processed",
+            subjects=[names.STREAM_SUBJECTS],
+            retention=RetentionPolicy.WORK_QUEUE,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            max_msgs=settings.max_queue_size,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_msg_ttl=True,
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        StreamConfig(
+            name=names.COUNTERS,
+            description="Totals of requests by outcome",
+            subjects=[names.COUNTER_SUBJECTS],
+            storage=StorageType.FILE,
+            max_msgs_per_subject=COUNTER_HISTORY,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_msg_counter=True,
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        _bucket(names.REQUESTS_BUCKET, "State of each request", settings.request_state_ttl, replicas),
+        _bucket(names.WORKERS_BUCKET, "Live workers", HEARTBEAT_TTL_S, replicas, StorageType.MEMORY),
+        _bucket(names.APIS_BUCKET, "Live api instances", HEARTBEAT_TTL_S, replicas, StorageType.MEMORY),
+    ]
+
+
+def consumer_config(settings: Settings, model: str) -> ConsumerConfig:
+    """The shared durable consumer of `model`."""
+    return ConsumerConfig(
+        durable_name=names.model_token(model),
+        description=f"Requests for {model}",
+        filter_subject=names.model_subjects(model),
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=settings.ack_wait,
+        max_ack_pending=settings.max_concurrent_requests,
+        max_deliver=-1,
+        metadata={names.MODEL_METADATA: model},
+    )
+
+
+async def ensure(connection: Connection, settings: Settings, model: str) -> list[str]:
+    """Make streams, buckets and the consumer of `model` what `settings` say; returns what was changed.
+
+    Safe to call from any number of services at once.
+
+    Raises:
+        ConfigurationError: another model has the same token, or the server refuses the configuration.
+        QueueUnavailable: NATS does not answer.
+    """
+    js = connection.jetstream
+    try:
+        changes = [change for config in stream_configs(settings) for change in await _ensure_stream(js, config)]
+        changes += await _ensure_consumer(js, consumer_config(settings, model), model)
+    except APIError as exc:
+        raise ConfigurationError(f"NATS refuses the topology: {exc.description}") from exc
+    except (NatsError, TimeoutError, OSError) as exc:
+        raise QueueUnavailable(f"NATS did not answer while the topology was checked: {exc!r}") from exc
+    for change in changes:
+        log.info("[RequestQueue] topology: %s", change)
+    return changes
+
+
+async def consumers(connection: Connection) -> list[ConsumerInfo]:
+    """The live consumers, one a model."""
+    infos: list[ConsumerInfo] = await connection.jetstream.consumers_info(names.STREAM)
+    return infos
+
+
+def _bucket(
+    bucket: str, description: str, ttl_s: float, replicas: int, storage: StorageType = StorageType.FILE
+) -> StreamConfig:
+    # The layout of a KV bucket is fixed by NATS ADR-8. Written as a stream, so that a changed TTL is applied
+    # to a bucket that exists like any other change.
+    return StreamConfig(
+        name=names.bucket_stream(bucket),
+        description=description,
+        subjects=[names.bucket_subjects(bucket)],
+        storage=storage,
+        max_msgs_per_subject=1,
+        max_age=ttl_s,
+        discard=DiscardPolicy.NEW,
+        duplicate_window=min(ttl_s, DUPLICATE_WINDOW_S),
+        deny_delete=True,
+        allow_rollup_hdrs=True,
+        allow_direct=True,
+        num_replicas=replicas,
+    )
+
+
+async def _ensure_stream(js: JetStreamContext, wanted: StreamConfig) -> list[str]:
+    try:
+        live = (await js.stream_info(wanted.name)).config
+    except NotFoundError:
+        try:
+            await js.add_stream(wanted)
+        except BadRequestError as exc:
+            if exc.err_code != _STREAM_NAME_IN_USE:
+                raise
+            # Another service made it in between, perhaps with other settings.
+            live = (await js.stream_info(wanted.name)).config
+        else:
+            return [f"stream {wanted.name} made"]
+    changes = _differences(live, wanted)
+    if not changes:
+        return []
+    await js.update_stream(wanted)
+    return [f"stream {wanted.name}: {change}" for change in changes]
+
+
+async def _ensure_consumer(js: JetStreamContext, wanted: ConsumerConfig, model: str) -> list[str]:
+    try:
+        live = (await js.consumer_info(names.STREAM, wanted.durable_name)).config
+    except NotFoundError:
+        await js.add_consumer(names.STREAM, wanted)
+        return [f"consumer {wanted.durable_name} made"]
+    owner = (live.metadata or {}).get(names.MODEL_METADATA)
+    if owner not in (None, model):
+        raise ConfigurationError(
+            f"the models {owner!r} and {model!r} both become {wanted.durable_name!r} on NATS: "
+            f"give one of them another MODEL_NAME"
+        )
+    changes = _differences(live, wanted, ignored={"metadata"})
+    if not changes:
+        return []
+    await js.add_consumer(names.STREAM, wanted)
+    return [f"consumer {wanted.durable_name}: {change}" for change in changes]
+
+
+def _differences(live: Any, wanted: Any, ignored: frozenset[str] | set[str] = frozenset()) -> list[str]:
+    """Each field that `wanted` sets and `live` has otherwise, as `name old → new`."""
+    changes = []
+    for field in fields(wanted):
+        new, old = getattr(wanted, field.name), getattr(live, field.name, None)
+        if field.name in ignored or new is None or new == old or _same_zero(old, new):
+            continue
+        changes.append(f"{field.name} {old} → {new}")
+    return changes
+
+
+def _same_zero(old: object, new: object) -> bool:
+    return old in (None, False, 0, -1) and new in (None, False, 0, -1)
