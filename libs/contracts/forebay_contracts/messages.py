@@ -142,7 +142,7 @@ class Delta(FrameMessage):
 
 
 class Started(FrameMessage):
-    """A worker has taken the request and found it valid. From attempt 2 on it is a NATS request, answered by `Resume`."""
+    """A worker has taken the request and found it valid. From attempt 2 on a NATS request, answered by `Resume`."""
 
     type: Literal["started"] = "started"
     worker: str
@@ -251,11 +251,27 @@ class WorkerStatus(StrEnum):
     DRAINING = "draining"
 
 
-class WorkerInfo(Message):
-    """The heartbeat in the KV bucket `inference-workers`, its key the worker id."""
+class ServiceInfo(Message):
+    """A service's heartbeat. Times: seconds since the epoch."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     id: str
+    version: str
+    started_at: float
+    heartbeat_at: float
+
+    def encode(self) -> bytes:
+        """The heartbeat as JSON, every field written out."""
+        return self.model_dump_json().encode()
+
+
+class ApiInfo(ServiceInfo):
+    """The heartbeat in the KV bucket `inference-apis`, its key the api instance's id."""
+
+
+class WorkerInfo(ServiceInfo):
+    """The heartbeat in the KV bucket `inference-workers`, its key the worker id."""
+
     model: str
     aliases: tuple[str, ...] = ()
     status: WorkerStatus
@@ -266,24 +282,3 @@ class WorkerInfo(Message):
     quantization: str | None = None
     device: str | None = None
     engine: str
-    version: str
-    started_at: float
-    heartbeat_at: float
-
-    def encode(self) -> bytes:
-        """The heartbeat as JSON, every field written out."""
-        return self.model_dump_json().encode()
-
-
-class ApiInfo(Message):
-    """The heartbeat in the KV bucket `inference-apis`, its key the api instance's id."""
-
-    schema_version: Literal[1] = SCHEMA_VERSION
-    id: str
-    version: str
-    started_at: float
-    heartbeat_at: float
-
-    def encode(self) -> bytes:
-        """The heartbeat as JSON, every field written out."""
-        return self.model_dump_json().encode()

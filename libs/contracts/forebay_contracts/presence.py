@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from forebay_contracts import names
 from forebay_contracts.connection import Connection
-from forebay_contracts.messages import ApiInfo, WorkerInfo
+from forebay_contracts.messages import ServiceInfo
 from forebay_contracts.topology import HEARTBEAT_TTL_S
 
 HEARTBEAT_INTERVAL_S = 1.0
 
-Info = TypeVar("Info", bound=ApiInfo | WorkerInfo)
+Info = TypeVar("Info", bound=ServiceInfo)
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ async def read(connection: Connection, bucket: str, kind: type[Info]) -> list[In
         keys = await store.keys()
     except NoKeysError:
         return []
-    found = []
+    found: list[Info] = []
     for key in sorted(keys):
         with contextlib.suppress(NotFoundError, ValidationError):
             found.append(kind.model_validate_json((await store.get(key)).value or b""))
