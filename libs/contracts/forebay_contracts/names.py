@@ -72,3 +72,8 @@ def bucket_subjects(bucket: str) -> str:
 def bucket_stream(bucket: str) -> str:
     """The stream behind a KV bucket (NATS ADR-8)."""
     return f"KV_{bucket}"
+
+
+def is_request_id(text: str) -> bool:
+    """Whether `text` can be a request's id, and so a token of a subject and a key of a bucket."""
+    return re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text) is not None

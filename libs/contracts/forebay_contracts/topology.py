@@ -115,6 +115,19 @@ async def consumers(connection: Connection) -> list[ConsumerInfo]:
     return infos
 
 
+async def waiting_position(connection: Connection, model: str, sequence: int) -> int | None:
+    """Place in the model's line of a message that waits, 1 for the next one; None where it cannot be said.
+
+    Where several models share the stream, or messages were taken out between, it is the last place it can be.
+    """
+    try:
+        info = await connection.jetstream.consumer_info(names.STREAM, names.model_token(model))
+    except (NatsError, TimeoutError):
+        return None
+    behind = sequence - (info.delivered.stream_seq if info.delivered else 0)
+    return max(1, min(behind, info.num_pending or 1))
+
+
 def _bucket(
     bucket: str, description: str, ttl_s: float, replicas: int, storage: StorageType = StorageType.FILE
 ) -> StreamConfig:

@@ -1,0 +1,1 @@
+"""The api: OpenAI requests over HTTP in, JetStream out, frames back."""

@@ -1,0 +1,98 @@
+"""`python -m forebay_api`: the api in the foreground, until SIGTERM or SIGINT."""
+
+import asyncio
+import signal
+import socket
+import sys
+
+import uvicorn
+import uvloop
+from uvicorn.supervisors import Multiprocess
+
+from forebay_api.app import create_app, running
+from forebay_contracts import logs
+from forebay_contracts.errors import ConfigurationError, ForebayError
+from forebay_contracts.settings import ApiSettings, load
+
+KEEP_ALIVE_S = 75
+MAX_CONNECTIONS = 20_000
+BACKLOG = 4096
+
+
+async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
+    """One api process: connected to NATS first, then listening on `sockets`, until it is told to stop."""
+    async with running(settings) as context:
+        await uvicorn.Server(_config(settings, create_app(context))).serve(sockets)
+
+
+def process(sockets: list[socket.socket] | None = None) -> None:
+    """What each of several api processes runs."""
+    settings = load(ApiSettings)
+    logs.configure(settings)
+    sys.exit(_guarded(settings, sockets or []))
+
+
+def main() -> int:
+    """Serve; the exit status."""
+    try:
+        settings = load(ApiSettings)
+    except ForebayError as exc:
+        return _report(exc)
+    logs.configure(settings)
+    # uvicorn raises the signal that ended it once more when it is done; to have drained is a success.
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: None)
+    try:
+        listener = _listen(settings)
+    except OSError as exc:
+        return _report(ConfigurationError(f"cannot listen on {settings.api_host}:{settings.api_port}: {exc.strerror}"))
+    if settings.api_processes == 1:
+        return _guarded(settings, [listener])
+    Multiprocess(_config(settings, "forebay_api.app:create_app"), target=process, sockets=[listener]).run()
+    return 0
+
+
+def _guarded(settings: ApiSettings, sockets: list[socket.socket]) -> int:
+    try:
+        uvloop.run(serve(settings, sockets))
+    except ForebayError as exc:
+        return _report(exc)
+    except asyncio.CancelledError:
+        pass
+    return 0
+
+
+def _report(error: ForebayError) -> int:
+    print(f"forebay api: {error}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigurationError) else 1
+
+
+def _listen(settings: ApiSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.api_host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.api_host, settings.api_port))
+    listener.set_inheritable(True)
+    return listener
+
+
+def _config(settings: ApiSettings, app: object) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        workers=settings.api_processes,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        limit_concurrency=MAX_CONNECTIONS,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=int(settings.drain_timeout) or None,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The application: builds the parts, in order, and takes them down again."""
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from forebay_api import error_handlers
+from forebay_api.auth import ApiKeys
+from forebay_api.context import Context
+from forebay_api.dispatcher import Dispatcher
+from forebay_api.drain_rate import DrainRate
+from forebay_api.middleware import RequestIdMiddleware
+from forebay_api.models import Models
+from forebay_api.routes import completions, health, models, queue
+from forebay_api.schemas import ChatCompletionBody, CompletionBody
+from forebay_contracts import names, topology
+from forebay_contracts.connection import connect
+from forebay_contracts.messages import ApiInfo, WorkerInfo
+from forebay_contracts.presence import Heartbeat, Presence
+from forebay_contracts.queue import JetStreamQueue
+from forebay_contracts.settings import ApiSettings
+from forebay_contracts.states import KeyValueStateStore
+from forebay_contracts.version import VERSION
+
+log = logging.getLogger(__name__)
+
+
+def create_app(context: Context) -> FastAPI:
+    """The HTTP side of a running api."""
+    app = FastAPI(title="Forebay", version=VERSION, redoc_url=None)
+    app.state.context = context
+    app.add_middleware(RequestIdMiddleware)
+    error_handlers.install(app, context.drain_rate)
+    for module in (completions, models, queue, health):
+        app.include_router(module.router)
+    _document_bodies(app)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def running(settings: ApiSettings) -> AsyncIterator[Context]:
+    """The parts of an api, connected and listening, for as long as the block lasts."""
+    connection = await connect(settings, "forebay-api")
+    await topology.ensure(connection, settings, settings.served_model)
+    states = KeyValueStateStore(connection)
+    dispatcher = Dispatcher(connection, JetStreamQueue(connection), states)
+    workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
+    started_at = time.time()
+
+    def describe() -> ApiInfo:
+        return ApiInfo(id=dispatcher.instance, version=VERSION, started_at=started_at, heartbeat_at=time.time())
+
+    heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
+    await workers.start()
+    await dispatcher.start()
+    await heartbeat.start()
+    context = Context(
+        settings=settings,
+        connection=connection,
+        states=states,
+        dispatcher=dispatcher,
+        workers=workers,
+        models=Models(settings, workers.alive),
+        keys=ApiKeys(settings.api_keys),
+        drain_rate=DrainRate(),
+    )
+    log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
+    try:
+        yield context
+    finally:
+        await dispatcher.close()
+        await heartbeat.stop()
+        await connection.close()
+
+
+def _document_bodies(app: FastAPI) -> None:
+    """Put the body schemas, which the routes read by themselves, into the OpenAPI document."""
+
+    def document() -> dict[str, object]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, bodies = models_json_schema(
+                [(ChatCompletionBody, "validation"), (CompletionBody, "validation")],
+                ref_template="#/components/schemas/{model}",
+            )
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]

@@ -1,0 +1,47 @@
+"""What the routes work with: built by `app`, reached as `request.app.state.context`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from forebay_api.auth import ApiKeys
+from forebay_api.dispatcher import Dispatcher
+from forebay_api.drain_rate import DrainRate
+from forebay_api.models import Models
+from forebay_contracts.connection import Connection
+from forebay_contracts.messages import WorkerInfo
+from forebay_contracts.presence import Presence
+from forebay_contracts.settings import ApiSettings
+from forebay_contracts.states import StateStore
+
+
+@dataclass(slots=True)
+class Context:
+    """The parts of a running api."""
+
+    settings: ApiSettings
+    connection: Connection
+    states: StateStore
+    dispatcher: Dispatcher
+    workers: Presence[WorkerInfo]
+    models: Models
+    keys: ApiKeys
+    drain_rate: DrainRate
+
+
+def context(request: Request) -> Context:
+    """The running api that serves `request`."""
+    found: Context = request.app.state.context
+    return found
+
+
+def authorized(request: Request) -> Context:
+    """The same, for clients with a valid key only."""
+    found = context(request)
+    found.keys.check(request)
+    return found
+
+
+Open = Annotated[Context, Depends(context)]
+Authorized = Annotated[Context, Depends(authorized)]

@@ -1,0 +1,192 @@
+"""From HTTP into the queue, and from the reply subject back to the request that waits."""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from pydantic import ValidationError
+
+from forebay_api.replies import ClientLeft, Reply
+from forebay_contracts import names
+from forebay_contracts.cancellation import call_off
+from forebay_contracts.connection import Connection
+from forebay_contracts.errors import ForebayError, QueueConflict, RequestCancelled, RequestTimeout
+from forebay_contracts.messages import (
+    InferenceRequest,
+    RequestState,
+    RequestStatus,
+    Resume,
+    Started,
+    decode_frame,
+)
+from forebay_contracts.queue import RequestQueue
+from forebay_contracts.states import StateStore
+
+REMEMBERED_OUTCOMES = 10_000
+"""Ended requests of which a late attempt can still be told how they ended."""
+
+REPLY_PENDING_MESSAGES = 1_000_000
+REPLY_PENDING_BYTES = 512 * 1024 * 1024
+"""How much may wait between the socket and the dispatcher; more is dropped, and fetched again as a gap."""
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Submits requests and hands each its frames; one subscription serves them all."""
+
+    def __init__(self, connection: Connection, queue: RequestQueue, states: StateStore) -> None:
+        self.instance = f"api-{uuid.uuid4().hex[:12]}"
+        self._connection = connection
+        self._queue = queue
+        self._states = states
+        self._waiting: dict[str, Reply] = {}
+        self._ended: OrderedDict[str, RequestStatus | None] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._registering: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose clients wait here."""
+        return len(self._waiting)
+
+    async def start(self) -> None:
+        """Listen for replies and cancellations."""
+        client = self._connection.client
+        await client.subscribe(
+            names.reply_subjects(self.instance),
+            cb=self._replied,
+            pending_msgs_limit=REPLY_PENDING_MESSAGES,
+            pending_bytes_limit=REPLY_PENDING_BYTES,
+        )
+        await client.subscribe(names.cancel_subject("*"), cb=self._cancelled)
+
+    async def close(self) -> None:
+        """Finish what goes on in the background."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=5)
+
+    @contextlib.asynccontextmanager
+    async def submit(self, request: InferenceRequest) -> AsyncIterator[Reply]:
+        """Admit `request`; its reply lives as long as the block, and leaving the block early calls it off.
+
+        Raises:
+            QueueFull, QueueUnavailable: nothing was admitted.
+        """
+        reply = Reply(request)
+        self._waiting[request.id] = reply
+        try:
+            reply.sequence = await self._queue.publish(request)
+        except BaseException:
+            self._forget(reply, RequestStatus.CANCELLED)
+            raise
+        log.info("[RequestQueue] %s queued for %s at %d", request.id, request.model, reply.sequence)
+        registering = self._background(self._register(request, reply.sequence))
+        self._registering[request.id] = registering
+        registering.add_done_callback(lambda _: self._registering.pop(request.id, None))
+        timer = asyncio.get_running_loop().call_later(max(request.deadline - time.time(), 0), self._time_out, reply)
+        try:
+            yield reply
+        finally:
+            timer.cancel()
+            if not reply.done:
+                reply.fail(ClientLeft("the client left"))
+            self._forget(reply, reply.outcome)
+            if reply.outcome is RequestStatus.CANCELLED:
+                self._call_off(reply, RequestStatus.CANCELLED, "the client left")
+
+    async def cancel(self, request_id: str, reason: str) -> bool:
+        """Call off a request of any api; False if it had ended before, or is unknown."""
+        if (registering := self._registering.get(request_id)) is not None:
+            await registering
+        return await call_off(self._connection, self._queue, self._states, request_id, RequestStatus.CANCELLED, reason)
+
+    async def _register(self, request: InferenceRequest, sequence: int) -> None:
+        """Create the state `queued`, unless a worker was faster."""
+        state = RequestState.model_construct(
+            id=request.id,
+            status=RequestStatus.QUEUED,
+            completion_type=request.completion_type.value,
+            timestamp=request.created_at,
+            model=request.model,
+            queued_at=request.created_at,
+            deadline=request.deadline,
+            sequence=sequence,
+        )
+        with contextlib.suppress(QueueConflict):
+            await self._states.write(state, 0)
+
+    def _time_out(self, reply: Reply) -> None:
+        seconds = reply.request.deadline - reply.request.created_at
+        reply.fail(RequestTimeout(f"the request was not finished within {seconds:g} seconds"))
+        if reply.outcome is RequestStatus.TIMED_OUT:
+            self._call_off(reply, RequestStatus.TIMED_OUT, "REQUEST_TIMEOUT passed")
+
+    def _call_off(self, reply: Reply, outcome: RequestStatus, reason: str) -> None:
+        async def after_registration() -> None:
+            if (registering := self._registering.get(reply.request.id)) is not None:
+                await asyncio.wait([registering])
+            await call_off(
+                self._connection, self._queue, self._states, reply.request.id, outcome, reason, reply.sequence
+            )
+
+        self._background(after_registration())
+
+    def _forget(self, reply: Reply, outcome: RequestStatus | None) -> None:
+        self._waiting.pop(reply.request.id, None)
+        self._ended[reply.request.id] = outcome
+        if len(self._ended) > REMEMBERED_OUTCOMES:
+            self._ended.popitem(last=False)
+
+    def _background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
+        async def run() -> None:
+            try:
+                await work
+            except ForebayError as exc:
+                log.warning("[RequestQueue] %s", exc)
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _replied(self, msg: Msg) -> None:
+        request_id = msg.subject.rsplit(".", 1)[1]
+        try:
+            frame = decode_frame(msg.data)
+        except ValidationError as exc:
+            log.warning(
+                "[RequestQueue] %s: a reply that cannot be read was dropped (%d faults)", request_id, len(exc.errors())
+            )
+            return
+        reply = self._waiting.get(request_id)
+        with contextlib.suppress(NatsError):
+            if reply is None:
+                await self._turn_away(request_id, isinstance(frame, Started), msg)
+                return
+            had_gap = reply.gap
+            reply.receive(frame)
+            if msg.reply:
+                await msg.respond(reply.have().encode())
+            elif reply.gap and not had_gap:
+                log.warning("[RequestQueue] %s: frames were lost, asking for them again", request_id)
+                await self._connection.client.publish(names.resend_subject(request_id), reply.have().encode())
+
+    async def _turn_away(self, request_id: str, started: bool, msg: Msg) -> None:
+        """Tell a worker that nobody waits for what it does."""
+        if msg.reply:
+            await msg.respond(Resume(wanted=False, outcome=self._ended.get(request_id)).encode())
+        elif started:
+            await self._connection.client.publish(names.cancel_subject(request_id), b"nobody waits")
+
+    async def _cancelled(self, msg: Msg) -> None:
+        reply = self._waiting.get(msg.subject.rsplit(".", 1)[1])
+        if reply is not None:
+            reply.fail(RequestCancelled(f"the request was cancelled: {msg.data.decode(errors='replace')[:200]}"))

@@ -1,0 +1,64 @@
+"""Every error in OpenAI's shape, and nothing of the inside in it."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from forebay_api.drain_rate import DrainRate
+from forebay_contracts.errors import ApiError, InferenceFailed, InvalidRequest, QueueError, QueueFull, RequestTimeout
+
+log = logging.getLogger(__name__)
+
+
+def error_response(error: ApiError, drain_rate: DrainRate) -> Response:
+    """`error` as an answer, telling OpenAI's SDKs by `x-should-retry` whether another try can help."""
+    headers: dict[str, str] = {}
+    if isinstance(error, QueueError):
+        headers["x-should-retry"] = "true"
+    if isinstance(error, QueueFull) and (seconds := drain_rate.retry_after_s()) is not None:
+        headers["retry-after"] = str(seconds)
+    # By themselves the SDKs retry 408 and 500: the load would double when there is least room for it, and a
+    # request whose attempts are spent would be given as many again.
+    if isinstance(error, RequestTimeout | InferenceFailed) or error.code in (
+        RequestTimeout.code,
+        InferenceFailed.code,
+    ):
+        headers["x-should-retry"] = "false"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def install(app: FastAPI, drain_rate: DrainRate) -> None:
+    """Turn every exception that a route raises into an answer."""
+
+    async def api_error(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, ApiError)
+        log.info("[RequestQueue] %s answered %d %s", request.state.request_id, exc.status, exc.code or exc.type)
+        return error_response(exc, drain_rate)
+
+    async def http_error(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, HTTPException)
+        error = InvalidRequest(f"{request.method} {request.url.path}: {exc.detail}")
+        error.status = exc.status_code
+        return JSONResponse(error.body(), exc.status_code, exc.headers)
+
+    async def invalid(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, RequestValidationError)
+        first: dict[str, Any] = exc.errors()[0]
+        error = InvalidRequest(first["msg"], param=".".join(str(part) for part in first["loc"][1:]) or None)
+        return JSONResponse(error.body(), error.status)
+
+    async def unexpected(request: Request, exc: Exception) -> Response:
+        request_id = getattr(request.state, "request_id", "-")
+        log.error("[RequestQueue] %s failed unexpectedly", request_id, exc_info=exc)
+        error = ApiError("an unexpected error occurred; quote the request id to whoever runs this server")
+        return JSONResponse(error.body(), 500, {"x-request-id": request_id, "x-should-retry": "false"})
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, unexpected)

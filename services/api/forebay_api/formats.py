@@ -1,0 +1,245 @@
+"""OpenAI's two answer formats, streamed and whole, from the same deltas.
+
+Sources: https://platform.openai.com/docs/api-reference/chat/object, chat/streaming and completions/object.
+A whole answer is a fold over the stream, so the two cannot differ.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import orjson
+
+from forebay_contracts.errors import ApiError
+from forebay_contracts.messages import Completed, Delta, InferenceRequest, TokenLogprob, TopLogprob, Usage
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(payload: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(payload) + b"\n\n"
+
+
+def error_event(error: ApiError) -> bytes:
+    """The event that ends a stream which had begun and failed; no [DONE] follows it."""
+    return event(error.body())
+
+
+class Format(Protocol):
+    """How one request's answer is written."""
+
+    def opening(self) -> bytes:
+        """Events before the first token."""
+        ...
+
+    def chunk(self, delta: Delta) -> bytes:
+        """The event of a delta; empty where it shows nothing."""
+        ...
+
+    def closing(self, completed: Completed) -> bytes:
+        """Finish reasons, usage if asked for, [DONE]."""
+        ...
+
+    def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
+        """The answer as one JSON object."""
+        ...
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+class _Stream:
+    """What chunks of both formats have in common."""
+
+    def __init__(self, request: InferenceRequest, *, prefix: str, chunk_object: str, include_usage: bool) -> None:
+        self._request = request
+        self._include_usage = include_usage
+        self._head: dict[str, Any] = {
+            "id": f"{prefix}-{request.id}",
+            "object": chunk_object,
+            "created": int(request.created_at),
+            "model": request.model,
+        }
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+        payload = self._head | {"choices": choices}
+        if self._include_usage:
+            payload["usage"] = usage
+        return event(payload)
+
+    def _usage_and_done(self, completed: Completed) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return self._event([], usage_object(completed.usage)) + DONE
+
+    def _whole(self, whole_object: str, choices: list[dict[str, Any]], completed: Completed) -> bytes:
+        return orjson.dumps(
+            self._head | {"object": whole_object, "choices": choices, "usage": usage_object(completed.usage)}
+        )
+
+
+class ChatFormat(_Stream):
+    """`chat.completion` and `chat.completion.chunk`."""
+
+    def __init__(self, request: InferenceRequest, *, include_usage: bool) -> None:
+        super().__init__(request, prefix="chatcmpl", chunk_object="chat.completion.chunk", include_usage=include_usage)
+
+    def opening(self) -> bytes:
+        """One role delta for each choice."""
+        return b"".join(
+            self._choice(index, {"role": "assistant", "content": "", "refusal": None})
+            for index in range(self._request.n)
+        )
+
+    def chunk(self, delta: Delta) -> bytes:
+        """Content, or pieces of tool calls."""
+        if not (delta.text or delta.tool_calls or delta.logprobs):
+            return b""
+        fields: dict[str, Any] = {}
+        if delta.text or delta.logprobs:
+            fields["content"] = delta.text
+        if delta.tool_calls:
+            fields["tool_calls"] = delta.tool_calls
+        return self._choice(delta.index, fields, logprobs=_chat_logprobs(delta.logprobs))
+
+    def closing(self, completed: Completed) -> bytes:
+        """One finish reason for each choice, then usage, then [DONE]."""
+        finishes = (self._choice(c.index, {}, finish_reason=c.finish_reason) for c in completed.choices)
+        return b"".join(finishes) + self._usage_and_done(completed)
+
+    def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
+        """A `chat.completion`."""
+        by_index = _by_index(deltas, completed)
+        choices = []
+        for choice in completed.choices:
+            own = by_index[choice.index]
+            text = "".join(delta.text for delta in own)
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls := _joined_tool_calls(own):
+                message |= {"content": text or None, "tool_calls": calls}
+            choices.append(
+                {
+                    "index": choice.index,
+                    "message": message,
+                    "logprobs": _chat_logprobs(
+                        _joined_logprobs(own), asked=self._request.sampling.logprobs is not None
+                    ),
+                    "finish_reason": choice.finish_reason,
+                }
+            )
+        return self._whole("chat.completion", choices, completed)
+
+    def _choice(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> bytes:
+        return self._event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}])
+
+
+class CompletionFormat(_Stream):
+    """`text_completion`, streamed and whole."""
+
+    def __init__(self, request: InferenceRequest, *, include_usage: bool) -> None:
+        super().__init__(request, prefix="cmpl", chunk_object="text_completion", include_usage=include_usage)
+        self._text_lengths: dict[int, int] = {}
+
+    def opening(self) -> bytes:
+        """Nothing: a completion has no role."""
+        return b""
+
+    def chunk(self, delta: Delta) -> bytes:
+        """Text."""
+        if not (delta.text or delta.logprobs):
+            return b""
+        start = self._text_lengths.get(delta.index, 0)
+        self._text_lengths[delta.index] = start + len(delta.text)
+        return self._choice(delta.index, delta.text, logprobs=_completion_logprobs(delta.logprobs, start))
+
+    def closing(self, completed: Completed) -> bytes:
+        """One finish reason for each choice, then usage, then [DONE]."""
+        finishes = (self._choice(c.index, "", finish_reason=c.finish_reason) for c in completed.choices)
+        return b"".join(finishes) + self._usage_and_done(completed)
+
+    def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
+        """A `text_completion`."""
+        by_index = _by_index(deltas, completed)
+        choices = []
+        for choice in completed.choices:
+            own = by_index[choice.index]
+            logprobs = _completion_logprobs(_joined_logprobs(own), 0)
+            choices.append(
+                {
+                    "text": "".join(delta.text for delta in own),
+                    "index": choice.index,
+                    "logprobs": logprobs,
+                    "finish_reason": choice.finish_reason,
+                }
+            )
+        return self._whole("text_completion", choices, completed)
+
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+    ) -> bytes:
+        return self._event([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}])
+
+
+def _by_index(deltas: Iterable[Delta], completed: Completed) -> dict[int, list[Delta]]:
+    by_index: dict[int, list[Delta]] = {choice.index: [] for choice in completed.choices}
+    for delta in deltas:
+        by_index[delta.index].append(delta)
+    return by_index
+
+
+def _joined_logprobs(deltas: Iterable[Delta]) -> tuple[TokenLogprob, ...]:
+    return tuple(logprob for delta in deltas for logprob in delta.logprobs)
+
+
+def _joined_tool_calls(deltas: Iterable[Delta]) -> list[dict[str, Any]]:
+    """The calls that the streamed pieces make up: first the id and name, then the arguments bit by bit."""
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        for piece in delta.tool_calls:
+            function = piece.get("function", {})
+            call = calls.setdefault(
+                piece["index"], {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
+            )
+            call["id"] = call["id"] or piece.get("id", "")
+            call["function"]["name"] += function.get("name") or ""
+            call["function"]["arguments"] += function.get("arguments") or ""
+    return [calls[index] for index in sorted(calls)]
+
+
+def _chat_logprobs(logprobs: tuple[TokenLogprob, ...], *, asked: bool = False) -> dict[str, Any] | None:
+    if not logprobs and not asked:
+        return None
+    content = [_token(one) | {"top_logprobs": [_token(other) for other in one.top]} for one in logprobs]
+    return {"content": content, "refusal": None}
+
+
+def _token(one: TokenLogprob | TopLogprob) -> dict[str, Any]:
+    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.text.encode())}
+
+
+def _completion_logprobs(logprobs: tuple[TokenLogprob, ...], text_offset: int) -> dict[str, Any] | None:
+    if not logprobs:
+        return None
+    offsets = []
+    for one in logprobs:
+        offsets.append(text_offset)
+        text_offset += len(one.text)
+    return {
+        "tokens": [one.text for one in logprobs],
+        "token_logprobs": [one.logprob for one in logprobs],
+        "top_logprobs": [{other.text: other.logprob for other in one.top} for one in logprobs],
+        "text_offset": offsets,
+    }

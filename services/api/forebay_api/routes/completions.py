@@ -1,0 +1,166 @@
+"""`POST /v1/chat/completions` and `POST /v1/completions`: one way for both, streamed and not."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from forebay_api.bodies import read_body
+from forebay_api.context import Authorized, Context
+from forebay_api.formats import ChatFormat, CompletionFormat, Format, error_event
+from forebay_api.replies import ClientLeft, Reply
+from forebay_api.schemas import ChatCompletionBody, CompletionBody
+from forebay_contracts import names
+from forebay_contracts.errors import ApiError, QueueFull
+from forebay_contracts.messages import Completed, CompletionType, InferenceRequest
+
+router = APIRouter(prefix="/v1", tags=["completions"])
+
+LOG_PREFIX = {CompletionType.CHAT: "[Chat Completions]", CompletionType.COMPLETION: "[Completions]"}
+
+log = logging.getLogger(__name__)
+
+
+def _documented(body: str) -> dict[str, Any]:
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{body}"}}},
+        }
+    }
+
+
+@router.post("/chat/completions", openapi_extra=_documented("ChatCompletionBody"))
+async def create_chat_completion(request: Request, context: Authorized) -> Response:
+    """Answer a conversation."""
+    body = await read_body(request, ChatCompletionBody, context.settings.max_request_bytes)
+    queued = _queued(request, context, body)
+    return await _answer(request, context, queued, ChatFormat(queued, include_usage=body.include_usage))
+
+
+@router.post("/completions", openapi_extra=_documented("CompletionBody"))
+async def create_completion(request: Request, context: Authorized) -> Response:
+    """Continue a prompt."""
+    body = await read_body(request, CompletionBody, context.settings.max_request_bytes)
+    queued = _queued(request, context, body)
+    return await _answer(request, context, queued, CompletionFormat(queued, include_usage=body.include_usage))
+
+
+def _queued(request: Request, context: Context, body: ChatCompletionBody | CompletionBody) -> InferenceRequest:
+    request_id: str = request.state.request_id
+    now = time.time()
+    return body.request(
+        request_id=request_id,
+        model=context.models.resolve(body.model),
+        created_at=now,
+        deadline=now + context.settings.request_timeout,
+        reply_to=names.reply_subject(context.dispatcher.instance, request_id),
+    )
+
+
+async def _answer(request: Request, context: Context, queued: InferenceRequest, answer: Format) -> Response:
+    log.info("%s %s received for %s", LOG_PREFIX[queued.completion_type], queued.id, queued.model)
+    if queued.stream:
+        return EventStream(context, queued, answer)
+    async with _submitted(context, queued) as reply, _watching(request.receive, reply):
+        deltas = [delta async for some in reply.deltas() for delta in some]
+    assert reply.completed is not None
+    _log_end(queued, reply.completed)
+    return Response(answer.whole(deltas, reply.completed), media_type="application/json")
+
+
+class EventStream(Response):
+    """A streamed answer. Nothing is sent before a worker has begun, so that until then an error is a status."""
+
+    def __init__(self, context: Context, queued: InferenceRequest, answer: Format) -> None:
+        self._context = context
+        self._queued = queued
+        self._answer = answer
+        self.background = None
+        self.status_code = 200
+        self.body = b""
+        self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
+
+    def init_headers(self, headers: Any = None) -> None:
+        """As Starlette's, without a content length: how long a stream gets is not known."""
+        self.raw_headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI call."""
+        async with _submitted(self._context, self._queued) as reply, _watching(receive, reply):
+            await reply.started()
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            with contextlib.suppress(ClientLeft):
+                await self._send_events(reply, send)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_events(self, reply: Reply, send: Send) -> None:
+        async def write(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        try:
+            await write(self._answer.opening())
+            async for deltas in reply.deltas():
+                await write(b"".join(map(self._answer.chunk, deltas)))
+        except ClientLeft:
+            raise
+        except ApiError as exc:
+            log.info("%s %s broke off: %s", LOG_PREFIX[self._queued.completion_type], self._queued.id, exc.message)
+            await write(error_event(exc))
+            return
+        assert reply.completed is not None
+        await write(self._answer.closing(reply.completed))
+        _log_end(self._queued, reply.completed)
+
+
+@contextlib.asynccontextmanager
+async def _submitted(context: Context, queued: InferenceRequest) -> AsyncIterator[Reply]:
+    try:
+        async with context.dispatcher.submit(queued) as reply:
+            yield reply
+    except QueueFull:
+        await _sample_drain_rate(context)
+        raise
+
+
+async def _sample_drain_rate(context: Context) -> None:
+    if not context.drain_rate.due():
+        return
+    with contextlib.suppress(Exception):  # only Retry-After depends on it
+        state = (await context.connection.jetstream.stream_info(names.STREAM)).state
+        context.drain_rate.sample(state.last_seq - state.messages)
+
+
+@contextlib.asynccontextmanager
+async def _watching(receive: Receive, reply: Reply) -> AsyncIterator[None]:
+    """Ends the wait for `reply` as soon as the client closes its connection."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        reply.fail(ClientLeft("the client left"))
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+def _log_end(queued: InferenceRequest, completed: Completed) -> None:
+    log.info(
+        "%s %s completed in %.3f s: %d + %d tokens, attempt %d",
+        LOG_PREFIX[queued.completion_type],
+        queued.id,
+        time.time() - queued.created_at,
+        completed.usage.prompt_tokens,
+        completed.usage.completion_tokens,
+        completed.attempt,
+    )

@@ -1,0 +1,60 @@
+"""`/v1/queue`: how full the queue is, what became of one request, and calling it off."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from forebay_api.context import Authorized, Context
+from forebay_contracts import names
+from forebay_contracts.errors import RequestNotFound
+from forebay_contracts.messages import RequestState, RequestStatus
+from forebay_contracts.status import QueueStatus, queue_status
+from forebay_contracts.topology import waiting_position
+
+router = APIRouter(prefix="/v1/queue", tags=["queue"])
+
+
+@router.get("/status")
+async def get_queue_status(context: Authorized) -> QueueStatus:
+    """The queue's numbers, over all api replicas and since the system was first started."""
+    status = await queue_status(context.connection, context.states, context.settings, context.workers.alive())
+    context.drain_rate.sample(status.total_queued - status.active_requests)
+    return status
+
+
+@router.get("/request/{request_id}")
+async def get_request(request_id: str, context: Authorized) -> dict[str, Any]:
+    """The state of one request."""
+    state = await _state(context, request_id)
+    position = None
+    if state.status is RequestStatus.QUEUED and state.sequence is not None:
+        position = await waiting_position(context.connection, state.model, state.sequence)
+    return {
+        "id": state.id,
+        "status": state.status.value,
+        "completion_type": state.completion_type,
+        "timestamp": state.timestamp,
+        "error": state.error,
+        "model": state.model,
+        "attempt": state.attempt,
+        "queued_at": state.queued_at,
+        "started_at": state.started_at,
+        "finished_at": state.finished_at,
+        "position": position,
+        "usage": state.usage,
+    }
+
+
+@router.delete("/request/{request_id}")
+async def cancel_request(request_id: str, context: Authorized) -> dict[str, Any]:
+    """Call a request off, waiting or running; one that has ended stays as it ended."""
+    cancelled = await context.dispatcher.cancel(request_id, "by DELETE /v1/queue/request")
+    state = await _state(context, request_id)
+    return {"id": request_id, "cancelled": cancelled, "status": state.status.value}
+
+
+async def _state(context: Context, request_id: str) -> RequestState:
+    stored = await context.states.get(request_id) if names.is_request_id(request_id) else None
+    if stored is None:
+        raise RequestNotFound(f"No request {request_id!r} is known.", param="request_id")
+    return stored.state

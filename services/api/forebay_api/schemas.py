@@ -1,0 +1,326 @@
+"""The OpenAI request bodies, validated, and how each becomes an `InferenceRequest`.
+
+Sources: https://platform.openai.com/docs/api-reference/chat/create and .../completions/create. A parameter is
+honoured or refused by name; none is ignored in silence, but for those that only describe the request to OpenAI's
+own service (`user`, `metadata`, `store`, ...), which are accepted.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from forebay_contracts.messages import CompletionType, InferenceRequest, Sampling
+
+MAX_STOP_STRINGS = 4
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+MAX_LOGPROBS = 5
+MAX_SEED = 2**63 - 1
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class StreamOptions(_Body):
+    """`include_usage`: one last chunk with the token counts."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ContentPart(BaseModel):
+    """A part of a message's content; only text is understood."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionCall(BaseModel):
+    """The function that the model called, its arguments as JSON text."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call that an earlier answer made."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: str | tuple[ContentPart, ...] | None = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates expect it: content parts joined to one text."""
+        message = self.model_dump(exclude_none=True, mode="json")
+        if isinstance(self.content, tuple):
+            message["content"] = "".join(part.text or part.refusal or "" for part in self.content)
+        return message
+
+
+class FunctionDefinition(BaseModel):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """A tool that the model may use."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(_Body):
+    """The name of one function."""
+
+    name: str
+
+
+class NamedToolChoice(_Body):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(BaseModel):
+    """A named JSON schema that the answer must satisfy."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] = Field({}, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """What the answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is needed with type json_schema, and only there")
+        return self
+
+
+class _CompletionBody(_Body):
+    """What chat and completions have in common."""
+
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    temperature: Annotated[Finite, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[Finite, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] = 1.0
+    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[int, Annotated[Finite, Field(ge=-100, le=100)]] = {}
+    seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=MAX_STOP_STRINGS)] = ()
+    ignore_eos: bool = False
+    # Accepted: they tell OpenAI's service something that has no meaning here.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, body: Any) -> Any:
+        """OpenAI's clients send null for what is not set."""
+        if isinstance(body, dict):
+            return {name: value for name, value in body.items() if value is not None}
+        return body
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_string(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _sampling(self, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
+        return Sampling.model_construct(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            seed=self.seed,
+            stop=self.stop,
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+
+class ChatCompletionBody(_CompletionBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    modalities: tuple[Literal["text"], ...] | None = None
+    reasoning_effort: Literal["none"] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are two names of one limit: send one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice is only allowed when tools are given")
+        if isinstance(self.tool_choice, NamedToolChoice):
+            wanted = self.tool_choice.function.name
+            if wanted not in {tool.function.name for tool in self.tools}:
+                raise ValueError(f"tool_choice names the function {wanted!r}, which is not among the tools")
+        return self
+
+    def request(
+        self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str
+    ) -> InferenceRequest:
+        """The request as it goes into the queue; `model` is the name that the alias in the body stands for."""
+        choice = self.tool_choice
+        # Everything in it is validated above.
+        return InferenceRequest.model_construct(
+            id=request_id,
+            completion_type=CompletionType.CHAT,
+            model=model,
+            created_at=created_at,
+            deadline=deadline,
+            reply_to=reply_to,
+            stream=self.stream,
+            messages=tuple(message.plain() for message in self.messages),
+            n=self.n,
+            sampling=self._sampling(
+                max_tokens=self.max_completion_tokens or self.max_tokens,
+                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            ),
+            tools=tuple(tool.model_dump(mode="json", exclude_none=True) for tool in self.tools),
+            tool_choice=choice.model_dump() if isinstance(choice, NamedToolChoice) else choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=(
+                self.response_format.model_dump(mode="json", by_alias=True, exclude_none=True)
+                if self.response_format is not None and self.response_format.type != "text"
+                else None
+            ),
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+
+Token = Annotated[int, Field(ge=0)]
+Prompt = (
+    str
+    | Annotated[tuple[Token, ...], Field(min_length=1)]
+    | Annotated[tuple[str, ...], Field(min_length=1)]
+    | Annotated[tuple[Annotated[tuple[Token, ...], Field(min_length=1)], ...], Field(min_length=1)]
+)
+
+
+class CompletionBody(_CompletionBody):
+    """`POST /v1/completions`."""
+
+    prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.best_of is not None:
+            if self.best_of < self.n:
+                raise ValueError("best_of must be at least n")
+            if self.stream and self.best_of > self.n:
+                raise ValueError("best_of larger than n cannot be streamed")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 is only of use with echo")
+        if len(self.prompts) * (self.best_of or self.n) > MAX_CHOICES:
+            raise ValueError(f"at most {MAX_CHOICES} choices over all prompts")
+        return self
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...], ...]:
+        """The prompts, one or many, as text or token ids."""
+        if isinstance(self.prompt, str):
+            return (self.prompt,)
+        if isinstance(self.prompt[0], int):
+            return (self.prompt,)
+        return self.prompt
+
+    def request(
+        self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str
+    ) -> InferenceRequest:
+        """The request as it goes into the queue; `model` is the name that the alias in the body stands for."""
+        return InferenceRequest.model_construct(
+            id=request_id,
+            completion_type=CompletionType.COMPLETION,
+            model=model,
+            created_at=created_at,
+            deadline=deadline,
+            reply_to=reply_to,
+            stream=self.stream,
+            prompts=self.prompts,
+            n=self.n,
+            best_of=self.best_of if self.best_of != self.n else None,
+            echo=self.echo,
+            sampling=self._sampling(max_tokens=self.max_tokens, logprobs=self.logprobs),
+        )
