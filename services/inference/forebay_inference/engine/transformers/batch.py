@@ -1,0 +1,206 @@
+"""The continuous batch: the library's manager and its thread, and the hand-off of tokens to asyncio."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+
+from forebay_inference.engine.transformers.memory import CachePlan
+from forebay_inference.engine.transformers.sampling import ChosenLogprob, TokenChooser, choose
+
+_log = logging.getLogger(__name__)
+_MAX_ROWS = 1024
+_STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward pass brought one sequence: new tokens (nearly always one), or why it can bring no more."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[ChosenLogprob, ...]
+    fault: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class SequenceInBatch:
+    """One sequence of tokens in the batch. `on_step` is called on the event loop."""
+
+    id: str
+    tokens: list[int]
+    max_new_tokens: int
+    end_tokens: frozenset[int]
+    chooser: TokenChooser
+    on_step: Callable[[Step], None]
+    cached_tokens: int = 0
+    delivered: int = field(default=0, init=False)
+
+
+class Batch:
+    """Runs sequences together on one model. `submit` and `cancel` are for the event loop's thread."""
+
+    def __init__(self, model: Any, max_batch_tokens: int, cache: CachePlan, loop: asyncio.AbstractEventLoop) -> None:
+        self._sequences: dict[str, SequenceInBatch] = {}
+        self._loop = loop
+        self._model = model
+        self._manager = ContinuousBatchingManager(
+            model=model,
+            # Greedy and without an end token: the chooser makes the token each sequence gets the best of its row,
+            # and every sequence brings its own end tokens.
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=cache.page_size,
+                num_blocks=cache.blocks,
+                max_batch_tokens=max_batch_tokens,
+                max_requests_per_batch=min(max_batch_tokens, _MAX_ROWS),
+                allow_block_sharing=True,
+                # Sampling reads state on the host between two steps, which a recorded graph or a step started
+                # ahead of its predecessor's tokens could not.
+                use_async_batching=False,
+                use_cuda_graph=False,
+            ),
+        )
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Chooser(self)]))
+        processors.tensors_required = 1
+        self._manager.logit_processor = processors
+        self._manager.output_router = _Router(self)
+
+    def start(self) -> None:
+        """Allocate the cache and start the thread; the thread is a daemon where the caller's is."""
+        with torch.inference_mode():
+            # The thread would do this itself, but a failure here is ours to report.
+            processor = self._manager._create_batch_processor()
+            self._manager.batch_processor = processor
+            self._watch_prefixes(processor.cache)
+            self._manager.start()
+
+    def submit(self, sequence: SequenceInBatch) -> bool:
+        """Put `sequence` into the batch; False where the batch takes no more."""
+        self._sequences[sequence.id] = sequence
+        taken = self._manager.add_request(
+            sequence.tokens,
+            request_id=sequence.id,
+            max_new_tokens=sequence.max_new_tokens,
+            streaming=True,
+            eos_token_id=list(sequence.end_tokens) or -1,
+        )
+        # The thread may have died between the library's check and its queue.
+        if taken is None or self.fault() is not None:
+            self._sequences.pop(sequence.id, None)
+            return False
+        return True
+
+    def cancel(self, sequence_id: str) -> None:
+        """Take a sequence out of the batch before its next step."""
+        if self._sequences.pop(sequence_id, None) is not None:
+            self._manager.cancel_request(sequence_id)
+
+    def fault(self) -> str | None:
+        """Why the batch runs no more, or None while it does."""
+        reason: str | None = self._manager.background_thread_status.can_accept_new_requests()
+        if reason is None and not self._manager.is_running():
+            reason = "the generation thread is gone"
+        error = self._manager.background_thread_status.fatal_error
+        return f"{type(error).__name__} in the generation thread" if error is not None else reason
+
+    def stop(self) -> None:
+        """Stop the thread, failing what still runs; blocks for a step at most."""
+        self._manager.stop(block=True, timeout=_STOP_TIMEOUT_S, hard_stop=True)
+        self._manager.destroy()
+
+    def running(self, sequence_id: str) -> SequenceInBatch | None:
+        """The sequence of that id, unless it has ended or was cancelled."""
+        return self._sequences.get(sequence_id)
+
+    def deliver(self, outputs: Sequence[Any]) -> None:
+        """Hand the outputs of one step to the event loop; called by the generation thread."""
+        steps: list[tuple[SequenceInBatch, Step]] = []
+        for output in outputs:
+            sequence = self._sequences.get(output.request_id)
+            if sequence is None:
+                continue
+            tokens = tuple(output.generated_tokens[sequence.delivered :])
+            sequence.delivered += len(tokens)
+            for token in tokens:
+                sequence.chooser.accept(token)
+            logprobs = () if sequence.chooser.logprob is None else (sequence.chooser.logprob,)
+            if output.is_finished():
+                self._sequences.pop(sequence.id, None)
+            steps.append((sequence, Step(tokens, logprobs if tokens else (), output.error)))
+        if not steps:
+            return
+        try:
+            self._loop.call_soon_threadsafe(_dispatch, steps)
+        except RuntimeError:
+            _log.warning("the event loop is closed: dropping the tokens of %d sequences", len(steps))
+
+    def _watch_prefixes(self, cache: Any) -> None:
+        """Note how much of each prompt was in the cache already: the library knows, but does not tell."""
+        search = cache.search_prefix_match
+
+        def search_and_note(request_id: str, prompt_ids: list[int]) -> int:
+            found: int = search(request_id, prompt_ids)
+            sequence = self._sequences.get(request_id)
+            if sequence is not None and not sequence.delivered:
+                sequence.cached_tokens = found
+            return found
+
+        cache.search_prefix_match = search_and_note
+
+
+def _dispatch(steps: Sequence[tuple[SequenceInBatch, Step]]) -> None:
+    for sequence, step in steps:
+        sequence.on_step(step)
+
+
+class _Router(OutputRouter):  # type: ignore[misc]
+    """Routes every output of a step to the batch at once, so that a step costs one wake-up of the event loop."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__()
+        self._batch = batch
+
+    def deliver(self, output: Any) -> None:
+        self._batch.deliver([output])
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        self._batch.deliver(outputs)
+
+
+class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
+    """Lets every sequence choose its token in the library's forward pass.
+
+    The library asks for the arguments of the rows just before it calls with their scores, on the same thread.
+    """
+
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._rows: list[tuple[int, TokenChooser]] = []
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        self._rows = []
+        for row, request in enumerate(requests_with_new_token):
+            sequence = self._batch.running(request.state.request_id)
+            if sequence is not None:
+                self._rows.append((row, sequence.chooser))
+        return torch.empty(0, dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        choose(self._rows, scores)
+        return scores

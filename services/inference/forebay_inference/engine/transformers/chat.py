@@ -1,0 +1,82 @@
+"""Prompts: chat templates and tokenization, with the errors that are the client's own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from forebay_contracts.errors import InvalidRequest
+from forebay_contracts.messages import CompletionType, InferenceRequest
+
+_RESERVED = frozenset(
+    {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "chat_template", "tools"}
+)
+
+
+def encode_prompts(tokenizer: Any, request: InferenceRequest, tools: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The token ids of each prompt of `request` (a chat has one). `tools` are shown to the template.
+
+    Raises:
+        InvalidRequest: the template refuses the messages, or a prompt is empty or holds an unknown token.
+    """
+    if request.completion_type is CompletionType.CHAT:
+        return [_encode_chat(tokenizer, request, tools)]
+    return [_encode_prompt(tokenizer, prompt) for prompt in request.prompts]
+
+
+def _encode_chat(tokenizer: Any, request: InferenceRequest, tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise InvalidRequest("This model has no chat template; use /v1/completions.", param="messages")
+    extra = {key: value for key, value in request.chat_template_kwargs.items() if key not in _RESERVED}
+    options: dict[str, Any] = {"add_generation_prompt": True, **extra}
+    if tools:
+        options["tools"] = [dict(tool) for tool in tools]
+    try:
+        text = tokenizer.apply_chat_template(
+            [_flattened(message) for message in request.messages], tokenize=False, **options
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as exc:
+        raise InvalidRequest(
+            f"The model's chat template does not take these messages: {exc}", param="messages"
+        ) from exc
+    # The template writes the special tokens itself.
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise InvalidRequest("The messages make an empty prompt.", param="messages")
+    return ids
+
+
+def _encode_prompt(tokenizer: Any, prompt: str | tuple[int, ...]) -> list[int]:
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer.encode(prompt)
+    else:
+        ids = list(prompt)
+        unknown = next((token for token in ids if not 0 <= token < len(tokenizer)), None)
+        if unknown is not None:
+            raise InvalidRequest(f"Token {unknown} is not in the vocabulary of {len(tokenizer)}.", param="prompt")
+    if ids:
+        return ids
+    # An empty prompt is legal where the model has a token that begins a text.
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise InvalidRequest("The prompt is empty.", param="prompt")
+    return [first]
+
+
+def _flattened(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with its text parts joined: most templates take strings only."""
+    flat = dict(message)
+    content = flat.get("content")
+    if content is None:
+        flat["content"] = ""
+    elif isinstance(content, list):
+        flat["content"] = "".join(_part_text(part) for part in content)
+    return flat
+
+
+def _part_text(part: Mapping[str, Any]) -> str:
+    if part.get("type") == "refusal":
+        return str(part.get("refusal") or "")
+    if part.get("type") != "text":
+        raise InvalidRequest(f"This model reads text only, not content of type {part.get('type')!r}.", param="messages")
+    return str(part.get("text") or "")

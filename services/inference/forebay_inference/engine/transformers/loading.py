@@ -1,0 +1,150 @@
+"""Loading: device, quantization, weights and tokenizer."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from forebay_contracts.errors import ConfigurationError
+
+# bitsandbytes warns at every call of a cast that is meant, and of an optional kernel from a model hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+transformers_logging.disable_progress_bar()
+
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory. `context_length` is what its configuration allows, in tokens."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    quantization: str
+    context_length: int
+    end_tokens: frozenset[int]
+    load_s: float
+
+
+def load(folder: Path, quantization: str, device_name: str, progress: Callable[[str], None]) -> Loaded:
+    """Load the checkpoint in `folder`; blocks.
+
+    Raises:
+        ConfigurationError: the device or the quantization cannot be had with this checkpoint on this machine.
+    """
+    started = time.monotonic()
+    device = resolve_device(device_name)
+    if device.type == "cpu":
+        torch.set_num_threads(usable_cpus())
+    config = _read_config(folder)
+    resolved, settings = _resolve_quantization(quantization, config, device)
+    progress(f"loading the weights ({resolved}, {device})")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options: dict[str, Any] = {"dtype": _dtype(device), "device_map": {"": device}}
+    if settings is not None:
+        options["quantization_config"] = settings
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    model.requires_grad_(False)
+    load_s = time.monotonic() - started
+    progress(f"loaded the weights in {load_s:.1f} s")
+    return Loaded(model, tokenizer, device, resolved, _context_length(config), _end_tokens(model, tokenizer), load_s)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that MODEL_DEVICE names: auto, cpu, cuda or cuda:N."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise ConfigurationError(f"MODEL_DEVICE={name}: not one of auto, cpu, cuda, cuda:N") from exc
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ConfigurationError(f"MODEL_DEVICE={name}: not one of auto, cpu, cuda, cuda:N")
+    index = device.index or 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"MODEL_DEVICE={name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use"
+        )
+    return torch.device("cuda", index)
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use: its affinity, and its cgroup's quota (which torch does not look at)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, count)
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as exc:
+        raise ConfigurationError(f"{folder} holds no checkpoint that can be read: {exc}") from exc
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
+
+
+def _resolve_quantization(wanted: str, config: Any, device: torch.device) -> tuple[str, BitsAndBytesConfig | None]:
+    carried = getattr(config, "quantization_config", None)
+    if carried is not None:
+        name = _carried_name(carried if isinstance(carried, dict) else carried.to_dict())
+        if wanted not in ("auto", name):
+            raise ConfigurationError(
+                f"MODEL_QUANTIZATION={wanted}: the checkpoint is quantized already ({name}); use auto"
+            )
+        return name, None
+    resolved = "nf4" if wanted == "auto" else wanted
+    match resolved:
+        case "none":
+            return resolved, None
+        case "int8":
+            return resolved, BitsAndBytesConfig(load_in_8bit=True)
+        case _:
+            return resolved, BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=resolved,
+                bnb_4bit_compute_dtype=_dtype(device),
+            )
+
+
+def _carried_name(carried: dict[str, Any]) -> str:
+    if carried.get("load_in_8bit"):
+        return "int8"
+    if carried.get("load_in_4bit"):
+        return str(carried.get("bnb_4bit_quant_type", "fp4"))
+    return str(carried.get("quant_method", "quantized")).rsplit(".", 1)[-1].lower()
+
+
+def _context_length(config: Any) -> int:
+    text = config.get_text_config()
+    lengths = [value for name in _CONTEXT_FIELDS if isinstance(value := getattr(text, name, None), int)]
+    if not lengths:
+        raise ConfigurationError("the checkpoint's config.json does not say how long its context is")
+    return lengths[0]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for value in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(ids)

@@ -1,0 +1,121 @@
+"""From tokens to text that may be shown: whole characters only, and never a part of a stop string.
+
+Everything here is a pure function of the tokens pushed so far, however they were grouped, so that an answer
+that is taken up again on another worker goes on without a seam. No torch here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+_REPLACEMENT = "\ufffd"
+# A character is at most four bytes, so at most three of them wait for the rest of it.
+_MAX_INCOMPLETE = 3
+
+
+class Detokenizer:
+    """Decodes token by token. `decode` maps token ids to text, with U+FFFD where bytes make no character.
+
+    Text is handed out once later tokens cannot change it: all but the (at most three) replacement characters
+    at the end, which may be the beginning of a character.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        # Tokens at the start of the window that are there for context only (some decoders treat the first
+        # token of a text in their own way), and the characters of the window already handed out.
+        self._context = 0
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that `token` settles; may be empty."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        stable = len(text)
+        while stable > 0 and len(text) - stable < _MAX_INCOMPLETE and text[stable - 1] == _REPLACEMENT:
+            stable -= 1
+        settled = text[self._shown : stable]
+        self._shown = max(self._shown, stable)
+        if stable == len(text) and settled:
+            self._window = self._window[self._context :]
+            self._context = len(self._window)
+            self._shown = len(self._decode(self._window))
+        return settled
+
+    def flush(self) -> str:
+        """What is left at the end: characters that were never completed, as U+FFFD."""
+        rest = self._decode(self._window)[self._shown :]
+        self._window, self._context, self._shown = [], 0, 0
+        return rest
+
+
+class StopStrings:
+    """Cuts a text before the stop string that is complete first, and holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops: Final = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that may be shown and was not yet; sets `matched` when it is at its end."""
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return text
+        self._held += text
+        found = self._first_match()
+        if found is not None:
+            start, self.matched = found
+            shown, self._held = self._held[:start], ""
+            return shown
+        keep = self._possible_start()
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, once no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _first_match(self) -> tuple[int, str] | None:
+        # The match that ends first, as if the text had come character by character; of two, the longer.
+        best: tuple[int, int, str] | None = None
+        for stop in self._stops:
+            start = self._held.find(stop)
+            if start >= 0:
+                candidate = (start + len(stop), start, stop)
+                best = candidate if best is None else min(best, candidate)
+        return None if best is None else (best[1], best[2])
+
+    def _possible_start(self) -> int:
+        """The length of the longest end of the held text that begins a stop string."""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+
+class ChoiceText:
+    """The text of one choice: detokenizer and stop strings together."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(decode)
+        self._stops = StopStrings(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._stops.matched is not None
+
+    def push(self, token: int) -> str:
+        """The text that may be shown after `token`."""
+        return self._stops.push(self._detokenizer.push(token))
+
+    def flush(self) -> str:
+        """The rest, once no token follows."""
+        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
