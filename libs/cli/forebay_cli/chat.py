@@ -1,0 +1,132 @@
+"""`forebay chat`: a conversation over the HTTP api, the answer shown as it is made."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from forebay_cli import console
+from forebay_contracts.errors import ForebayError
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+class ChatError(ForebayError):
+    """The api did not answer, or answered with an error."""
+
+
+@dataclass(frozen=True)
+class Api:
+    """Where the api is, and who asks."""
+
+    base_url: str
+    api_key: str | None
+
+    def client(self) -> httpx.AsyncClient:
+        """An HTTP client; an answer may take as long as the api lets it."""
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        return httpx.AsyncClient(base_url=self.base_url.rstrip("/") + "/", headers=headers, timeout=timeout)
+
+
+async def chat(api: Api, model: str | None, message: str | None) -> None:
+    """Ask once, or, without a message, hold a conversation until the input ends.
+
+    Raises:
+        ChatError: the one question was not answered. In a conversation errors are printed, and it goes on.
+    """
+    async with api.client() as client:
+        try:
+            chosen = model or await _first_model(client)
+            if message is not None:
+                await _answer(client, chosen, [{"role": "user", "content": message}])
+                return
+            await _converse(client, chosen)
+        except httpx.TransportError as exc:
+            raise ChatError(f"cannot reach the api at {api.base_url}: {exc or type(exc).__name__}") from exc
+
+
+async def _converse(client: httpx.AsyncClient, model: str) -> None:
+    console.say(f"talking to {model}; an empty line begins anew, Ctrl-D ends")
+    history: list[dict[str, str]] = []
+    while (line := await asyncio.to_thread(_read_line)) is not None:
+        if not line.strip():
+            history.clear()
+            continue
+        question = {"role": "user", "content": line}
+        try:
+            text = await _answer(client, model, [*history, question])
+        except ChatError as exc:
+            console.fail(str(exc))
+            continue
+        history += [question, {"role": "assistant", "content": text}]
+
+
+def _read_line() -> str | None:
+    with contextlib.suppress(EOFError):
+        return input("> ")
+    return None
+
+
+async def _first_model(client: httpx.AsyncClient) -> str:
+    response = await client.get("models")
+    _raise_for_error(response)
+    models = response.json()["data"]
+    if not models:
+        raise ChatError("the api serves no model yet")
+    return str(models[0]["id"])
+
+
+async def _answer(client: httpx.AsyncClient, model: str, messages: list[dict[str, str]]) -> str:
+    """Print the answer as it comes; the whole of it."""
+    text = ""
+    async with client.stream(
+        "POST", "chat/completions", json={"model": model, "messages": messages, "stream": True}
+    ) as response:
+        if response.is_error:
+            await response.aread()
+            _raise_for_error(response)
+        async for piece in _pieces(response):
+            text += piece
+            console.stdout.out(piece, end="")
+    console.stdout.out("")
+    return text
+
+
+async def _pieces(response: httpx.Response) -> AsyncIterator[str]:
+    """The text of the answer, piece by piece, from the server-sent events."""
+    async for line in response.aiter_lines():
+        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if data == "[DONE]":
+            return
+        if not data:
+            continue
+        event = json.loads(data)
+        if "error" in event:
+            console.stdout.out("")
+            raise ChatError(_describe(event["error"]))
+        for choice in event["choices"]:
+            yield choice["delta"].get("content") or ""
+    # An answer without its end is broken, however good it looks.
+    console.stdout.out("")
+    raise ChatError("the answer broke off")
+
+
+def _raise_for_error(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    try:
+        described = _describe(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        described = response.text[:200] or response.reason_phrase
+    again = f"; try again in {after} s" if (after := response.headers.get("Retry-After")) else ""
+    raise ChatError(f"{described} (HTTP {response.status_code}{again})")
+
+
+def _describe(error: dict[str, Any]) -> str:
+    code = error.get("code") or error.get("type") or "error"
+    return f"{code}: {error.get('message')}"

@@ -1,0 +1,241 @@
+"""`forebay status`, `requests`, `topology` and `cancel`: the queue as NATS has it, with no service asked."""
+
+import asyncio
+import contextlib
+import heapq
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from nats.errors import Error as NatsError
+from nats.js.api import ConsumerConfig, ConsumerInfo, DeliverPolicy, StreamInfo
+from nats.js.errors import NotFoundError
+from pydantic import ValidationError
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+
+from forebay_cli import console
+from forebay_cli.links import connected, settings
+from forebay_contracts import cancellation, names, presence, topology
+from forebay_contracts.connection import Connection
+from forebay_contracts.errors import QueueConflict, QueueUnavailable, RequestNotFound
+from forebay_contracts.messages import RequestState, RequestStatus, WorkerInfo
+from forebay_contracts.queue import JetStreamQueue
+from forebay_contracts.states import KeyValueStateStore
+from forebay_contracts.status import QueueStatus, queue_status
+
+WATCH_INTERVAL_S = 1.0
+
+SCANNED_CHANGES = 20_000
+"""`forebay requests` looks through so many of the latest changes of state, whatever it is asked for."""
+
+READ_TIMEOUT_S = 5.0
+
+
+async def status(*, watch: bool, as_json: bool) -> None:
+    """Print the queue's numbers and the workers, once or every second."""
+    read = settings()
+    async with connected(read) as link:
+        states = KeyValueStateStore(link)
+
+        async def look() -> tuple[QueueStatus, list[WorkerInfo]]:
+            workers = await _workers(link)
+            return await queue_status(link, states, read, workers), workers
+
+        if not watch:
+            _print_status(*await look(), as_json=as_json)
+            return
+        with Live(console=console.stdout, auto_refresh=False) if not as_json else contextlib.nullcontext() as live:
+            while True:
+                numbers, workers = await look()
+                if live is None:
+                    _print_status(numbers, workers, as_json=True)
+                else:
+                    live.update(_status_tables(numbers, workers), refresh=True)
+                await asyncio.sleep(WATCH_INTERVAL_S)
+
+
+async def requests(*, status: RequestStatus | None, limit: int, as_json: bool) -> None:
+    """Print the newest requests, newest first."""
+    async with connected(settings()) as link:
+        found = await _newest(link, status, limit)
+    if as_json:
+        console.print_json([state.model_dump(mode="json") for state in found])
+        return
+    columns = ("id", "status", "type", "model", "queued", "waited", "ran", "attempt", "tokens", "error")
+    console.print_table(console.table("Requests", columns, [_request_row(state) for state in found]))
+
+
+async def cancel(request_id: str) -> None:
+    """Call a request off.
+
+    Raises:
+        RequestNotFound: no such request is known (any more).
+        QueueConflict: it has ended already.
+    """
+    async with connected(settings()) as link:
+        states = KeyValueStateStore(link)
+        stored = await states.get(request_id)
+        if stored is None:
+            raise RequestNotFound(f"no request {request_id} is known")
+        queue = JetStreamQueue(link)
+        reason = "cancelled by the operator"
+        if not await cancellation.call_off(link, queue, states, request_id, RequestStatus.CANCELLED, reason):
+            latest = await states.get(request_id) or stored
+            raise QueueConflict(f"request {request_id} has ended already: {latest.state.status.value}")
+    console.stdout.print(f"cancelled {request_id}", markup=False)
+
+
+async def apply_topology() -> None:
+    """Make streams, consumer and buckets what the settings say, and print what was changed."""
+    read = settings()
+    async with connected(read) as link:
+        changes = await topology.ensure(link, read, read.served_model)
+    for change in changes or ["nothing to change"]:
+        console.stdout.print(change, markup=False)
+
+
+async def show_topology(*, as_json: bool) -> None:
+    """Print the live streams, buckets and consumers with their limits."""
+    read = settings()
+    async with connected(read) as link:
+        try:
+            owned = [config.name for config in topology.stream_configs(read)]
+            streams = await asyncio.gather(*(link.jetstream.stream_info(name) for name in owned))
+            consumers = await topology.consumers(link)
+        except NotFoundError as exc:
+            raise QueueUnavailable("the topology is not (all) there yet: `forebay topology apply` makes it") from exc
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("NATS did not answer") from exc
+    stream_rows, consumer_rows = [_stream_row(info) for info in streams], [_consumer_row(info) for info in consumers]
+    if as_json:
+        console.print_json({"streams": stream_rows, "consumers": consumer_rows})
+        return
+    console.print_table(_table_of("Streams and buckets", stream_rows))
+    console.print_table(_table_of("Consumers, one a model", consumer_rows))
+
+
+async def _workers(link: Connection) -> list[WorkerInfo]:
+    try:
+        return await presence.read(link, names.WORKERS_BUCKET, WorkerInfo)
+    except NotFoundError:
+        return []
+    except (NatsError, TimeoutError) as exc:
+        raise QueueUnavailable("NATS did not answer") from exc
+
+
+def _print_status(numbers: QueueStatus, workers: list[WorkerInfo], *, as_json: bool) -> None:
+    if as_json:
+        # `workers` is a number in QueueStatus; here it is the workers themselves, whose number it was.
+        console.print_json(numbers.model_dump() | {"workers": [worker.model_dump(mode="json") for worker in workers]})
+        return
+    for made in _status_tables(numbers, workers).renderables:
+        console.print_table(made)  # type: ignore[arg-type]
+
+
+def _status_tables(numbers: QueueStatus, workers: list[WorkerInfo]) -> Group:
+    columns = ("id", "model", "status", "progress", "busy/slots", "quantization", "device", "engine", "version")
+    rows = [
+        (
+            w.id,
+            w.model,
+            w.status.value,
+            w.progress,
+            f"{w.busy}/{w.slots}",
+            w.quantization,
+            w.device,
+            w.engine,
+            w.version,
+        )
+        for w in workers
+    ]
+    fields = numbers.model_dump(exclude={"workers", "workers_ready"})
+    return Group(
+        console.table("Queue", ("", ""), list(fields.items())),
+        console.table(f"Workers: {numbers.workers_ready} of {numbers.workers} ready", columns, rows),
+    )
+
+
+async def _newest(link: Connection, status: RequestStatus | None, limit: int) -> list[RequestState]:
+    """The `limit` newest requests (of `status`) among those whose state has changed last."""
+    stream = names.bucket_stream(names.REQUESTS_BUCKET)
+    try:
+        info = await link.jetstream.stream_info(stream)
+        first = max(info.state.first_seq, info.state.last_seq - SCANNED_CHANGES + 1, 1)
+        if info.state.messages == 0:
+            return []
+        config = ConsumerConfig(deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=first)
+        subscription = await link.jetstream.subscribe(
+            names.bucket_subjects(names.REQUESTS_BUCKET), stream=stream, ordered_consumer=True, config=config
+        )
+        found: dict[str, RequestState] = {}
+        pending = True
+        while pending:
+            msg = await subscription.next_msg(timeout=READ_TIMEOUT_S)
+            pending = msg.metadata.num_pending > 0
+            with contextlib.suppress(ValidationError):
+                state = RequestState.model_validate_json(msg.data)
+                found[state.id] = state
+        await subscription.unsubscribe()
+    except NotFoundError as exc:
+        raise QueueUnavailable("NATS holds no requests yet: no service has been started") from exc
+    except (NatsError, TimeoutError) as exc:
+        raise QueueUnavailable("NATS did not answer") from exc
+    wanted = (state for state in found.values() if status in (None, state.status))
+    return heapq.nlargest(limit, wanted, key=lambda state: state.queued_at)
+
+
+def _request_row(state: RequestState) -> tuple[object, ...]:
+    now = time.time()
+    started = state.started_at
+    waited = (started or state.finished_at or now) - state.queued_at
+    ran = None if started is None else (state.finished_at or now) - started
+    return (
+        state.id,
+        state.status.value,
+        state.completion_type,
+        state.model,
+        time.strftime("%H:%M:%S", time.localtime(state.queued_at)),
+        f"{waited:.2f} s",
+        None if ran is None else f"{ran:.2f} s",
+        state.attempt,
+        state.usage.completion_tokens if state.usage else None,
+        state.error,
+    )
+
+
+def _stream_row(info: StreamInfo) -> dict[str, Any]:
+    config, state = info.config, info.state
+    return {
+        "name": config.name,
+        "subjects": " ".join(config.subjects or ()),
+        "messages": state.messages,
+        "max_msgs": config.max_msgs,
+        "last_seq": state.last_seq,
+        "bytes": state.bytes,
+        "retention": config.retention,
+        "discard": config.discard,
+        "storage": config.storage,
+        "max_age_s": config.max_age,
+        "replicas": config.num_replicas,
+    }
+
+
+def _consumer_row(info: ConsumerInfo) -> dict[str, Any]:
+    config = info.config
+    return {
+        "name": info.name,
+        "model": (config.metadata or {}).get(names.MODEL_METADATA),
+        "max_ack_pending": config.max_ack_pending,
+        "pending": info.num_pending,
+        "ack_pending": info.num_ack_pending,
+        "redelivered": info.num_redelivered,
+        "pulls_waiting": info.num_waiting,
+        "ack_wait_s": config.ack_wait,
+    }
+
+
+def _table_of(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    columns = list(rows[0]) if rows else [""]
+    return console.table(title, columns, [list(row.values()) for row in rows])

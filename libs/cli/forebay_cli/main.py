@@ -1,0 +1,143 @@
+"""The command line: options in, the right module called, errors as one sentence."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from forebay_cli import chat as chatting
+from forebay_cli import console, inspect
+from forebay_cli import up as bringing_up
+from forebay_contracts.errors import ConfigurationError, ForebayError
+from forebay_contracts.messages import RequestStatus
+from forebay_contracts.settings import ApiSettings, load
+from forebay_contracts.version import VERSION
+
+EXIT_FAILED = 1
+EXIT_CONFIGURATION = 2
+
+app = typer.Typer(
+    help="OpenAI-compatible inference behind a durable NATS JetStream queue.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+topology = typer.Typer(help="Streams, consumers and buckets on NATS.", no_args_is_help=True)
+app.add_typer(topology, name="topology")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def main() -> None:
+    """Run `forebay`: exit code 2 for a wrong configuration or usage, 1 for any other failure."""
+    try:
+        app()
+    except ConfigurationError as exc:
+        console.fail(str(exc))
+        sys.exit(EXIT_CONFIGURATION)
+    except ForebayError as exc:
+        console.fail(str(exc))
+        sys.exit(EXIT_FAILED)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.stdout.print(VERSION)
+        raise typer.Exit
+
+
+@app.command()
+def up(
+    host: Annotated[str | None, typer.Option(help="Address of the api (API_HOST).", show_default="127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the api (API_PORT).", show_default="8091", min=0, max=65_535)
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Worker processes.", min=1, max=64)] = 1,
+    engine: Annotated[
+        Literal["transformers", "simulated"] | None,
+        typer.Option(help="What answers (INFERENCE_ENGINE).", show_default="transformers"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Models, the NATS store, logs (DATA_DIR).", show_default="~/.cache/forebay"),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every log line of every process.")] = False,
+) -> None:
+    """Start everything on this machine: nats-server (unless NATS_URL is set), api, workers.
+
+    Prints `ready http://HOST:PORT` once requests are answered. SIGINT and SIGTERM let running requests end.
+    """
+    options = bringing_up.Options(host, port, workers, engine, data_dir, verbose)
+    raise typer.Exit(asyncio.run(bringing_up.run(options)))
+
+
+@app.command()
+def api() -> None:
+    """Run the api in the foreground, as a container does."""
+    _become("forebay_api")
+
+
+@app.command()
+def inference() -> None:
+    """Run one worker in the foreground, as a container does."""
+    _become("forebay_inference")
+
+
+@app.command()
+def status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again every second.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the queue's numbers and the workers."""
+    asyncio.run(inspect.status(watch=watch, as_json=as_json))
+
+
+@app.command()
+def requests(
+    status: Annotated[RequestStatus | None, typer.Option(help="Only those in this state.")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=10_000)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest requests and what became of them."""
+    asyncio.run(inspect.requests(status=status, limit=limit, as_json=as_json))
+
+
+@app.command()
+def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """Call a request off, waiting or running."""
+    asyncio.run(inspect.cancel(request_id))
+
+
+@app.command()
+def chat(
+    message: Annotated[str | None, typer.Argument(help="What to say; without it, a conversation.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="The api.", show_default="of API_HOST and API_PORT")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key.", show_default="the first of API_KEYS")] = None,
+    model: Annotated[str | None, typer.Option(help="Model.", show_default="the first that is served")] = None,
+) -> None:
+    """Talk to the model over the api."""
+    settings = load(ApiSettings)
+    key = api_key or next((known.get_secret_value() for known in settings.api_keys), None)
+    url = base_url or bringing_up.url_of(settings.api_host, settings.api_port) + "/v1"
+    asyncio.run(chatting.chat(chatting.Api(url, key), model, message))
+
+
+@topology.command("apply")
+def apply() -> None:
+    """Make streams, consumer and buckets what the settings say; nothing is lost."""
+    asyncio.run(inspect.apply_topology())
+
+
+@topology.command("show")
+def show(as_json: AsJson = False) -> None:
+    """Show streams, consumers and buckets with their live limits."""
+    asyncio.run(inspect.show_topology(as_json=as_json))
+
+
+def _become(module: str) -> None:
+    # The service takes this process over: its signals, its output and its exit code are the container's.
+    os.execv(sys.executable, [sys.executable, "-m", module])
