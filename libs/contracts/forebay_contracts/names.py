@@ -77,3 +77,9 @@ def bucket_stream(bucket: str) -> str:
 def is_request_id(text: str) -> bool:
     """Whether `text` can be a request's id, and so a token of a subject and a key of a bucket."""
     return re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text) is not None
+
+
+def api_of(reply_to: str) -> str:
+    """The api instance that a reply subject belongs to; empty where it is none."""
+    parts = reply_to.split(".")
+    return parts[2] if len(parts) == 4 else ""

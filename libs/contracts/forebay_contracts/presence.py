@@ -19,6 +19,9 @@ from forebay_contracts.topology import HEARTBEAT_TTL_S
 
 HEARTBEAT_INTERVAL_S = 1.0
 
+MAX_PAUSE_S = 2 * HEARTBEAT_INTERVAL_S
+"""After a longer pause of its own, an observer's view is out of date, and it calls nobody dead for a while."""
+
 Info = TypeVar("Info", bound=ServiceInfo)
 
 log = logging.getLogger(__name__)
@@ -81,24 +84,45 @@ class Presence(Generic[Info]):
         self._kind = kind
         self._prefix = names.bucket_subjects(bucket).removesuffix(">")
         self._seen: dict[str, tuple[float, Info]] = {}
+        self._attentive_at = 0.0
+        self._blind_until = 0.0
+        self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Subscribe, and read who is there already."""
         await self._connection.client.subscribe(names.bucket_subjects(self._bucket), cb=self._heard)
+        self._task = asyncio.create_task(self._stay_attentive())
         for info in await read(self._connection, self._bucket, self._kind):
             self._seen.setdefault(info.id, (time.monotonic(), info))
 
+    async def stop(self) -> None:
+        """Look away."""
+        if self._task is not None:
+            self._task.cancel()
+
     def alive(self) -> list[Info]:
         """Everyone whose heartbeat is not older than HEARTBEAT_TTL_S, by id."""
-        oldest = time.monotonic() - HEARTBEAT_TTL_S
-        for member in [member for member, (at, _) in self._seen.items() if at < oldest]:
+        for member in [member for member in self._seen if not self.is_alive(member)]:
             del self._seen[member]
         return [info for _, (_, info) in sorted(self._seen.items())]
 
     def is_alive(self, member: str) -> bool:
-        """Whether `member` has been heard of within HEARTBEAT_TTL_S."""
+        """Whether `member` has been heard of within HEARTBEAT_TTL_S, or could not have been."""
+        now = time.monotonic()
+        if now < self._blind_until or now - self._attentive_at > MAX_PAUSE_S:
+            return True
         at, _ = self._seen.get(member, (-float("inf"), None))
-        return at >= time.monotonic() - HEARTBEAT_TTL_S
+        return at >= now - HEARTBEAT_TTL_S
+
+    async def _stay_attentive(self) -> None:
+        """Notice when this process or its connection has been away, since then others only seem dead."""
+        self._attentive_at = time.monotonic()
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            now = time.monotonic()
+            if now - self._attentive_at > MAX_PAUSE_S or not self._connection.connected:
+                self._blind_until = now + HEARTBEAT_TTL_S
+            self._attentive_at = now
 
     async def _heard(self, msg: Msg) -> None:
         member = msg.subject.removeprefix(self._prefix)

@@ -1,13 +1,15 @@
 """`python -m forebay_api`: the api in the foreground, until SIGTERM or SIGINT."""
 
 import asyncio
+import multiprocessing
 import signal
 import socket
 import sys
+from multiprocessing.connection import wait
+from types import FrameType
 
 import uvicorn
 import uvloop
-from uvicorn.supervisors import Multiprocess
 
 from forebay_api.app import create_app, running
 from forebay_contracts import logs
@@ -25,11 +27,12 @@ async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
         await uvicorn.Server(_config(settings, create_app(context))).serve(sockets)
 
 
-def process(sockets: list[socket.socket] | None = None) -> None:
+def process(listener: socket.socket) -> None:
     """What each of several api processes runs."""
     settings = load(ApiSettings)
     logs.configure(settings)
-    sys.exit(_guarded(settings, sockets or []))
+    _survive_signals()
+    sys.exit(_guarded(settings, listener))
 
 
 def main() -> int:
@@ -39,22 +42,45 @@ def main() -> int:
     except ForebayError as exc:
         return _report(exc)
     logs.configure(settings)
-    # uvicorn raises the signal that ended it once more when it is done; to have drained is a success.
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda *_: None)
     try:
         listener = _listen(settings)
     except OSError as exc:
         return _report(ConfigurationError(f"cannot listen on {settings.api_host}:{settings.api_port}: {exc.strerror}"))
-    if settings.api_processes == 1:
-        return _guarded(settings, [listener])
-    Multiprocess(_config(settings, "forebay_api.app:create_app"), target=process, sockets=[listener]).run()
-    return 0
+    if settings.api_processes > 1:
+        return _supervise(settings.api_processes, listener)
+    _survive_signals()
+    return _guarded(settings, listener)
 
 
-def _guarded(settings: ApiSettings, sockets: list[socket.socket]) -> int:
+def _supervise(count: int, listener: socket.socket) -> int:
+    """Run `count` processes on one listener; when one ends, all do: whoever supervises this one sees it."""
+    spawn = multiprocessing.get_context("spawn")
+    children = [spawn.Process(target=process, args=(listener,), name=f"api-{number}") for number in range(count)]
+    for child in children:
+        child.start()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        for child in children:
+            child.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    wait([child.sentinel for child in children])
+    stop(signal.SIGTERM, None)
+    for child in children:
+        child.join()
+    return max(abs(child.exitcode or 0) for child in children)
+
+
+def _survive_signals() -> None:
+    # uvicorn raises the signal that ended it once more when it is done; to have drained is a success.
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: None)
+
+
+def _guarded(settings: ApiSettings, listener: socket.socket) -> int:
     try:
-        uvloop.run(serve(settings, sockets))
+        uvloop.run(serve(settings, [listener]))
     except ForebayError as exc:
         return _report(exc)
     except asyncio.CancelledError:
@@ -72,14 +98,12 @@ def _listen(settings: ApiSettings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((settings.api_host, settings.api_port))
-    listener.set_inheritable(True)
     return listener
 
 
 def _config(settings: ApiSettings, app: object) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        workers=settings.api_processes,
         loop="uvloop",
         http="httptools",
         ws="none",

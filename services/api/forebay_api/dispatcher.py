@@ -174,10 +174,12 @@ class Dispatcher:
             had_gap = reply.gap
             reply.receive(frame)
             if msg.reply:
-                await msg.respond(reply.have().encode())
+                await msg.respond(reply.have(frame.attempt).encode())
             elif reply.gap and not had_gap:
                 log.warning("[RequestQueue] %s: frames were lost, asking for them again", request_id)
-                await self._connection.client.publish(names.resend_subject(request_id), reply.have().encode())
+                await self._connection.client.publish(
+                    names.resend_subject(request_id), reply.have(frame.attempt).encode()
+                )
 
     async def _turn_away(self, request_id: str, started: bool, msg: Msg) -> None:
         """Tell a worker that nobody waits for what it does."""

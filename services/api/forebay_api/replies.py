@@ -80,8 +80,13 @@ class Reply:
             return RequestStatus.FAILED
         return RequestStatus.TIMED_OUT if self.error.status == 408 else RequestStatus.CANCELLED
 
-    def have(self) -> Resume:
-        """What has come so far, as a worker needs it to go on or to fill a gap."""
+    def have(self, attempt: int) -> Resume:
+        """What has come so far, as the worker of `attempt` needs it to go on or to fill a gap.
+
+        An attempt that a newer one has replaced is not wanted any more.
+        """
+        if attempt < self.attempt:
+            return Resume(wanted=False)
         choices = tuple(
             ResumedChoice.model_construct(index=index, tokens=tuple(tokens)) for index, tokens in self._tokens.items()
         )

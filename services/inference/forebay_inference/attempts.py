@@ -1,0 +1,337 @@
+"""One attempt at one request, from its delivery to its end: the ack table of ARCHITECTURE.md in code.
+
+The order at the end is: the api has the whole answer, the state is final, the outcome is counted, and only then is
+the message acknowledged. Whatever dies in between, the message comes again and finds out what is done already.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, TypeVar
+
+from nats.errors import Error as NatsError
+from pydantic import ValidationError
+
+from forebay_contracts import names
+from forebay_contracts.connection import Connection
+from forebay_contracts.errors import (
+    ApiError,
+    InferenceFailed,
+    QueueConflict,
+    QueueUnavailable,
+    RequestError,
+    RequestTimeout,
+)
+from forebay_contracts.messages import InferenceRequest, RequestState, RequestStatus, Resume, Usage
+from forebay_contracts.queue import Delivery
+from forebay_contracts.states import StateStore, Stored, change
+from forebay_inference.engine.protocol import Accepted, Engine, EngineFault, Finished, ResumeTokens, Tokens
+from forebay_inference.replies import ReplyStream
+
+NAK_DELAY_S = 0.5
+"""Pause before a request whose attempt failed is tried again."""
+
+STORE_RETRY_S = 0.5
+"""Pause between tries at a write while NATS is away."""
+
+STORE_PATIENCE_S = 60.0
+"""How long such a write is tried; then the attempt is given up, and the message comes again."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Interrupt(Enum):
+    """Why an attempt stops before its end."""
+
+    CANCELLED = auto()
+    DRAINED = auto()
+
+
+class Superseded(Exception):
+    """Another attempt owns the request now: this one must not write or acknowledge anything."""
+
+
+@dataclass
+class Attempt:
+    """A delivery that is being worked on; `revision` is the state this attempt wrote last, its right to write."""
+
+    request: InferenceRequest
+    delivery: Delivery
+    state: RequestState
+    revision: int
+    reply: ReplyStream
+    interrupt: asyncio.Future[tuple[Interrupt, str]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    def stop(self, why: Interrupt, reason: str) -> None:
+        """Stop generating within one step of the engine."""
+        if not self.interrupt.done():
+            self.interrupt.set_result((why, reason))
+
+
+class AttemptRunner:
+    """Works off deliveries; `running` holds those it is at, by request id."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        connection: Connection,
+        states: StateStore,
+        engine: Engine,
+        api_alive: Callable[[str], bool],
+        max_deliveries: int,
+    ) -> None:
+        self._worker = worker
+        self._connection = connection
+        self._states = states
+        self._engine = engine
+        self._api_alive = api_alive
+        self._max_deliveries = max_deliveries
+        self.running: dict[str, Attempt] = {}
+
+    async def run(self, delivery: Delivery) -> None:
+        """Bring a delivery to its end; never raises but for cancellation."""
+        try:
+            attempt = await self._claim(delivery)
+            if attempt is not None:
+                await self._work(attempt)
+        except Superseded as exc:
+            log.info("[RequestQueue] %s", exc)
+        except (QueueUnavailable, NatsError, TimeoutError) as exc:
+            log.warning("[RequestQueue] attempt at message %d given up: %s", delivery.sequence, exc)
+
+    async def _claim(self, delivery: Delivery) -> Attempt | None:
+        """Make the request this attempt's own, or end it unrun."""
+        try:
+            request = InferenceRequest.model_validate_json(delivery.data)
+        except ValidationError as exc:
+            await self._poisoned(delivery, exc)
+            return None
+        claimed: Stored | None = await _patiently(
+            lambda: change(self._states, request.id, self._claiming(request, delivery))
+        )
+        if claimed is None:
+            await self._ended_before(request, delivery)
+            return None
+        return Attempt(request, delivery, claimed.state, claimed.revision, self._reply(request, delivery))
+
+    def _reply(self, request: InferenceRequest, delivery: Delivery) -> ReplyStream:
+        api = names.api_of(request.reply_to)
+        return ReplyStream(self._connection, request, delivery.attempt, lambda: self._api_alive(api))
+
+    def _claiming(
+        self, request: InferenceRequest, delivery: Delivery
+    ) -> Callable[[RequestState | None], RequestState | None]:
+        def to(state: RequestState | None) -> RequestState | None:
+            if state is not None and state.attempt > delivery.attempt:
+                raise Superseded(f"{request.id}: attempt {state.attempt} is under way, {delivery.attempt} came late")
+            return RequestState.model_construct(
+                id=request.id,
+                status=RequestStatus.PROCESSING,
+                completion_type=request.completion_type.value,
+                timestamp=request.created_at,
+                model=request.model,
+                attempt=delivery.attempt,
+                queued_at=request.created_at,
+                started_at=time.time(),
+                deadline=request.deadline,
+                worker=self._worker,
+                sequence=delivery.sequence,
+            )
+
+        return to
+
+    async def _poisoned(self, delivery: Delivery, error: ValidationError) -> None:
+        """A message that no worker can read: out with it, counted once."""
+        log.error(
+            "[RequestQueue] message %d cannot be read and was removed: %d faults, the first in %s: %s",
+            delivery.sequence,
+            error.error_count(),
+            ".".join(str(part) for part in error.errors()[0]["loc"]) or "the JSON itself",
+            error.errors()[0]["type"],
+        )
+        await _patiently(lambda: self._states.count(RequestStatus.FAILED, f"unreadable-{delivery.sequence}"))
+        await delivery.term()
+
+    async def _ended_before(self, request: InferenceRequest, delivery: Delivery) -> None:
+        """The state is final: called off while it waited, or an attempt died between its end and its ack."""
+        stored = await _patiently(lambda: self._states.get(request.id))
+        if stored is not None:
+            await _patiently(lambda: self._states.count(stored.state.status, request.id))
+        if delivery.attempt > 1:
+            # Should the api still wait, it lost the end together with the worker that sent it.
+            await self._reply(request, delivery).fail(InferenceFailed("the end of the answer was lost"))
+        await delivery.term()
+        log.info("[RequestQueue] %s had ended before it was pulled", request.id)
+
+    async def _work(self, attempt: Attempt) -> None:
+        request, number = attempt.request, attempt.delivery.attempt
+        if number > self._max_deliveries:
+            await self._fail(attempt, InferenceFailed(f"generation failed in {self._max_deliveries} attempts"))
+        elif time.time() >= request.deadline:
+            await self._time_out(attempt)
+        elif not self._api_alive(names.api_of(request.reply_to)):
+            await self._cancel(attempt, "the api that took it is gone")
+        else:
+            log.info("[RequestQueue] %s processing, attempt %d", request.id, number)
+            self.running[request.id] = attempt
+            try:
+                await self._generate_or_stop(attempt)
+            finally:
+                del self.running[request.id]
+
+    async def _generate_or_stop(self, attempt: Attempt) -> None:
+        generation = asyncio.create_task(self._generate(attempt))
+        ends: set[asyncio.Future[Any]] = {generation, attempt.interrupt}
+        try:
+            await asyncio.wait(
+                ends,
+                timeout=max(attempt.request.deadline - time.time(), 0),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            if not generation.done():
+                generation.cancel()
+                await asyncio.wait({generation})
+        if not generation.cancelled():
+            await self._generated(attempt, generation)
+        elif not attempt.interrupt.done():
+            await self._time_out(attempt)
+        else:
+            why, reason = attempt.interrupt.result()
+            if why is Interrupt.CANCELLED:
+                await self._cancel(attempt, reason)
+            else:
+                await self._hand_over(attempt)
+
+    async def _generate(self, attempt: Attempt) -> tuple[dict[int, str], Usage] | None:
+        """All tokens to the reply; how each choice ended, or None where nobody wants them."""
+        request, reply = attempt.request, attempt.reply
+        resume: ResumeTokens = {}
+        if attempt.delivery.attempt > 1:
+            have: Resume = await reply.started(self._worker)
+            if not have.wanted:
+                return None
+            resume = {choice.index: choice.tokens for choice in have.choices}
+        prompt_tokens = cached_tokens = 0
+        reasons: dict[int, str] = {}
+        async with aclosing(self._engine.generate(request, resume)) as events:
+            async for event in events:
+                match event:
+                    case Tokens():
+                        await reply.send(event)
+                    case Finished():
+                        reasons[event.index] = event.finish_reason
+                        cached_tokens += event.cached_tokens
+                    case Accepted():
+                        prompt_tokens = event.prompt_tokens
+                        if attempt.delivery.attempt == 1:
+                            await reply.started(self._worker)
+        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=reply.token_count, cached_tokens=cached_tokens)
+        return reasons, usage
+
+    async def _generated(self, attempt: Attempt, generation: asyncio.Task[tuple[dict[int, str], Usage] | None]) -> None:
+        error = generation.exception()
+        if error is None:
+            result = generation.result()
+            if result is None:
+                await self._cancel(attempt, "nobody waits for it")
+            else:
+                await self._complete(attempt, *result)
+        elif isinstance(error, RequestError):
+            await self._fail(attempt, error)
+        else:
+            await self._engine_failed(attempt, error)
+
+    async def _complete(self, attempt: Attempt, reasons: dict[int, str], usage: Usage) -> None:
+        # The frame leaves first on the one connection that carries both: a state that is final says that the
+        # answer was on its way before.
+        finishing = asyncio.create_task(self._finish(attempt, RequestStatus.COMPLETED, usage=usage))
+        await attempt.reply.complete(reasons, usage)
+        await finishing
+        await attempt.delivery.ack()
+
+    async def _fail(self, attempt: Attempt, error: ApiError) -> None:
+        finishing = asyncio.create_task(self._finish(attempt, RequestStatus.FAILED, error=error.message))
+        await attempt.reply.fail(error)
+        await finishing
+        await attempt.delivery.term()
+
+    async def _engine_failed(self, attempt: Attempt, error: BaseException) -> None:
+        number = attempt.delivery.attempt
+        expected = isinstance(error, EngineFault)
+        log.error(
+            "[RequestQueue] %s attempt %d failed: %s",
+            attempt.request.id,
+            number,
+            error if expected else repr(error),
+            exc_info=None if expected else error,
+        )
+        if number >= self._max_deliveries:
+            await self._fail(attempt, InferenceFailed("the generation failed"))
+        else:
+            await attempt.delivery.nak(NAK_DELAY_S)
+
+    async def _time_out(self, attempt: Attempt) -> None:
+        seconds = attempt.request.deadline - attempt.request.created_at
+        error = RequestTimeout(f"the request was not finished within {seconds:g} seconds")
+        # The api tells its client by itself, by its own clock.
+        await self._finish(attempt, RequestStatus.TIMED_OUT, error=error.message)
+        await attempt.delivery.term()
+
+    async def _cancel(self, attempt: Attempt, reason: str) -> None:
+        await self._finish(attempt, RequestStatus.CANCELLED, error=reason)
+        await attempt.delivery.term()
+
+    async def _hand_over(self, attempt: Attempt) -> None:
+        """Give a request back that this worker cannot finish: another goes on from the tokens that are out."""
+        state = attempt.state.model_copy(update={"status": RequestStatus.QUEUED, "worker": None})
+        with contextlib.suppress(QueueConflict):
+            await _patiently(lambda: self._states.write(state, attempt.revision))
+        await attempt.delivery.nak()
+        log.info("[RequestQueue] %s handed over", attempt.request.id)
+
+    async def _finish(
+        self, attempt: Attempt, status: RequestStatus, *, error: str | None = None, usage: Usage | None = None
+    ) -> None:
+        """Write the final state over this attempt's own, and count it; raises Superseded where it is not its own."""
+        state = attempt.state.model_copy(
+            update={"status": status, "error": error, "usage": usage, "finished_at": time.time()}
+        )
+        try:
+            await _patiently(lambda: self._states.write(state, attempt.revision))
+        except QueueConflict:
+            stored = await _patiently(lambda: self._states.get(attempt.request.id))
+            if stored is None or not stored.state.status.final:
+                raise Superseded(f"{attempt.request.id}: attempt {attempt.delivery.attempt} was replaced") from None
+            status = stored.state.status
+        await _patiently(lambda: self._states.count(status, attempt.request.id))
+        log.info(
+            "[RequestQueue] %s %s after %.3f s, attempt %d%s",
+            attempt.request.id,
+            status.value.replace("_", " "),
+            time.time() - attempt.request.created_at,
+            attempt.delivery.attempt,
+            f": {error}" if error else "",
+        )
+
+
+async def _patiently(write: Callable[[], Awaitable[T]]) -> T:
+    """Repeat `write` while NATS is away."""
+    give_up_at = time.monotonic() + STORE_PATIENCE_S
+    while True:
+        try:
+            return await write()
+        except QueueUnavailable:
+            if time.monotonic() >= give_up_at:
+                raise
+            await asyncio.sleep(STORE_RETRY_S)

@@ -1,0 +1,197 @@
+"""The worker: slots that pull, and what keeps their requests and itself known to be alive."""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+import uuid
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from pydantic import ValidationError
+
+from forebay_contracts import names, topology
+from forebay_contracts.connection import Connection
+from forebay_contracts.errors import InferenceFailed
+from forebay_contracts.messages import ApiInfo, Resume, WorkerInfo, WorkerStatus
+from forebay_contracts.presence import Heartbeat, Presence
+from forebay_contracts.queue import JetStreamQueue, RequestQueue
+from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.states import KeyValueStateStore
+from forebay_contracts.version import VERSION
+from forebay_inference.attempts import AttemptRunner, Interrupt
+from forebay_inference.engine.protocol import Engine, ModelInfo
+
+KEEP_ALIVE_FRACTION = 3
+"""The ack wait is restarted so many times before it could pass."""
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Serves one model from one engine with a number of slots."""
+
+    def __init__(self, settings: InferenceSettings, connection: Connection, engine: Engine) -> None:
+        self.id = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._settings = settings
+        self._connection = connection
+        self._engine = engine
+        self._queue: RequestQueue = JetStreamQueue(connection, settings.served_model)
+        self._apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
+        self._heartbeat = Heartbeat(connection, names.WORKERS_BUCKET, self._describe)
+        self._runner = AttemptRunner(
+            worker=self.id,
+            connection=connection,
+            states=KeyValueStateStore(connection),
+            engine=engine,
+            api_alive=self._apis.is_alive,
+            max_deliveries=settings.max_deliveries,
+        )
+        self._started_at = time.time()
+        self._status = WorkerStatus.LOADING
+        self._progress: str | None = None
+        self._model: ModelInfo | None = None
+        self._broken = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Load, serve until `stop` is set, drain.
+
+        Raises:
+            ForebayError: it could not start, or its engine broke; whoever supervises it should start another.
+        """
+        await topology.ensure(self._connection, self._settings, self._settings.served_model)
+        await self._apis.start()
+        await self._heartbeat.start()
+        try:
+            if not await self._load(stop):
+                return
+            await self._serve(stop)
+        finally:
+            await self._heartbeat.stop()
+            await self._apis.stop()
+            await self._engine.close()
+        if (fault := self._engine.fault()) is not None:
+            raise InferenceFailed(f"the engine broke: {fault}")
+
+    async def _load(self, stop: asyncio.Event) -> bool:
+        """Start the engine; False if it was stopped meanwhile."""
+        loop = asyncio.get_running_loop()
+
+        def progress(line: str) -> None:
+            loop.call_soon_threadsafe(self._progressed, line)
+
+        loading = asyncio.create_task(self._engine.start(progress))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not loading.done():
+            loading.cancel()
+            return False
+        self._model = await loading
+        self._set_status(WorkerStatus.READY)
+        log.info(
+            "[RequestQueue] worker %s serves %s (%s, %s) with %d slots",
+            self.id,
+            self._settings.served_model,
+            self._model.quantization,
+            self._model.device,
+            self._settings.slots,
+        )
+        return True
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        client = self._connection.client
+        await client.subscribe(names.cancel_subject("*"), cb=self._cancel_asked)
+        await client.subscribe(names.resend_subject("*"), cb=self._resend_asked)
+        slots = [asyncio.create_task(self._slot()) for _ in range(self._settings.slots)]
+        keeper = asyncio.create_task(self._keep_alive())
+        ends = [asyncio.create_task(event.wait()) for event in (stop, self._broken)]
+        try:
+            await asyncio.wait([*ends, *slots], return_when=asyncio.FIRST_COMPLETED)
+            await self._drain(slots)
+        finally:
+            keeper.cancel()
+            for end in ends:
+                end.cancel()
+
+    async def _slot(self) -> None:
+        """Pull one request at a time, so that capacity is claimed only when it is free."""
+        while self._status is WorkerStatus.READY:
+            delivery = await self._queue.pull()
+            await self._runner.run(delivery)
+            if self._engine.fault() is not None:
+                self._broken.set()
+
+    async def _drain(self, slots: list[asyncio.Task[None]]) -> None:
+        """No new pulls; what runs may finish within DRAIN_TIMEOUT, the rest goes to another worker at once."""
+        self._set_status(WorkerStatus.DRAINING)
+        await self._queue.stop_pulling()
+        patience_s = 0 if self._broken.is_set() else self._settings.drain_timeout
+        _, late = await asyncio.wait(slots, timeout=patience_s)
+        for attempt in list(self._runner.running.values()):
+            attempt.stop(Interrupt.DRAINED, "the worker stops")
+        if late:
+            await asyncio.wait(late, timeout=self._settings.ack_wait)
+        for slot in slots:
+            slot.cancel()
+        for result in await asyncio.gather(*slots, return_exceptions=True):
+            if isinstance(result, Exception):
+                log.error("[RequestQueue] a slot broke", exc_info=result)
+
+    async def _keep_alive(self) -> None:
+        """Restart the ack wait of all that runs, and stop what runs for an api that is gone."""
+        while True:
+            await asyncio.sleep(self._settings.ack_wait / KEEP_ALIVE_FRACTION)
+            for attempt in list(self._runner.running.values()):
+                if not self._apis.is_alive(names.api_of(attempt.request.reply_to)):
+                    attempt.stop(Interrupt.CANCELLED, "the api that took it is gone")
+                    continue
+                try:
+                    await attempt.delivery.in_progress()
+                except NatsError as exc:
+                    log.debug("%s: ack wait not restarted: %r", attempt.request.id, exc)
+
+    async def _cancel_asked(self, msg: Msg) -> None:
+        attempt = self._runner.running.get(msg.subject.rsplit(".", 1)[1])
+        if attempt is not None:
+            attempt.stop(Interrupt.CANCELLED, msg.data.decode(errors="replace")[:200])
+
+    async def _resend_asked(self, msg: Msg) -> None:
+        attempt = self._runner.running.get(msg.subject.rsplit(".", 1)[1])
+        if attempt is None:
+            return
+        try:
+            await attempt.reply.resend(Resume.model_validate_json(msg.data))
+        except ValidationError:
+            log.warning("[RequestQueue] %s: a resend order that cannot be read", attempt.request.id)
+
+    def _progressed(self, line: str) -> None:
+        if line != self._progress:
+            self._progress = line
+            log.info("[RequestQueue] worker %s: %s", self.id, line)
+            self._heartbeat.beat()
+
+    def _set_status(self, status: WorkerStatus) -> None:
+        self._status = status
+        self._progress = None
+        self._heartbeat.beat()
+
+    def _describe(self) -> WorkerInfo:
+        model = self._model
+        return WorkerInfo(
+            id=self.id,
+            version=VERSION,
+            started_at=self._started_at,
+            heartbeat_at=time.time(),
+            model=self._settings.served_model,
+            aliases=self._settings.served_aliases,
+            status=self._status,
+            progress=self._progress,
+            slots=self._settings.slots,
+            busy=len(self._runner.running),
+            context_length=model.context_length if model else None,
+            quantization=model.quantization if model else None,
+            device=model.device if model else None,
+            engine=self._settings.inference_engine,
+        )
