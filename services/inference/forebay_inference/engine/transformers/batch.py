@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
+from forebay_inference.engine.transformers import attention
 from forebay_inference.engine.transformers.memory import CachePlan
 from forebay_inference.engine.transformers.sampling import ChosenLogprob, TokenChooser, choose
 
@@ -52,7 +53,7 @@ class Batch:
     def __init__(self, model: Any, max_batch_tokens: int, cache: CachePlan, loop: asyncio.AbstractEventLoop) -> None:
         self._sequences: dict[str, SequenceInBatch] = {}
         self._loop = loop
-        self._model = model
+        self._attends = attention.can_attend(model)
         self._manager = ContinuousBatchingManager(
             model=model,
             # Greedy and without an end token: the chooser makes the token each sequence gets the best of its row,
@@ -70,6 +71,8 @@ class Batch:
                 use_cuda_graph=False,
             ),
         )
+        if self._attends:
+            attention.install(model)
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Chooser(self)]))
         processors.tensors_required = 1
         self._manager.logit_processor = processors
@@ -82,6 +85,8 @@ class Batch:
             processor = self._manager._create_batch_processor()
             self._manager.batch_processor = processor
             self._watch_prefixes(processor.cache)
+            if self._attends:
+                attention.watch_steps(processor)
             self._manager.start()
 
     def submit(self, sequence: SequenceInBatch) -> bool:

@@ -209,7 +209,7 @@ class TransformersEngine:
             f"{seed}:{choice.index}",
             prompt,
             choice.tokens,
-            loaded.model.get_output_embeddings().weight.shape[0],
+            loaded.model.config.get_text_config().vocab_size,
             loaded.device,
         )
         return SequenceInBatch(

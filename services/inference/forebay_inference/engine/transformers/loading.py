@@ -1,5 +1,7 @@
 """Loading: device, quantization, weights and tokenizer."""
 
+import ctypes
+import gc
 import logging
 import math
 import os
@@ -14,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from forebay_contracts.errors import ConfigurationError
+from forebay_inference.engine.transformers.packing import pack_linears
 
+_log = logging.getLogger(__name__)
 # bitsandbytes warns at every call of a cast that is meant, and of an optional kernel from a model hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers_logging.disable_progress_bar()
@@ -54,9 +58,22 @@ def load(folder: Path, quantization: str, device_name: str, progress: Callable[[
         options["quantization_config"] = settings
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     model.requires_grad_(False)
+    if device.type == "cpu":
+        with torch.inference_mode():
+            pack_linears(model)
+    _give_back_memory()
     load_s = time.monotonic() - started
     progress(f"loaded the weights in {load_s:.1f} s")
     return Loaded(model, tokenizer, device, resolved, _context_length(config), _end_tokens(model, tokenizer), load_s)
+
+
+def _give_back_memory() -> None:
+    """Return what loading and quantizing took for a while: the C library would keep it for good."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        _log.debug("this C library gives no memory back on demand")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,0 +1,182 @@
+"""Attention over the paged cache on a CPU, sequence by sequence.
+
+The library's own CPU path puts all sequences of a step into one attention with a block-diagonal mask, so that
+each token is scored against every other sequence's keys and eight sequences cost eight times too much. Here
+decoding sequences of similar length are padded to a batch, and each prefill is an attention of its own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME: Final = "forebay_paged_cpu"
+# Model families whose attention is softmax(q k) v and nothing besides (no soft caps, sinks or biases).
+PLAIN_FAMILIES: Final = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "granite", "helium", "starcoder2"}
+)
+_KWARG: Final = "forebay_step"
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """Sequences with one new token each. `rows`: their places in the pass; `keys`: [sequences * length] places
+    in the cache; `mask`: [sequences, 1, 1, length], None where all are equally long."""
+
+    rows: torch.Tensor
+    keys: torch.Tensor
+    length: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """One sequence with several new tokens, `start` to `end` in the pass; `keys`: [past and new] places in the
+    cache, None where there is no past; `mask`: [new, past and new]."""
+
+    start: int
+    end: int
+    keys: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What every layer needs to know of one pass. `views`: for each layer its keys and values in the cache, each
+    [places, key heads, head size]; `write`: [new tokens] places of the new ones."""
+
+    views: Any
+    write: torch.Tensor
+    decoding: Sequence[_Decoding]
+    prefills: Sequence[_Prefill]
+
+
+def can_attend(model: Any) -> bool:
+    """Whether this attention is right for `model`."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
+    full = all(layer == "full_attention" for layer in layers) and (
+        getattr(config, "layer_types", None) is not None or getattr(config, "sliding_window", None) is None
+    )
+    return model.device.type == "cpu" and config.model_type in PLAIN_FAMILIES and full
+
+
+def install(model: Any) -> None:
+    """Make `model` attend through this module; passes that `watch_steps` did not prepare then fail."""
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+    model.set_attn_implementation(NAME)
+
+
+def watch_steps(processor: Any) -> None:
+    """Have the library's batch processor hand each pass's plan to the layers, and leave the cache's reads to them."""
+    inputs, cache = processor.inputs_and_outputs, processor.cache
+    allocator = next(iter(cache.cache_allocators.values()))
+    kwargs_of_step = inputs.get_model_kwargs
+
+    def with_plan(use_padding: bool = False) -> Any:
+        kwargs = kwargs_of_step(use_padding=use_padding)
+        kwargs[_KWARG] = _plan(inputs.requests_in_batch, kwargs, allocator._kv_token_views)
+        return kwargs
+
+    def write_only(
+        keys: torch.Tensor, values: torch.Tensor, layer: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        step: _Step = kwargs[_KWARG]
+        key_cache, value_cache = step.views[layer]
+        key_cache.index_copy_(0, step.write, keys.squeeze(0).transpose(0, 1))
+        value_cache.index_copy_(0, step.write, values.squeeze(0).transpose(0, 1))
+        return keys, values
+
+    inputs.get_model_kwargs = with_plan
+    cache.update = write_only
+
+
+def _plan(requests: Sequence[Any], kwargs: Any, views: Any) -> _Step:
+    read: torch.Tensor = kwargs["read_index"][0]
+    decoding: dict[int, list[tuple[int, torch.Tensor]]] = {}
+    prefills: list[_Prefill] = []
+    row = place = 0
+    for request in requests:
+        new, total = request.query_length, request.state.position_offset
+        keys = read[place : place + total] if read.numel() else None
+        place += total
+        if new == 1 and keys is not None:
+            # Lengths of one group are within a factor of two, so padding at most doubles the work.
+            decoding.setdefault(total.bit_length(), []).append((row, keys))
+        else:
+            prefills.append(_prefill(row, new, total, keys))
+        row += new
+    groups = [_padded(group) for group in decoding.values()]
+    return _Step(views, kwargs["write_index"][0], groups, prefills)
+
+
+def _prefill(row: int, new: int, total: int, keys: torch.Tensor | None) -> _Prefill:
+    if total == new:
+        return _Prefill(row, row + new, None, None)
+    visible = torch.ones(new, total, dtype=torch.bool).tril_(total - new)
+    return _Prefill(row, row + new, keys, visible)
+
+
+def _padded(group: Sequence[tuple[int, torch.Tensor]]) -> _Decoding:
+    rows = torch.tensor([row for row, _ in group])
+    length = max(keys.numel() for _, keys in group)
+    if all(keys.numel() == length for _, keys in group):
+        return _Decoding(rows, torch.cat([keys for _, keys in group]), length, None)
+    padded = torch.zeros(len(group), length, dtype=torch.int64)
+    mask = torch.zeros(len(group), 1, 1, length)
+    for index, (_, keys) in enumerate(group):
+        padded[index, : keys.numel()] = keys
+        mask[index, ..., keys.numel() :] = -math.inf
+    return _Decoding(rows, padded.view(-1), length, mask)
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`query`: [1, heads, new tokens, size], `key` and `value`: [1, key heads, new tokens, size], all in the
+    cache already; returns [1, new tokens, heads, size]."""
+    step: _Step = kwargs[_KWARG]
+    heads, new, size = query.shape[1:]
+    key_heads = key.shape[1]
+    key_cache, value_cache = step.views[module.layer_idx]
+    out = query.new_empty(1, new, heads, size)
+    by_token = query[0].transpose(0, 1)
+    for group in step.decoding:
+        count = group.rows.numel()
+        shape = (count, group.length, key_heads, size)
+        keys = key_cache.index_select(0, group.keys).view(shape).transpose(1, 2)
+        values = value_cache.index_select(0, group.keys).view(shape).transpose(1, 2)
+        # The heads that share a key head are its queries: no copy of the keys for each of them.
+        queries = by_token[group.rows].view(count, key_heads, heads // key_heads, size)
+        mask = None if group.mask is None else group.mask.to(query.dtype)
+        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        out[0, group.rows] = attended.reshape(count, heads, size)
+    for prefill in step.prefills:
+        part = slice(prefill.start, prefill.end)
+        if prefill.keys is None:
+            keys, values = key[:, :, part], value[:, :, part]
+        else:
+            keys = key_cache.index_select(0, prefill.keys).transpose(0, 1).unsqueeze(0)
+            values = value_cache.index_select(0, prefill.keys).transpose(0, 1).unsqueeze(0)
+        attended = scaled_dot_product_attention(
+            query[:, :, part],
+            keys,
+            values,
+            attn_mask=prefill.mask,
+            is_causal=prefill.mask is None and prefill.end - prefill.start > 1,
+            scale=scaling,
+            enable_gqa=key_heads != heads,
+        )
+        out[:, part] = attended.transpose(1, 2)
+    return out, None
