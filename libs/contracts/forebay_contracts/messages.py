@@ -48,7 +48,7 @@ class Sampling(Message):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = Field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -76,12 +76,12 @@ class InferenceRequest(Message):
     n: int = 1
     best_of: int | None = None
     echo: bool = False
-    sampling: Sampling = Sampling()
+    sampling: Sampling = Field(default_factory=Sampling)
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     response_format: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def encode(self) -> bytes:
         """The request as JSON, defaults left out but for the schema version."""

@@ -30,15 +30,16 @@ class Context:
     drain_rate: DrainRate
 
 
-def context(request: Request) -> Context:
+# Coroutines, though they await nothing: FastAPI would run plain functions in a thread each.
+async def context(request: Request) -> Context:
     """The running api that serves `request`."""
     found: Context = request.app.state.context
     return found
 
 
-def authorized(request: Request) -> Context:
+async def authorized(request: Request) -> Context:
     """The same, for clients with a valid key only."""
-    found = context(request)
+    found = await context(request)
     found.keys.check(request)
     return found
 

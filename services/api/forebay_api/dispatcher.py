@@ -110,7 +110,7 @@ class Dispatcher:
 
     async def _register(self, request: InferenceRequest, sequence: int) -> None:
         """Create the state `queued`, unless a worker was faster."""
-        state = RequestState.model_construct(
+        state = RequestState(
             id=request.id,
             status=RequestStatus.QUEUED,
             completion_type=request.completion_type.value,

@@ -87,10 +87,8 @@ class Reply:
         """
         if attempt < self.attempt:
             return Resume(wanted=False)
-        choices = tuple(
-            ResumedChoice.model_construct(index=index, tokens=tuple(tokens)) for index, tokens in self._tokens.items()
-        )
-        return Resume.model_construct(wanted=not self.done, outcome=self.outcome, choices=choices)
+        choices = tuple(ResumedChoice(index=index, tokens=tuple(tokens)) for index, tokens in self._tokens.items())
+        return Resume(wanted=not self.done, outcome=self.outcome, choices=choices)
 
     def receive(self, frame: Frame) -> None:
         """Take the next frame, from whichever attempt."""

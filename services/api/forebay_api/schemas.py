@@ -118,7 +118,7 @@ class JsonSchema(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
     name: str
     description: str | None = None
-    json_schema: dict[str, Any] = Field({}, alias="schema")
+    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
@@ -149,7 +149,7 @@ class _CompletionBody(_Body):
     repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] = 1.0
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[int, Annotated[Finite, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[int, Annotated[Finite, Field(ge=-100, le=100)]] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     ignore_eos: bool = False
@@ -186,7 +186,7 @@ class _CompletionBody(_Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _sampling(self, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
-        return Sampling.model_construct(
+        return Sampling(
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -215,7 +215,7 @@ class ChatCompletionBody(_CompletionBody):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     modalities: tuple[Literal["text"], ...] | None = None
     reasoning_effort: Literal["none"] | None = None
 
@@ -238,8 +238,7 @@ class ChatCompletionBody(_CompletionBody):
     ) -> InferenceRequest:
         """The request as it goes into the queue; `model` is the name that the alias in the body stands for."""
         choice = self.tool_choice
-        # Everything in it is validated above.
-        return InferenceRequest.model_construct(
+        return InferenceRequest(
             id=request_id,
             completion_type=CompletionType.CHAT,
             model=model,
@@ -310,7 +309,7 @@ class CompletionBody(_CompletionBody):
         self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str
     ) -> InferenceRequest:
         """The request as it goes into the queue; `model` is the name that the alias in the body stands for."""
-        return InferenceRequest.model_construct(
+        return InferenceRequest(
             id=request_id,
             completion_type=CompletionType.COMPLETION,
             model=model,

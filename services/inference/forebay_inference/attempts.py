@@ -134,7 +134,7 @@ class AttemptRunner:
         def to(state: RequestState | None) -> RequestState | None:
             if state is not None and state.attempt > delivery.attempt:
                 raise Superseded(f"{request.id}: attempt {state.attempt} is under way, {delivery.attempt} came late")
-            return RequestState.model_construct(
+            return RequestState(
                 id=request.id,
                 status=RequestStatus.PROCESSING,
                 completion_type=request.completion_type.value,

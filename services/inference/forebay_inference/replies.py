@@ -70,7 +70,7 @@ class ReplyStream:
 
         `wanted` is false in the answer where nobody waits any more.
         """
-        frame = Started.model_construct(attempt=self._attempt, worker=worker)
+        frame = Started(attempt=self._attempt, worker=worker)
         if self._attempt == 1:
             await self._publish(frame.encode())
             return Resume()
@@ -81,7 +81,7 @@ class ReplyStream:
     async def send(self, tokens: Tokens) -> None:
         """Send the next tokens of a choice, at once for a stream."""
         offset = self._lengths.get(tokens.index, 0)
-        delta = Delta.model_construct(
+        delta = Delta(
             attempt=self._attempt,
             index=tokens.index,
             offset=offset,
@@ -106,13 +106,11 @@ class ReplyStream:
     async def complete(self, finish_reasons: dict[int, str], usage: Usage) -> Resume:
         """Send the end until the api has every token of the answer, or nobody waits for it."""
         choices = tuple(
-            FinishedChoice.model_construct(index=index, finish_reason=reason, tokens=self._lengths.get(index, 0))
+            FinishedChoice(index=index, finish_reason=reason, tokens=self._lengths.get(index, 0))
             for index, reason in sorted(finish_reasons.items())
         )
         last = self._take_held()
-        frame = Completed.model_construct(
-            attempt=self._attempt, choices=choices, usage=usage, deltas=(*last, *self._tails)
-        ).encode()
+        frame = Completed(attempt=self._attempt, choices=choices, usage=usage, deltas=(*last, *self._tails)).encode()
         self._sent += last
         while (resume := await self._ask(frame)).wanted:
             await self.resend(resume)
@@ -177,7 +175,7 @@ def join(deltas: list[Delta]) -> list[Delta]:
     return [
         own[0]
         if len(own) == 1
-        else Delta.model_construct(
+        else Delta(
             attempt=own[0].attempt,
             index=index,
             offset=own[0].offset,

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from forebay_api.bodies import read_body
-from forebay_api.context import Authorized, Context
+from forebay_api.context import Context, authorized
 from forebay_api.formats import ChatFormat, CompletionFormat, Format, error_event
 from forebay_api.replies import ClientLeft, Reply
 from forebay_api.schemas import ChatCompletionBody, CompletionBody
@@ -38,16 +38,18 @@ def _documented(body: str) -> dict[str, Any]:
 
 
 @router.post("/chat/completions", openapi_extra=_documented("ChatCompletionBody"))
-async def create_chat_completion(request: Request, context: Authorized) -> Response:
+async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
+    context = await authorized(request)
     body = await read_body(request, ChatCompletionBody, context.settings.max_request_bytes)
     queued = _queued(request, context, body)
     return await _answer(request, context, queued, ChatFormat(queued, include_usage=body.include_usage))
 
 
 @router.post("/completions", openapi_extra=_documented("CompletionBody"))
-async def create_completion(request: Request, context: Authorized) -> Response:
+async def create_completion(request: Request) -> Response:
     """Continue a prompt."""
+    context = await authorized(request)
     body = await read_body(request, CompletionBody, context.settings.max_request_bytes)
     queued = _queued(request, context, body)
     return await _answer(request, context, queued, CompletionFormat(queued, include_usage=body.include_usage))

@@ -1,0 +1,119 @@
+"""The api as processes: one, or several on one listener, until SIGTERM or SIGINT."""
+
+import asyncio
+import multiprocessing
+import signal
+import socket
+import sys
+from multiprocessing.connection import wait
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from forebay_api.app import create_app, running
+from forebay_contracts import logs
+from forebay_contracts.errors import ConfigurationError, ForebayError
+from forebay_contracts.settings import ApiSettings, load
+
+KEEP_ALIVE_S = 75
+MAX_CONNECTIONS = 20_000
+BACKLOG = 4096
+
+
+async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
+    """One api process: connected to NATS first, then listening on `sockets`, until it is told to stop."""
+    async with running(settings) as context:
+        await uvicorn.Server(_config(settings, create_app(context))).serve(sockets)
+
+
+def process(listener: socket.socket) -> None:
+    """What each of several api processes runs."""
+    settings = load(ApiSettings)
+    logs.configure(settings)
+    _survive_signals()
+    sys.exit(_guarded(settings, listener))
+
+
+def main() -> int:
+    """Serve; the exit status."""
+    try:
+        settings = load(ApiSettings)
+    except ForebayError as exc:
+        return _report(exc)
+    logs.configure(settings)
+    try:
+        listener = _listen(settings)
+    except OSError as exc:
+        return _report(ConfigurationError(f"cannot listen on {settings.api_host}:{settings.api_port}: {exc.strerror}"))
+    if settings.api_processes > 1:
+        return _supervise(settings.api_processes, listener)
+    _survive_signals()
+    return _guarded(settings, listener)
+
+
+def _supervise(count: int, listener: socket.socket) -> int:
+    """Run `count` processes on one listener; when one ends, all do: whoever supervises this one sees it."""
+    spawn = multiprocessing.get_context("spawn")
+    children = [spawn.Process(target=process, args=(listener,), name=f"api-{number}") for number in range(count)]
+    for child in children:
+        child.start()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        for child in children:
+            child.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    wait([child.sentinel for child in children])
+    stop(signal.SIGTERM, None)
+    for child in children:
+        child.join()
+    return max(abs(child.exitcode or 0) for child in children)
+
+
+def _survive_signals() -> None:
+    # uvicorn raises the signal that ended it once more when it is done; to have drained is a success.
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: None)
+
+
+def _guarded(settings: ApiSettings, listener: socket.socket) -> int:
+    try:
+        uvloop.run(serve(settings, [listener]))
+    except ForebayError as exc:
+        return _report(exc)
+    except asyncio.CancelledError:
+        pass
+    return 0
+
+
+def _report(error: ForebayError) -> int:
+    print(f"forebay api: {error}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigurationError) else 1
+
+
+def _listen(settings: ApiSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.api_host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.api_host, settings.api_port))
+    return listener
+
+
+def _config(settings: ApiSettings, app: object) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        limit_concurrency=MAX_CONNECTIONS,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=int(settings.drain_timeout) or None,
+    )
