@@ -1,6 +1,7 @@
 """The api as processes: one, or several on one listener, until SIGTERM or SIGINT."""
 
 import asyncio
+import logging
 import multiprocessing
 import signal
 import socket
@@ -19,6 +20,8 @@ from forebay_contracts.settings import ApiSettings, load
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 20_000
 BACKLOG = 4096
+
+log = logging.getLogger(__name__)
 
 
 async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
@@ -46,6 +49,8 @@ def main() -> int:
         listener = _listen(settings)
     except OSError as exc:
         return _report(ConfigurationError(f"cannot listen on {settings.api_host}:{settings.api_port}: {exc.strerror}"))
+    # With API_PORT=0 the system chooses one: it is said here.
+    log.info("[RequestQueue] listening on %s:%d", settings.api_host, listener.getsockname()[1])
     if settings.api_processes > 1:
         return _supervise(settings.api_processes, listener)
     _survive_signals()
