@@ -1,0 +1,50 @@
+"""NATS goes away and comes back: what was accepted is answered, and nothing runs that was refused."""
+
+import asyncio
+
+from support.nats import NatsServer
+from support.stack import running
+
+
+async def test_restart_of_nats_loses_nothing(nats_server: NatsServer) -> None:
+    async with running(nats_server, max_concurrent_requests=4, max_queue_size=200) as stack:
+        answers = [asyncio.create_task(stack.chat("[[tokens=10 delay_ms=5]]")) for _ in range(100)]
+        await stack.apis[0].logged(r"queued for \S+ at 100")
+        await asyncio.to_thread(nats_server.restart)
+        texts = [(await answer).json()["choices"][0]["message"]["content"] for answer in answers]
+        assert texts == ["t0 t1 t2 t3 t4 t5 t6 t7 t8 t9"] * 100
+        status = await stack.status()
+        assert (status["total_queued"], status["total_processed"], status["total_failed"]) == (100, 100, 0)
+        assert status["active_requests"] == 0
+
+
+async def test_streams_go_on_over_a_restart_of_nats(nats_server: NatsServer) -> None:
+    async with running(nats_server, max_concurrent_requests=8, max_queue_size=200) as stack:
+        answers = [asyncio.create_task(stack.chat("[[tokens=60 delay_ms=50]]", stream=True)) for _ in range(8)]
+        await stack.workers[0].logged("processing, attempt 1")
+        await asyncio.sleep(0.5)  # in the middle of the answers
+        await asyncio.to_thread(nats_server.restart)
+        expected = [f"t{n}" for n in range(60)]
+        for answer in answers:
+            response = await answer
+            pieces = [
+                part.split('"')[0]
+                for part in response.text.split('"content":"')[1:]
+            ]
+            assert "".join(pieces).split() == expected
+            assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_refused_while_nats_is_away_never_runs(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        assert (await stack.chat("hi")).status_code == 200
+        await asyncio.to_thread(nats_server.stop)
+        refused = await stack.chat("[[tokens=7]]")
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "queue_unavailable"
+        await asyncio.to_thread(nats_server.start)
+        await stack.apis[0].logged("connected to NATS again")
+        await stack.workers[0].logged("connected to NATS again")
+        assert (await stack.chat("hi")).status_code == 200
+        assert (await stack.status())["total_queued"] == 2
+        assert await stack.state(refused.headers["x-request-id"]) is None
