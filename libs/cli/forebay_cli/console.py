@@ -2,10 +2,12 @@
 
 import json
 import re
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
@@ -16,7 +18,8 @@ REPEAT_AFTER_S = 10.0
 
 PIPE_WIDTH = 240
 
-stdout = Console(highlight=False, soft_wrap=True)
+# Where stdout is no terminal, a table must not be cut to the width of one.
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -66,15 +69,15 @@ def print_json(value: Any) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A table of `rows`; an empty cell for None."""
-    made = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        made.add_column(column, overflow="fold")
+    """A table of `rows`, its first column never cut; an empty cell for None."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, no_wrap=True, overflow="ellipsis" if number else "ignore")
     for row in rows:
         made.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     return made
 
 
 def print_table(made: Table) -> None:
-    """A table on stdout; where that is no terminal, wide enough not to be cut."""
-    stdout.print(made, width=None if stdout.is_terminal else PIPE_WIDTH)
+    """A table on stdout."""
+    stdout.print(made, soft_wrap=False)

@@ -95,7 +95,8 @@ async def connect(settings: Settings, name: str) -> Connection:
     try:
         await nats.aio.client.Client.connect(client, **options | {"allow_reconnect": False})
     except (NatsError, OSError, TimeoutError) as exc:
-        raise QueueUnavailable(f"cannot reach NATS at {_without_secrets(url)}: {exc}") from exc
+        reason = str(exc) or type(exc).__name__
+        raise QueueUnavailable(f"cannot reach NATS at {_without_secrets(url)}: {reason}") from exc
     client.options["allow_reconnect"] = True
     _check_version(client)
     connection = Connection(client, client.jetstream(timeout=JETSTREAM_TIMEOUT_S))
