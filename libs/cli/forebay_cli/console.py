@@ -70,7 +70,8 @@ def print_json(value: Any) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A table of `rows`, its first column never cut; an empty cell for None."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    looks: Any = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "pad_edge": False}
+    made = Table(title=title, show_header=any(columns), **looks)
     for number, column in enumerate(columns):
         made.add_column(column, no_wrap=True, overflow="ellipsis" if number else "ignore")
     for row in rows:

@@ -67,19 +67,28 @@ class Child:
     """A running process. All its lines go to its log file, warnings and errors to the console too."""
 
     def __init__(
-        self, name: str, process: asyncio.subprocess.Process, log: LogFile, show: Show, *, verbose: bool
+        self,
+        name: str,
+        process: asyncio.subprocess.Process,
+        output: asyncio.StreamReader,
+        log: LogFile,
+        show: Show,
+        *,
+        verbose: bool,
     ) -> None:
         self.name = name
-        self.process = process
         self.log_path = log.path
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self.ending = False
+        self._process = process
+        self._output = output
         self._log = log
         self._show = show
         self._verbose = verbose
         self._showing = False
         self._awaited: dict[bytes, asyncio.Event] = {}
-        self.ended: asyncio.Task[int] = asyncio.create_task(self._listen())
+        self.ended: asyncio.Task[int] = asyncio.create_task(self._wait())
+        """Its exit code, once it and all that it has started are gone and its last line is read."""
 
     async def said(self, text: bytes) -> None:
         """Return when a line holds `text`, from now on."""
@@ -88,20 +97,29 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         """Signal the process alone: it knows how to end its own children."""
         self.ending = True
-        if self.process.returncode is None:
-            self.process.send_signal(number)
+        if self._process.returncode is None:
+            self._process.send_signal(number)
 
     def kill(self) -> None:
         """End the process and everything that it started, at once."""
         self.ending = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self._kill_group()
 
-    async def _listen(self) -> int:
-        stream = self.process.stdout
-        assert stream is not None
+    async def _wait(self) -> int:
+        listening = asyncio.create_task(self._listen())
+        code = await self._process.wait()
+        # What it leaves behind would hold ports and files, and its output open.
+        self._kill_group()
+        await listening
+        return code
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _listen(self) -> None:
         rest = b""
-        while data := await stream.read(65_536):
+        while data := await self._output.read(65_536):
             self._log.write(data)
             *lines, rest = _LINE_END.split(rest + data)
             for line in lines:
@@ -109,10 +127,8 @@ class Child:
             if len(rest) > MAX_LINE_BYTES:
                 self._line(rest[:MAX_LINE_BYTES])
                 rest = b""
-        if rest:
-            self._line(rest)
+        self._line(rest)
         self._log.close()
-        return await self.process.wait()
 
     def _line(self, line: bytes) -> None:
         if found := _LEVEL.match(line):
@@ -142,16 +158,21 @@ class Supervisor:
         """Start `command`, whose first part is a path, as a child that is ended with those of its `stage`."""
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log = LogFile(self._log_dir / f"{name.replace(' ', '-')}.log")
-        process = await asyncio.create_subprocess_exec(
-            *[sys.executable, "-m", "forebay_cli.bound", str(os.getpid()), *command],
-            env=dict(env),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            # Ctrl-C in a terminal reaches its whole process group: it is for us, who end children in order.
-            start_new_session=True,
-        )
-        child = Child(name, process, log, self._show, verbose=self._verbose)
+        output, its_end = await _pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *[sys.executable, "-m", "forebay_cli.bound", str(os.getpid()), *command],
+                env=dict(env),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=its_end,
+                stderr=its_end,
+                # Ctrl-C in a terminal reaches its whole process group: it is for us, who end children in order.
+                # It also makes the child the leader of a group in which its own children are found.
+                start_new_session=True,
+            )
+        finally:
+            os.close(its_end)
+        child = Child(name, process, output, log, self._show, verbose=self._verbose)
         while len(self._stages) <= stage:
             self._stages.append([])
         self._stages[stage].append(child)
@@ -189,6 +210,19 @@ class Supervisor:
 
     def _children(self) -> list[Child]:
         return [child for stage in self._stages for child in stage]
+
+
+async def _pipe() -> tuple[asyncio.StreamReader, int]:
+    """A pipe to read from, and the descriptor to write to.
+
+    Not asyncio's own pipes of a process: with them an exit is only seen once its output is closed, by its
+    children too.
+    """
+    reading, writing = os.pipe()
+    reader = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(reader)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(reading, "rb", buffering=0))
+    return reader, writing
 
 
 async def _end(child: Child, patience_s: Callable[[Child], float]) -> str | None:

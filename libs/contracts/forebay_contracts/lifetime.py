@@ -1,0 +1,21 @@
+"""A process that must not outlive the one that started it."""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which started it, is gone, however that ends.
+
+    Linux only (prctl(2), PR_SET_PDEATHSIG); elsewhere nothing happens. It holds over an exec, and not for
+    children of this process, which must call it themselves.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    # A parent that died before that sends no signal any more.
+    if os.getppid() != parent:
+        sys.exit(1)
