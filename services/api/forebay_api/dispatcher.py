@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
-from forebay_api.replies import ClientLeft, Reply
+from forebay_api.replies import ClientLeft, Reply, SlowReader
 from forebay_contracts import names
 from forebay_contracts.cancellation import call_off
 from forebay_contracts.connection import Connection
@@ -171,8 +171,11 @@ class Dispatcher:
             if reply is None:
                 await self._turn_away(request_id, isinstance(frame, Started), msg)
                 return
-            had_gap = reply.gap
+            had_gap, was_done = reply.gap, reply.done
             reply.receive(frame)
+            if isinstance(reply.error, SlowReader) and not was_done:
+                log.warning("[RequestQueue] %s called off: the client does not read its stream", request_id)
+                self._call_off(reply, RequestStatus.CANCELLED, "the client did not read its stream")
             if msg.reply:
                 await msg.respond(reply.have(frame.attempt).encode())
             elif reply.gap and not had_gap:

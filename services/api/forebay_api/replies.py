@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from forebay_contracts.errors import ApiError
+from forebay_contracts.errors import ApiError, RequestTimeout
 from forebay_contracts.messages import (
     Completed,
     Delta,
@@ -21,10 +21,9 @@ MAX_UNREAD_DELTAS = 16_384
 
 
 class SlowReader(ApiError):
-    """The client does not read its stream."""
+    """The client does not read its stream: nobody will see this."""
 
-    status = 408
-    type = "timeout_error"
+    status = 499
     code = "slow_reader"
 
 
@@ -78,7 +77,7 @@ class Reply:
             return None
         if isinstance(self.error, WorkerError):
             return RequestStatus.FAILED
-        return RequestStatus.TIMED_OUT if self.error.status == 408 else RequestStatus.CANCELLED
+        return RequestStatus.TIMED_OUT if isinstance(self.error, RequestTimeout) else RequestStatus.CANCELLED
 
     def have(self, attempt: int) -> Resume:
         """What has come so far, as the worker of `attempt` needs it to go on or to fill a gap.

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from forebay_api.bodies import read_body
 from forebay_api.context import Context, authorized
 from forebay_api.formats import ChatFormat, CompletionFormat, Format, error_event
-from forebay_api.replies import ClientLeft, Reply
+from forebay_api.replies import ClientLeft, Reply, SlowReader
 from forebay_api.schemas import ChatCompletionBody, CompletionBody
 from forebay_contracts import names
 from forebay_contracts.errors import ApiError, QueueFull
@@ -24,6 +24,9 @@ from forebay_contracts.messages import Completed, CompletionType, InferenceReque
 router = APIRouter(prefix="/v1", tags=["completions"])
 
 LOG_PREFIX = {CompletionType.CHAT: "[Chat Completions]", CompletionType.COMPLETION: "[Completions]"}
+
+MAX_WRITE_STALL_S = 30.0
+"""A client whose connection takes nothing for so long is given up."""
 
 log = logging.getLogger(__name__)
 
@@ -99,19 +102,24 @@ class EventStream(Response):
         async with _submitted(self._context, self._queued) as reply, _watching(receive, reply):
             await reply.started()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            with contextlib.suppress(ClientLeft):
+            # A client that left or does not read gets no end either.
+            with contextlib.suppress(ClientLeft, SlowReader):
                 await self._send_events(reply, send)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_events(self, reply: Reply, send: Send) -> None:
         async def write(data: bytes) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            try:
+                async with asyncio.timeout(MAX_WRITE_STALL_S):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            except TimeoutError:
+                raise SlowReader("the client does not read its stream") from None
 
         try:
             await write(self._answer.opening())
             async for deltas in reply.deltas():
                 await write(b"".join(map(self._answer.chunk, deltas)))
-        except ClientLeft:
+        except (ClientLeft, SlowReader):
             raise
         except ApiError as exc:
             log.info("%s %s broke off: %s", LOG_PREFIX[self._queued.completion_type], self._queued.id, exc.message)

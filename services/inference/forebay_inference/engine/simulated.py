@@ -79,8 +79,8 @@ class SimulatedEngine:
         for index, order in enumerate(orders):
             count = order.tokens if limit is None else min(order.tokens, limit)
             for token in range(len(resume.get(index, ())), count):
-                if order.delay_ms:
-                    await asyncio.sleep(order.delay_ms / 1000)
+                # Also without a delay: no engine keeps the event loop to itself.
+                await asyncio.sleep(order.delay_ms / 1000)
                 yield Tokens(index, (token,), f"t{token}" if token == 0 else f" t{token}")
             if order.crash:
                 os._exit(70)
