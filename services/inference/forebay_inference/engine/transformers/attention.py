@@ -25,12 +25,12 @@ _KWARG: Final = "forebay_step"
 @dataclass(frozen=True, slots=True)
 class _Decoding:
     """Sequences with one new token each. `rows`: their places in the pass; `keys`: [sequences * length] places
-    in the cache; `mask`: [sequences, 1, 1, length], None where all are equally long."""
+    in the cache; `mask`: [sequences, 1, 1, length], added to the scores."""
 
     rows: torch.Tensor
     keys: torch.Tensor
     length: int
-    mask: torch.Tensor | None
+    mask: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,11 @@ def _plan(requests: Sequence[Any], kwargs: Any, views: Any) -> _Step:
         keys = read[place : place + total] if read.numel() else None
         place += total
         if new == 1 and keys is not None:
-            # Lengths of one group are within a factor of two, so padding at most doubles the work.
-            decoding.setdefault(total.bit_length(), []).append((row, keys))
+            decoding.setdefault(padded_length(total), []).append((row, keys))
         else:
             prefills.append(_prefill(row, new, total, keys))
         row += new
-    groups = [_padded(group) for group in decoding.values()]
+    groups = [_padded(group, length) for length, group in decoding.items()]
     return _Step(views, kwargs["write_index"][0], groups, prefills)
 
 
@@ -122,17 +121,25 @@ def _prefill(row: int, new: int, total: int, keys: torch.Tensor | None) -> _Pref
     return _Prefill(row, row + new, keys, visible)
 
 
-def _padded(group: Sequence[tuple[int, torch.Tensor]]) -> _Decoding:
-    rows = torch.tensor([row for row, _ in group])
-    length = max(keys.numel() for _, keys in group)
-    if all(keys.numel() == length for _, keys in group):
-        return _Decoding(rows, torch.cat([keys for _, keys in group]), length, None)
-    padded = torch.zeros(len(group), length, dtype=torch.int64)
-    mask = torch.zeros(len(group), 1, 1, length)
+def padded_length(tokens: int) -> int:
+    """The length that a decoding sequence of `tokens` is padded to: the next of 64, 96, 128, 192, 256, 384, …
+
+    It depends on the sequence alone, since the kernel's rounding depends on it: whatever else is in the batch,
+    a sequence gets the same numbers to the bit. Few different lengths make few groups.
+    """
+    length = 64
+    while length < tokens:
+        length += length // 2 if length.bit_count() == 1 else length // 3
+    return length
+
+
+def _padded(group: Sequence[tuple[int, torch.Tensor]], length: int) -> _Decoding:
+    places = torch.zeros(len(group), length, dtype=torch.int64)
+    mask = torch.zeros(len(group), 1, 1, length, dtype=torch.bfloat16)
     for index, (_, keys) in enumerate(group):
-        padded[index, : keys.numel()] = keys
+        places[index, : keys.numel()] = keys
         mask[index, ..., keys.numel() :] = -math.inf
-    return _Decoding(rows, padded.view(-1), length, mask)
+    return _Decoding(torch.tensor([row for row, _ in group]), places.view(-1), length, mask)
 
 
 def _attend(
@@ -159,7 +166,7 @@ def _attend(
         values = value_cache.index_select(0, group.keys).view(shape).transpose(1, 2)
         # The heads that share a key head are its queries: no copy of the keys for each of them.
         queries = by_token[group.rows].view(count, key_heads, heads // key_heads, size)
-        mask = None if group.mask is None else group.mask.to(query.dtype)
+        mask = group.mask.to(query.dtype)
         attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
         out[0, group.rows] = attended.reshape(count, heads, size)
     for prefill in step.prefills:

@@ -23,7 +23,7 @@ from forebay_inference.engine.protocol import (
 from forebay_inference.engine.transformers.batch import Batch, SequenceInBatch, Step
 from forebay_inference.engine.transformers.chat import encode_prompts
 from forebay_inference.engine.transformers.choice import Choice
-from forebay_inference.engine.transformers.loading import Loaded, load
+from forebay_inference.engine.transformers.loading import Loaded, give_back_memory, load
 from forebay_inference.engine.transformers.memory import CachePlan, plan_cache
 from forebay_inference.engine.transformers.sampling import TokenChooser
 from forebay_inference.model_store import ensure_model
@@ -93,6 +93,8 @@ class TransformersEngine:
         )
         async for _ in self.generate(request, {}):
             pass
+        # bitsandbytes lays 4-bit weights out anew in the first pass.
+        give_back_memory()
         loaded, cache = self._parts()
         return ModelInfo(self._served_name, cache.context_length, loaded.quantization, str(loaded.device))
 

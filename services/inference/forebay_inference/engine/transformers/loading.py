@@ -61,13 +61,13 @@ def load(folder: Path, quantization: str, device_name: str, progress: Callable[[
     if device.type == "cpu":
         with torch.inference_mode():
             pack_linears(model)
-    _give_back_memory()
+    give_back_memory()
     load_s = time.monotonic() - started
     progress(f"loaded the weights in {load_s:.1f} s")
     return Loaded(model, tokenizer, device, resolved, _context_length(config), _end_tokens(model, tokenizer), load_s)
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Return what loading and quantizing took for a while: the C library would keep it for good."""
     gc.collect()
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Module):  # type: ignore[misc]
     """Stands for an `nn.Linear`: same numbers, weight packed. Inference only, and on a CPU only."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -33,7 +33,7 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+    return bool(dtype == torch.float32)
 
 
 def pack_linears(model: Any) -> int:

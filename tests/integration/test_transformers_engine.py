@@ -1,0 +1,224 @@
+"""The real engine on the real default model, quantized to NF4, all tests in one batch of one engine."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from forebay_contracts.errors import InvalidRequest
+from forebay_contracts.settings import InferenceSettings
+from forebay_inference.engine.protocol import Accepted, Tokens
+from forebay_inference.engine.transformers import TransformersEngine
+from support.engine import answer, answers, chat, completion
+
+pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
+# Read before the settings of the machine are hidden from the tests: the model is fetched once, for all runs.
+_DATA_DIR = Path(os.environ.get("DATA_DIR") or Path.home() / ".cache" / "forebay")
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def engine() -> AsyncIterator[TransformersEngine]:
+    settings = InferenceSettings(
+        _env_file=None, data_dir=_DATA_DIR, model_quantization="nf4", max_concurrent_requests=4, llm_batch_size=64
+    )
+    engine = TransformersEngine.from_settings(settings)
+    lines: list[str] = []
+    info = await engine.start(lines.append)
+    assert (info.quantization, info.device, info.context_length) == ("nf4", "cpu", 8192)
+    assert any(line.startswith("loading the weights") for line in lines)
+    yield engine
+    await engine.close()
+
+
+async def test_the_capital_of_france_is_paris_and_the_answer_ends(engine: TransformersEngine) -> None:
+    found = await answer(engine, chat(max_tokens=64))
+    assert "Paris" in found.text
+    assert found.finish_reason == "stop"
+    assert "<|im_end|>" not in found.text
+
+
+async def test_a_stream_is_the_same_each_time_and_comes_in_pieces(engine: TransformersEngine) -> None:
+    first, second = await answer(engine, chat()), await answer(engine, chat())
+    assert first.text == second.text == "".join(first.pieces)
+    assert len(first.pieces) > 10
+
+
+async def test_requests_of_every_kind_share_the_batch(engine: TransformersEngine) -> None:
+    requests = [
+        chat("Tell me about the sea.", max_tokens=16),
+        chat("Tell me about the sea.", max_tokens=16, temperature=1.0, seed=7),
+        chat("Tell me about the sea.", max_tokens=16, temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, seed=7),
+        chat("Tell me about the sea.", max_tokens=16, repetition_penalty=1.3),
+        chat("Tell me about the sea.", max_tokens=16, presence_penalty=1.5, frequency_penalty=1.5),
+    ]
+    for request in requests:
+        await answer(engine, request)
+    # From here on the prompt is in the cache for all of them: computing it in one part or two rounds differently.
+    alone = [await answer(engine, request) for request in requests]
+    together = await asyncio.gather(*(answer(engine, request) for request in requests))
+    assert [found.tokens for found in alone] == [found.tokens for found in together]
+    assert len({found.text for found in alone}) == len(requests)
+
+
+async def test_a_seed_is_the_request_s_own(engine: TransformersEngine) -> None:
+    def ask(seed: int | None) -> object:
+        return answer(engine, chat("Invent a name.", temperature=1.0, seed=seed, max_tokens=16))
+
+    seven, again, eight, none, other = await asyncio.gather(*map(ask, (7, 7, 8, None, None)))
+    assert seven.text == again.text
+    assert len({seven.text, eight.text, none.text, other.text}) > 2
+
+
+async def test_the_choices_of_one_request_differ(engine: TransformersEngine) -> None:
+    found = await answers(engine, chat("Invent a name.", temperature=1.0, seed=1, n=3, max_tokens=12))
+    assert sorted(found) == [0, 1, 2]
+    assert len({choice.text for choice in found.values()}) > 1
+
+
+async def test_several_prompts_are_answered_in_order(engine: TransformersEngine) -> None:
+    found = await answers(engine, completion("The capital of France is", "The opposite of hot is", max_tokens=4))
+    assert "Paris" in found[0].text
+    assert "cold" in found[1].text
+
+
+@pytest.mark.parametrize("kept", [1, 9, 20])
+async def test_a_resumed_answer_goes_on_as_the_undisturbed_one(engine: TransformersEngine, kept: int) -> None:
+    # A text that is hardly in doubt: prefill and decode round differently, which decides near ties.
+    request = completion(
+        "One, two, three, four, five, six, seven, eight." + " One, two, three, four, five, six, seven, eight." * 3,
+        max_tokens=24,
+    )
+    whole = await answer(engine, request)
+    rest = await answer(engine, request, {0: whole.tokens[:kept]})
+    assert whole.tokens[:kept] + rest.tokens == whole.tokens
+    assert "".join(whole.pieces[:kept]) + rest.text == whole.text
+    assert rest.finish_reason == whole.finish_reason
+
+
+@pytest.mark.parametrize("kept", [1, 5, 11])
+async def test_a_resumed_answer_has_no_seam(engine: TransformersEngine, kept: int) -> None:
+    """Characters of several tokens, a stop string and the limit, all over the place where it was taken up again."""
+    sampling = {"temperature": 1.0, "seed": 5, "frequency_penalty": 0.5, "max_tokens": 16}
+    request = completion("Some emojis: 😀 🚀 🐍 🔥 🦊", **sampling)
+    whole = await answer(engine, request)
+    rest = await answer(engine, request, {0: whole.tokens[:kept]})
+    tokens = whole.tokens[:kept] + rest.tokens
+    loaded = engine._loaded
+    assert loaded is not None
+    assert "".join(whole.pieces[:kept]) + rest.text == loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert len(tokens) == 16 or rest.finish_reason == "stop"
+
+
+async def test_a_resume_that_was_at_its_end_ends(engine: TransformersEngine) -> None:
+    request = chat(max_tokens=64)
+    whole = await answer(engine, request)
+    rest = await answer(engine, request, {0: whole.tokens})
+    assert (rest.tokens, rest.text, rest.finish_reason) == ([], "", "stop")
+
+
+async def test_a_stop_string_over_token_borders_ends_the_answer(engine: TransformersEngine) -> None:
+    plain = await answer(engine, chat())
+    place = plain.text.index("of France") + 1
+    stop = plain.text[place : place + 6]
+    cut = await answer(engine, chat(stop=(stop,)))
+    assert cut.text == plain.text[:place]
+    assert cut.finish_reason == "stop"
+    assert len(cut.tokens) < len(plain.tokens)
+
+
+async def test_max_tokens_ends_with_length(engine: TransformersEngine) -> None:
+    found = await answer(engine, chat(max_tokens=3))
+    assert (len(found.tokens), found.finish_reason) == (3, "length")
+    none = await answer(engine, completion("Hello", max_tokens=0))
+    assert (none.tokens, none.finish_reason) == ([], "length")
+
+
+async def test_ignore_eos_goes_on_and_shows_no_special_token(engine: TransformersEngine) -> None:
+    found = await answer(engine, chat(max_tokens=60, ignore_eos=True))
+    assert (len(found.tokens), found.finish_reason) == (60, "length")
+    assert "<|im_" not in found.text
+
+
+async def test_logit_bias_forbids_and_forces(engine: TransformersEngine) -> None:
+    plain = await answer(engine, chat(max_tokens=1))
+    other = await answer(engine, chat(max_tokens=1, logit_bias={plain.tokens[0]: -100}))
+    assert other.tokens != plain.tokens
+    forced = await answer(engine, chat(max_tokens=3, logit_bias={other.tokens[0]: 100}))
+    assert forced.tokens == other.tokens * 3
+
+
+async def test_logprobs_are_those_of_the_chosen_and_the_best(engine: TransformersEngine) -> None:
+    found = await answer(engine, chat(max_tokens=5, logprobs=3))
+    assert [entry.token for entry in found.logprobs] == found.tokens
+    for entry in found.logprobs:
+        assert [top.logprob for top in entry.top] == sorted((top.logprob for top in entry.top), reverse=True)
+        assert entry.top[0].token == entry.token
+        assert entry.logprob == pytest.approx(entry.top[0].logprob)
+        assert entry.logprob <= 0
+    assert "".join(entry.text for entry in found.logprobs) == found.text
+
+
+async def test_closing_the_generator_takes_the_request_out_of_the_batch(engine: TransformersEngine) -> None:
+    batch = engine._batch
+    assert batch is not None
+    generator = engine.generate(chat(max_tokens=4000, ignore_eos=True), {})
+    async for event in generator:
+        if isinstance(event, Tokens):
+            break
+    await generator.aclose()
+    scheduler = batch._manager.batch_processor.scheduler
+    for _ in range(100):
+        if not scheduler.active_requests and not scheduler.waiting_requests:
+            break
+        await asyncio.sleep(0.01)
+    assert not scheduler.active_requests
+    assert not batch._sequences
+    assert "Paris" in (await answer(engine, chat())).text
+
+
+async def test_what_cannot_fit_is_refused_before_it_is_accepted(engine: TransformersEngine) -> None:
+    with pytest.raises(InvalidRequest, match="maximum context length is 8192 tokens") as refused:
+        await answer(engine, chat("word " * 9000))
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(InvalidRequest, match="you requested") as refused:
+        await answer(engine, completion("Hello", max_tokens=8192))
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
+
+
+async def test_messages_that_the_template_does_not_take_are_refused(engine: TransformersEngine) -> None:
+    with pytest.raises(InvalidRequest, match="text only") as refused:
+        await answer(engine, chat(messages=({"role": "user", "content": [{"type": "image_url"}]},)))
+    assert refused.value.param == "messages"
+    with pytest.raises(InvalidRequest) as refused:
+        await answer(engine, completion((10**7,)))
+    assert refused.value.param == "prompt"
+
+
+async def test_a_shared_prefix_is_computed_once(engine: TransformersEngine) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    first = await answer(engine, chat(text + "First.", max_tokens=2))
+    second = await answer(engine, chat(text + "Second.", max_tokens=2))
+    assert first.cached_tokens < 64
+    assert second.cached_tokens >= 192
+
+
+async def test_a_prompt_longer_than_a_pass_is_computed_in_parts(engine: TransformersEngine) -> None:
+    text = "Remember the number 42. " * 40
+    long, short = await asyncio.gather(
+        answer(engine, chat(text + "Which number?", max_tokens=16)), answer(engine, chat())
+    )
+    assert "42" in long.text
+    assert "Paris" in short.text
+
+
+async def test_more_requests_than_slots_are_all_answered(engine: TransformersEngine) -> None:
+    found = await asyncio.gather(*(answer(engine, chat(max_tokens=6)) for _ in range(12)))
+    assert len({choice.text for choice in found}) == 1
+
+
+async def test_accepted_tells_the_length_of_the_prompt(engine: TransformersEngine) -> None:
+    events = [event async for event in engine.generate(completion("Hello", max_tokens=1, n=2), {})]
+    assert events[0] == Accepted(1)
