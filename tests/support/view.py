@@ -1,0 +1,32 @@
+"""The queue as a user's `nats` command line sees it: requests to the JetStream API, answers as plain JSON."""
+
+import asyncio
+import json
+from typing import Any
+
+from support.stack import Stack
+
+
+async def jetstream(stack: Stack, request: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The answer to `$JS.API.<request>`; an error is an answer too."""
+    payload = json.dumps(body).encode() if body is not None else b""
+    msg = await stack.connection.client.request(f"$JS.API.{request}", payload, timeout=5)
+    answer: dict[str, Any] = json.loads(msg.data)
+    return answer
+
+
+async def stream_state(stack: Stack, stream: str = "INFERENCE") -> dict[str, Any]:
+    """`state` of `nats stream info`."""
+    state: dict[str, Any] = (await jetstream(stack, f"STREAM.INFO.{stream}"))["state"]
+    return state
+
+
+async def idle(stack: Stack, api: int = 0, timeout_s: float = 15) -> dict[str, Any]:
+    """Wait until the last request has been acknowledged, which comes after it was counted; the queue's status then.
+
+    An answer reaches its client a moment before that.
+    """
+    async with asyncio.timeout(timeout_s):
+        while (await stream_state(stack))["messages"]:
+            await asyncio.sleep(0.01)
+    return await stack.status(api)
