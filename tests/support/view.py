@@ -27,6 +27,7 @@ async def idle(stack: Stack, api: int = 0, timeout_s: float = 15) -> dict[str, A
     An answer reaches its client a moment before that.
     """
     async with asyncio.timeout(timeout_s):
-        while (await stream_state(stack))["messages"]:
+        while True:
+            if not (await stream_state(stack))["messages"]:
+                return await stack.status(api)
             await asyncio.sleep(0.01)
-    return await stack.status(api)
