@@ -8,10 +8,13 @@ from support.nats import NatsServer
 
 @pytest.fixture(autouse=True)
 def _clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of the machine reaches a test: neither the environment's nor a `.env` in the working folder."""
+    """No setting of the machine reaches a test: neither the environment's nor a `.env` in the working folder.
+
+    DATA_DIR alone does, so that a model that was fetched once is found again.
+    """
     from forebay_contracts.settings import ApiSettings, InferenceSettings
 
-    for name in ApiSettings.model_fields | InferenceSettings.model_fields:
+    for name in (ApiSettings.model_fields | InferenceSettings.model_fields).keys() - {"data_dir"}:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.chdir(tmp_path)
 

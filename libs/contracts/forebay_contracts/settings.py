@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from forebay_contracts.errors import ConfigurationError
@@ -17,6 +17,11 @@ _URL = re.compile(r"^(nats|tls|ws|wss)://\S+$")
 
 def _default_data_dir() -> Path:
     return Path.home() / ".cache" / "forebay"
+
+
+def _number(value: Any) -> Any:
+    # The environment holds strings, which a Literal of numbers does not take.
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class Settings(BaseSettings):
@@ -70,7 +75,9 @@ class Settings(BaseSettings):
     nats_tls_ca: Path | None = Field(None, description="CA certificate that NATS servers are checked against")
     nats_tls_cert: Path | None = Field(None, description="Client certificate for NATS; needs NATS_TLS_KEY")
     nats_tls_key: Path | None = Field(None, description="Private key of the client certificate")
-    nats_replicas: Literal[1, 3, 5] = Field(1, description="Copies of stream, states and counters in a NATS cluster")
+    nats_replicas: Annotated[Literal[1, 3, 5], BeforeValidator(_number)] = Field(
+        1, description="Copies of stream, states and counters in a NATS cluster"
+    )
     data_dir: Path = Field(
         default_factory=_default_data_dir, description="Folder of model files and of the embedded NATS server"
     )

@@ -1,0 +1,40 @@
+# install · run · test · check · bench; `make run ARGS="--port 9000"` passes options on.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+# An additional package index with builds of PyTorch without CUDA (hundreds of MB smaller).
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install run test check bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Forebay needs Python 3.11 or newer: set PYTHON" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	constraints="-c constraints/cpu.txt"; if nvidia-smi >/dev/null 2>&1; then constraints=""; fi; \
+	$(BIN)/python -m pip install $$constraints $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e ".[dev]"
+	touch $@
+
+run: $(STAMP)
+	$(BIN)/forebay up $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_links.py
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/overhead.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,154 @@
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.settings import ApiSettings, InferenceSettings, Settings, load
+
+EXAMPLE = Path(__file__).parents[2] / "queue-config.env.example"
+CLASSES = (ApiSettings, InferenceSettings)
+
+
+def example_lines() -> list[str]:
+    return EXAMPLE.read_text().splitlines()
+
+
+def set_up(title: str) -> dict[str, str]:
+    """The settings of the commented block that begins with `# title`."""
+    lines = example_lines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"# {title}")) + 1
+    found = {}
+    for line in lines[start:]:
+        if not (match := re.fullmatch(r"#([A-Z_]+)=(.+)", line)):
+            break
+        found[match[1]] = match[2]
+    return found
+
+
+def test_the_example_holds_every_setting_once() -> None:
+    names = [line.split("=")[0] for line in example_lines() if line and not line.startswith("#")]
+    fields = {name.upper() for cls in CLASSES for name in cls.model_fields}
+    assert sorted(names) == sorted(fields)
+
+
+def test_every_setting_of_the_example_says_why() -> None:
+    lines = example_lines()
+    for before, line in itertools.pairwise(lines):
+        if line and not line.startswith("#"):
+            assert re.match(r"# \w.{10,}", before), f"{line} has no comment"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_example_holds_the_defaults(cls: type[Settings]) -> None:
+    assert load(cls, _env_file=EXAMPLE) == load(cls)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("title", "limits"),
+    [("Throughput", (3, 50, 180)), ("Memory-constrained", (1, 200, 600)), ("Default", (1, 100, 300))],
+)
+def test_the_three_set_ups_can_hold(
+    monkeypatch: pytest.MonkeyPatch, cls: type[Settings], title: str, limits: tuple[int, int, float]
+) -> None:
+    for name, value in set_up(title).items():
+        monkeypatch.setenv(name, value)
+    settings = load(cls)
+    assert (settings.max_concurrent_requests, settings.max_queue_size, settings.request_timeout) == limits
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "sentence"),
+    [
+        (
+            Settings,
+            {"MAX_CONCURRENT_REQUESTS": "5", "MAX_QUEUE_SIZE": "4"},
+            "MAX_CONCURRENT_REQUESTS=5 cannot be reached with MAX_QUEUE_SIZE=4, "
+            "which counts the processing requests too",
+        ),
+        (
+            Settings,
+            {"REQUEST_STATE_TTL": "10", "REQUEST_TIMEOUT": "20"},
+            "REQUEST_STATE_TTL=10 would forget requests that may still run: it must be at least REQUEST_TIMEOUT=20",
+        ),
+        (Settings, {"NATS_TLS_CERT": "cert.pem"}, "NATS_TLS_CERT and NATS_TLS_KEY are needed together"),
+        (Settings, {"NATS_TLS_KEY": "key.pem"}, "NATS_TLS_CERT and NATS_TLS_KEY are needed together"),
+        (
+            InferenceSettings,
+            {"WORKER_SLOTS": "3", "MAX_CONCURRENT_REQUESTS": "2"},
+            "WORKER_SLOTS=3 cannot be used with MAX_CONCURRENT_REQUESTS=2, which bounds the model over all workers",
+        ),
+        (
+            InferenceSettings,
+            {"MAX_CONCURRENT_REQUESTS": "8", "LLM_BATCH_SIZE": "4"},
+            "LLM_BATCH_SIZE=4 tokens cannot carry 8 slots: each running request takes one token of a forward pass",
+        ),
+        (
+            Settings,
+            {"NATS_URL": "localhost:4222"},
+            "NATS_URL='localhost:4222': NATS_URL must hold URLs like nats://127.0.0.1:4222, not 'localhost:4222'",
+        ),
+        (Settings, {"MAX_QUEUE_SIZE": "0"}, "MAX_QUEUE_SIZE='0': Input should be greater than or equal to 1"),
+        (Settings, {"NATS_REPLICAS": "2"}, "NATS_REPLICAS=2: Input should be 1, 3 or 5"),
+        (ApiSettings, {"API_PORT": "70000"}, "API_PORT='70000': Input should be less than or equal to 65535"),
+        (
+            InferenceSettings,
+            {"MODEL_QUANTIZATION": "int3"},
+            "MODEL_QUANTIZATION='int3': Input should be 'auto', 'none', 'int8', 'nf4' or 'fp4'",
+        ),
+    ],
+)
+def test_what_cannot_hold_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, cls: type[Settings], given: dict[str, str], sentence: str
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as refused:
+        load(cls)
+    assert str(refused.value) == sentence
+
+
+def test_two_faults_are_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_QUEUE_SIZE", "none")
+    monkeypatch.setenv("LOG_LEVEL", "LOUD")
+    with pytest.raises(ConfigurationError, match=r"MAX_QUEUE_SIZE='none'.*; LOG_LEVEL='LOUD'"):
+        load(Settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "served", "aliases"),
+    [
+        ({}, "HuggingFaceTB/SmolLM2-135M-Instruct", ("SmolLM2-135M-Instruct",)),
+        ({"DEFAULT_MODEL": "/models/tiny.gguf"}, "tiny", ()),
+        ({"DEFAULT_MODEL": "./some/folder"}, "folder", ()),
+        ({"MODEL_NAME": "mine", "MODEL_ALIASES": "a, b,,mine"}, "mine", ("a", "b")),
+    ],
+)
+def test_the_names_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], served: str, aliases: tuple[str, ...]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    settings = load(Settings)
+    assert (settings.served_model, settings.served_aliases) == (served, aliases)
+
+
+def test_the_environment_is_stronger_than_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("MAX_QUEUE_SIZE=7\nAPI_KEYS=one, two\n")
+    monkeypatch.setenv("MAX_QUEUE_SIZE", "8")
+    settings = load(ApiSettings)
+    assert settings.max_queue_size == 8
+    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+
+
+def test_a_number_of_a_choice_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NATS_REPLICAS", "3")
+    assert load(Settings).nats_replicas == 3
+
+
+def test_keys_are_not_shown() -> None:
+    overrides: dict[str, Any] = {"api_keys": "very-secret"}
+    assert "very-secret" not in repr(load(ApiSettings, **overrides))
