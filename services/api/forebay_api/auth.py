@@ -23,6 +23,7 @@ class ApiKeys:
         if scheme.lower() != "bearer" or not given:
             raise InvalidApiKey("You didn't provide an API key: send it as `Authorization: Bearer YOUR_KEY`.")
         # Every key is compared, so that the time taken says nothing about which one matched.
-        matches = [hmac.compare_digest(key, given.strip().encode()) for key in self._keys]
+        sent = given.strip().encode("latin-1")  # the bytes as they came: header values are decoded so
+        matches = [hmac.compare_digest(key, sent) for key in self._keys]
         if not any(matches):
             raise InvalidApiKey("Incorrect API key provided.")

@@ -17,7 +17,18 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGPROBS = 5
 MAX_SEED = 2**63 - 1
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+# As OpenAI, and unlike Pydantic by itself: "2" and true are no numbers, 1 and "yes" no booleans.
+Bool = Annotated[bool, Field(strict=True)]
+Int = Annotated[int, Field(strict=True)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class Misfit(ValueError):
+    """Parameters that do not fit together; `param` is the one to change, relative to the object they are in."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class _Body(BaseModel):
@@ -27,8 +38,8 @@ class _Body(BaseModel):
 class StreamOptions(_Body):
     """`include_usage`: one last chunk with the token counts."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: Bool = False
+    include_obfuscation: Bool = False
 
 
 class ContentPart(BaseModel):
@@ -70,7 +81,7 @@ class ChatMessage(BaseModel):
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError(f"a message of role {self.role!r} needs content")
+            raise Misfit("content", f"a message of role {self.role!r} needs content")
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -88,7 +99,7 @@ class FunctionDefinition(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Bool | None = None
 
 
 class Tool(BaseModel):
@@ -119,7 +130,7 @@ class JsonSchema(BaseModel):
     name: str
     description: str | None = None
     json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
+    strict: Bool | None = None
 
 
 class ResponseFormat(_Body):
@@ -131,7 +142,7 @@ class ResponseFormat(_Body):
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema is needed with type json_schema, and only there")
+            raise Misfit("json_schema", "json_schema is needed with type json_schema, and only there")
         return self
 
 
@@ -139,24 +150,24 @@ class _CompletionBody(_Body):
     """What chat and completions have in common."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    stream: bool = False
+    stream: Bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] = 1
     temperature: Annotated[Finite, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[Finite, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[Int, Field(ge=0)] = 0
     min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] = 1.0
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
     logit_bias: dict[int, Annotated[Finite, Field(ge=-100, le=100)]] = Field(default_factory=dict)
-    seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
+    seed: Annotated[Int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=MAX_STOP_STRINGS)] = ()
-    ignore_eos: bool = False
+    ignore_eos: Bool = False
     # Accepted: they tell OpenAI's service something that has no meaning here.
     user: str | None = None
     metadata: dict[str, str] | None = None
-    store: bool | None = None
+    store: Bool | None = None
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -177,7 +188,7 @@ class _CompletionBody(_Body):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed when stream is true")
+            raise Misfit("stream_options", "stream_options is only allowed when stream is true")
         return self
 
     @property
@@ -207,13 +218,13 @@ class ChatCompletionBody(_CompletionBody):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    logprobs: Bool = False
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: tuple[Tool, ...] = ()
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: Bool = True
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     modalities: tuple[Literal["text"], ...] | None = None
@@ -222,15 +233,17 @@ class ChatCompletionBody(_CompletionBody):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens are two names of one limit: send one of them")
+            raise Misfit(
+                "max_tokens", "max_tokens and max_completion_tokens are two names of one limit: send one of them"
+            )
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed when logprobs is true")
+            raise Misfit("top_logprobs", "top_logprobs is only allowed when logprobs is true")
         if self.tool_choice not in (None, "none") and not self.tools:
-            raise ValueError("tool_choice is only allowed when tools are given")
+            raise Misfit("tool_choice", "tool_choice is only allowed when tools are given")
         if isinstance(self.tool_choice, NamedToolChoice):
             wanted = self.tool_choice.function.name
             if wanted not in {tool.function.name for tool in self.tools}:
-                raise ValueError(f"tool_choice names the function {wanted!r}, which is not among the tools")
+                raise Misfit("tool_choice", f"the function {wanted!r} is not among the tools")
         return self
 
     def request(
@@ -264,7 +277,7 @@ class ChatCompletionBody(_CompletionBody):
         )
 
 
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[Int, Field(ge=0)]
 Prompt = (
     str
     | Annotated[tuple[Token, ...], Field(min_length=1)]
@@ -277,23 +290,23 @@ class CompletionBody(_CompletionBody):
     """`POST /v1/completions`."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0)] = 16
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_tokens: Annotated[Int, Field(ge=0)] = 16
+    best_of: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: Bool = False
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.best_of is not None:
             if self.best_of < self.n:
-                raise ValueError("best_of must be at least n")
+                raise Misfit("best_of", "best_of must be at least n")
             if self.stream and self.best_of > self.n:
-                raise ValueError("best_of larger than n cannot be streamed")
+                raise Misfit("best_of", "best_of larger than n cannot be streamed")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 is only of use with echo")
+            raise Misfit("max_tokens", "max_tokens=0 is only of use with echo")
         if len(self.prompts) * (self.best_of or self.n) > MAX_CHOICES:
-            raise ValueError(f"at most {MAX_CHOICES} choices over all prompts")
+            raise Misfit("prompt", f"at most {MAX_CHOICES} choices over all prompts")
         return self
 
     @property

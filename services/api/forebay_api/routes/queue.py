@@ -48,7 +48,10 @@ async def get_request(request_id: str, context: Authorized) -> dict[str, Any]:
 @router.delete("/request/{request_id}")
 async def cancel_request(request_id: str, context: Authorized) -> dict[str, Any]:
     """Call a request off, waiting or running; one that has ended stays as it ended."""
-    cancelled = await context.dispatcher.cancel(request_id, "by DELETE /v1/queue/request")
+    # An id goes into subjects: one that cannot be an id goes no further.
+    cancelled = names.is_request_id(request_id) and await context.dispatcher.cancel(
+        request_id, "by DELETE /v1/queue/request"
+    )
     state = await _state(context, request_id)
     return {"id": request_id, "cancelled": cancelled, "status": state.status.value}
 
