@@ -18,13 +18,6 @@ def body(order: str, *, stream: bool) -> dict[str, object]:
     return {"model": MODEL, "stream": stream, "messages": [{"role": "user", "content": order}]}
 
 
-async def idle(stack: Stack, timeout_s: float = 10) -> None:
-    """Wait until nothing is in the stream and every slot is free."""
-    async with asyncio.timeout(timeout_s):
-        while (await stack.status())["active_requests"]:
-            await asyncio.sleep(0.05)
-
-
 async def request_ids(stack: Stack) -> list[str]:
     bucket = await stack.connection.jetstream.key_value("inference-requests")
     return await bucket.keys()
@@ -47,7 +40,7 @@ async def test_client_that_leaves_frees_its_slot_and_its_place(nats_server: Nats
                 task.cancel()
         answer = await staying
         assert answer.status_code == 200
-        await idle(stack)
+        await stack.idle()
         ids = [key for key in await request_ids(stack) if key != answer.headers["x-request-id"]]
         assert len(ids) == 2
         await stack.all_reach(ids, RequestStatus.CANCELLED)
@@ -62,12 +55,10 @@ async def test_clients_that_leave_at_random_points(nats_server: NatsServer) -> N
         async def visit() -> None:
             with contextlib.suppress(TimeoutError, httpx.HTTPError):
                 async with asyncio.timeout(chance.uniform(0, 1.5)):
-                    await stack.http.post(
-                        url, json=body("[[tokens=20 delay_ms=10]]", stream=chance.random() < 0.5)
-                    )
+                    await stack.http.post(url, json=body("[[tokens=20 delay_ms=10]]", stream=chance.random() < 0.5))
 
         await asyncio.gather(*(visit() for _ in range(200)))
-        await idle(stack)
+        await stack.idle()
         await stack.all_reach(await request_ids(stack), *ENDED)
         status = await stack.status()
         assert status["total_processed"] + status["total_cancelled"] == status["total_queued"]
@@ -87,9 +78,7 @@ async def test_requests_of_an_api_that_died_end(nats_server: NatsServer) -> None
         await stack.apis[0].kill()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, httpx.HTTPError) for result in results)
-        async with asyncio.timeout(10):
-            while (await stack.status(api=1))["active_requests"]:
-                await asyncio.sleep(0.1)
+        await stack.idle(api=1)
         await stack.all_reach(await request_ids(stack), RequestStatus.CANCELLED)
         assert (await stack.chat("hi", api=1)).status_code == 200
         assert (await stack.status(api=1))["total_cancelled"] == 20
@@ -114,4 +103,4 @@ async def test_slow_reader_holds_nobody_up(nats_server: NatsServer) -> None:
             # It reads nothing more; what it does not read is bounded, then it is given up.
             await stack.apis[0].logged("does not read its stream")
             assert (await stack.chat("hi")).status_code == 200
-        await idle(stack)
+        await stack.idle()

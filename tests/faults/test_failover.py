@@ -35,6 +35,7 @@ async def test_stream_goes_on_when_its_worker_is_killed(nats_server: NatsServer)
         await stack.workers[0].kill()
         await stack.worker()
         assert await answer == expected(40)
+        await stack.idle()
         status = await stack.status()
         assert (status["total_processed"], status["total_failed"], status["active_requests"]) == (1, 0, 0)
 
@@ -70,6 +71,7 @@ async def test_worker_that_was_only_slow_cannot_interfere(nats_server: NatsServe
         # It notices by its own write, and is of use again.
         await slow.logged(f"{request_id}: attempt 1 was replaced")
         assert [r.status_code for r in await asyncio.gather(*(stack.chat("hi") for _ in range(4)))] == [200] * 4
+        await stack.idle()
         status = await stack.status()
         assert (status["total_processed"], status["total_queued"], status["active_requests"]) == (5, 5, 0)
 
@@ -124,5 +126,6 @@ async def test_rolling_restart_of_workers_fails_nothing(nats_server: NatsServer)
             assert await old.stop() == 0
         stop.set()
         assert sum(await asyncio.gather(*clients)) >= 8
+        await stack.idle()
         status = await stack.status()
         assert status["total_failed"] == status["active_requests"] == 0

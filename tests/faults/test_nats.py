@@ -13,6 +13,7 @@ async def test_restart_of_nats_loses_nothing(nats_server: NatsServer) -> None:
         await asyncio.to_thread(nats_server.restart)
         texts = [(await answer).json()["choices"][0]["message"]["content"] for answer in answers]
         assert texts == ["t0 t1 t2 t3 t4 t5 t6 t7 t8 t9"] * 100
+        await stack.idle()
         status = await stack.status()
         assert (status["total_queued"], status["total_processed"], status["total_failed"]) == (100, 100, 0)
         assert status["active_requests"] == 0
@@ -27,10 +28,7 @@ async def test_streams_go_on_over_a_restart_of_nats(nats_server: NatsServer) -> 
         expected = [f"t{n}" for n in range(60)]
         for answer in answers:
             response = await answer
-            pieces = [
-                part.split('"')[0]
-                for part in response.text.split('"content":"')[1:]
-            ]
+            pieces = [part.split('"')[0] for part in response.text.split('"content":"')[1:]]
             assert "".join(pieces).split() == expected
             assert response.text.endswith("data: [DONE]\n\n")
 

@@ -203,6 +203,12 @@ class Stack:
                 await watcher.stop()
         raise AssertionError("the watch ended")
 
+    async def idle(self, api: int = 0, timeout_s: float = 10) -> None:
+        """Wait until nothing is in the stream: an ack leaves no event to wait for."""
+        async with asyncio.timeout(timeout_s):
+            while (await self.status(api))["active_requests"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
     async def all_reach(self, request_ids: list[str], *statuses: RequestStatus, timeout_s: float = 20) -> None:
         """Wait until each of the requests has one of `statuses`."""
         for request_id in request_ids:

@@ -103,6 +103,8 @@ def _listen(settings: ApiSettings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((settings.api_host, settings.api_port))
+    # From here on nobody is turned away: who comes before the api has started waits for it.
+    listener.listen(BACKLOG)
     return listener
 
 

@@ -1,0 +1,111 @@
+"""Messages and frames that nobody of ours would send."""
+
+import asyncio
+import json
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from forebay_contracts.messages import CompletionType, InferenceRequest
+from support.nats import NatsServer
+from support.stack import MODEL, running
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SUBJECT = "inference.requests.HuggingFaceTB-SmolLM2-135M-Instruct.chat"
+
+
+@pytest.mark.parametrize("payload", [b"", b"not json", b"{}", b"\xff\xfe", b"[]", b'{"schema_version": 99}'])
+async def test_unreadable_message_is_removed_and_counted(nats_server: NatsServer, payload: bytes) -> None:
+    async with running(nats_server) as stack:
+        ack = await stack.connection.jetstream.publish(SUBJECT, payload)
+        await stack.workers[0].logged(f"message {ack.seq} cannot be read and was removed")
+        assert (await stack.chat("hi")).status_code == 200
+        await stack.idle()
+        status = await stack.status()
+        assert (status["total_failed"], status["total_processed"], status["active_requests"]) == (1, 1, 0)
+
+
+async def test_request_that_nobody_waits_for_does_not_run(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        forged = InferenceRequest(
+            id="forged",
+            completion_type=CompletionType.CHAT,
+            model=NAME,
+            created_at=time.time(),
+            deadline=time.time() + 60,
+            reply_to=f"inference.replies.{stack.apis[0].id}.forged",
+            messages=({"role": "user", "content": "[[tokens=100000 delay_ms=1000]]"},),
+        )
+        await stack.connection.jetstream.publish(SUBJECT, forged.encode())
+        await stack.workers[0].logged("forged cancelled")
+        assert (await stack.chat("hi")).status_code == 200
+
+
+async def test_hostile_frames_do_no_harm(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        api = stack.apis[0]
+        answer = asyncio.create_task(stack.chat("[[tokens=30 delay_ms=50]]", stream=True))
+        request_id = (await stack.workers[0].logged(r"(\S+) processing, attempt 1"))[1]
+        subject = f"inference.replies.{api.id}.{request_id}"
+        for frame in (
+            b"",
+            b"\x00\xff",
+            b"{}",
+            b'{"type": "delta"}',
+            b'{"type": "delta", "attempt": 0, "index": 0, "offset": 0, "tokens": [1], "text": "evil"}',
+            b'{"type": "delta", "attempt": 1, "index": 0, "offset": 9999, "tokens": [1], "text": "evil"}',
+            b'{"type": "completed", "attempt": 0, "choices": [], "usage": {}}',
+            b'{"type": "completed", "attempt": 1, "choices": "all", "usage": {}}',
+            b"[" * 100_000,
+        ):
+            await stack.connection.client.publish(subject, frame)
+            await stack.connection.client.publish(f"inference.replies.{api.id}.nobody", frame)
+            await stack.connection.client.publish(f"inference.resend.{request_id}", frame)
+        for frame in (b"", b"junk"):
+            await stack.connection.client.publish("$KV.inference-workers.x", frame)
+            await stack.connection.client.publish("$KV.inference-apis.x", frame)
+        text = (await answer).text
+        assert "evil" not in text
+        pieces = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        content = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
+        assert content == " ".join(f"t{n}" for n in range(30))
+        assert (await stack.chat("hi")).status_code == 200
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    frames=st.lists(
+        st.one_of(
+            st.builds(
+                lambda offset, count, attempt: {
+                    "type": "delta",
+                    "attempt": attempt,
+                    "offset": offset,
+                    "tokens": list(range(offset, offset + count)),
+                    "text": "".join(f"<{n}>" for n in range(offset, offset + count)),
+                },
+                st.integers(0, 12),
+                st.integers(0, 4),
+                st.integers(1, 3),
+            ),
+            st.builds(lambda attempt: {"type": "started", "attempt": attempt, "worker": "w"}, st.integers(1, 3)),
+        ),
+        max_size=40,
+    )
+)
+def test_whatever_order_frames_come_in_no_token_is_doubled_or_left_out(frames: list[dict[str, object]]) -> None:
+    from forebay_api.replies import Reply
+    from forebay_contracts.messages import decode_frame
+
+    request = InferenceRequest(
+        id="x", completion_type=CompletionType.CHAT, model=MODEL, created_at=0, deadline=0, reply_to=""
+    )
+    reply = Reply(request)
+    for frame in frames:
+        reply.receive(decode_frame(json.dumps(frame).encode()))
+    have = reply.have(reply.attempt).choices
+    tokens = have[0].tokens if have else ()
+    assert tokens == tuple(range(len(tokens)))
+    assert "".join(delta.text for delta in reply._unread) == "".join(f"<{n}>" for n in tokens)

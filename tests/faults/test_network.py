@@ -1,0 +1,99 @@
+"""The network between a service and NATS breaks: no hole and no double in an answer, nothing run twice."""
+
+import asyncio
+
+from support.nats import NatsServer
+from support.proxy import Proxy
+from support.stack import MODEL, Stack, running
+
+ORDER = "[[tokens=80 delay_ms=30]]"
+EXPECTED = " ".join(f"t{token}" for token in range(80))
+
+
+async def stream(stack: Stack, begun: asyncio.Event) -> str:
+    answer = await stack.openai().chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": ORDER}], stream=True
+    )
+    pieces: list[str] = []
+    async for chunk in answer:
+        pieces.append(chunk.choices[0].delta.content or "")
+        if len(pieces) == 5:
+            begun.set()
+    return "".join(pieces)
+
+
+async def test_frames_lost_on_the_way_to_the_api_are_sent_again(nats_server: NatsServer) -> None:
+    proxy = Proxy(nats_server.url)
+    async with running(nats_server, apis=0) as stack:
+        await proxy.start()
+        api = await stack.api(nats_url=proxy.url)
+        begun = asyncio.Event()
+        answer = asyncio.create_task(stream(stack, begun))
+        await begun.wait()
+        await proxy.cut()
+        await api.logged("connection to NATS lost")
+        await asyncio.sleep(0.5)  # frames go to nobody
+        await proxy.start()
+        assert await answer == EXPECTED
+        await api.logged("frames were lost, asking for them again")
+        assert (await stack.status())["total_processed"] == 1
+        await proxy.cut()
+
+
+async def test_end_of_an_answer_lost_on_the_way_is_sent_again(nats_server: NatsServer) -> None:
+    proxy = Proxy(nats_server.url)
+    async with running(nats_server, apis=0) as stack:
+        await proxy.start()
+        api = await stack.api(nats_url=proxy.url)
+        begun = asyncio.Event()
+        answer = asyncio.create_task(stream(stack, begun))
+        await begun.wait()
+        await proxy.cut()
+        await api.logged("connection to NATS lost")
+        await asyncio.sleep(3)  # the worker comes to its end, and nobody confirms it
+        assert not answer.done()
+        await proxy.start()
+        assert await answer == EXPECTED
+        await proxy.cut()
+
+
+async def test_worker_cut_off_loses_nothing(nats_server: NatsServer) -> None:
+    proxy = Proxy(nats_server.url)
+    async with running(nats_server, workers=0) as stack:
+        await proxy.start()
+        worker = await stack.worker(nats_url=proxy.url)
+        begun = asyncio.Event()
+        answer = asyncio.create_task(stream(stack, begun))
+        await begun.wait()
+        await proxy.cut()
+        await worker.logged("connection to NATS lost")
+        await asyncio.sleep(0.5)  # what it writes goes nowhere
+        await proxy.start()
+        assert await answer == EXPECTED
+        await stack.idle()
+        status = await stack.status()
+        assert (status["total_processed"], status["total_queued"]) == (1, 1)
+        await proxy.cut()
+
+
+async def test_publish_whose_ack_was_lost_runs_once(nats_server: NatsServer) -> None:
+    proxy = Proxy(nats_server.url)
+    async with running(nats_server, apis=0, max_concurrent_requests=4) as stack:
+        await proxy.start()
+        api = await stack.api(nats_url=proxy.url)
+        proxy.swallow_answers = True
+        answer = asyncio.create_task(stack.chat("[[tokens=3]]"))
+        # The message is in, and the worker has it; the api does not know.
+        await stack.workers[0].logged("processing, attempt 1")
+        await proxy.cut()
+        proxy.swallow_answers = False
+        await proxy.start()
+        await api.logged("connected to NATS again")
+        response = await answer
+        await stack.idle()
+        status = await stack.status()
+        assert status["total_queued"] == 1
+        assert response.status_code == 200
+        assert response.json()["choices"][0]["message"]["content"] == "t0 t1 t2"
+        assert status["total_processed"] == 1
+        await proxy.cut()

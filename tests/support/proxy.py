@@ -1,0 +1,66 @@
+"""A TCP proxy between a service and NATS, to be cut, and to swallow what comes back: a real bad network."""
+
+import asyncio
+import contextlib
+from urllib.parse import urlsplit
+
+
+class Proxy:
+    """Forwards to `target` until told otherwise; `url` is what NATS_URL must be."""
+
+    def __init__(self, target: str) -> None:
+        parts = urlsplit(target)
+        self._target = (parts.hostname, parts.port)
+        self._server: asyncio.Server | None = None
+        self._port = 0
+        self._pairs: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.swallow_answers = False
+        """Whether bytes from the server are dropped instead of forwarded."""
+
+    @property
+    def url(self) -> str:
+        """Where to connect to."""
+        return f"nats://127.0.0.1:{self._port}"
+
+    async def start(self) -> "Proxy":
+        """Listen, on the same port as before if there was one."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def cut(self) -> None:
+        """Close every connection and refuse new ones."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for writer in list(self._writers):
+            writer.transport.abort()
+        if self._pairs:
+            await asyncio.wait(self._pairs)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._pairs.add(task)
+        self._writers.add(writer)
+        try:
+            up_reader, up_writer = await asyncio.open_connection(*self._target)
+            self._writers.add(up_writer)
+            await asyncio.gather(
+                self._pump(reader, up_writer, answers=False), self._pump(up_reader, writer, answers=True)
+            )
+            self._writers.discard(up_writer)
+        finally:
+            self._writers.discard(writer)
+            self._pairs.discard(task)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                if not (answers and self.swallow_answers):
+                    writer.write(data)
+                    await writer.drain()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
