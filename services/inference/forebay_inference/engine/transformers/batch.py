@@ -136,18 +136,31 @@ class Batch:
                 continue
             tokens = tuple(output.generated_tokens[sequence.delivered :])
             sequence.delivered += len(tokens)
-            for token in tokens:
-                sequence.chooser.accept(token)
+            ended = output.is_finished()
+            fault = output.error or sequence.chooser.fault or self._accept(sequence, tokens, ended)
             logprobs = () if sequence.chooser.logprob is None else (sequence.chooser.logprob,)
-            if output.is_finished():
+            if ended:
                 self._sequences.pop(sequence.id, None)
-            steps.append((sequence, Step(tokens, logprobs if tokens else (), output.error)))
+            elif fault is not None:
+                self.cancel(sequence.id)
+            steps.append((sequence, Step(tokens, logprobs if tokens else (), fault)))
         if not steps:
             return
         try:
             self._loop.call_soon_threadsafe(_dispatch, steps)
         except RuntimeError:
             _log.warning("the event loop is closed: dropping the tokens of %d sequences", len(steps))
+
+    @staticmethod
+    def _accept(sequence: SequenceInBatch, tokens: Sequence[int], ended: bool) -> str | None:
+        if ended:
+            return None
+        try:
+            for token in tokens:
+                sequence.chooser.accept(token)
+        except Exception as exc:  # one sequence's trouble must not end the thread that all share
+            return str(exc)
+        return None
 
     def _watch_prefixes(self, cache: Any) -> None:
         """Note how much of each prompt was in the cache already: the library knows, but does not tell."""

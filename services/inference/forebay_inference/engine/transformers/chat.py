@@ -1,40 +1,44 @@
 """Prompts: chat templates and tokenization, with the errors that are the client's own."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import TemplateError
 
 from forebay_contracts.errors import InvalidRequest
 from forebay_contracts.messages import CompletionType, InferenceRequest
+from forebay_inference.engine.transformers.tools import ToolFormat, with_tools_told
 
 _RESERVED = frozenset(
     {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "chat_template", "tools"}
 )
 
 
-def encode_prompts(tokenizer: Any, request: InferenceRequest, tools: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """The token ids of each prompt of `request` (a chat has one). `tools` are shown to the template.
+def encode_prompts(tokenizer: Any, request: InferenceRequest, form: ToolFormat) -> list[list[int]]:
+    """The token ids of each prompt of `request` (a chat has one). Tools are told as `form` has it.
 
     Raises:
         InvalidRequest: the template refuses the messages, or a prompt is empty or holds an unknown token.
     """
     if request.completion_type is CompletionType.CHAT:
-        return [_encode_chat(tokenizer, request, tools)]
+        return [_encode_chat(tokenizer, request, form)]
     return [_encode_prompt(tokenizer, prompt) for prompt in request.prompts]
 
 
-def _encode_chat(tokenizer: Any, request: InferenceRequest, tools: Sequence[Mapping[str, Any]]) -> list[int]:
+def _encode_chat(tokenizer: Any, request: InferenceRequest, form: ToolFormat) -> list[int]:
     if not tokenizer.chat_template:
         raise InvalidRequest("This model has no chat template; use /v1/completions.", param="messages")
     extra = {key: value for key, value in request.chat_template_kwargs.items() if key not in _RESERVED}
     options: dict[str, Any] = {"add_generation_prompt": True, **extra}
-    if tools:
-        options["tools"] = [dict(tool) for tool in tools]
+    tools = [] if request.tool_choice == "none" else [dict(tool) for tool in request.tools]
+    messages = [_flattened(message) for message in request.messages]
+    if not form.in_template:
+        messages = with_tools_told(messages, tools)
+    elif tools:
+        options["tools"] = tools
     try:
-        text = tokenizer.apply_chat_template(
-            [_flattened(message) for message in request.messages], tokenize=False, **options
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as exc:
         raise InvalidRequest(
             f"The model's chat template does not take these messages: {exc}", param="messages"
@@ -64,14 +68,29 @@ def _encode_prompt(tokenizer: Any, prompt: str | tuple[int, ...]) -> list[int]:
 
 
 def _flattened(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with its text parts joined: most templates take strings only."""
+    """The message as templates take it: its text parts joined, its calls' arguments as objects."""
     flat = dict(message)
     content = flat.get("content")
     if content is None:
         flat["content"] = ""
     elif isinstance(content, list):
         flat["content"] = "".join(_part_text(part) for part in content)
+    if flat.get("tool_calls"):
+        flat["tool_calls"] = [_with_object_arguments(call) for call in flat["tool_calls"]]
     return flat
+
+
+def _with_object_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        raise InvalidRequest("Only tool calls of type function are supported.", param="messages")
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as exc:
+            raise InvalidRequest("The arguments of a tool call are not JSON.", param="messages") from exc
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _part_text(part: Mapping[str, Any]) -> str:

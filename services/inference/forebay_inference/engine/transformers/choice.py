@@ -1,18 +1,21 @@
 """One choice of an answer: its tokens, its text, and when it is at its end."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from forebay_contracts.messages import TokenLogprob, TopLogprob
 from forebay_inference.engine.protocol import Tokens
 from forebay_inference.engine.transformers.batch import SequenceInBatch, Step
 from forebay_inference.engine.transformers.sampling import ChosenLogprob
 from forebay_inference.engine.transformers.text import ChoiceText
+from forebay_inference.engine.transformers.tool_calls import ToolParser
 
 
 class Choice:
     """Follows one sequence on the event loop.
 
-    `limit` is the most tokens that it may have; `finish_reason` is None until its end.
+    `limit` is the most tokens that it may have; `finish_reason` is None until its end. `echo` goes before the
+    text of the first token.
     """
 
     def __init__(
@@ -22,6 +25,8 @@ class Choice:
         stops: Sequence[str],
         end_tokens: frozenset[int],
         limit: int,
+        parser: ToolParser | None = None,
+        echo: str = "",
     ) -> None:
         self.index = index
         self.limit = limit
@@ -31,11 +36,13 @@ class Choice:
         self.sequence: SequenceInBatch | None = None
         self._decode = decode
         self._text = ChoiceText(decode, stops)
+        self._parser = parser
+        self._echo = echo
 
     def replay(self, tokens: Sequence[int]) -> None:
-        """Take `tokens` as generated and shown already."""
+        """Take `tokens` as generated and shown already, with what goes before them."""
         for token in tokens:
-            self._push(token)
+            self._show(self._push(token))
 
     def advance(self, step: Step) -> Tokens | None:
         """The event of one step, or None where it brings nothing. Sets `finish_reason` at the end."""
@@ -46,12 +53,28 @@ class Choice:
                 break
             text += self._push(token)
             taken.append(token)
-        if not taken and not text:
+        if not taken:
             return None
+        text, calls = self._show(text)
         logprobs = tuple(self._logprob(chosen) for chosen in step.logprobs if chosen.token not in self.end_tokens)
-        return Tokens(self.index, tuple(taken), text, logprobs)
+        return Tokens(self.index, tuple(taken), text, logprobs, tuple(calls))
+
+    def _show(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """Text and tool calls of what may be shown now; sets the finish reason of an answer that calls tools."""
+        if self._parser is None:
+            return text, []
+        content, calls = self._parser.push(text)
+        if self.finish_reason is not None:
+            content += self._parser.flush()
+            if self._parser.calls and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        return content, calls
 
     def _push(self, token: int) -> str:
+        echo, self._echo = self._echo, ""
+        return echo + self._push_token(token)
+
+    def _push_token(self, token: int) -> str:
         self.tokens.append(token)
         if token in self.end_tokens:
             self.finish_reason = "stop"

@@ -4,12 +4,12 @@ import asyncio
 import logging
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from forebay_contracts.errors import InvalidRequest
 from forebay_contracts.messages import CompletionType, InferenceRequest, Sampling
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.protocol import (
@@ -19,13 +19,14 @@ from forebay_inference.engine.protocol import (
     Finished,
     ModelInfo,
     ResumeTokens,
+    Tokens,
 )
-from forebay_inference.engine.transformers.batch import Batch, SequenceInBatch, Step
-from forebay_inference.engine.transformers.chat import encode_prompts
+from forebay_inference.engine.transformers.batch import Batch, Step
+from forebay_inference.engine.transformers.best_of import best, widened
 from forebay_inference.engine.transformers.choice import Choice
-from forebay_inference.engine.transformers.loading import Loaded, give_back_memory, load
-from forebay_inference.engine.transformers.memory import CachePlan, plan_cache
-from forebay_inference.engine.transformers.sampling import TokenChooser
+from forebay_inference.engine.transformers.loading import give_back_memory, load
+from forebay_inference.engine.transformers.memory import plan_cache
+from forebay_inference.engine.transformers.serving import Serving
 from forebay_inference.model_store import ensure_model
 
 _log = logging.getLogger(__name__)
@@ -53,11 +54,9 @@ class TransformersEngine:
         self._device_name = device
         self._slots = slots
         self._max_batch_tokens = max_batch_tokens
-        self._loaded: Loaded | None = None
-        self._cache: CachePlan | None = None
-        self._batch: Batch | None = None
-        # Tokenizing a long prompt takes a while; one thread keeps it off the event loop.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._serving: Serving | None = None
+        # Tokenizing a long prompt or building a grammar takes a while; one thread keeps it off the event loop.
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
     @classmethod
     def from_settings(cls, settings: InferenceSettings) -> "TransformersEngine":
@@ -95,8 +94,10 @@ class TransformersEngine:
             pass
         # bitsandbytes lays 4-bit weights out anew in the first pass.
         give_back_memory()
-        loaded, cache = self._parts()
-        return ModelInfo(self._served_name, cache.context_length, loaded.quantization, str(loaded.device))
+        if self._serving is None:
+            raise EngineFault("the engine was closed while it started")
+        loaded, context_length = self._serving.loaded, self._serving.context_length
+        return ModelInfo(self._served_name, context_length, loaded.quantization, str(loaded.device))
 
     def _load(self, loop: asyncio.AbstractEventLoop, progress: Callable[[str], None]) -> None:
         folder = ensure_model(self._model_source, self._data_dir, progress)
@@ -106,37 +107,39 @@ class TransformersEngine:
         progress(f"KV cache for {cache.tokens} tokens, context of {cache.context_length}")
         batch = Batch(loaded.model, self._max_batch_tokens, cache, loop)
         batch.start()
-        self._loaded, self._cache, self._batch = loaded, cache, batch
-
-    def _parts(self) -> tuple[Loaded, CachePlan]:
-        if self._loaded is None or self._cache is None:
-            raise EngineFault("the engine was not started")
-        return self._loaded, self._cache
+        self._serving = Serving(loaded, cache, batch)
 
     async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
         """See `Engine.generate`."""
-        loaded, _ = self._parts()
-        batch = self._batch
-        if batch is None or (reason := batch.fault()) is not None:
-            raise EngineFault(f"the engine serves nothing: {reason if batch is not None else 'it is closed'}")
-        loop = asyncio.get_running_loop()
-        prompts = await loop.run_in_executor(self._tokenizing, encode_prompts, loaded.tokenizer, request, request.tools)
-        limits = [self._new_tokens(request, prompt) for prompt in prompts]
-        yield Accepted(sum(len(prompt) for prompt in prompts))
+        if request.best_of is None or request.best_of <= request.n or request.stream:
+            events = self._generate(request, resume)
+        else:
+            events = best(self._generate(widened(request), {}), request, resume)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    async def _generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
+        if self._serving is None:
+            raise EngineFault("the engine is not started, or closed")
+        serving, batch = self._serving, self._serving.batch
+        if (reason := batch.fault()) is not None:
+            raise EngineFault(f"the engine serves nothing: {reason}")
+        prepared = await asyncio.get_running_loop().run_in_executor(self._preparing, serving.prepare, request)
+        yield Accepted(prepared.prompt_tokens)
 
         steps: asyncio.Queue[tuple[Choice, Step]] = asyncio.Queue()
         choices: list[Choice] = []
         try:
-            for index in range(len(prompts) * request.n):
-                prompt, limit = prompts[index // request.n], limits[index // request.n]
-                choice = self._choice(request, index, prompt, limit, tuple(resume.get(index, ())))
+            for index in range(len(prepared.prompts) * request.n):
+                choice = serving.choice(request, prepared, index, resume.get(index, ()))
                 choices.append(choice)
-                if choice.finish_reason is not None:
-                    yield Finished(index, choice.finish_reason)
+                if choice.finish_reason is None:
+                    serving.submit(request, prepared, choice, steps)
                     continue
-                choice.sequence = self._sequence(request, choice, prompt, steps)
-                if not batch.submit(choice.sequence):
-                    raise EngineFault("the engine takes no more requests")
+                if not choice.tokens and prepared.echoes[index // request.n]:
+                    yield Tokens(index, (), prepared.echoes[index // request.n])
+                yield Finished(index, choice.finish_reason)
             running = sum(choice.finish_reason is None for choice in choices)
             while running:
                 choice, step = await steps.get()
@@ -150,96 +153,23 @@ class TransformersEngine:
                     yield event
                 if choice.finish_reason is not None:
                     running -= 1
+                    serving.cancel(choice)
                     cached = 0 if choice.sequence is None else choice.sequence.cached_tokens
-                    self._cancel(choice)
                     yield Finished(choice.index, choice.finish_reason, cached)
         finally:
             for choice in choices:
-                self._cancel(choice)
-
-    def _cancel(self, choice: Choice) -> None:
-        if choice.sequence is not None and self._batch is not None:
-            self._batch.cancel(choice.sequence.id)
-
-    def _new_tokens(self, request: InferenceRequest, prompt: Sequence[int]) -> int:
-        """How many tokens may follow `prompt`; raises InvalidRequest where it or what was asked for cannot fit."""
-        _, cache = self._parts()
-        wanted = request.sampling.max_tokens
-        context = cache.context_length
-        param = "messages" if request.completion_type is CompletionType.CHAT else "prompt"
-        start = f"This model's maximum context length is {context} tokens. However, "
-        code = "context_length_exceeded"
-        if len(prompt) + (1 if wanted is None else 0) > context:
-            raise InvalidRequest(
-                f"{start}your {param} resulted in {len(prompt)} tokens. Please reduce the length of the {param}.",
-                param=param,
-                code=code,
-            )
-        if wanted is None:
-            return context - len(prompt)
-        if len(prompt) + wanted > context:
-            raise InvalidRequest(
-                f"{start}you requested {len(prompt) + wanted} tokens ({len(prompt)} in the {param}, {wanted} in the "
-                f"completion). Please reduce the length of the {param} or completion.",
-                param=param,
-                code=code,
-            )
-        return wanted
-
-    def _choice(
-        self, request: InferenceRequest, index: int, prompt: Sequence[int], limit: int, resumed: Sequence[int]
-    ) -> Choice:
-        loaded, _ = self._parts()
-        sampling = request.sampling
-        end_tokens = frozenset() if sampling.ignore_eos else loaded.end_tokens
-        choice = Choice(index, self._decode, sampling.stop, end_tokens, limit)
-        choice.replay(resumed)
-        return choice
-
-    def _sequence(
-        self,
-        request: InferenceRequest,
-        choice: Choice,
-        prompt: Sequence[int],
-        steps: "asyncio.Queue[tuple[Choice, Step]]",
-    ) -> SequenceInBatch:
-        loaded, _ = self._parts()
-        # Without a seed the request's id is one: a second attempt then goes on like the first.
-        seed = request.id if request.sampling.seed is None else str(request.sampling.seed)
-        chooser = TokenChooser(
-            request.sampling,
-            f"{seed}:{choice.index}",
-            prompt,
-            choice.tokens,
-            loaded.model.config.get_text_config().vocab_size,
-            loaded.device,
-        )
-        return SequenceInBatch(
-            # Not the request's id alone: an earlier attempt may still be leaving the batch.
-            id=f"{request.id}/{choice.index}/{uuid.uuid4().hex[:8]}",
-            tokens=[*prompt, *choice.tokens],
-            max_new_tokens=choice.limit - len(choice.tokens),
-            end_tokens=choice.end_tokens,
-            chooser=chooser,
-            on_step=lambda step: steps.put_nowait((choice, step)),
-        )
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        loaded, _ = self._parts()
-        text: str = loaded.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+                serving.cancel(choice)
 
     def fault(self) -> str | None:
         """See `Engine.fault`."""
-        return None if self._batch is None else self._batch.fault()
+        return None if self._serving is None else self._serving.batch.fault()
 
     async def close(self) -> None:
         """See `Engine.close`."""
-        batch, self._batch = self._batch, None
-        if batch is not None:
-            await _in_daemon_thread(batch.stop)
-        self._loaded = None
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        serving, self._serving = self._serving, None
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        if serving is not None:
+            await _in_daemon_thread(serving.batch.stop)
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from forebay_contracts.messages import Sampling
+from forebay_inference.engine.transformers.guided import Guide
 
 _TEMPERATURE_FLOOR = 1e-5
 _NUCLEUS_GUESS = 512
@@ -41,12 +42,15 @@ class TokenChooser:
         generated: Sequence[int],
         vocabulary: int,
         device: torch.device,
+        guide: Guide | None = None,
     ) -> None:
         self.sampling = sampling
         self.greedy = sampling.temperature < _TEMPERATURE_FLOOR
         self.position = len(generated)
         self.logprob: ChosenLogprob | None = None
+        self.fault: str | None = None
         self._seed = seed
+        self._guide = guide
         self._counts: torch.Tensor | None = None
         self._seen: torch.Tensor | None = None
         self._bias: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -60,13 +64,17 @@ class TokenChooser:
             self._bias = (tokens, torch.tensor(list(sampling.logit_bias.values()), device=device))
         for token in generated:
             self._count(token)
-        self.adjusts = any(part is not None for part in (self._counts, self._seen, self._bias))
+        if guide is not None:
+            guide.accept(generated)
+        self.adjusts = any(part is not None for part in (self._counts, self._seen, self._bias, guide))
         self.plain = self.greedy and not self.adjusts and sampling.logprobs is None
 
     def accept(self, token: int) -> None:
         """`token` is the next one of the sequence."""
         self.position += 1
         self._count(token)
+        if self._guide is not None:
+            self._guide.accept([token])
 
     def _count(self, token: int) -> None:
         if self._counts is not None:
@@ -75,7 +83,7 @@ class TokenChooser:
             self._seen[token] = True
 
     def adjust(self, scores: torch.Tensor) -> None:
-        """Apply penalties and biases to `scores`, shape [vocabulary], in place."""
+        """Apply penalties, biases and grammar to `scores`, shape [vocabulary], in place."""
         sampling = self.sampling
         if self._seen is not None:
             penalty = sampling.repetition_penalty
@@ -86,6 +94,8 @@ class TokenChooser:
             scores -= sampling.presence_penalty * (self._counts > 0)
         if self._bias is not None:
             scores.index_add_(0, self._bias[0], self._bias[1])
+        if self._guide is not None:
+            self._guide.mask(scores)
 
     def narrow(self, scores: torch.Tensor) -> None:
         """Apply temperature, top-k, top-p and min-p to `scores`, shape [vocabulary], in place."""
@@ -128,7 +138,10 @@ def choose(rows: Sequence[tuple[int, TokenChooser]], scores: torch.Tensor) -> No
     raw = {row: scores[row].clone() for row, chooser in busy if chooser.sampling.logprobs is not None}
     for row, chooser in busy:
         if chooser.adjusts:
-            chooser.adjust(scores[row])
+            try:
+                chooser.adjust(scores[row])
+            except Exception as exc:  # one sequence's trouble must not end the thread that all share
+                chooser.fault = str(exc)
     sampled = [(row, chooser) for row, chooser in busy if not chooser.greedy]
     if sampled:
         for row, chooser in sampled:

@@ -1,36 +1,15 @@
 """The real engine on the real default model, quantized to NF4, all tests in one batch of one engine."""
 
 import asyncio
-import os
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from forebay_contracts.errors import InvalidRequest
-from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.protocol import Accepted, Tokens
 from forebay_inference.engine.transformers import TransformersEngine
 from support.engine import answer, answers, chat, completion
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
-# Read before the settings of the machine are hidden from the tests: the model is fetched once, for all runs.
-_DATA_DIR = Path(os.environ.get("DATA_DIR") or Path.home() / ".cache" / "forebay")
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engine() -> AsyncIterator[TransformersEngine]:
-    settings = InferenceSettings(
-        _env_file=None, data_dir=_DATA_DIR, model_quantization="nf4", max_concurrent_requests=4, llm_batch_size=64
-    )
-    engine = TransformersEngine.from_settings(settings)
-    lines: list[str] = []
-    info = await engine.start(lines.append)
-    assert (info.quantization, info.device, info.context_length) == ("nf4", "cpu", 8192)
-    assert any(line.startswith("loading the weights") for line in lines)
-    yield engine
-    await engine.close()
 
 
 async def test_the_capital_of_france_is_paris_and_the_answer_ends(engine: TransformersEngine) -> None:
@@ -106,9 +85,10 @@ async def test_a_resumed_answer_has_no_seam(engine: TransformersEngine, kept: in
     whole = await answer(engine, request)
     rest = await answer(engine, request, {0: whole.tokens[:kept]})
     tokens = whole.tokens[:kept] + rest.tokens
-    loaded = engine._loaded
-    assert loaded is not None
-    assert "".join(whole.pieces[:kept]) + rest.text == loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert engine._serving is not None
+    assert "".join(whole.pieces[:kept]) + rest.text == engine._serving.loaded.tokenizer.decode(
+        tokens, skip_special_tokens=True
+    )
     assert len(tokens) == 16 or rest.finish_reason == "stop"
 
 
@@ -162,8 +142,8 @@ async def test_logprobs_are_those_of_the_chosen_and_the_best(engine: Transformer
 
 
 async def test_closing_the_generator_takes_the_request_out_of_the_batch(engine: TransformersEngine) -> None:
-    batch = engine._batch
-    assert batch is not None
+    assert engine._serving is not None
+    batch = engine._serving.batch
     generator = engine.generate(chat(max_tokens=4000, ignore_eos=True), {})
     async for event in generator:
         if isinstance(event, Tokens):
@@ -222,3 +202,24 @@ async def test_more_requests_than_slots_are_all_answered(engine: TransformersEng
 async def test_accepted_tells_the_length_of_the_prompt(engine: TransformersEngine) -> None:
     events = [event async for event in engine.generate(completion("Hello", max_tokens=1, n=2), {})]
     assert events[0] == Accepted(1)
+
+
+async def test_echo_shows_the_prompt_once(engine: TransformersEngine) -> None:
+    request = completion("The capital of France is", max_tokens=3, echo=True)
+    plain = await answer(engine, request.model_copy(update={"echo": False}))
+    echoed = await answer(engine, request)
+    assert echoed.text == "The capital of France is" + plain.text
+    rest = await answer(engine, request, {0: echoed.tokens[:1]})
+    assert echoed.pieces[0] + rest.text == echoed.text
+    only = await answer(engine, completion("The capital", max_tokens=0, echo=True))
+    assert (only.text, only.tokens) == ("The capital", [])
+
+
+async def test_best_of_shows_the_likeliest(engine: TransformersEngine) -> None:
+    request = completion("A good name for a cat is", temperature=1.0, seed=4, max_tokens=6, logprobs=0)
+    every = await answers(engine, request.model_copy(update={"n": 4}))
+    scores = {index: sum(entry.logprob for entry in one.logprobs) / 6 for index, one in every.items()}
+    found = await answer(engine, request.model_copy(update={"n": 1, "best_of": 4}))
+    assert found.text == every[max(scores, key=scores.__getitem__)].text
+    with pytest.raises(InvalidRequest, match="best_of"):
+        await answer(engine, request.model_copy(update={"n": 2, "best_of": 1}))
