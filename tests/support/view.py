@@ -21,13 +21,19 @@ async def stream_state(stack: Stack, stream: str = "INFERENCE") -> dict[str, Any
     return state
 
 
-async def idle(stack: Stack, api: int = 0, timeout_s: float = 15) -> dict[str, Any]:
+async def holds(stack: Stack, count: int, timeout_s: float = 15) -> None:
+    """Wait until the queue holds `count` requests, waiting and processing together."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            if (await stream_state(stack))["messages"] == count:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def idle(stack: Stack, api: int = 0) -> dict[str, Any]:
     """Wait until the last request has been acknowledged, which comes after it was counted; the queue's status then.
 
     An answer reaches its client a moment before that.
     """
-    async with asyncio.timeout(timeout_s):
-        while True:
-            if not (await stream_state(stack))["messages"]:
-                return await stack.status(api)
-            await asyncio.sleep(0.01)
+    await holds(stack, 0)
+    return await stack.status(api)

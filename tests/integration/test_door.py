@@ -1,0 +1,143 @@
+"""What is refused at the door, before anything is put into the queue: keys, sizes, models, routes and ids."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+
+from support.answers import chat_body, error_of, summary, user
+from support.nats import NatsServer
+from support.stack import MODEL, Stack, running
+from support.view import stream_state
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+KEY = {"authorization": "Bearer first"}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(module_nats: NatsServer) -> AsyncIterator[Stack]:
+    async with running(module_nats, api_keys="first, clé", max_request_bytes=2000) as found:
+        yield found
+        assert (await stream_state(found))["last_seq"] == 0
+        assert not [line for line in found.apis[0].log if "ERROR" in line or "Traceback" in line]
+
+
+async def test_unknown_model(stack: Stack) -> None:
+    client = stack.openai(api_key="first")
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.chat.completions.create(model="gpt-17", messages=user("hi"))
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("gpt-17")
+    response = await stack.http.post(
+        f"{stack.apis[0].url}/v1/completions", json={"model": "gpt-17", "prompt": "hi", "stream": True}, headers=KEY
+    )
+    assert summary(response) == (404, "invalid_request_error", "model_not_found", None)
+    assert error_of(response)["message"] == "The model `gpt-17` does not exist or is not served here."
+
+
+async def test_keys_right_and_wrong(stack: Stack) -> None:
+    wrong: list[dict[str, str | bytes]] = [
+        {},
+        {"authorization": ""},
+        {"authorization": "Bearer"},
+        {"authorization": "Bearer firs"},
+        {"authorization": "Bearer first2"},
+        {"authorization": "Bearer FIRST"},
+        {"authorization": "Bearer first, clé".encode()},
+        {"authorization": "Basic first"},
+        {"authorization": "first"},
+        {"x-api-key": "first"},
+    ]
+    for headers in wrong:
+        response = await stack.http.post(
+            f"{stack.apis[0].url}/v1/chat/completions", json=chat_body("hi"), headers=headers
+        )
+        assert summary(response) == (401, "invalid_request_error", "invalid_api_key", None), headers
+    right: list[str | bytes] = ["Bearer first", "bearer first", "Bearer  first", "Bearer clé".encode()]
+    for value in right:
+        response = await stack.http.get(f"{stack.apis[0].url}/v1/models", headers={"authorization": value})
+        assert response.status_code == 200, value
+    with pytest.raises(openai.AuthenticationError) as caught:
+        await stack.openai(api_key="second").models.list()
+    assert caught.value.code == "invalid_api_key"
+
+
+async def test_every_path_is_protected(stack: Stack) -> None:
+    paths: dict[str, Any] = (await stack.http.get(f"{stack.apis[0].url}/openapi.json")).json()["paths"]
+    routes = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    assert routes == {
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/{name}"),
+        ("GET", "/v1/queue/status"),
+        ("GET", "/v1/queue/request/{request_id}"),
+        ("DELETE", "/v1/queue/request/{request_id}"),
+        ("GET", "/health/live"),
+        ("GET", "/health/ready"),
+    }
+    for method, path in sorted(routes):
+        address = stack.apis[0].url + path.replace("{name}", MODEL).replace("{request_id}", "x")
+        bare = await stack.http.request(method, address)
+        assert bare.headers["x-request-id"]
+        if path.startswith("/health"):
+            assert bare.status_code == 200
+        else:
+            assert summary(bare) == (401, "invalid_request_error", "invalid_api_key", None)
+            assert (await stack.http.request(method, address, headers=KEY)).status_code in (200, 400, 404)
+
+
+async def test_too_large(stack: Stack) -> None:
+    large = json.dumps(chat_body("x" * 5_000_000)).encode()
+    exact = json.dumps(chat_body("")).encode()
+    exact = exact[:-1] + b" " * (2000 - len(exact)) + b"}"
+
+    async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 1500):
+            yield body[start : start + 1500]
+
+    for path in ("chat/completions", "completions"):
+        address = f"{stack.apis[0].url}/v1/{path}"
+        for content in (large, in_pieces(large), exact + b" ", in_pieces(exact + b" ")):
+            response = await stack.http.post(address, content=content, headers=KEY)
+            assert summary(response) == (413, "invalid_request_error", "request_too_large", None)
+        # Without a key nothing is read.
+        assert (await stack.http.post(address, content=large)).status_code == 401
+    wrong_model = exact.replace(MODEL.encode(), b"n" * len(MODEL))
+    for content in (wrong_model, in_pieces(wrong_model)):
+        response = await stack.http.post(f"{stack.apis[0].url}/v1/chat/completions", content=content, headers=KEY)
+        assert response.status_code == 404, "a body of just the limit is read"
+
+
+async def test_no_such_route(stack: Stack) -> None:
+    for method, path, status in [
+        ("GET", "/", 404),
+        ("GET", "/v1", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/queue/request/", 404),
+        ("GET", "/v1/queue/request/a/b", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("PUT", "/v1/models", 405),
+        ("OPTIONS", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/queue/status", 405),
+        ("PATCH", "/health/live", 405),
+    ]:
+        response = await stack.http.request(method, stack.apis[0].url + path, headers=KEY)
+        assert summary(response) == (status, "invalid_request_error", None, None), (method, path)
+        assert error_of(response)["message"].startswith(f"{method} {path}: ")
+        assert ("allow" in response.headers) == (status == 405)
+    head = await stack.http.head(f"{stack.apis[0].url}/v1/models", headers=KEY)
+    assert (head.status_code, head.content) == (405, b"")
+    assert head.headers["x-request-id"]
+
+
+async def test_odd_ids(stack: Stack) -> None:
+    for method in ("GET", "DELETE"):
+        for odd in ("unknown", "*", "%3E", "a.b", "a%20b", "a%0D%0APUB%20x%200", "%00", "%E2%82%AC", "a" * 129, "..."):
+            response = await stack.http.request(method, f"{stack.apis[0].url}/v1/queue/request/{odd}", headers=KEY)
+            assert summary(response) == (404, "invalid_request_error", "request_not_found", None), (method, odd)
