@@ -115,6 +115,12 @@ class Deployment:
         for number in range(1, self.workers + 1):
             await self._start_service(f"worker {number}", "forebay_inference", WORKER_STAGE)
         await self._start_service("api", "forebay_api", API_STAGE)
+        try:
+            await self._until_ready(workers, others)
+        finally:
+            await workers.stop()
+
+    async def _until_ready(self, workers: presence.Presence[WorkerInfo], others: set[str]) -> None:
         async with httpx.AsyncClient(timeout=2, trust_env=False) as client:
             while True:
                 ours = [worker for worker in workers.alive() if worker.id not in others]

@@ -1,11 +1,12 @@
 """The connection to NATS: for ever reconnecting, never buffering what it cannot send."""
 
+import asyncio
+import contextlib
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import nats
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
@@ -30,11 +31,19 @@ class Connection:
         self.client = client
         self.jetstream = jetstream
         self.on_reconnect: list[Callable[[], Awaitable[None]]] = []
+        self.up = asyncio.Event()
+        self.up.set()
 
     @property
     def connected(self) -> bool:
         """Whether something sent now would be sent."""
         return bool(self.client.is_connected)
+
+    async def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until there is a connection, at most `timeout_s`; whether there is one."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.up.wait(), timeout_s)
+        return self.connected
 
     async def close(self) -> None:
         """Flush and close; never raises for a server that is gone."""
@@ -58,17 +67,24 @@ async def connect(settings: Settings, name: str) -> Connection:
     """
     url = settings.nats_url or DEFAULT_NATS_URL
     connection: Connection | None = None
+    refusal: Exception | None = None
 
     async def disconnected() -> None:
+        if connection is not None:
+            connection.up.clear()
         if not client.is_closed:
             log.warning("[RequestQueue] connection to NATS lost; reconnecting until it is back")
 
     async def reconnected() -> None:
         log.info("[RequestQueue] connected to NATS again")
+        if connection is not None:
+            connection.up.set()
         for action in connection.on_reconnect if connection else ():
             await action()
 
     async def failed(error: Exception) -> None:
+        nonlocal refusal
+        refusal = error
         # Refused subjects and slow consumers are reported here and nowhere else; a lost connection is
         # already logged, once, by `disconnected`.
         if client.is_connected:
@@ -93,12 +109,18 @@ async def connect(settings: Settings, name: str) -> Connection:
         options["tls"] = tls
     # The first connection is bounded, so that a wrong address is said at start and not waited for.
     try:
-        await nats.aio.client.Client.connect(client, **options | {"allow_reconnect": False})
+        await client.connect(**options | {"allow_reconnect": False, "max_reconnect_attempts": 1})
+        _check_version(client)
     except (NatsError, OSError, TimeoutError) as exc:
-        reason = str(exc) or type(exc).__name__
-        raise QueueUnavailable(f"cannot reach NATS at {_without_secrets(url)}: {reason}") from exc
-    client.options["allow_reconnect"] = True
-    _check_version(client)
+        await client.close()
+        reason = refusal or exc
+        raise QueueUnavailable(
+            f"cannot reach NATS at {_without_secrets(url)}: {str(reason) or type(reason).__name__}"
+        ) from exc
+    except ConfigurationError:
+        await client.close()
+        raise
+    client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
     connection = Connection(client, client.jetstream(timeout=JETSTREAM_TIMEOUT_S))
     return connection
 

@@ -68,8 +68,8 @@ def stream_configs(settings: Settings) -> list[StreamConfig]:
             num_replicas=replicas,
         ),
         _bucket(names.REQUESTS_BUCKET, "State of each request", settings.request_state_ttl, replicas),
-        _bucket(names.WORKERS_BUCKET, "Live workers", HEARTBEAT_TTL_S, replicas, StorageType.MEMORY),
-        _bucket(names.APIS_BUCKET, "Live api instances", HEARTBEAT_TTL_S, replicas, StorageType.MEMORY),
+        _bucket(names.WORKERS_BUCKET, "Live workers", HEARTBEAT_TTL_S, replicas),
+        _bucket(names.APIS_BUCKET, "Live api instances", HEARTBEAT_TTL_S, replicas),
     ]
 
 
@@ -128,16 +128,15 @@ async def waiting_position(connection: Connection, model: str, sequence: int) ->
     return max(1, min(behind, info.num_pending or 1))
 
 
-def _bucket(
-    bucket: str, description: str, ttl_s: float, replicas: int, storage: StorageType = StorageType.FILE
-) -> StreamConfig:
+def _bucket(bucket: str, description: str, ttl_s: float, replicas: int) -> StreamConfig:
     # The layout of a KV bucket is fixed by NATS ADR-8. Written as a stream, so that a changed TTL is applied
-    # to a bucket that exists like any other change.
+    # to a bucket that exists like any other change. In files, the heartbeats too: a single server that is
+    # restarted has forgotten a stream in memory altogether, and those who beat would not notice.
     return StreamConfig(
         name=names.bucket_stream(bucket),
         description=description,
         subjects=[names.bucket_subjects(bucket)],
-        storage=storage,
+        storage=StorageType.FILE,
         max_msgs_per_subject=1,
         max_age=ttl_s,
         discard=DiscardPolicy.NEW,

@@ -1,0 +1,204 @@
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from forebay_contracts import names, topology
+from forebay_contracts.connection import Connection, connect
+from forebay_contracts.errors import ConfigurationError, QueueUnavailable
+from forebay_contracts.messages import CompletionType, InferenceRequest
+from forebay_contracts.queue import JetStreamQueue
+from forebay_contracts.settings import Settings, load
+from support.nats import NatsServer
+
+MODEL = "org/model"
+TOKEN = "org-model"
+
+
+def settings(server: NatsServer, **values: Any) -> Settings:
+    return load(Settings, nats_url=server.url, **values)
+
+
+@contextlib.asynccontextmanager
+async def connected(server: NatsServer) -> AsyncIterator[Connection]:
+    connection = await connect(settings(server), "test")
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def api_request(connection: Connection, subject: str) -> dict[str, Any]:
+    """What the `nats` CLI asks, as it asks it."""
+    answer = await connection.client.request(f"$JS.API.{subject}", b"", timeout=5)
+    found: dict[str, Any] = json.loads(answer.data)
+    return found
+
+
+async def publish(connection: Connection, count: int) -> None:
+    queue = JetStreamQueue(connection)
+    for number in range(count):
+        await queue.publish(
+            InferenceRequest(
+                id=f"r{number}",
+                completion_type=CompletionType.CHAT,
+                model=MODEL,
+                created_at=0,
+                deadline=4_000_000_000,
+                reply_to="x",
+            )
+        )
+
+
+async def test_the_limits_are_read_back_from_the_server(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        await topology.ensure(connection, settings(nats_server, max_queue_size=7, max_concurrent_requests=3), MODEL)
+        stream = (await api_request(connection, "STREAM.INFO.INFERENCE"))["config"]
+        consumer = (await api_request(connection, f"CONSUMER.INFO.INFERENCE.{TOKEN}"))["config"]
+    assert stream["max_msgs"] == 7
+    assert (stream["retention"], stream["discard"], stream["storage"]) == ("workqueue", "new", "file")
+    assert stream["subjects"] == ["inference.requests.>"]
+    assert stream["allow_msg_ttl"] is True
+    assert consumer["max_ack_pending"] == 3
+    assert (consumer["durable_name"], consumer["ack_policy"]) == (TOKEN, "explicit")
+    assert consumer["filter_subject"] == "inference.requests.org-model.*"
+    assert consumer.get("max_deliver", -1) == -1
+    assert consumer["metadata"]["forebay.model"] == MODEL
+
+
+async def test_the_second_time_there_is_nothing_to_change(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        made = await topology.ensure(connection, settings(nats_server), MODEL)
+        assert len(made) == 6
+        assert await topology.ensure(connection, settings(nats_server), MODEL) == []
+    nats_server.restart()
+    async with connected(nats_server) as connection:
+        again = await topology.ensure(connection, settings(nats_server), MODEL)
+    assert again == []
+
+
+async def test_five_at_once_agree(nats_server: NatsServer) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        connections = [await stack.enter_async_context(connected(nats_server)) for _ in range(5)]
+        wanted = settings(nats_server)
+        changes = await asyncio.gather(*(topology.ensure(connection, wanted, MODEL) for connection in connections))
+        assert sorted({change for some in changes for change in some}) == sorted(
+            [f"stream {config.name} made" for config in topology.stream_configs(wanted)] + [f"consumer {TOKEN} made"]
+        )
+        assert len(await topology.consumers(connections[0])) == 1
+
+
+async def test_changed_settings_are_applied_without_losing_a_message(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        await topology.ensure(connection, settings(nats_server, max_concurrent_requests=1), MODEL)
+        await publish(connection, 5)
+        changed = settings(
+            nats_server,
+            max_queue_size=6,
+            max_concurrent_requests=4,
+            ack_wait=9,
+            request_state_ttl=1800,
+        )
+        changes = await topology.ensure(connection, changed, MODEL)
+        assert changes == [
+            "stream INFERENCE: max_msgs 100 → 6",
+            "stream KV_inference-requests: max_age 3600.0 → 1800.0",
+            f"consumer {TOKEN}: ack_wait 5.0 → 9.0",
+            f"consumer {TOKEN}: max_ack_pending 1 → 4",
+        ]
+        assert await topology.ensure(connection, changed, MODEL) == []
+        stream = await connection.jetstream.stream_info(names.STREAM)
+        (consumer,) = await topology.consumers(connection)
+    assert (stream.config.max_msgs, stream.state.messages) == (6, 5)
+    assert (consumer.config.max_ack_pending, consumer.num_pending) == (4, 5)
+
+
+async def test_a_smaller_queue_keeps_what_was_admitted(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        await topology.ensure(connection, settings(nats_server), MODEL)
+        await publish(connection, 5)
+        await topology.ensure(connection, settings(nats_server, max_queue_size=2), MODEL)
+        stream = await connection.jetstream.stream_info(names.STREAM)
+    assert (stream.config.max_msgs, stream.state.messages) == (2, 5)
+
+
+async def test_a_raised_limit_serves_a_pull_that_waits(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        await topology.ensure(connection, settings(nats_server), MODEL)
+        await publish(connection, 2)
+        queue = JetStreamQueue(connection, MODEL)
+        first = await queue.pull()
+        second = asyncio.create_task(queue.pull())
+        await connection.client.flush()
+        assert not second.done()
+        await topology.ensure(connection, settings(nats_server, max_concurrent_requests=2), MODEL)
+        assert (await second).sequence == first.sequence + 1
+        await queue.stop_pulling()
+
+
+async def test_two_models_share_the_stream(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        await topology.ensure(connection, settings(nats_server), MODEL)
+        assert await topology.ensure(connection, settings(nats_server), "org/other") == ["consumer org-other made"]
+        assert len(await topology.consumers(connection)) == 2
+
+
+async def test_two_models_of_one_token_are_refused(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        await topology.ensure(connection, settings(nats_server), "org/model")
+        with pytest.raises(ConfigurationError, match=r"'org/model' and 'org\.model' both become 'org-model'"):
+            await topology.ensure(connection, settings(nats_server), "org.model")
+
+
+async def test_more_replicas_than_servers_are_refused(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        with pytest.raises(ConfigurationError, match=r"NATS refuses the topology: .*replicas"):
+            await topology.ensure(connection, settings(nats_server, nats_replicas=3), MODEL)
+
+
+@contextlib.asynccontextmanager
+async def old_server(version: str) -> AsyncIterator[str]:
+    """A server that says hello in the protocol of `version`, and nothing of interest after that."""
+    info = {"server_id": "x", "version": version, "proto": 1, "max_payload": 1_048_576, "headers": True}
+    talks: set[asyncio.Task[None]] = set()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        talks.add(task)
+        writer.write(b"INFO " + json.dumps(info).encode() + b"\r\n")
+        while line := await reader.readline():
+            if line.startswith(b"PING"):
+                writer.write(b"PONG\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    try:
+        yield f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await asyncio.gather(*talks)
+        await server.wait_closed()
+
+
+async def test_an_old_server_is_refused_by_name() -> None:
+    async with old_server("2.10.29") as url:
+        with pytest.raises(ConfigurationError, match=r"nats-server 2\.10\.29 is too old: Forebay needs 2\.12 or newer"):
+            await connect(load(Settings, nats_url=url), "test")
+
+
+async def test_no_server_is_said_at_once(nats_server: NatsServer) -> None:
+    nats_server.stop()
+    with pytest.raises(QueueUnavailable, match=r"cannot reach NATS at nats://127\.0\.0\.1:\d+: .*Connect call failed"):
+        await connect(load(Settings, nats_url=nats_server.url), "test")
+
+
+async def test_a_password_is_not_repeated(nats_server: NatsServer) -> None:
+    nats_server.stop()
+    url = nats_server.url.replace("nats://", "nats://user:secret@")
+    with pytest.raises(QueueUnavailable) as refused:
+        await connect(load(Settings, nats_url=url), "test")
+    assert "secret" not in str(refused.value)
