@@ -110,7 +110,9 @@ class Service:
 
 
 class Api(Service):
-    """An api process on a port of its own."""
+    """An api process on a port of its own, known once it has started."""
+
+    port = 0
 
     async def start(self) -> "Api":
         """Start, and learn the port."""

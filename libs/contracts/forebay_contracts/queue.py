@@ -22,13 +22,20 @@ from forebay_contracts.messages import InferenceRequest
 TTL_GRACE_S = 30
 """The server drops a message so long after its deadline: later than any worker still runs it."""
 
-PUBLISH_TIMEOUT_S = 2.0
-"""How long one attempt at a publish may take; a second one with the same Nats-Msg-Id makes its outcome known."""
+PUBLISH_TIMEOUT_S = 1.0
+"""How long one try at a publish may take; another with the same Nats-Msg-Id makes its outcome known."""
+
+PUBLISH_RETRY_S = 0.05
+"""Pause between such tries."""
+
+ADMISSION_PATIENCE_S = 5.0
+"""How long a request waits for a NATS that is away, being restarted or electing a leader, before its 503."""
 
 PULL_EXPIRES_S = 5.0
 """How long the server keeps a pull: short, since one that it forgot is only noticed by its end."""
 
 _MAX_MSGS_EXCEEDED = 10077
+_NO_LEADER = (10008, 10009)  # JetStream temporarily unavailable, cluster not available
 _NO_SUCH_MESSAGE = 10057
 _STATUS_HEADER = "Status"
 
@@ -136,33 +143,38 @@ class JetStreamQueue:
     async def publish(self, request: InferenceRequest) -> int:
         """Admit through the stream; see `RequestQueue.publish`.
 
-        A publish whose ack is lost is repeated once with the same Nats-Msg-Id, which tells whether the first
-        was stored. Where that too stays without an answer, QueueUnavailable is raised, and should the message
-        have been stored all the same, nobody waits for it: the worker is told so when it starts.
+        A publish that stays without an answer (the ack was lost, the stream has no leader just now, NATS is
+        away) is repeated for ADMISSION_PATIENCE_S with the same Nats-Msg-Id, which tells whether an earlier one
+        was stored. Where the outcome stays unknown, QueueUnavailable is raised, and should the message have
+        been stored all the same, nobody waits for it: the worker is told so when it starts.
         """
         subject = names.request_subject(request.model, request.completion_type)
-        ttl_s = math.ceil(request.deadline - time.time()) + TTL_GRACE_S
         headers = {
             names.HEADER_MSG_ID: request.id,
             names.HEADER_DEADLINE: f"{request.deadline:.3f}",
             names.HEADER_REPLY_TO: request.reply_to,
         }
         payload = request.encode()
-        for last_try in (False, True):
+        give_up_at = time.monotonic() + ADMISSION_PATIENCE_S
+        while True:
+            ttl_s = math.ceil(request.deadline - time.time()) + TTL_GRACE_S
             try:
                 ack = await self._connection.jetstream.publish(
                     subject, payload, timeout=PUBLISH_TIMEOUT_S, headers=headers, msg_ttl=max(ttl_s, 1)
                 )
+                return int(ack.seq)
             except APIError as exc:
                 if exc.err_code == _MAX_MSGS_EXCEEDED:
                     raise QueueFull("the queue is full, try again later") from exc
-                raise QueueUnavailable(f"the queue did not take the request: {exc.description}") from exc
+                if exc.err_code not in _NO_LEADER:
+                    raise QueueUnavailable(f"the queue takes nothing now: {exc.description}") from exc
+                failure: Exception = exc
             except (NatsError, TimeoutError) as exc:
-                if last_try or not self._connection.connected:
-                    raise QueueUnavailable("the queue cannot be reached, try again later") from exc
-            else:
-                return int(ack.seq)
-        raise AssertionError("unreachable")
+                failure = exc
+            patience_s = give_up_at - time.monotonic()
+            if patience_s <= 0 or not await self._connection.wait_connected(patience_s):
+                raise QueueUnavailable("the queue cannot be reached, try again later") from failure
+            await asyncio.sleep(PUBLISH_RETRY_S)
 
     async def remove(self, sequence: int) -> bool:
         """Delete from the stream; see `RequestQueue.remove`."""

@@ -152,6 +152,9 @@ class ApiSettings(Settings):
         le=60_000_000,
         description="Largest body; NATS itself takes 1 MB unless it is told otherwise",
     )
+    shutdown_delay: float = Field(
+        0, ge=0, le=600, description="Seconds after SIGTERM of still serving while not ready, for balancers to notice"
+    )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
 
     @field_validator("api_keys", mode="before")

@@ -14,7 +14,7 @@ from forebay_api.auth import ApiKeys
 from forebay_api.context import Context
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
-from forebay_api.middleware import RequestIdMiddleware
+from forebay_api.middleware import HeadersMiddleware
 from forebay_api.models import Models
 from forebay_api.routes import completions, health, models, queue
 from forebay_api.schemas import ChatCompletionBody, CompletionBody
@@ -34,7 +34,7 @@ def create_app(context: Context) -> FastAPI:
     """The HTTP side of a running api."""
     app = FastAPI(title="Forebay", version=VERSION, redoc_url=None)
     app.state.context = context
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(HeadersMiddleware)
     error_handlers.install(app, context.drain_rate)
     for module in (completions, models, queue, health):
         app.include_router(module.router)

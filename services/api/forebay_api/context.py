@@ -28,6 +28,7 @@ class Context:
     models: Models
     keys: ApiKeys
     drain_rate: DrainRate
+    draining: bool = False
 
 
 # Coroutines, though they await nothing: FastAPI would run plain functions in a thread each.

@@ -1,4 +1,4 @@
-"""The request id on every answer: an ASGI middleware, so that errors and streams carry it too."""
+"""Headers of every answer: an ASGI middleware, so that errors and streams carry them too."""
 
 import uuid
 
@@ -8,8 +8,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 REQUEST_ID_HEADER = "x-request-id"
 
 
-class RequestIdMiddleware:
-    """Gives each HTTP request an id (`request.state.request_id`) and returns it as `x-request-id`."""
+class HeadersMiddleware:
+    """Gives each HTTP request an id (`request.state.request_id`) and returns it as `x-request-id`.
+
+    An api that is about to leave asks its clients to connect anew: by then they reach another.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -24,7 +27,10 @@ class RequestIdMiddleware:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                if scope["app"].state.context.draining:
+                    headers["connection"] = "close"
             await send(message)
 
         await self._app(scope, receive, send_with_id)

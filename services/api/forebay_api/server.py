@@ -1,6 +1,7 @@
 """The api as processes: one, or several on one listener, until SIGTERM or SIGINT."""
 
 import asyncio
+import functools
 import logging
 import multiprocessing
 import signal
@@ -13,6 +14,7 @@ import uvicorn
 import uvloop
 
 from forebay_api.app import create_app, running
+from forebay_api.context import Context
 from forebay_contracts import logs
 from forebay_contracts.errors import ConfigurationError, ForebayError
 from forebay_contracts.settings import ApiSettings, load
@@ -24,10 +26,29 @@ BACKLOG = 4096
 log = logging.getLogger(__name__)
 
 
+class Server(uvicorn.Server):
+    """uvicorn's server, which after a signal goes on for SHUTDOWN_DELAY, not ready any more."""
+
+    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+        super().__init__(config)
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First be seen to be leaving, then leave; a second signal leaves at once."""
+        delay_s = self._context.settings.shutdown_delay
+        leave = functools.partial(super().handle_exit, sig, frame)
+        if delay_s and not self._context.draining:
+            self._context.draining = True
+            self._loop.call_soon_threadsafe(self._loop.call_later, delay_s, leave)
+        else:
+            leave()
+
+
 async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
-    """One api process: connected to NATS first, then listening on `sockets`, until it is told to stop."""
+    """One api process: connected to NATS first, then serving on `sockets`, until it is told to stop."""
     async with running(settings) as context:
-        await uvicorn.Server(_config(settings, create_app(context))).serve(sockets)
+        await Server(_config(settings, create_app(context)), context).serve(sockets)
 
 
 def process(listener: socket.socket) -> None:

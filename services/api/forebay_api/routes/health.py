@@ -18,14 +18,15 @@ async def live(context: Open) -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(context: Open) -> Response:
-    """Requests can be taken: NATS is connected. An api that drains has closed its port already.
+    """Requests can be taken: NATS is connected, and the api is not about to leave.
 
     Workers are told of but not needed for it: without one, requests wait in the queue.
     """
-    ok = context.connection.connected
+    connected = context.connection.connected
+    ok = connected and not context.draining
     body: dict[str, Any] = {
-        "status": "ready" if ok else "not_ready",
-        "nats": "connected" if ok else "disconnected",
+        "status": "ready" if ok else "draining" if context.draining else "not_ready",
+        "nats": "connected" if connected else "disconnected",
         "workers": [
             {"id": worker.id, "model": worker.model, "status": worker.status.value, "progress": worker.progress}
             for worker in context.workers.alive()
