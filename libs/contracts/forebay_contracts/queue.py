@@ -206,9 +206,10 @@ class JetStreamQueue:
         self._stopped = True
         if self._ask_again is not None:
             self._ask_again.cancel()
-        if self._subscription is not None:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
             await self._connection.client.flush(timeout=PUBLISH_TIMEOUT_S)
-            await self._subscription.unsubscribe()
+            await subscription.unsubscribe()
         for future in self._pulls:
             future.cancel()
         self._pulls.clear()
@@ -344,15 +345,21 @@ class InMemoryQueue:
         self._pulls.add(task)
         try:
             await self._concurrency.acquire()
-            while True:
-                sequence = await self._ready.get()
-                if sequence in self._messages:
-                    break
+            try:
+                sequence = await self._next_sequence()
+            except asyncio.CancelledError:
+                self._concurrency.release()
+                raise
         finally:
             self._pulls.discard(task)
         self._out.add(sequence)
         self._attempts[sequence] = self._attempts.get(sequence, 0) + 1
         return InMemoryDelivery(self, sequence, self._messages[sequence], self._attempts[sequence])
+
+    async def _next_sequence(self) -> int:
+        while (sequence := await self._ready.get()) not in self._messages:
+            pass  # it was taken out while it waited
+        return sequence
 
     async def stop_pulling(self) -> None:
         """See `RequestQueue.stop_pulling`."""
