@@ -141,7 +141,7 @@ class Deployment:
             return False
 
     def _patience_s(self, child: Child) -> float:
-        return DRAIN_MARGIN_S + (0 if child.name == "nats-server" else self.api.drain_timeout)
+        return DRAIN_MARGIN_S + (0 if child.name == "nats-server" else self.api.drain_timeout + self.api.shutdown_delay)
 
 
 async def run(options: Options) -> int:

@@ -1,0 +1,323 @@
+"""The `forebay` command as a user runs it: real processes, the simulated engine."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from support.nats import NatsServer
+
+START_TIMEOUT_S = 30
+END_TIMEOUT_S = 20
+
+pytestmark = pytest.mark.timeout(90)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def usual_port_is_taken() -> Iterator[None]:
+    """Embedded servers of these tests keep off 4222, where a developer's own may be, or may be looked for."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            holder.bind(("127.0.0.1", 4222))
+            holder.listen(1)
+        yield
+
+
+@dataclass
+class Ended:
+    code: int | None
+    stdout: str
+    stderr: str
+
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def environment(data_dir: Path, **settings: object) -> dict[str, str]:
+    values = {"DATA_DIR": data_dir, "DRAIN_TIMEOUT": 5, "ACK_WAIT": 2, "COLUMNS": 200} | settings
+    return os.environ | {name.upper(): str(value) for name, value in values.items()}
+
+
+async def launch(*arguments: str, env: dict[str, str], **pipes: Any) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "forebay_cli", *arguments, env=env, **{"stdout": pipe, "stderr": pipe} | pipes
+    )
+
+
+async def forebay(*arguments: str, data_dir: Path, given: str | None = None, **settings: object) -> Ended:
+    """Run a command to its end."""
+    process = await launch(*arguments, env=environment(data_dir, **settings), stdin=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(START_TIMEOUT_S):
+        stdout, stderr = await process.communicate((given or "").encode())
+    return Ended(process.returncode, stdout.decode(), stderr.decode())
+
+
+@dataclass
+class Up:
+    """A running `forebay up`."""
+
+    process: asyncio.subprocess.Process
+    data_dir: Path
+    url: str = ""
+    stderr: list[str] = field(default_factory=list)
+
+    async def ended(self) -> Ended:
+        """Wait for its end; what it said after the ready line."""
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        async with asyncio.timeout(END_TIMEOUT_S):
+            stdout, stderr = await asyncio.gather(self.process.stdout.read(), self.process.stderr.read())
+            await self.process.wait()
+        return Ended(self.process.returncode, stdout.decode(), "".join(self.stderr) + stderr.decode())
+
+    def children(self, name: str = "") -> list[psutil.Process]:
+        """The processes below it whose command line holds `name`."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in below if name in " ".join(child.cmdline())]
+
+    async def chat(self, text: str, **body: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": text}]
+        async with httpx.AsyncClient(timeout=20) as client:
+            return await client.post(
+                f"{self.url}/v1/chat/completions",
+                json={"model": "SmolLM2-135M-Instruct", "messages": messages, **body},
+            )
+
+
+@contextlib.asynccontextmanager
+async def up(data_dir: Path, *options: str, **settings: object) -> AsyncIterator[Up]:
+    """A `forebay up` that is ready; killed at the end if it still runs."""
+    arguments = ("up", "--engine", "simulated", "--port", "0", "--data-dir", str(data_dir), *options)
+    process = await launch(*arguments, env=environment(data_dir, **settings))
+    running = Up(process, data_dir)
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(START_TIMEOUT_S):
+            line = (await process.stdout.readline()).decode()
+        ready = re.fullmatch(r"ready (http://127\.0\.0\.1:\d+)\n", line)
+        if ready is None:
+            pytest.fail(f"not ready: {line!r} {(await running.ended()).stderr}")
+        running.url = ready[1]
+        yield running
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await running.ended()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+async def test_up_answers_and_ends_with_zero(tmp_path: Path, ending: signal.Signals) -> None:
+    async with up(tmp_path, "--workers", "2", max_concurrent_requests=2) as running:
+        children = running.children()
+        assert len(running.children("forebay_inference")) == 2
+        answer = await running.chat("[[tokens=3]]")
+        assert answer.json()["choices"][0]["message"]["content"] == "t0 t1 t2"
+        running.process.send_signal(ending)
+        ended = await running.ended()
+    assert (ended.code, ended.stdout) == (0, ""), ended.stderr
+    assert not [child for child in children if child.is_running()]
+    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    assert logs == ["api.log", "nats-server.log", "worker-1.log", "worker-2.log"]
+
+
+async def test_a_running_request_is_answered_before_the_end(tmp_path: Path) -> None:
+    async with up(tmp_path) as running:
+        request = asyncio.create_task(running.chat("[[tokens=10 delay_ms=100]]", stream=True))
+        while not (await forebay("status", "--json", data_dir=tmp_path)).json()["processing_count"]:
+            pass
+        running.process.send_signal(signal.SIGINT)
+        ended = await running.ended()
+        assert (await request).text.rstrip().endswith("[DONE]")
+    assert ended.code == 0, ended.stderr
+
+
+async def test_totals_and_requests_outlast_a_restart(tmp_path: Path) -> None:
+    for total in (1, 2):
+        async with up(tmp_path) as running:
+            await running.chat("[[tokens=1]]")
+            status = (await forebay("status", "--json", data_dir=tmp_path)).json()
+            assert (status["total_processed"], status["total_queued"]) == (total, total)
+            assert len((await forebay("requests", "--json", data_dir=tmp_path)).json()) == total
+            running.process.send_signal(signal.SIGTERM)
+            assert (await running.ended()).code == 0
+
+
+@pytest.mark.parametrize("victim", ["forebay_inference", "forebay_api", "nats-server"])
+async def test_a_child_that_dies_is_named_and_ends_all(tmp_path: Path, victim: str) -> None:
+    async with up(tmp_path) as running:
+        children = running.children()
+        next(child for child in children if victim in " ".join(child.cmdline())).kill()
+        ended = await running.ended()
+    name = {"forebay_inference": "worker 1", "forebay_api": "api", "nats-server": "nats-server"}[victim]
+    assert ended.code == 1
+    assert f"forebay: {name} ended with signal SIGKILL; its last lines (all of them: " in ended.stderr
+    assert not [child for child in children if child.is_running()]
+
+
+async def test_a_crashing_worker_shows_its_exit_code(tmp_path: Path) -> None:
+    async with up(tmp_path) as running:
+        request = asyncio.create_task(running.chat("[[tokens=1 crash]]"))
+        ended = await running.ended()
+        with contextlib.suppress(httpx.TransportError):
+            await request
+    assert ended.code == 1
+    assert re.search(r"forebay: worker 1 ended with exit code \d+; its last lines .*\n    \S", ended.stderr)
+
+
+async def test_no_child_outlives_a_killed_up(tmp_path: Path) -> None:
+    async with up(tmp_path) as running:
+        children = running.children()
+        assert len(children) == 3
+        running.process.kill()
+        await running.ended()
+        _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+
+
+async def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    async with up(tmp_path, drain_timeout=60) as running:
+        request = asyncio.create_task(running.chat("[[tokens=1000 delay_ms=100]]"))
+        while not (await forebay("status", "--json", data_dir=tmp_path)).json()["processing_count"]:
+            pass
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.stderr is not None
+        while "draining" not in (line := (await running.process.stderr.readline()).decode()):
+            running.stderr.append(line)
+        running.process.send_signal(signal.SIGINT)
+        ended = await running.ended()
+        with contextlib.suppress(httpx.TransportError):
+            await request
+    assert ended.code == 1
+
+
+async def test_two_on_one_data_dir_are_refused(tmp_path: Path) -> None:
+    async with up(tmp_path) as running:
+        second = await forebay("up", "--port", "0", "--engine", "simulated", data_dir=tmp_path)
+        assert second.code == 2
+        assert f"`forebay up` already runs on DATA_DIR={tmp_path} (process {running.process.pid})" in second.stderr
+
+
+async def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen(1)
+        port = holder.getsockname()[1]
+        ended = await forebay("up", "--port", str(port), "--engine", "simulated", data_dir=tmp_path / "data")
+    assert ended.code == 2
+    assert f"the api cannot listen on 127.0.0.1:{port} (address already in use)" in ended.stderr
+    assert not (tmp_path / "data").exists()
+
+
+async def test_a_wrong_configuration_is_one_sentence(tmp_path: Path) -> None:
+    ended = await forebay("up", data_dir=tmp_path, max_concurrent_requests=5, max_queue_size=2)
+    assert ended.code == 2
+    assert ended.stderr.startswith("forebay: MAX_CONCURRENT_REQUESTS=5 cannot be reached with MAX_QUEUE_SIZE=2")
+    assert ended.stderr.count("\n") == 1
+
+
+async def test_up_uses_the_nats_that_it_is_given(tmp_path: Path, nats_server: NatsServer) -> None:
+    async with up(tmp_path / "data", nats_url=nats_server.url) as running:
+        assert not running.children("nats-server")
+        answer = await running.chat("[[tokens=2]]")
+        assert answer.status_code == 200
+        running.process.send_signal(signal.SIGINT)
+        assert (await running.ended()).code == 0
+
+
+async def test_without_nats_each_command_says_so(tmp_path: Path, nats_server: NatsServer) -> None:
+    nats_server.stop()
+    for command in (["status"], ["requests"], ["cancel", "x"], ["topology", "apply"], ["topology", "show"]):
+        ended = await forebay(*command, data_dir=tmp_path, nats_url=nats_server.url)
+        assert ended.code == 1
+        assert ended.stderr.startswith(f"forebay: cannot reach NATS at {nats_server.url}: ")
+        assert ended.stderr.count("\n") == 1
+
+
+async def test_topology_is_applied_and_shown(tmp_path: Path, nats_server: NatsServer) -> None:
+    async def run(*command: str, **settings: object) -> Ended:
+        return await forebay("topology", *command, data_dir=tmp_path, nats_url=nats_server.url, **settings)
+
+    assert (await run("show")).stderr.startswith("forebay: the topology is not (all) there yet")
+    assert "stream INFERENCE made" in (await run("apply")).stdout
+    assert (await run("apply")).stdout == "nothing to change\n"
+    assert "max_msgs 100 → 7" in (await run("apply", max_queue_size=7)).stdout
+    shown = (await run("show", "--json")).json()
+    assert shown["streams"][0]["name"] == "INFERENCE"
+    assert shown["streams"][0]["max_msgs"] == 7
+    assert shown["consumers"][0]["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert shown["consumers"][0]["max_ack_pending"] == 1
+    assert "KV_inference-requests" in (await run("show")).stdout
+
+
+async def test_status_requests_and_cancel(tmp_path: Path) -> None:
+    async with up(tmp_path) as running:
+        running_one = asyncio.create_task(running.chat("[[tokens=1000 delay_ms=20]]"))
+        while not (status := (await forebay("status", "--json", data_dir=tmp_path)).json())["processing_count"]:
+            pass
+        assert list(status)[:9] == [
+            "queue_size",
+            "processing_count",
+            "max_concurrent",
+            "max_queue_size",
+            "total_processed",
+            "total_failed",
+            "total_queued",
+            "active_requests",
+            "is_running",
+        ]
+        assert status["is_running"] is True
+        assert [worker["engine"] for worker in status["workers"]] == ["simulated"]
+        assert "Workers: 1 of 1 ready" in (await forebay("status", data_dir=tmp_path)).stdout
+
+        (found,) = (await forebay("requests", "--status", "processing", "--json", data_dir=tmp_path)).json()
+        assert found["id"] in (await forebay("requests", data_dir=tmp_path)).stdout
+        assert (await forebay("requests", "--status", "failed", "--json", data_dir=tmp_path)).json() == []
+
+        assert (await forebay("cancel", found["id"], data_dir=tmp_path)).stdout == f"cancelled {found['id']}\n"
+        assert (await running_one).status_code == 499
+        again = await forebay("cancel", found["id"], data_dir=tmp_path)
+        assert again.code == 1
+        assert again.stderr == f"forebay: request {found['id']} has ended already: cancelled\n"
+        unknown = await forebay("cancel", "nobody", data_dir=tmp_path)
+        assert (unknown.code, unknown.stderr) == (1, "forebay: no request nobody is known\n")
+
+
+async def test_chat(tmp_path: Path) -> None:
+    async with up(tmp_path, api_keys="right,other") as running:
+        common: dict[str, Any] = {"data_dir": tmp_path, "api_port": running.url.rsplit(":", 1)[1]}
+        once = await forebay("chat", "[[tokens=3]]", "--api-key", "right", **common)
+        assert (once.code, once.stdout) == (0, "t0 t1 t2\n")
+        # The first of API_KEYS, where none is given.
+        talk = await forebay("chat", given="[[tokens=1]]\n[[tokens=2]]\n", api_keys="right", **common)
+        assert talk.code == 0
+        assert "t0\n" in talk.stdout
+        assert "t0 t1\n" in talk.stdout
+        wrong = await forebay("chat", "hello", "--api-key", "wrong", **common)
+        assert wrong.code == 1
+        assert re.fullmatch(r"forebay: invalid_api_key: .*\(HTTP 401\)\n", wrong.stderr)
+        unknown = await forebay("chat", "hello", "--api-key", "right", "--model", "nope", **common)
+        assert re.fullmatch(r"forebay: model_not_found: .*\(HTTP 404\)\n", unknown.stderr)
+
+
+async def test_chat_without_an_api(tmp_path: Path) -> None:
+    ended = await forebay("chat", "hello", "--base-url", "http://127.0.0.1:9/v1", data_dir=tmp_path)
+    assert ended.code == 1
+    assert ended.stderr.startswith("forebay: cannot reach the api at http://127.0.0.1:9/v1: ")
+
+
+async def test_version(tmp_path: Path) -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", (await forebay("--version", data_dir=tmp_path)).stdout)
