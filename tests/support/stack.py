@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import openai
@@ -18,7 +18,6 @@ from forebay_contracts.connection import Connection, connect
 from forebay_contracts.messages import RequestState, RequestStatus
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.states import KeyValueStateStore
-from support.nats import NatsServer
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 20
@@ -27,6 +26,15 @@ MODEL = "SmolLM2-135M-Instruct"
 _API_READY = re.compile(r"api (\S+) takes requests")
 _WORKER_READY = re.compile(r"worker (\S+) serves")
 _PORT = re.compile(r"listening on \S+:(\d+)")
+
+
+class HasUrl(Protocol):
+    """A NATS server, a cluster, or a proxy before one."""
+
+    @property
+    def url(self) -> str:
+        """What NATS_URL must be."""
+        ...
 
 
 class Service:
@@ -129,7 +137,7 @@ class Api(Service):
 class Stack:
     """A nats-server with apis and workers on the simulated engine, unless settings say otherwise."""
 
-    def __init__(self, nats: NatsServer, **settings: Any) -> None:
+    def __init__(self, nats: HasUrl, **settings: Any) -> None:
         self.nats = nats
         self.apis: list[Api] = []
         self.workers: list[Service] = []
@@ -218,7 +226,7 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def running(nats: NatsServer, *, apis: int = 1, workers: int = 1, **settings: Any) -> AsyncIterator[Stack]:
+async def running(nats: HasUrl, *, apis: int = 1, workers: int = 1, **settings: Any) -> AsyncIterator[Stack]:
     """A stack, ended in order when the block is left."""
     stack = Stack(nats, **settings)
     limits = httpx.Limits(max_connections=None)

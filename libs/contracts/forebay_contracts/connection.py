@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from nats.aio.client import Client
@@ -52,6 +52,16 @@ class Connection:
         except Exception as exc:
             log.debug("flush before close: %r", exc)
         await self.client.close()
+
+
+@contextlib.asynccontextmanager
+async def connected(settings: Settings, name: str) -> AsyncIterator[Connection]:
+    """`connect` for the length of a block."""
+    connection = await connect(settings, name)
+    try:
+        yield connection
+    finally:
+        await connection.close()
 
 
 async def connect(settings: Settings, name: str) -> Connection:

@@ -5,9 +5,11 @@ ForebayError
 ├── QueueError
 │   ├── QueueFull                 503 queue_full
 │   ├── QueueUnavailable          503 queue_unavailable
+│   ├── ModelUnavailable          503 model_unavailable
 │   └── QueueConflict             a name, revision or topology that is already taken
 └── RequestError                  ends one request, with an answer for its client
     ├── InvalidRequest            400
+    │   └── UnsupportedByModel    400 model_not_supported
     ├── InvalidApiKey             401
     ├── ModelNotFound             404
     ├── RequestNotFound           404
@@ -17,6 +19,7 @@ ForebayError
     └── InferenceFailed           500
 """
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 
@@ -70,6 +73,12 @@ class QueueUnavailable(QueueError):
     code = "queue_unavailable"
 
 
+class ModelUnavailable(QueueError):
+    """The model is known, but no worker serves it now, and NO_WORKER_POLICY is to refuse: nothing was accepted."""
+
+    code = "model_unavailable"
+
+
 class QueueConflict(QueueError):
     """A compare-and-set lost: somebody else wrote first."""
 
@@ -85,6 +94,16 @@ class InvalidRequest(RequestError):
 
     status = 400
     type = "invalid_request_error"
+
+
+class UnsupportedByModel(InvalidRequest):
+    """The model is served, but not for this: a chat with an embedding model, embeddings of a chat model."""
+
+    code = "model_not_supported"
+
+    def __init__(self, model: str, wanted: str, served: Iterable[str]) -> None:
+        kinds = " and ".join(sorted(served))
+        super().__init__(f"The model `{model}` serves {kinds} requests, not {wanted}.", param="model")
 
 
 class InvalidApiKey(RequestError):

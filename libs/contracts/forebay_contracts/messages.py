@@ -31,6 +31,11 @@ class CompletionType(StrEnum):
 
     CHAT = "chat"
     COMPLETION = "completion"
+    EMBEDDING = "embedding"
+
+
+GENERATION: Final = (CompletionType.CHAT, CompletionType.COMPLETION)
+"""What a model that generates text serves."""
 
 
 class Sampling(Message):
@@ -60,7 +65,8 @@ class InferenceRequest(Message):
 
     Times are seconds since the epoch. `messages` is set for chat and `prompts` for completion: each prompt
     is text or token ids. The answer has `len(prompts) * n` choices (`n` for chat), numbered from 0, the
-    choices of one prompt together.
+    choices of one prompt together. For embedding, `prompts` are the inputs and the choices their vectors, cut
+    to `dimensions` where that is set.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -82,6 +88,7 @@ class InferenceRequest(Message):
     parallel_tool_calls: bool = True
     response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    dimensions: int | None = None
 
     def encode(self) -> bytes:
         """The request as JSON, defaults left out but for the schema version."""
@@ -130,6 +137,9 @@ class Delta(FrameMessage):
     `offset` counts the tokens before these in this choice. `text` is what may be shown now: it lags the
     tokens while a character or a possible stop string is incomplete, so it may be empty, and it is a function
     of the tokens up to here alone, so a second attempt that starts from these tokens goes on without a seam.
+
+    An `embedding` is the whole of its choice: float32 values, little-endian, in base64. Its one token is of no
+    meaning, but lets it be counted, dropped when it comes twice and sent again like any other.
     """
 
     type: Literal["delta"] = "delta"
@@ -139,6 +149,7 @@ class Delta(FrameMessage):
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     tool_calls: tuple[dict[str, Any], ...] = ()
+    embedding: str = ""
 
 
 class Started(FrameMessage):
@@ -282,3 +293,4 @@ class WorkerInfo(ServiceInfo):
     quantization: str | None = None
     device: str | None = None
     engine: str
+    completion_types: tuple[CompletionType, ...] = GENERATION

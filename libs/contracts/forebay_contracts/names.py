@@ -23,6 +23,9 @@ HEADER_INCREMENT: Final = "Nats-Incr"
 MODEL_METADATA: Final = "forebay.model"
 """Key of a consumer's metadata that holds the full name of its model."""
 
+ALIASES_METADATA: Final = "forebay.aliases"
+"""Key of a consumer's metadata that holds the other names of its model, comma-separated, as its last worker had them."""
+
 
 def model_token(model: str) -> str:
     """A model's name as one subject token and consumer name: `org/Model-1.5` becomes `org-Model-1-5`."""

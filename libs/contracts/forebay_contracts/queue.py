@@ -28,7 +28,7 @@ PUBLISH_TIMEOUT_S = 1.0
 PUBLISH_RETRY_S = 0.05
 """Pause between such tries."""
 
-ADMISSION_PATIENCE_S = 5.0
+ADMISSION_PATIENCE_S = 10.0
 """How long a request waits for a NATS that is away, being restarted or electing a leader, before its 503."""
 
 PULL_EXPIRES_S = 5.0

@@ -143,6 +143,9 @@ class ApiSettings(Settings):
     api_host: str = Field("127.0.0.1", min_length=1, description="Address that the api listens on")
     api_port: int = Field(8091, ge=0, le=65_535, description="Port that the api listens on")
     api_processes: int = Field(1, ge=1, le=64, description="Api processes behind the one port")
+    no_worker_policy: Literal["wait", "refuse"] = Field(
+        "wait", description="What becomes of a request whose model has no worker now: it waits, or gets 503"
+    )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Keys that clients may use, comma-separated; empty: open to all"
     )
@@ -181,8 +184,9 @@ class InferenceSettings(Settings):
         "auto", description="bitsandbytes quantization; auto: nf4, or what the checkpoint has already"
     )
     model_device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
-    inference_engine: Literal["transformers", "simulated"] = Field(
-        "transformers", description="transformers, or simulated for tests of everything but the model"
+    inference_engine: Literal["transformers", "embedding", "simulated"] = Field(
+        "transformers",
+        description="transformers, embedding (vectors), or simulated for tests of everything but the model",
     )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
 

@@ -3,8 +3,11 @@
 Whichever service starts first makes them; each start of any service applies its settings to the live ones.
 """
 
+import asyncio
 import logging
-from dataclasses import fields
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from nats.errors import Error as NatsError
@@ -34,7 +37,14 @@ DUPLICATE_WINDOW_S = 120
 COUNTER_HISTORY = 10_000
 """Increments kept for each counter, so that a repeated one is still recognised after a restart of NATS."""
 
+START_PATIENCE_S = 30.0
+"""How long a service waits at start for a NATS that does not answer yet."""
+
+START_RETRY_S = 0.25
+"""Pause between tries."""
+
 _STREAM_NAME_IN_USE = 10058
+_NO_LEADER = (10008, 10009)  # JetStream temporarily unavailable, cluster not available
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +83,11 @@ def stream_configs(settings: Settings) -> list[StreamConfig]:
     ]
 
 
-def consumer_config(settings: Settings, model: str) -> ConsumerConfig:
-    """The shared durable consumer of `model`."""
+def consumer_config(settings: Settings, model: str, aliases: Sequence[str] | None = None) -> ConsumerConfig:
+    """The shared durable consumer of `model`, which remembers its name and `aliases` while no worker lives."""
+    metadata = {names.MODEL_METADATA: model}
+    if aliases is not None:
+        metadata[names.ALIASES_METADATA] = ",".join(aliases)
     return ConsumerConfig(
         durable_name=names.model_token(model),
         description=f"Requests for {model}",
@@ -83,36 +96,70 @@ def consumer_config(settings: Settings, model: str) -> ConsumerConfig:
         ack_wait=settings.ack_wait,
         max_ack_pending=settings.max_concurrent_requests,
         max_deliver=-1,
-        metadata={names.MODEL_METADATA: model},
+        metadata=metadata,
     )
 
 
-async def ensure(connection: Connection, settings: Settings, model: str) -> list[str]:
+async def ensure(
+    connection: Connection, settings: Settings, model: str, aliases: Sequence[str] | None = None
+) -> list[str]:
     """Make streams, buckets and the consumer of `model` what `settings` say; returns what was changed.
 
-    Safe to call from any number of services at once.
+    Safe to call from any number of services at once. `aliases` are written down by those who serve the model;
+    without them, what is written stays.
 
     Raises:
         ConfigurationError: another model has the same token, or the server refuses the configuration.
         QueueUnavailable: NATS does not answer.
     """
-    js = connection.jetstream
-    try:
-        changes = [change for config in stream_configs(settings) for change in await _ensure_stream(js, config)]
-        changes += await _ensure_consumer(js, consumer_config(settings, model), model)
-    except APIError as exc:
-        raise ConfigurationError(f"NATS refuses the topology: {exc.description}") from exc
-    except (NatsError, TimeoutError, OSError) as exc:
-        raise QueueUnavailable(f"NATS did not answer while the topology was checked: {exc!r}") from exc
-    for change in changes:
-        log.info("[RequestQueue] topology: %s", change)
-    return changes
+    give_up_at = time.monotonic() + START_PATIENCE_S
+    while True:
+        try:
+            changes = await _ensure_all(connection.jetstream, settings, consumer_config(settings, model, aliases))
+        except APIError as exc:
+            if exc.err_code not in _NO_LEADER:
+                raise ConfigurationError(f"NATS refuses the topology: {exc.description}") from exc
+            failure: Exception = exc
+        except (NatsError, TimeoutError, OSError) as exc:
+            failure = exc
+        else:
+            for change in changes:
+                log.info("[RequestQueue] topology: %s", change)
+            return changes
+        # A cluster that has just been started has no leader yet.
+        if time.monotonic() >= give_up_at:
+            raise QueueUnavailable(f"NATS did not answer while the topology was checked: {failure!r}") from failure
+        await asyncio.sleep(START_RETRY_S)
+
+
+async def _ensure_all(js: JetStreamContext, settings: Settings, consumer: ConsumerConfig) -> list[str]:
+    changes = [change for config in stream_configs(settings) for change in await _ensure_stream(js, config)]
+    return changes + await _ensure_consumer(js, consumer)
 
 
 async def consumers(connection: Connection) -> list[ConsumerInfo]:
     """The live consumers, one a model."""
     infos: list[ConsumerInfo] = await connection.jetstream.consumers_info(names.STREAM)
     return infos
+
+
+async def known_models(connection: Connection) -> dict[str, tuple[str, ...]]:
+    """Each model that has a consumer, with its aliases: what requests can wait for, served now or not.
+
+    Raises:
+        QueueUnavailable: NATS does not answer.
+    """
+    try:
+        found = [consumer.config.metadata or {} for consumer in await consumers(connection)]
+    except NotFoundError:
+        return {}
+    except (NatsError, TimeoutError, OSError) as exc:
+        raise QueueUnavailable("the queue cannot be reached") from exc
+    return {
+        metadata[names.MODEL_METADATA]: tuple(filter(None, metadata.get(names.ALIASES_METADATA, "").split(",")))
+        for metadata in found
+        if names.MODEL_METADATA in metadata
+    }
 
 
 async def waiting_position(connection: Connection, model: str, sequence: int) -> int | None:
@@ -168,22 +215,25 @@ async def _ensure_stream(js: JetStreamContext, wanted: StreamConfig) -> list[str
     return [f"stream {wanted.name}: {change}" for change in changes]
 
 
-async def _ensure_consumer(js: JetStreamContext, wanted: ConsumerConfig, model: str) -> list[str]:
+async def _ensure_consumer(js: JetStreamContext, wanted: ConsumerConfig) -> list[str]:
     try:
         live = (await js.consumer_info(names.STREAM, wanted.durable_name)).config
     except NotFoundError:
         await js.add_consumer(names.STREAM, wanted)
         return [f"consumer {wanted.durable_name} made"]
-    owner = (live.metadata or {}).get(names.MODEL_METADATA)
+    remembered, metadata = live.metadata or {}, wanted.metadata or {}
+    owner, model = remembered.get(names.MODEL_METADATA), metadata[names.MODEL_METADATA]
     if owner not in (None, model):
         raise ConfigurationError(
             f"the models {owner!r} and {model!r} both become {wanted.durable_name!r} on NATS: "
             f"give one of them another MODEL_NAME"
         )
+    # The server adds metadata of its own, and an update replaces the whole.
     changes = _differences(live, wanted, ignored={"metadata"})
+    changes += [f"{key} {remembered.get(key)} → {new}" for key, new in metadata.items() if remembered.get(key) != new]
     if not changes:
         return []
-    await js.add_consumer(names.STREAM, wanted)
+    await js.add_consumer(names.STREAM, replace(wanted, metadata=remembered | metadata))
     return [f"consumer {wanted.durable_name}: {change}" for change in changes]
 
 

@@ -17,9 +17,9 @@ from forebay_api.drain_rate import DrainRate
 from forebay_api.middleware import HeadersMiddleware
 from forebay_api.models import Models
 from forebay_api.routes import completions, health, models, queue
-from forebay_api.schemas import ChatCompletionBody, CompletionBody
+from forebay_api.schemas import ChatCompletionBody, CompletionBody, EmbeddingBody
 from forebay_contracts import names, topology
-from forebay_contracts.connection import connect
+from forebay_contracts.connection import connected
 from forebay_contracts.messages import ApiInfo, WorkerInfo
 from forebay_contracts.presence import Heartbeat, Presence
 from forebay_contracts.queue import JetStreamQueue
@@ -44,38 +44,37 @@ def create_app(context: Context) -> FastAPI:
 
 @contextlib.asynccontextmanager
 async def running(settings: ApiSettings) -> AsyncIterator[Context]:
-    """The parts of an api, connected and listening, for as long as the block lasts."""
-    connection = await connect(settings, "forebay-api")
-    await topology.ensure(connection, settings, settings.served_model)
-    states = KeyValueStateStore(connection)
-    dispatcher = Dispatcher(connection, JetStreamQueue(connection), states)
-    workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
-    started_at = time.time()
+    """The parts of an api, connected and listening to NATS, for as long as the block lasts."""
+    async with connected(settings, "forebay-api") as connection:
+        await topology.ensure(connection, settings, settings.served_model)
+        states = KeyValueStateStore(connection)
+        dispatcher = Dispatcher(connection, JetStreamQueue(connection), states)
+        workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
+        started_at = time.time()
 
-    def describe() -> ApiInfo:
-        return ApiInfo(id=dispatcher.instance, version=VERSION, started_at=started_at, heartbeat_at=time.time())
+        def describe() -> ApiInfo:
+            return ApiInfo(id=dispatcher.instance, version=VERSION, started_at=started_at, heartbeat_at=time.time())
 
-    heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
-    await workers.start()
-    await dispatcher.start()
-    await heartbeat.start()
-    context = Context(
-        settings=settings,
-        connection=connection,
-        states=states,
-        dispatcher=dispatcher,
-        workers=workers,
-        models=Models(settings, workers.alive),
-        keys=ApiKeys(settings.api_keys),
-        drain_rate=DrainRate(),
-    )
-    log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
-    try:
-        yield context
-    finally:
-        await dispatcher.close()
-        await heartbeat.stop()
-        await connection.close()
+        heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
+        await workers.start()
+        await dispatcher.start()
+        await heartbeat.start()
+        log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
+        try:
+            yield Context(
+                settings=settings,
+                connection=connection,
+                states=states,
+                dispatcher=dispatcher,
+                workers=workers,
+                models=Models(settings, workers.alive, lambda: topology.known_models(connection)),
+                keys=ApiKeys(settings.api_keys),
+                drain_rate=DrainRate(),
+            )
+        finally:
+            await dispatcher.close()
+            await workers.stop()
+            await heartbeat.stop()
 
 
 def _document_bodies(app: FastAPI) -> None:
@@ -85,7 +84,7 @@ def _document_bodies(app: FastAPI) -> None:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             _, bodies = models_json_schema(
-                [(ChatCompletionBody, "validation"), (CompletionBody, "validation")],
+                [(body, "validation") for body in (ChatCompletionBody, CompletionBody, EmbeddingBody)],
                 ref_template="#/components/schemas/{model}",
             )
             schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])

@@ -7,7 +7,7 @@ import sys
 import uvloop
 
 from forebay_contracts import logs
-from forebay_contracts.connection import connect
+from forebay_contracts.connection import connected
 from forebay_contracts.errors import ConfigurationError, ForebayError
 from forebay_contracts.settings import InferenceSettings, load
 from forebay_inference.engine.protocol import Engine
@@ -31,11 +31,8 @@ async def serve(settings: InferenceSettings) -> None:
     loop = asyncio.get_running_loop()
     for ending in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(ending, stop.set)
-    connection = await connect(settings, "forebay-inference")
-    try:
+    async with connected(settings, "forebay-inference") as connection:
         await Worker(settings, connection, build_engine(settings)).run(stop)
-    finally:
-        await connection.close()
 
 
 def main() -> int:

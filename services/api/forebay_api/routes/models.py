@@ -5,34 +5,37 @@ from typing import Any
 from fastapi import APIRouter
 
 from forebay_api.context import Authorized
-from forebay_contracts.messages import WorkerInfo
+from forebay_api.models import ServedModel
+from forebay_contracts.messages import WorkerStatus
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
 async def list_models(context: Authorized) -> dict[str, Any]:
-    """Every served model."""
-    served = context.models.served()
-    return {"object": "list", "data": [_model(name, worker) for name, worker in served.items()]}
+    """What live workers serve, and the default model."""
+    return {"object": "list", "data": [_model(served) for served in context.models.served()]}
 
 
 @router.get("/{name:path}")
 async def retrieve_model(name: str, context: Authorized) -> dict[str, Any]:
-    """One model, by its name or an alias."""
-    model = context.models.resolve(name)
-    return _model(model, context.models.served().get(model))
+    """One model, by its name or an alias; also one that has no worker now."""
+    return _model(context.models.of(await context.models.resolve(name)))
 
 
-def _model(name: str, worker: WorkerInfo | None) -> dict[str, Any]:
-    """OpenAI's model object, then what a live worker says of it."""
+def _model(served: ServedModel) -> dict[str, Any]:
+    """OpenAI's model object, then what the live workers say of it."""
+    worker = served.best
     return {
-        "id": name,
+        "id": served.name,
         "object": "model",
-        "created": int(worker.started_at) if worker else 0,
+        "created": int(min((one.started_at for one in served.workers), default=0)),
         "owned_by": "forebay",
         "status": worker.status.value if worker else "no_worker",
+        "progress": worker.progress if worker else None,
+        "workers": {status.value: served.count(status) for status in WorkerStatus},
         "aliases": list(worker.aliases) if worker else [],
+        "completion_types": list(worker.completion_types) if worker else [],
         "context_length": worker.context_length if worker else None,
         "quantization": worker.quantization if worker else None,
     }

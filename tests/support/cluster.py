@@ -1,0 +1,55 @@
+"""A NATS cluster of three servers on the loopback interface."""
+
+import asyncio
+import socket
+from pathlib import Path
+
+from support.nats import NatsServer
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Cluster:
+    """Three servers with JetStream; `url` names them all."""
+
+    def __init__(self, store: Path) -> None:
+        ports = [free_port() for _ in range(3)]
+        routes = ",".join(f"nats://127.0.0.1:{port}" for port in ports)
+        self.servers = [
+            NatsServer(
+                store / f"n{number}",
+                "-n",
+                f"n{number}",
+                "--cluster_name",
+                "test",
+                "--cluster",
+                f"nats://127.0.0.1:{port}",
+                "--routes",
+                routes,
+            )
+            for number, port in enumerate(ports)
+        ]
+
+    @property
+    def url(self) -> str:
+        """All servers, for NATS_URL."""
+        return ",".join(server.url for server in self.servers)
+
+    async def start(self) -> "Cluster":
+        """Start all at once: none is ready before two are."""
+        await asyncio.gather(*(asyncio.to_thread(server.start) for server in self.servers))
+        return self
+
+    async def stop(self) -> None:
+        """End all."""
+        await asyncio.gather(*(asyncio.to_thread(server.stop) for server in self.servers))
+
+    def by_name(self, name: str) -> NatsServer:
+        """The server that calls itself so."""
+        return self.servers[int(name.removeprefix("n"))]
