@@ -292,8 +292,9 @@ async def test_status_requests_and_cancel(tmp_path: Path) -> None:
         again = await forebay("cancel", found["id"], data_dir=tmp_path)
         assert again.code == 1
         assert again.stderr == f"forebay: request {found['id']} has ended already: cancelled\n"
-        unknown = await forebay("cancel", "nobody", data_dir=tmp_path)
-        assert (unknown.code, unknown.stderr) == (1, "forebay: no request nobody is known\n")
+        for name in ("nobody", "*", "not an id"):
+            unknown = await forebay("cancel", name, data_dir=tmp_path)
+            assert (unknown.code, unknown.stderr) == (1, f"forebay: no request {name} is known\n")
 
 
 async def test_chat(tmp_path: Path) -> None:

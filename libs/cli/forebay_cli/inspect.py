@@ -76,7 +76,8 @@ async def cancel(request_id: str) -> None:
     """
     async with connected(settings()) as link:
         states = KeyValueStateStore(link)
-        stored = await states.get(request_id)
+        # An id goes into subjects: what cannot be one goes no further.
+        stored = await states.get(request_id) if names.is_request_id(request_id) else None
         if stored is None:
             raise RequestNotFound(f"no request {request_id} is known")
         queue = JetStreamQueue(link)
