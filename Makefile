@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 	touch $@
 
 run: $(STAMP)
-	$(BIN)/forebay up $(ARGS)
+	@$(BIN)/forebay up $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
