@@ -1,6 +1,11 @@
 """NATS goes away and comes back: what was accepted is answered, and nothing runs that was refused."""
 
 import asyncio
+from pathlib import Path
+
+import pytest
+from nats.js import JetStreamContext
+from nats.js.errors import APIError
 
 from support.nats import NatsServer
 from support.stack import running
@@ -46,3 +51,34 @@ async def test_refused_while_nats_is_away_never_runs(nats_server: NatsServer) ->
         assert (await stack.chat("hi")).status_code == 200
         assert (await stack.status())["total_queued"] == 2
         assert await stack.state(refused.headers["x-request-id"]) is None
+
+
+async def fill(js: JetStreamContext) -> None:
+    """Publish until the server takes no more."""
+    while True:
+        await js.publish("junk", b"x" * 50_000)
+
+
+async def test_full_disk_is_a_clear_503_and_passes(tmp_path: Path) -> None:
+    limits = tmp_path / "limits.conf"
+    limits.write_text("jetstream { max_file_store: 4MB }\n")
+    server = NatsServer(tmp_path / "store", "-c", str(limits))
+    server.start()
+    try:
+        async with running(server, max_concurrent_requests=2) as stack:
+            assert (await stack.chat("hi")).status_code == 200
+            await stack.idle()
+            js = stack.connection.jetstream
+            await js.add_stream(name="JUNK", subjects=["junk"])
+            with pytest.raises(APIError, match="insufficient"):
+                await fill(js)
+            refused = await stack.chat("[[tokens=3]]" + "y" * 50_000)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "queue_unavailable"
+            assert "insufficient" in refused.json()["error"]["message"]
+            await js.delete_stream("JUNK")
+            assert (await stack.chat("hi")).status_code == 200
+            await stack.idle()
+            assert (await stack.status())["total_processed"] == 2
+    finally:
+        server.stop()

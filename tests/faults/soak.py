@@ -1,0 +1,335 @@
+"""`make soak`: the long fault scenarios, each with its goal, as a table. Exits 1 where a goal was missed.
+
+Names of scenarios given as arguments run only those. The figures are of the machine it runs on.
+"""
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from forebay_contracts.messages import RequestStatus
+from support.cluster import Cluster
+from support.nats import NatsServer
+from support.stack import MODEL, Service, Stack, data_dir, running
+
+ACK_WAIT_S = 2
+SOAK_REQUESTS = 100_000
+SOAK_CLIENTS = 64
+
+
+@dataclass
+class Row:
+    """One line of the table; `kept` says whether the goal was reached."""
+
+    fault: str
+    load: str
+    goal: str
+    result: str
+    kept: bool
+
+
+def text(tokens: int) -> str:
+    return " ".join(f"t{token}" for token in range(tokens))
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+
+
+async def stream(stack: Stack, order: str, api: int = 0, **fields: object) -> tuple[str, float]:
+    """A streamed chat's text, and the longest pause between two pieces of it, in seconds."""
+    body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": order}], **fields}
+    pieces: list[str] = []
+    longest, last, finished = 0.0, None, False
+    async with stack.http.stream("POST", f"{stack.apis[api].url}/v1/chat/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if line == "data: [DONE]":
+                finished = True
+            elif line.startswith("data: "):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(event["error"]["message"])
+                if piece := event["choices"][0]["delta"].get("content"):
+                    now = time.monotonic()
+                    longest = max(longest, now - (last or now))
+                    last = now
+                    pieces.append(piece)
+    if not finished:
+        raise RuntimeError("the stream broke off")
+    return "".join(pieces), longest
+
+
+async def kill_every_second(stack: Stack, stop: asyncio.Event) -> int:
+    """Kill the oldest worker and start another, once a second; how many were killed."""
+    killed = 0
+    while not stop.is_set():
+        began = time.monotonic()
+        victim = stack.workers.pop(0)
+        await victim.kill()
+        killed += 1
+        await stack.worker()
+        await asyncio.sleep(max(0, 1 - (time.monotonic() - began)))
+    return killed
+
+
+async def workers_killed(nats: NatsServer) -> Row:
+    seconds, tokens, clients = 30, 20, 200
+    limits = {"max_concurrent_requests": 200, "worker_slots": 100, "max_queue_size": 1000, "max_deliveries": 100}
+    async with running(nats, workers=3, ack_wait=ACK_WAIT_S, **limits) as stack:
+        stop = asyncio.Event()
+        pauses: list[float] = []
+        outcomes: Counter[str] = Counter()
+
+        async def client() -> None:
+            while not stop.is_set():
+                try:
+                    got, pause = await stream(stack, f"[[tokens={tokens} delay_ms=50]]")
+                except (RuntimeError, httpx.HTTPError) as exc:
+                    outcomes[f"failed: {exc!r}"] += 1
+                    continue
+                outcomes["exact" if got == text(tokens) else "lost or doubled"] += 1
+                pauses.append(pause)
+
+        chaos = asyncio.create_task(kill_every_second(stack, stop))
+        clients_running = [asyncio.create_task(client()) for _ in range(clients)]
+        await asyncio.sleep(seconds)
+        stop.set()
+        killed = await chaos
+        await asyncio.gather(*clients_running)
+    p99 = percentile(pauses, 0.99)
+    return Row(
+        f"a worker killed every second, 3 workers, {seconds} s ({killed} killed)",
+        f"{clients} concurrent streams, simulated engine",
+        f"every text exact; pause p99 ≤ {ACK_WAIT_S + 1} s",
+        f"{dict(outcomes)}; pause p99 {p99:.2f} s",
+        set(outcomes) == {"exact"} and p99 <= ACK_WAIT_S + 1,
+    )
+
+
+async def real_workers_killed(nats: NatsServer) -> Row:
+    streams, tokens = 8, 60
+    real = {
+        "inference_engine": "transformers",
+        "model_quantization": "none",
+        "data_dir": data_dir(),
+        "max_concurrent_requests": streams,
+        "request_timeout": 300,
+        "max_deliveries": 20,
+    }
+    questions = [f"Write a short story about the number {n}." for n in range(streams)]
+    async with running(nats, workers=1, ack_wait=ACK_WAIT_S, **real) as stack:
+
+        async def all_of_them() -> list[str]:
+            asked = (stream(stack, question, temperature=0, max_tokens=tokens) for question in questions)
+            return [got for got, _ in await asyncio.gather(*asked)]
+
+        undisturbed = await all_of_them()
+        second = await stack.worker()
+        disturbed = asyncio.create_task(all_of_them())
+        killed = 0
+        victims: list[Service] = [stack.workers[0], second]
+        for victim in victims:
+            await asyncio.sleep(3)
+            if disturbed.done():
+                break
+            await stack.worker()
+            await victim.kill()
+            killed += 1
+        same = sum(a == b for a, b in zip(undisturbed, await disturbed, strict=True))
+    return Row(
+        f"the same with the real model at temperature 0 ({killed} killed)",
+        f"{streams} streams of {tokens} tokens",
+        "text equal to the undisturbed run's",
+        f"{same} of {streams} equal",
+        same == streams and killed > 0,
+    )
+
+
+async def api_killed(nats: NatsServer) -> Row:
+    async with running(nats, apis=2, ack_wait=ACK_WAIT_S, max_concurrent_requests=20, max_queue_size=200) as stack:
+        tasks = [asyncio.create_task(stream(stack, "[[tokens=100000 delay_ms=100]]")) for _ in range(100)]
+        await stack.apis[0].logged(r"queued for \S+ at 100")
+        await stack.apis[0].kill()
+        died = time.monotonic()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (await stack.chat("[[tokens=1]]", api=1)).status_code == 200
+        free_s = time.monotonic() - died
+        await stack.idle(api=1)
+        bucket = await stack.connection.jetstream.key_value("inference-requests")
+        states = [await stack.state(key) for key in await bucket.keys()]
+        final = Counter(state.status.value for state in states if state is not None)
+    return Row(
+        "api killed",
+        "100 waiting and running",
+        "all reach a final state; slots free within 5 s",
+        f"{dict(final)}; a slot was free after {free_s:.1f} s",
+        final == {"cancelled": 100, "completed": 1} and free_s <= 5,
+    )
+
+
+async def nats_restarted(nats: NatsServer) -> Row:
+    async with running(nats, max_concurrent_requests=16, max_queue_size=1000, request_timeout=120) as stack:
+        tasks = [asyncio.create_task(stack.chat("[[tokens=3 delay_ms=20]]")) for _ in range(1000)]
+        await stack.apis[0].logged(r"queued for \S+ at 900")
+        await asyncio.to_thread(nats.restart)
+        answers = Counter(answer.status_code for answer in await asyncio.gather(*tasks))
+        await stack.idle()
+        status = await stack.status()
+    totals = {name: status[f"total_{name}"] for name in ("queued", "processed", "failed")}
+    return Row(
+        "nats-server restarted",
+        "1,000 queued",
+        "0 lost, totals exact",
+        f"answers {dict(answers)}; totals {totals}",
+        answers == {200: 1000} and totals == {"queued": 1000, "processed": 1000, "failed": 0},
+    )
+
+
+async def leader_killed(_: NatsServer) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        cluster = await Cluster(Path(folder)).start()
+        limits = {"max_concurrent_requests": 64, "max_queue_size": 1000, "request_timeout": 120}
+        try:
+            async with running(cluster, nats_replicas=3, **limits) as stack:
+                tasks = []
+                for _ in range(2):
+                    tasks += [asyncio.create_task(stack.chat("[[tokens=5 delay_ms=20]]")) for _ in range(250)]
+                    await stack.apis[0].logged(rf"queued for \S+ at {len(tasks) - 50}")
+                    info = await stack.connection.jetstream._api_request("$JS.API.STREAM.INFO.INFERENCE", timeout=5)
+                    victim = cluster.by_name(info["cluster"]["leader"])
+                    await asyncio.to_thread(victim.kill)
+                    await asyncio.gather(*tasks)
+                    await asyncio.to_thread(victim.start)
+                answers = [task.result() for task in tasks]
+                right = sum(
+                    answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == text(5)
+                    for answer in answers
+                )
+                await stack.idle()
+                processed = (await stack.status())["total_processed"]
+        finally:
+            await cluster.stop()
+    return Row(
+        "leader of three killed, twice",
+        "500 in flight",
+        "0 lost, 0 doubled",
+        f"{right} of {len(answers)} right, {processed} processed",
+        right == processed == 500,
+    )
+
+
+async def clients_leave(nats: NatsServer) -> Row:
+    waits: list[float] = []
+    async with running(nats, max_concurrent_requests=1, max_queue_size=10) as stack:
+        url = f"{stack.apis[0].url}/v1/chat/completions"
+        for number in range(200):
+            body = {"model": MODEL, "stream": bool(number % 2)}
+            body["messages"] = [{"role": "user", "content": "[[tokens=100000 delay_ms=20]]"}]
+            async with httpx.AsyncClient() as leaving:
+                task = asyncio.create_task(leaving.post(url, json=body, timeout=60))
+                sequence = 2 * number + 1
+                queued = await stack.apis[0].logged(rf"(\S+) queued for \S+ at {sequence}\b")
+                await stack.reaches(queued[1], RequestStatus.PROCESSING)
+                waiting = asyncio.create_task(stack.chat("[[tokens=1]]"))
+                await stack.apis[0].logged(rf"queued for \S+ at {sequence + 1}\b")
+                left = time.monotonic()
+                task.cancel()
+            assert (await waiting).status_code == 200
+            waits.append(time.monotonic() - left)
+        await stack.idle()
+        status = await stack.status()
+    p99 = percentile(waits, 0.99) * 1000
+    return Row(
+        "client disconnects",
+        "200, one slot, another client waiting for it",
+        "slot free p99 ≤ 500 ms; nothing left",
+        f"the waiting one answered p99 {p99:.0f} ms later; {status['active_requests']} left, "
+        f"{status['total_cancelled']} cancelled",
+        p99 <= 500 and status["active_requests"] == 0 and status["total_cancelled"] == 200,
+    )
+
+
+async def soak(nats: NatsServer) -> Row:
+    async with running(nats, max_concurrent_requests=64, max_queue_size=1000, log_level="WARNING") as stack:
+        processes = {
+            "api": psutil.Process(stack.apis[0].process.pid),
+            "worker": psutil.Process(stack.workers[0].process.pid),
+            "nats": psutil.Process(nats.pid),
+        }
+        memory: dict[str, list[int]] = {name: [] for name in processes}
+        left = iter(range(SOAK_REQUESTS))
+        failures: Counter[int] = Counter()
+
+        async def client() -> None:
+            for number in left:
+                answer = await stack.chat("[[tokens=3]]")
+                if answer.status_code != 200:
+                    failures[answer.status_code] += 1
+                if number % 1000 == 0:
+                    for name, process in processes.items():
+                        memory[name].append(process.memory_info().rss)
+
+        began = time.monotonic()
+        await asyncio.gather(*(client() for _ in range(SOAK_CLIENTS)))
+        took_s = time.monotonic() - began
+        await stack.idle()
+        status = await stack.status()
+    tenth = SOAK_REQUESTS // 10_000
+    growth = {name: sum(values[-tenth:]) / sum(values[tenth : 2 * tenth]) - 1 for name, values in memory.items()}
+    totals = (status["total_queued"], status["total_processed"], status["total_failed"])
+    shown = ", ".join(f"{name} {memory[name][-1] / 2**20:.0f} MiB ({share:+.1%})" for name, share in growth.items())
+    return Row(
+        "soak",
+        f"{SOAK_REQUESTS:,} requests in {took_s:.0f} s",
+        "memory flat (last tenth within 5 % of the second); stream empty; totals exact",
+        f"{shown}; {status['active_requests']} left; queued, processed, failed {totals}",
+        not failures
+        and all(share <= 0.05 for share in growth.values())
+        and totals == (SOAK_REQUESTS, SOAK_REQUESTS, 0)
+        and status["active_requests"] == 0,
+    )
+
+
+SCENARIOS: dict[str, Callable[[NatsServer], Awaitable[Row]]] = {
+    "workers": workers_killed,
+    "real": real_workers_killed,
+    "api": api_killed,
+    "nats": nats_restarted,
+    "leader": leader_killed,
+    "clients": clients_leave,
+    "soak": soak,
+}
+
+
+async def main(chosen: list[str]) -> int:
+    """Run the scenarios one after the other, each on a NATS of its own."""
+    print("| fault | load | goal | result | |\n| --- | --- | --- | --- | --- |")
+    kept = True
+    for name in chosen or SCENARIOS:
+        with tempfile.TemporaryDirectory() as folder:
+            nats = NatsServer(Path(folder) / "nats")
+            nats.start()
+            try:
+                row = await SCENARIOS[name](nats)
+            finally:
+                nats.stop()
+        kept &= row.kept
+        cells = (row.fault, row.load, row.goal, row.result, "kept" if row.kept else "**missed**")
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main(sys.argv[1:])))
