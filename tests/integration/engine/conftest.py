@@ -4,19 +4,26 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.transformers import TransformersEngine
 
 # Read before the settings of the machine are hidden from the tests: the model is fetched once, for all runs.
-_DATA_DIR = Path(os.environ.get("DATA_DIR") or Path.home() / ".cache" / "forebay")
+DATA_DIR = Path(os.environ.get("DATA_DIR") or Path.home() / ".cache" / "forebay")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Where the default model is, or is fetched to."""
+    return DATA_DIR
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engine() -> AsyncIterator[TransformersEngine]:
     settings = InferenceSettings(
-        _env_file=None, data_dir=_DATA_DIR, model_quantization="nf4", max_concurrent_requests=4, llm_batch_size=64
+        _env_file=None, data_dir=DATA_DIR, model_quantization="nf4", max_concurrent_requests=4, llm_batch_size=64
     )
     engine = TransformersEngine.from_settings(settings)
     lines: list[str] = []

@@ -168,7 +168,8 @@ def gumbel_noise(keys: Sequence[tuple[int, int]], vocabulary: int, device: torch
         bits *= _as_int32(multiplier)
         bits ^= high
     bits ^= (bits >> 15) & 0x1FFFF
-    uniform = ((bits >> 8) & 0xFF_FFFF).float().add_(0.5).mul_(2.0**-24)
+    # 23 bits and a half: one more would round up to 1, whose noise is infinite.
+    uniform = ((bits >> 9) & 0x7F_FFFF).float().add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()
 
 

@@ -1,0 +1,97 @@
+"""Two hundred generated JSON schemas, each followed by random tokens under its grammar: every answer validates.
+
+The model is left out on purpose: its scores are random numbers here, the worst writer a grammar can have.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import validate
+from transformers import AutoTokenizer
+
+from forebay_contracts.messages import Sampling
+from forebay_inference.engine.transformers.guided import Grammars
+from forebay_inference.engine.transformers.sampling import TokenChooser, choose
+from forebay_inference.model_store import ensure_model
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+END = 2
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    kinds = ["string", "integer", "number", "boolean", "null", "enum", "const", "pattern"]
+    if depth < 3:
+        kinds += ["object", "array", "anyOf", "object", "array"]
+    match rng.choice(kinds):
+        case "string":
+            return {"type": "string", "maxLength": rng.randint(0, 12)}
+        case "integer":
+            low = rng.randint(-100, 100)
+            return {"type": "integer", "minimum": low, "maximum": low + rng.randint(0, 500)}
+        case "number":
+            return {"type": "number", "minimum": 0, "maximum": rng.randint(1, 50)}
+        case "enum":
+            return {"enum": rng.sample(["a", "é", "", 1, 2.5, True, None, '"', "\\"], rng.randint(1, 4))}
+        case "const":
+            return {"const": rng.choice(["x", 3, {"a": [1]}, []])}
+        case "pattern":
+            return {"type": "string", "pattern": rng.choice([r"^[a-f]{2,4}$", r"^\d{4}-\d{2}$", r"^(on|off)$"])}
+        case "object":
+            names = [f"p{number}" for number in range(rng.randint(0, 4))]
+            return {
+                "type": "object",
+                "properties": {name: schema(rng, depth + 1) for name in names},
+                "required": rng.sample(names, rng.randint(0, len(names))),
+                "additionalProperties": False,
+            }
+        case "array":
+            least = rng.randint(0, 2)
+            items = schema(rng, depth + 1)
+            return {"type": "array", "items": items, "minItems": least, "maxItems": least + rng.randint(0, 2)}
+        case "anyOf":
+            return {"anyOf": [schema(rng, depth + 1) for _ in range(rng.randint(1, 3))]}
+        case kind:
+            return {"type": kind}
+
+
+@pytest.fixture(scope="module")
+def parts(data_dir: Path) -> tuple[Any, Grammars]:
+    tokenizer = AutoTokenizer.from_pretrained(ensure_model(MODEL, data_dir, lambda line: None))
+    return tokenizer, Grammars(tokenizer, len(tokenizer), frozenset({END}))
+
+
+def written_at_random(tokenizer: Any, grammars: Grammars, wanted: dict[str, Any], seed: int) -> str:
+    grammar = grammars.grammar({"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}, None)
+    assert grammar is not None
+    guide = grammars.guide(grammar)
+    size = len(tokenizer)
+    chooser = TokenChooser(Sampling(), str(seed), (), (), size, torch.device("cpu"), guide)
+    tokens: list[int] = []
+    scores = torch.zeros(1, size)
+    # What ends something is made likely where it is allowed, or a random writer hardly finds it.
+    closing = [tokenizer.convert_tokens_to_ids(mark) for mark in ('"', "}", "]", '"}', '"]')]
+    for _ in range(400):
+        scores.zero_()
+        scores[0, END] = 20.0
+        scores[0, closing] = 10.0
+        choose([(0, chooser)], scores)
+        assert chooser.fault is None
+        token = int(scores[0].argmax())
+        if token == END:
+            return str(tokenizer.decode(tokens))
+        tokens.append(token)
+        chooser.accept(token)
+    raise AssertionError(f"no end of {wanted} within 400 tokens")
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_every_answer_validates(parts: tuple[Any, Grammars], block: int) -> None:
+    for number in range(block * 20, block * 20 + 20):
+        wanted = schema(random.Random(number))
+        text = written_at_random(*parts, wanted, number)
+        validate(json.loads(text), wanted)
