@@ -229,6 +229,18 @@ async def test_a_wrong_configuration_is_one_sentence(tmp_path: Path) -> None:
     assert ended.stderr.count("\n") == 1
 
 
+async def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
+    ended = await forebay("up", "--engine", "steam", data_dir=tmp_path)
+    assert ended.code == 2
+    assert ended.stderr.startswith("forebay: INFERENCE_ENGINE='steam': Input should be ")
+
+
+async def test_the_embedded_server_takes_what_the_api_takes(tmp_path: Path) -> None:
+    async with up(tmp_path, max_request_bytes=20_000_000) as running:
+        answer = await running.chat("x" * 19_000_000 + "[[tokens=1]]")
+        assert answer.status_code == 200, answer.text
+
+
 async def test_up_uses_the_nats_that_it_is_given(tmp_path: Path, nats_server: NatsServer) -> None:
     async with up(tmp_path / "data", nats_url=nats_server.url) as running:
         assert not running.children("nats-server")

@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -58,8 +58,8 @@ def up(
     ] = None,
     workers: Annotated[int, typer.Option(help="Worker processes.", min=1, max=64)] = 1,
     engine: Annotated[
-        Literal["transformers", "simulated"] | None,
-        typer.Option(help="What answers (INFERENCE_ENGINE).", show_default="transformers"),
+        str | None,
+        typer.Option(help="transformers, simulated (INFERENCE_ENGINE).", show_default="transformers"),
     ] = None,
     data_dir: Annotated[
         Path | None,
