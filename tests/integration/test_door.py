@@ -73,6 +73,7 @@ async def test_every_path_is_protected(stack: Stack) -> None:
     assert routes == {
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
+        ("POST", "/v1/embeddings"),
         ("GET", "/v1/models"),
         ("GET", "/v1/models/{name}"),
         ("GET", "/v1/queue/status"),
@@ -118,7 +119,7 @@ async def test_no_such_route(stack: Stack) -> None:
     for method, path, status in [
         ("GET", "/", 404),
         ("GET", "/v1", 404),
-        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/images/generations", 404),
         ("GET", "/v1/queue/request/", 404),
         ("GET", "/v1/queue/request/a/b", 404),
         ("GET", "/v1/chat/completions", 405),

@@ -5,12 +5,11 @@ import json
 import math
 from typing import Any
 
-import openai
 import pytest
 from nats.js.kv import KeyValue
 
 from forebay_contracts.messages import RequestStatus
-from support.answers import summary, user
+from support.answers import user
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 from support.view import holds, idle, jetstream
@@ -208,14 +207,3 @@ async def _fails_to_start(stack: Stack, **settings: Any) -> str:
         await stack.api(**settings)
     assert await stack.apis[-1].ended() == 2
     return str(caught.value)
-
-
-async def test_model_of_which_the_last_worker_left(nats_server: NatsServer) -> None:
-    async with running(nats_server, workers=0) as stack:
-        worker = await stack.worker(model_name="passing")
-        assert (await stack.chat("hi", model="passing")).status_code == 200
-        assert await worker.stop() == 0
-        assert summary(await stack.chat("hi", model="passing"))[2] == "model_not_found"
-        client = stack.openai()
-        with pytest.raises(openai.NotFoundError):
-            await client.models.retrieve("passing")

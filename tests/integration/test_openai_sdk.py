@@ -231,7 +231,10 @@ async def test_models(client: openai.AsyncOpenAI) -> None:
     assert 0 <= time.time() - model.created < 600
     assert model.model_extra == {
         "status": "ready",
+        "progress": None,
+        "workers": {"loading": 0, "ready": 1, "draining": 0},
         "aliases": ["your-model", "gpt-4o", MODEL],
+        "completion_types": ["chat", "completion", "embedding"],
         "context_length": 32_768,
         "quantization": "none",
     }

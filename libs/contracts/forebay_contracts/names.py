@@ -24,7 +24,7 @@ MODEL_METADATA: Final = "forebay.model"
 """Key of a consumer's metadata that holds the full name of its model."""
 
 ALIASES_METADATA: Final = "forebay.aliases"
-"""Key of a consumer's metadata that holds the other names of its model, comma-separated, as its last worker had them."""
+"""Key of a consumer's metadata that holds the other names of its model, comma-separated, as of its newest worker."""
 
 
 def model_token(model: str) -> str:

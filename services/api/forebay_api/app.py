@@ -14,10 +14,11 @@ from forebay_api.auth import ApiKeys
 from forebay_api.context import Context
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
+from forebay_api.embeddings import EmbeddingBody
 from forebay_api.middleware import HeadersMiddleware
 from forebay_api.models import Models
 from forebay_api.routes import completions, health, models, queue
-from forebay_api.schemas import ChatCompletionBody, CompletionBody, EmbeddingBody
+from forebay_api.schemas import ChatCompletionBody, CompletionBody
 from forebay_contracts import names, topology
 from forebay_contracts.connection import connected
 from forebay_contracts.messages import ApiInfo, WorkerInfo

@@ -25,8 +25,16 @@ def error_event(error: ApiError) -> bytes:
     return event(error.body())
 
 
-class Format(Protocol):
-    """How one request's answer is written."""
+class WholeFormat(Protocol):
+    """How an answer is written that is not streamed."""
+
+    def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
+        """The answer as one JSON object."""
+        ...
+
+
+class Format(WholeFormat, Protocol):
+    """How an answer is written, streamed or not."""
 
     def opening(self) -> bytes:
         """Events before the first token."""
@@ -38,10 +46,6 @@ class Format(Protocol):
 
     def closing(self, completed: Completed) -> bytes:
         """Finish reasons, usage if asked for, [DONE]."""
-        ...
-
-    def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
-        """The answer as one JSON object."""
         ...
 
 

@@ -5,7 +5,7 @@ honoured or refused by name; none is ignored in silence, but for those that only
 own service (`user`, `metadata`, `store`, ...), which are accepted.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -31,11 +31,30 @@ class Misfit(ValueError):
         self.param = param
 
 
-class _Body(BaseModel):
+class StrictModel(BaseModel):
+    """An object in which an unknown parameter is a fault."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
-class StreamOptions(_Body):
+class RequestBody(StrictModel):
+    """What all bodies have in common."""
+
+    completion_type: ClassVar[CompletionType]
+
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, body: Any) -> Any:
+        """OpenAI's clients send null for what is not set."""
+        if isinstance(body, dict):
+            return {name: value for name, value in body.items() if value is not None}
+        return body
+
+
+class StreamOptions(StrictModel):
     """`include_usage`: one last chunk with the token counts."""
 
     include_usage: Bool = False
@@ -110,13 +129,13 @@ class Tool(BaseModel):
     function: FunctionDefinition
 
 
-class NamedFunction(_Body):
+class NamedFunction(StrictModel):
     """The name of one function."""
 
     name: str
 
 
-class NamedToolChoice(_Body):
+class NamedToolChoice(StrictModel):
     """The one function that must be called."""
 
     type: Literal["function"]
@@ -133,7 +152,7 @@ class JsonSchema(BaseModel):
     strict: Bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(StrictModel):
     """What the answer must look like."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -146,10 +165,9 @@ class ResponseFormat(_Body):
         return self
 
 
-class _CompletionBody(_Body):
+class _CompletionBody(RequestBody):
     """What chat and completions have in common."""
 
-    model: Annotated[str, Field(min_length=1, max_length=512)]
     stream: Bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -165,20 +183,11 @@ class _CompletionBody(_Body):
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     ignore_eos: Bool = False
     # Accepted: they tell OpenAI's service something that has no meaning here.
-    user: str | None = None
     metadata: dict[str, str] | None = None
     store: Bool | None = None
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_default(cls, body: Any) -> Any:
-        """OpenAI's clients send null for what is not set."""
-        if isinstance(body, dict):
-            return {name: value for name, value in body.items() if value is not None}
-        return body
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -217,6 +226,8 @@ class _CompletionBody(_Body):
 class ChatCompletionBody(_CompletionBody):
     """`POST /v1/chat/completions`."""
 
+    completion_type = CompletionType.CHAT
+
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
     max_tokens: Annotated[Int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
@@ -253,7 +264,7 @@ class ChatCompletionBody(_CompletionBody):
         choice = self.tool_choice
         return InferenceRequest(
             id=request_id,
-            completion_type=CompletionType.CHAT,
+            completion_type=self.completion_type,
             model=model,
             created_at=created_at,
             deadline=deadline,
@@ -288,6 +299,8 @@ Prompt = (
 
 class CompletionBody(_CompletionBody):
     """`POST /v1/completions`."""
+
+    completion_type = CompletionType.COMPLETION
 
     prompt: Prompt
     max_tokens: Annotated[Int, Field(ge=0)] = 16
@@ -324,7 +337,7 @@ class CompletionBody(_CompletionBody):
         """The request as it goes into the queue; `model` is the name that the alias in the body stands for."""
         return InferenceRequest(
             id=request_id,
-            completion_type=CompletionType.COMPLETION,
+            completion_type=self.completion_type,
             model=model,
             created_at=created_at,
             deadline=deadline,

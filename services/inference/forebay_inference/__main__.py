@@ -19,6 +19,10 @@ def build_engine(settings: InferenceSettings) -> Engine:
     """The engine that INFERENCE_ENGINE names."""
     if settings.inference_engine == "simulated":
         return SimulatedEngine(settings.served_model)
+    if settings.inference_engine == "embedding":
+        from forebay_inference.engine.embedding import EmbeddingEngine
+
+        return EmbeddingEngine.from_settings(settings)
     # Imported here, since it takes seconds and a simulated worker needs no torch.
     from forebay_inference.engine.transformers import TransformersEngine
 

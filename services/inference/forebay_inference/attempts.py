@@ -30,7 +30,16 @@ from forebay_contracts.errors import (
 from forebay_contracts.messages import InferenceRequest, RequestState, RequestStatus, Resume, Usage
 from forebay_contracts.queue import Delivery
 from forebay_contracts.states import StateStore, Stored, change
-from forebay_inference.engine.protocol import Accepted, Engine, EngineFault, Finished, ResumeTokens, Tokens
+from forebay_inference.engine.protocol import (
+    Accepted,
+    Engine,
+    EngineFault,
+    Finished,
+    ResumeTokens,
+    Tokens,
+    Vector,
+    require_served,
+)
 from forebay_inference.replies import ReplyStream
 
 NAK_DELAY_S = 0.5
@@ -222,6 +231,7 @@ class AttemptRunner:
             if not have.wanted:
                 return None
             resume = {choice.index: choice.tokens for choice in have.choices}
+        require_served(self._engine, request)
         prompt_tokens = cached_tokens = 0
         reasons: dict[int, str] = {}
         async with aclosing(self._engine.generate(request, resume)) as events:
@@ -229,6 +239,8 @@ class AttemptRunner:
                 match event:
                     case Tokens():
                         await reply.send(event)
+                    case Vector():
+                        await reply.send_vector(event)
                     case Finished():
                         reasons[event.index] = event.finish_reason
                         cached_tokens += event.cached_tokens

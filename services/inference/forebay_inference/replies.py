@@ -1,6 +1,7 @@
 """The reply of one attempt: frames to the api that waits, kept until the api has confirmed them all."""
 
 import asyncio
+import base64
 import contextlib
 import logging
 import time
@@ -14,6 +15,7 @@ from forebay_contracts.connection import Connection
 from forebay_contracts.errors import ApiError
 from forebay_contracts.messages import (
     Completed,
+    CompletionType,
     Delta,
     Failed,
     FinishedChoice,
@@ -22,7 +24,7 @@ from forebay_contracts.messages import (
     Started,
     Usage,
 )
-from forebay_inference.engine.protocol import Tokens
+from forebay_inference.engine.protocol import Tokens, Vector
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +64,8 @@ class ReplyStream:
 
     @property
     def token_count(self) -> int:
-        """Tokens of all choices so far, those of earlier attempts included."""
-        return sum(self._lengths.values())
+        """Tokens of all choices so far, those of earlier attempts included; embeddings have none."""
+        return 0 if self._request.completion_type is CompletionType.EMBEDDING else sum(self._lengths.values())
 
     async def started(self, worker: str) -> Resume:
         """Announce the attempt; from the second on, learn what the client has already.
@@ -102,6 +104,12 @@ class ReplyStream:
         if time.monotonic() - self._flushed_at >= UNARY_FLUSH_S:
             for joined in self._take_held():
                 await self._deliver(joined)
+
+    async def send_vector(self, vector: Vector) -> None:
+        """Send an embedding, in a frame of its own: all of them together would not fit into one."""
+        values = base64.b64encode(vector.values).decode()
+        self._lengths[vector.index] = 1
+        await self._deliver(Delta(attempt=self._attempt, index=vector.index, tokens=(0,), embedding=values))
 
     async def complete(self, finish_reasons: dict[int, str], usage: Usage) -> Resume:
         """Send the end until the api has every token of the answer, or nobody waits for it."""

@@ -60,7 +60,8 @@ class Worker:
         Raises:
             ForebayError: it could not start, or its engine broke; whoever supervises it should start another.
         """
-        await topology.ensure(self._connection, self._settings, self._settings.served_model)
+        settings = self._settings
+        await topology.ensure(self._connection, settings, settings.served_model, settings.served_aliases)
         await self._apis.start()
         await self._heartbeat.start()
         try:
@@ -194,4 +195,5 @@ class Worker:
             quantization=model.quantization if model else None,
             device=model.device if model else None,
             engine=self._settings.inference_engine,
+            completion_types=self._engine.completion_types,
         )

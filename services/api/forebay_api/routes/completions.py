@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions` and `POST /v1/completions`: one way for both, streamed and not."""
+"""`POST /v1/chat/completions`, `/v1/completions` and `/v1/embeddings`: one way for all, streamed and not."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from forebay_api.bodies import read_body
 from forebay_api.context import Context, authorized
-from forebay_api.formats import ChatFormat, CompletionFormat, Format, error_event
+from forebay_api.embeddings import EmbeddingBody, EmbeddingFormat
+from forebay_api.formats import ChatFormat, CompletionFormat, Format, WholeFormat, error_event
 from forebay_api.replies import ClientLeft, Reply, SlowReader
 from forebay_api.schemas import ChatCompletionBody, CompletionBody
 from forebay_contracts import names
@@ -23,7 +24,11 @@ from forebay_contracts.messages import Completed, CompletionType, InferenceReque
 
 router = APIRouter(prefix="/v1", tags=["completions"])
 
-LOG_PREFIX = {CompletionType.CHAT: "[Chat Completions]", CompletionType.COMPLETION: "[Completions]"}
+LOG_PREFIX = {
+    CompletionType.CHAT: "[Chat Completions]",
+    CompletionType.COMPLETION: "[Completions]",
+    CompletionType.EMBEDDING: "[Embeddings]",
+}
 
 MAX_WRITE_STALL_S = 30.0
 """A client whose connection takes nothing for so long is given up."""
@@ -45,7 +50,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     context = await authorized(request)
     body = await read_body(request, ChatCompletionBody, context.settings.max_request_bytes)
-    queued = _queued(request, context, body)
+    queued = await _queued(request, context, body)
     return await _answer(request, context, queued, ChatFormat(queued, include_usage=body.include_usage))
 
 
@@ -54,16 +59,29 @@ async def create_completion(request: Request) -> Response:
     """Continue a prompt."""
     context = await authorized(request)
     body = await read_body(request, CompletionBody, context.settings.max_request_bytes)
-    queued = _queued(request, context, body)
+    queued = await _queued(request, context, body)
     return await _answer(request, context, queued, CompletionFormat(queued, include_usage=body.include_usage))
 
 
-def _queued(request: Request, context: Context, body: ChatCompletionBody | CompletionBody) -> InferenceRequest:
+@router.post("/embeddings", openapi_extra=_documented("EmbeddingBody"))
+async def create_embeddings(request: Request) -> Response:
+    """Turn texts into vectors."""
+    context = await authorized(request)
+    body = await read_body(request, EmbeddingBody, context.settings.max_request_bytes)
+    queued = await _queued(request, context, body)
+    return await _whole(request, context, queued, EmbeddingFormat(queued, base64=body.encoding_format == "base64"))
+
+
+async def _queued(
+    request: Request, context: Context, body: ChatCompletionBody | CompletionBody | EmbeddingBody
+) -> InferenceRequest:
     request_id: str = request.state.request_id
     now = time.time()
+    model = await context.models.admit(body.model, body.completion_type)
+    log.info("%s %s received for %s", LOG_PREFIX[body.completion_type], request_id, model)
     return body.request(
         request_id=request_id,
-        model=context.models.resolve(body.model),
+        model=model,
         created_at=now,
         deadline=now + context.settings.request_timeout,
         reply_to=names.reply_subject(context.dispatcher.instance, request_id),
@@ -71,9 +89,12 @@ def _queued(request: Request, context: Context, body: ChatCompletionBody | Compl
 
 
 async def _answer(request: Request, context: Context, queued: InferenceRequest, answer: Format) -> Response:
-    log.info("%s %s received for %s", LOG_PREFIX[queued.completion_type], queued.id, queued.model)
     if queued.stream:
         return EventStream(context, queued, answer)
+    return await _whole(request, context, queued, answer)
+
+
+async def _whole(request: Request, context: Context, queued: InferenceRequest, answer: WholeFormat) -> Response:
     async with _submitted(context, queued) as reply, _watching(request.receive, reply):
         deltas = [delta async for some in reply.deltas() for delta in some]
     assert reply.completed is not None

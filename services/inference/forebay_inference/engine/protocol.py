@@ -4,7 +4,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from forebay_contracts.messages import InferenceRequest, TokenLogprob
+from forebay_contracts.errors import UnsupportedByModel
+from forebay_contracts.messages import CompletionType, InferenceRequest, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,14 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Vector:
+    """The embedding of input `index`, whole: `values` are float32, little-endian."""
+
+    index: int
+    values: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """Once a choice: `finish_reason` is OpenAI's (stop, length, tool_calls); `cached_tokens` of its prompt."""
 
@@ -48,7 +57,7 @@ class Finished:
     cached_tokens: int = 0
 
 
-EngineEvent = Accepted | Tokens | Finished
+EngineEvent = Accepted | Tokens | Vector | Finished
 
 ResumeTokens = Mapping[int, Sequence[int]]
 """For a choice's index, the tokens that its client already has from an earlier attempt."""
@@ -59,18 +68,22 @@ class EngineFault(Exception):
 
 
 class Engine(Protocol):
-    """Generates tokens for many requests at once.
+    """Generates tokens, or computes embeddings, for many requests at once.
 
     A request's own faults (too long, bad template) are raised by `generate` as
     `forebay_contracts.errors.RequestError`, before `Accepted`; the engine's own as `EngineFault`, at any point.
+    `completion_types` is what it serves, known before it has started.
     """
+
+    completion_types: tuple[CompletionType, ...]
 
     async def start(self, progress: Callable[[str], None]) -> ModelInfo:
         """Load and warm up; calls `progress` (from any thread) with one readable line per step."""
         ...
 
     def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
-        """Accepted, then Tokens and Finished in any interleaving of choices, ending after the last Finished.
+        """Accepted, then Tokens (of an embedding one Vector instead) and Finished in any interleaving of choices,
+        ending after the last Finished.
 
         With `resume`, the tokens given are taken as generated already: they are prefilled and not sent again,
         and what follows goes on as the earlier attempt would have. Closing the generator (`aclose`) takes the
@@ -85,3 +98,9 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Stop, failing what still runs; frees the memory."""
         ...
+
+
+def require_served(engine: Engine, request: InferenceRequest) -> None:
+    """Refuse a request of a type that `engine` does not serve; raises UnsupportedByModel."""
+    if request.completion_type not in engine.completion_types:
+        raise UnsupportedByModel(request.model, request.completion_type, engine.completion_types)

@@ -1,13 +1,16 @@
 """The simulated engine: `t0 t1 t2 …`, so that the queue can be tested and measured apart from a model."""
 
 import asyncio
+import hashlib
+import math
 import os
 import re
+import struct
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from forebay_contracts.errors import InvalidRequest
-from forebay_contracts.messages import InferenceRequest
+from forebay_contracts.messages import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import (
     Accepted,
     EngineEvent,
@@ -16,11 +19,13 @@ from forebay_inference.engine.protocol import (
     ModelInfo,
     ResumeTokens,
     Tokens,
+    Vector,
 )
 
 _ORDERS = re.compile(r"\[\[([^\]]*)\]\]")
 _DEFAULT_TOKENS = 5
 _CONTEXT_LENGTH = 32_768
+_DIMENSIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,12 @@ class Orders:
 
 
 class SimulatedEngine:
-    """Obeys orders in the last message; a lost or doubled token shows in its text. One engine, any concurrency."""
+    """Obeys orders in the last message; a lost or doubled token shows in its text. One engine, any concurrency.
+
+    An embedding is a function of its input alone, a unit vector; `tokens` in its orders means nothing.
+    """
+
+    completion_types: tuple[CompletionType, ...] = tuple(CompletionType)
 
     def __init__(self, model_name: str) -> None:
         self._model = ModelInfo(model_name, _CONTEXT_LENGTH, "none", "none")
@@ -71,21 +81,25 @@ class SimulatedEngine:
         return self._model
 
     async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
-        """`t0 t1 …`, choice after choice; token k has id k."""
+        """`t0 t1 …`, choice after choice; token k has id k. For embedding, a vector an input."""
         texts = _prompts(request)
         orders = [Orders.parse(text) for text in texts for _ in range(request.n)]
         yield Accepted(sum(len(text.split()) for text in texts))
         limit = request.sampling.max_tokens
         for index, order in enumerate(orders):
+            if request.completion_type is CompletionType.EMBEDDING:
+                await asyncio.sleep(order.delay_ms / 1000)
+                _obey(order)
+                if index not in resume:
+                    yield Vector(index, _vector(texts[index], request.dimensions or _DIMENSIONS))
+                yield Finished(index, "stop")
+                continue
             count = order.tokens if limit is None else min(order.tokens, limit)
             for token in range(len(resume.get(index, ())), count):
                 # Also without a delay: no engine keeps the event loop to itself.
                 await asyncio.sleep(order.delay_ms / 1000)
                 yield Tokens(index, (token,), f"t{token}" if token == 0 else f" t{token}")
-            if order.crash:
-                os._exit(70)
-            if order.fail:
-                raise EngineFault("the simulated engine was ordered to fail")
+            _obey(order)
             yield Finished(index, "stop" if count == order.tokens else "length")
 
     def fault(self) -> str | None:
@@ -99,7 +113,21 @@ class SimulatedEngine:
 def _prompts(request: InferenceRequest) -> list[str]:
     if request.messages:
         return [_text(request.messages[-1].get("content"))]
-    return [prompt if isinstance(prompt, str) else "" for prompt in request.prompts]
+    return [prompt if isinstance(prompt, str) else " ".join(map(str, prompt)) for prompt in request.prompts]
+
+
+def _obey(order: Orders) -> None:
+    if order.crash:
+        os._exit(70)
+    if order.fail:
+        raise EngineFault("the simulated engine was ordered to fail")
+
+
+def _vector(text: str, dimensions: int) -> bytes:
+    numbers = hashlib.shake_128(text.encode()).digest(dimensions)
+    values = [number - 127.5 for number in numbers]
+    norm = math.hypot(*values)
+    return struct.pack(f"<{dimensions}f", *(value / norm for value in values))
 
 
 def _text(content: object) -> str:

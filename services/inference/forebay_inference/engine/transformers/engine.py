@@ -10,7 +10,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from forebay_contracts.messages import CompletionType, InferenceRequest, Sampling
+from forebay_contracts.messages import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.protocol import (
     Accepted,
@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 class TransformersEngine:
     """Serves one model from one continuous batch. Construct, `start`, `generate` often, `close`."""
+
+    completion_types: tuple[CompletionType, ...] = GENERATION
 
     def __init__(
         self,

@@ -1,0 +1,95 @@
+"""OpenAI's embeddings: the body of a request, and its answer.
+
+Source: https://platform.openai.com/docs/api-reference/embeddings.
+"""
+
+import base64
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import Field
+
+from forebay_api.schemas import Int, RequestBody, Token
+from forebay_contracts.messages import Completed, CompletionType, Delta, InferenceRequest
+
+MAX_INPUTS = 2048
+MAX_DIMENSIONS = 65_536
+
+_Text = Annotated[str, Field(min_length=1)]
+_Tokens = Annotated[tuple[Token, ...], Field(min_length=1)]
+Input = (
+    _Text
+    | _Tokens
+    | Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_INPUTS)]
+    | Annotated[tuple[_Tokens, ...], Field(min_length=1, max_length=MAX_INPUTS)]
+)
+
+
+class EmbeddingBody(RequestBody):
+    """`POST /v1/embeddings`."""
+
+    completion_type = CompletionType.EMBEDDING
+
+    input: Input
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[Int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+
+    @property
+    def inputs(self) -> tuple[str | tuple[int, ...], ...]:
+        """The inputs, one or many, as text or token ids."""
+        if isinstance(self.input, str):
+            return (self.input,)
+        if isinstance(self.input[0], int):
+            return (self.input,)
+        return self.input
+
+    def request(
+        self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str
+    ) -> InferenceRequest:
+        """The request as it goes into the queue; `model` is the name that the alias in the body stands for."""
+        return InferenceRequest(
+            id=request_id,
+            completion_type=self.completion_type,
+            model=model,
+            created_at=created_at,
+            deadline=deadline,
+            reply_to=reply_to,
+            prompts=self.inputs,
+            dimensions=self.dimensions,
+        )
+
+
+class EmbeddingFormat:
+    """The list of vectors: as lists of numbers, or in base64 as they came from the worker."""
+
+    def __init__(self, request: InferenceRequest, *, base64: bool) -> None:
+        self._model = request.model
+        self._base64 = base64
+
+    def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
+        """The answer; the vectors stand in the order of the inputs, whatever order they came in."""
+        vectors = sorted((delta for delta in deltas if delta.embedding), key=lambda delta: delta.index)
+        tokens = completed.usage.prompt_tokens
+        return orjson.dumps(
+            {
+                "object": "list",
+                "data": [
+                    {"object": "embedding", "index": delta.index, "embedding": self._vector(delta.embedding)}
+                    for delta in vectors
+                ],
+                "model": self._model,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            }
+        )
+
+    def _vector(self, encoded: str) -> Any:
+        if self._base64:
+            return encoded
+        values = array("f")
+        values.frombytes(base64.b64decode(encoded))
+        if sys.byteorder == "big":
+            values.byteswap()
+        return values.tolist()
