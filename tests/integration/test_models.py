@@ -153,30 +153,32 @@ async def test_refused_while_there_is_no_worker(nats_server: NatsServer) -> None
 
 
 async def test_a_loading_worker_is_seen_and_waited_for(nats_server: NatsServer) -> None:
-    async with running(nats_server, workers=0, no_worker_policy="refuse") as stack:
-        async with heartbeat_of(stack, "w1", progress="loading the weights: 40 %") as change:
-            found = await sees(stack, lambda found: found[DEFAULT]["status"] == "loading")
-            assert (found[DEFAULT]["progress"], found[DEFAULT]["context_length"]) == ("loading the weights: 40 %", None)
-            ready = (await stack.http.get(f"{stack.apis[0].url}/health/ready")).json()
-            assert ready["workers"] == [
-                {"id": "w1", "model": DEFAULT, "status": "loading", "progress": "loading the weights: 40 %"}
-            ]
-            (shown,) = (await forebay_status(stack))["workers"]
-            assert (shown["status"], shown["progress"]) == ("loading", "loading the weights: 40 %")
+    async with (
+        running(nats_server, workers=0, no_worker_policy="refuse") as stack,
+        heartbeat_of(stack, "w1", progress="loading the weights: 40 %") as change,
+    ):
+        found = await sees(stack, lambda found: found[DEFAULT]["status"] == "loading")
+        assert (found[DEFAULT]["progress"], found[DEFAULT]["context_length"]) == ("loading the weights: 40 %", None)
+        ready = (await stack.http.get(f"{stack.apis[0].url}/health/ready")).json()
+        assert ready["workers"] == [
+            {"id": "w1", "model": DEFAULT, "status": "loading", "progress": "loading the weights: 40 %"}
+        ]
+        (shown,) = (await forebay_status(stack))["workers"]
+        assert (shown["status"], shown["progress"]) == ("loading", "loading the weights: 40 %")
 
-            waiting = asyncio.create_task(stack.chat("[[tokens=1]]"))
-            async with asyncio.timeout(10):
-                while not (await stack.status())["queue_size"]:  # noqa: ASYNC110
-                    await asyncio.sleep(0.02)
+        waiting = asyncio.create_task(stack.chat("[[tokens=1]]"))
+        async with asyncio.timeout(10):
+            while not (await stack.status())["queue_size"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
 
-            # The word of a ready worker counts, whatever the others say.
-            await stack.worker()
-            assert (await waiting).status_code == 200
-            found = await sees(stack, lambda found: found[DEFAULT]["status"] == "ready")
-            assert found[DEFAULT]["workers"] == {"loading": 1, "ready": 1, "draining": 0}
-            assert (found[DEFAULT]["progress"], found[DEFAULT]["context_length"]) == (None, 32_768)
-            change(status=WorkerStatus.DRAINING)
-            await sees(stack, lambda found: found[DEFAULT]["workers"] == {"loading": 0, "ready": 1, "draining": 1})
+        # The word of a ready worker counts, whatever the others say.
+        await stack.worker()
+        assert (await waiting).status_code == 200
+        found = await sees(stack, lambda found: found[DEFAULT]["status"] == "ready")
+        assert found[DEFAULT]["workers"] == {"loading": 1, "ready": 1, "draining": 0}
+        assert (found[DEFAULT]["progress"], found[DEFAULT]["context_length"]) == (None, 32_768)
+        change(status=WorkerStatus.DRAINING)
+        await sees(stack, lambda found: found[DEFAULT]["workers"] == {"loading": 0, "ready": 1, "draining": 1})
 
 
 async def test_a_worker_that_only_drains_is_no_worker(nats_server: NatsServer) -> None:

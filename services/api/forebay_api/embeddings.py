@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from forebay_api.schemas import Int, RequestBody, Token
 from forebay_contracts.messages import Completed, CompletionType, Delta, InferenceRequest
@@ -23,8 +24,8 @@ _Tokens = Annotated[tuple[Token, ...], Field(min_length=1)]
 Input = (
     _Text
     | _Tokens
-    | Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_INPUTS)]
-    | Annotated[tuple[_Tokens, ...], Field(min_length=1, max_length=MAX_INPUTS)]
+    | Annotated[tuple[_Text, ...], Field(min_length=1)]
+    | Annotated[tuple[_Tokens, ...], Field(min_length=1)]
 )
 
 
@@ -36,6 +37,14 @@ class EmbeddingBody(RequestBody):
     input: Input
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[Int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+
+    @field_validator("input")
+    @classmethod
+    def _not_too_many(cls, value: Input) -> Input:
+        # Not a bound of the union's members: then the others' faults would be told beside it.
+        if not isinstance(value, str) and not isinstance(value[0], int) and len(value) > MAX_INPUTS:
+            raise PydanticCustomError("too_long", "at most {max_length} inputs", {"max_length": MAX_INPUTS})
+        return value
 
     @property
     def inputs(self) -> tuple[str | tuple[int, ...], ...]:

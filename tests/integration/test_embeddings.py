@@ -1,0 +1,140 @@
+"""`POST /v1/embeddings` through the queue: the simulated engine for the way, a real model for the numbers."""
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import pytest_asyncio
+
+from forebay_contracts.messages import RequestStatus
+from support.answers import error_of, summary
+from support.nats import NatsServer
+from support.stack import MODEL, Stack, running
+from support.view import idle
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(module_nats: NatsServer) -> AsyncIterator[Stack]:
+    async with running(module_nats, max_concurrent_requests=4, max_request_bytes=900_000) as found:
+        yield found
+
+
+async def post(stack: Stack, **body: Any) -> Any:
+    return await stack.http.post(f"{stack.apis[0].url}/v1/embeddings", json={"model": MODEL, **body})
+
+
+async def test_a_vector_for_each_input(stack: Stack) -> None:
+    client = stack.openai()
+    both = await client.embeddings.create(model=MODEL, input=["one two", "three"])
+    assert (both.object, both.model) == ("list", f"HuggingFaceTB/{MODEL}")
+    assert [(item.object, item.index, len(item.embedding)) for item in both.data] == [
+        ("embedding", 0, 64),
+        ("embedding", 1, 64),
+    ]
+    assert (both.usage.prompt_tokens, both.usage.total_tokens) == (3, 3)
+    for item, text in zip(both.data, ["one two", "three"], strict=True):
+        alone = await client.embeddings.create(model=MODEL, input=text)
+        assert alone.data[0].embedding == item.embedding
+        assert np.linalg.norm(item.embedding) == pytest.approx(1, abs=1e-6)
+
+
+async def test_floats_and_base64_are_the_same_vector(stack: Stack) -> None:
+    floats = (await post(stack, input="text", encoding_format="float")).json()["data"][0]["embedding"]
+    encoded = (await post(stack, input="text", encoding_format="base64")).json()["data"][0]["embedding"]
+    assert np.frombuffer(base64.b64decode(encoded), dtype="<f4").tolist() == floats
+    assert (await post(stack, input="text")).json()["data"][0]["embedding"] == floats
+
+
+async def test_tokens_are_inputs_too(stack: Stack) -> None:
+    one, many = (await post(stack, input=[1, 2, 3])).json(), (await post(stack, input=[[1, 2, 3], [4]])).json()
+    assert len(one["data"]) == 1
+    assert [item["index"] for item in many["data"]] == [0, 1]
+    assert many["data"][0]["embedding"] == one["data"][0]["embedding"]
+    assert many["usage"] == {"prompt_tokens": 4, "total_tokens": 4}
+
+
+async def test_more_vectors_than_one_message_could_carry(stack: Stack) -> None:
+    texts = [f"text {number}" for number in range(2048)]
+    answer = await stack.openai().embeddings.create(model=MODEL, input=texts, dimensions=1536)
+    assert [item.index for item in answer.data] == list(range(2048))
+    assert {len(item.embedding) for item in answer.data} == {1536}
+    assert answer.data[77].embedding == (
+        (await stack.openai().embeddings.create(model=MODEL, input="text 77", dimensions=1536)).data[0].embedding
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "input", "missing_required_parameter"),
+        ({"input": ""}, "input", "empty_string"),
+        ({"input": []}, "input", "empty_array"),
+        ({"input": ["a", ""]}, "input[1]", "empty_string"),
+        ({"input": [[]]}, "input[0]", "empty_array"),
+        ({"input": [1, "a"]}, "input[1]", "invalid_type"),
+        ({"input": [-1]}, "input[0]", "integer_below_min_value"),
+        ({"input": 1}, "input", "invalid_type"),
+        ({"input": ["a"] * 2049}, "input", "array_above_max_length"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format", "invalid_value"),
+        ({"input": "a", "dimensions": 0}, "dimensions", "integer_below_min_value"),
+        ({"input": "a", "dimensions": "9"}, "dimensions", "invalid_type"),
+        ({"input": "a", "stream": True}, "stream", "unknown_parameter"),
+    ],
+)
+async def test_bodies_that_cannot_be_served(stack: Stack, body: dict[str, Any], param: str, code: str) -> None:
+    refused = await post(stack, **body)
+    error = error_of(refused)
+    assert (refused.status_code, error["type"], error["param"], error["code"]) == (
+        400,
+        "invalid_request_error",
+        param,
+        code,
+    )
+
+
+async def test_accepted_and_of_no_meaning_here(stack: Stack) -> None:
+    assert (await post(stack, input="a", user="someone", dimensions=None, encoding_format=None)).status_code == 200
+
+
+async def test_state_log_and_counters(stack: Stack) -> None:
+    before = await idle(stack)
+    answer = await post(stack, input="a b c")
+    state = await stack.reaches(answer.headers["x-request-id"], RequestStatus.COMPLETED)
+    assert state.completion_type == "embedding"
+    assert state.usage is not None
+    assert (state.usage.prompt_tokens, state.usage.completion_tokens) == (3, 0)
+    assert (await idle(stack))["total_processed"] == before["total_processed"] + 1
+    await stack.apis[0].logged(r"\[Embeddings\] \S+ completed in \S+ s: 3 \+ 0 tokens, attempt 1")
+
+
+async def test_a_failure_is_definite(stack: Stack) -> None:
+    assert summary(await post(stack, input=["fine", "[[fail]]"])) == (500, "server_error", "inference_failed", "false")
+
+
+async def test_another_worker_computes_what_is_missing(nats_server: NatsServer) -> None:
+    async with running(nats_server, workers=1) as stack:
+        whole = asyncio.create_task(post(stack, input=["a", "b", "[[delay_ms=3000]]", "c"]))
+        request_id = (await stack.workers[0].logged(r"(\S+) processing, attempt 1"))[1]
+        await stack.worker()
+        await stack.workers[0].kill()
+        answer = await whole
+        assert answer.status_code == 200
+        assert [item["index"] for item in answer.json()["data"]] == [0, 1, 2, 3]
+        state = await stack.reaches(request_id, RequestStatus.COMPLETED)
+        assert (state.attempt, state.worker) == (2, stack.workers[1].id)
+        for item, text in zip(answer.json()["data"], ["a", "b", "[[delay_ms=3000]]", "c"], strict=True):
+            if not text.startswith("[["):
+                assert (await post(stack, input=text)).json()["data"][0]["embedding"] == item["embedding"]
+
+
+async def test_a_client_that_leaves_stops_it(stack: Stack) -> None:
+    client = stack.openai(timeout=1)
+    with pytest.raises(openai.APITimeoutError):
+        await client.embeddings.create(model=MODEL, input=["[[delay_ms=60000]]"])
+    await idle(stack)
