@@ -1,9 +1,10 @@
-"""`forebay chat`: a conversation over the HTTP api, the answer shown as it is made."""
+"""`forebay chat`: a conversation over the HTTP api, the answer shown as it is made.
 
-import asyncio
-import contextlib
+Not asynchronous, so that Ctrl-C reaches what waits: the prompt, or the answer.
+"""
+
 import json
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,54 +27,59 @@ class Api:
     base_url: str
     api_key: str | None
 
-    def client(self) -> httpx.AsyncClient:
+    def client(self) -> httpx.Client:
         """An HTTP client; an answer may take as long as the api lets it."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        return httpx.AsyncClient(base_url=self.base_url.rstrip("/") + "/", headers=headers, timeout=timeout)
+        return httpx.Client(base_url=self.base_url.rstrip("/") + "/", headers=headers, timeout=timeout)
 
 
-async def chat(api: Api, model: str | None, message: str | None) -> None:
+def chat(api: Api, model: str | None, message: str | None) -> None:
     """Ask once, or, without a message, hold a conversation until the input ends.
 
     Raises:
         ChatError: the one question was not answered. In a conversation errors are printed, and it goes on.
     """
-    async with api.client() as client:
+    with api.client() as client:
         try:
-            chosen = model or await _first_model(client)
+            chosen = model or _first_model(client)
             if message is not None:
-                await _answer(client, chosen, [{"role": "user", "content": message}])
+                _answer(client, chosen, [{"role": "user", "content": message}])
                 return
-            await _converse(client, chosen)
+            _converse(client, chosen)
         except httpx.TransportError as exc:
             raise ChatError(f"cannot reach the api at {api.base_url}: {exc or type(exc).__name__}") from exc
 
 
-async def _converse(client: httpx.AsyncClient, model: str) -> None:
-    console.say(f"talking to {model}; an empty line begins anew, Ctrl-D ends")
+def _converse(client: httpx.Client, model: str) -> None:
+    console.say(f"talking to {model}; an empty line begins anew, Ctrl-C stops an answer, Ctrl-D ends")
     history: list[dict[str, str]] = []
-    while (line := await asyncio.to_thread(_read_line)) is not None:
+    while (line := _read_line()) is not None:
         if not line.strip():
             history.clear()
             continue
         question = {"role": "user", "content": line}
         try:
-            text = await _answer(client, model, [*history, question])
+            text = _answer(client, model, [*history, question])
         except ChatError as exc:
             console.fail(str(exc))
+            continue
+        except KeyboardInterrupt:
+            # Closing the connection calls the request off; the conversation goes on without it.
+            console.say(" (stopped)")
             continue
         history += [question, {"role": "assistant", "content": text}]
 
 
 def _read_line() -> str | None:
-    with contextlib.suppress(EOFError):
+    try:
         return input("> ")
-    return None
+    except (EOFError, KeyboardInterrupt):
+        return None
 
 
-async def _first_model(client: httpx.AsyncClient) -> str:
-    response = await client.get("models")
+def _first_model(client: httpx.Client) -> str:
+    response = client.get("models")
     _raise_for_error(response)
     models = response.json()["data"]
     if not models:
@@ -81,25 +87,25 @@ async def _first_model(client: httpx.AsyncClient) -> str:
     return str(models[0]["id"])
 
 
-async def _answer(client: httpx.AsyncClient, model: str, messages: list[dict[str, str]]) -> str:
+def _answer(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> str:
     """Print the answer as it comes; the whole of it."""
     text = ""
-    async with client.stream(
+    with client.stream(
         "POST", "chat/completions", json={"model": model, "messages": messages, "stream": True}
     ) as response:
         if response.is_error:
-            await response.aread()
+            response.read()
             _raise_for_error(response)
-        async for piece in _pieces(response):
+        for piece in _pieces(response):
             text += piece
             console.stdout.out(piece, end="")
     console.stdout.out("")
     return text
 
 
-async def _pieces(response: httpx.Response) -> AsyncIterator[str]:
+def _pieces(response: httpx.Response) -> Iterator[str]:
     """The text of the answer, piece by piece, from the server-sent events."""
-    async for line in response.aiter_lines():
+    for line in response.iter_lines():
         data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
         if data == "[DONE]":
             return

@@ -63,17 +63,24 @@ def fail(text: str) -> None:
     stderr.print(f"forebay: {text}", markup=False, style="red" if stderr.is_terminal else None)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, *, one_line: bool = False) -> None:
     """`value` on stdout, for programs."""
-    stdout.print(json.dumps(value, indent=2, ensure_ascii=False), markup=False)
+    stdout.out(json.dumps(value, indent=None if one_line else 2, ensure_ascii=False))
+
+
+LONG_COLUMNS = {"model", "progress", "error", "subjects"}
+"""Columns that give way where a terminal is narrow; the others are never cut."""
+
+LONG_MIN_WIDTH = 10
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A table of `rows`, its first column never cut; an empty cell for None."""
+    """A table of `rows`; an empty cell for None."""
     looks: Any = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "pad_edge": False}
-    made = Table(title=title, show_header=any(columns), **looks)
-    for number, column in enumerate(columns):
-        made.add_column(column, no_wrap=True, overflow="ellipsis" if number else "ignore")
+    made = Table(title=title, show_header=any(columns), padding=(0, 2, 0, 0), **looks)
+    for column in columns:
+        gives_way = column in LONG_COLUMNS
+        made.add_column(column, no_wrap=not gives_way, overflow="fold", min_width=LONG_MIN_WIDTH if gives_way else None)
     for row in rows:
         made.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     return made

@@ -44,15 +44,20 @@ async def status(*, watch: bool, as_json: bool) -> None:
             return await queue_status(link, states, read, workers), workers
 
         if not watch:
-            _print_status(*await look(), as_json=as_json)
+            numbers, workers = await look()
+            if as_json:
+                console.print_json(_status_json(numbers, workers))
+                return
+            for made in _status_tables(numbers, workers):
+                console.print_table(made)
             return
-        with Live(console=console.stdout, auto_refresh=False) if not as_json else contextlib.nullcontext() as live:
+        with contextlib.nullcontext() if as_json else Live(console=console.stdout, auto_refresh=False) as live:
             while True:
                 numbers, workers = await look()
                 if live is None:
-                    _print_status(numbers, workers, as_json=True)
+                    console.print_json(_status_json(numbers, workers), one_line=True)
                 else:
-                    live.update(_status_tables(numbers, workers), refresh=True)
+                    live.update(Group(*_status_tables(numbers, workers)), refresh=True)
                 await asyncio.sleep(WATCH_INTERVAL_S)
 
 
@@ -126,17 +131,13 @@ async def _workers(link: Connection) -> list[WorkerInfo]:
         raise QueueUnavailable("NATS did not answer") from exc
 
 
-def _print_status(numbers: QueueStatus, workers: list[WorkerInfo], *, as_json: bool) -> None:
-    if as_json:
-        # `workers` is a number in QueueStatus; here it is the workers themselves, whose number it was.
-        console.print_json(numbers.model_dump() | {"workers": [worker.model_dump(mode="json") for worker in workers]})
-        return
-    for made in _status_tables(numbers, workers).renderables:
-        console.print_table(made)  # type: ignore[arg-type]
+def _status_json(numbers: QueueStatus, workers: list[WorkerInfo]) -> dict[str, Any]:
+    # `workers` is a number in QueueStatus; here it is the workers themselves, whose number it was.
+    return numbers.model_dump() | {"workers": [worker.model_dump(mode="json") for worker in workers]}
 
 
-def _status_tables(numbers: QueueStatus, workers: list[WorkerInfo]) -> Group:
-    columns = ("id", "model", "status", "progress", "busy/slots", "quantization", "device", "engine", "version")
+def _status_tables(numbers: QueueStatus, workers: list[WorkerInfo]) -> list[Table]:
+    columns = ("id", "model", "status", "progress", "busy/slots", "quantization", "device")
     rows = [
         (
             w.id,
@@ -152,10 +153,10 @@ def _status_tables(numbers: QueueStatus, workers: list[WorkerInfo]) -> Group:
         for w in workers
     ]
     fields = numbers.model_dump(exclude={"workers", "workers_ready"})
-    return Group(
+    return [
         console.table("Queue", ("", ""), list(fields.items())),
         console.table(f"Workers: {numbers.workers_ready} of {numbers.workers} ready", columns, rows),
-    )
+    ]
 
 
 async def _newest(link: Connection, status: RequestStatus | None, limit: int) -> list[RequestState]:

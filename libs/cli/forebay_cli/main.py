@@ -123,7 +123,7 @@ def chat(
     settings = load(ApiSettings)
     key = api_key or next((known.get_secret_value() for known in settings.api_keys), None)
     url = base_url or bringing_up.url_of(settings.api_host, settings.api_port) + "/v1"
-    asyncio.run(chatting.chat(chatting.Api(url, key), model, message))
+    chatting.chat(chatting.Api(url, key), model, message)
 
 
 @topology.command("apply")
