@@ -77,7 +77,7 @@ LONG_MIN_WIDTH = 10
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A table of `rows`; an empty cell for None."""
     looks: Any = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "pad_edge": False}
-    made = Table(title=title, show_header=any(columns), padding=(0, 2, 0, 0), **looks)
+    made = Table(title=title, show_header=any(columns), padding=(0, 1, 0, 0), **looks)
     for column in columns:
         gives_way = column in LONG_COLUMNS
         made.add_column(column, no_wrap=not gives_way, overflow="fold", min_width=LONG_MIN_WIDTH if gives_way else None)
