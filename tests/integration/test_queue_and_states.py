@@ -11,8 +11,9 @@ from forebay_contracts import states as transitions
 from forebay_contracts import topology
 from forebay_contracts.connection import Connection, connect
 from forebay_contracts.errors import QueueConflict, QueueFull, QueueUnavailable
+from forebay_contracts.memory_queue import InMemoryQueue
 from forebay_contracts.messages import CompletionType, InferenceRequest, RequestState, RequestStatus
-from forebay_contracts.queue import Delivery, InMemoryQueue, JetStreamQueue, RequestQueue
+from forebay_contracts.queue import Delivery, JetStreamQueue, RequestQueue
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.states import InMemoryStateStore, KeyValueStateStore, StateStore
 from support.nats import NatsServer
