@@ -110,6 +110,11 @@ class EmbeddingEngine:
         finally:
             self._batch.cancel(job)
 
+    @property
+    def forward_passes(self) -> int:
+        """How many passes have been computed."""
+        return 0 if self._batch is None else self._batch.passes
+
     def fault(self) -> str | None:
         """See `Engine.fault`."""
         return None if self._batch is None else self._batch.fault()

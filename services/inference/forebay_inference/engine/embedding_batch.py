@@ -57,6 +57,7 @@ class EmbeddingBatch:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._stopped = False
+        self.passes = 0
         self._failures = 0
         self._fault: str | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="embedding")
@@ -99,6 +100,7 @@ class EmbeddingBatch:
                 _log.exception("a forward pass over %d inputs failed", len(rows))
                 self._failed({id(job): job for job, _, _ in rows}.values())
                 continue
+            self.passes += 1
             self._failures = 0
             results: dict[int, tuple[Job, Vectors]] = {}
             for (job, index, _), values in zip(rows, vectors, strict=True):

