@@ -131,7 +131,8 @@ class JetStreamQueue:
             names.HEADER_REPLY_TO: request.reply_to,
         }
         payload = request.encode()
-        give_up_at = time.monotonic() + ADMISSION_PATIENCE_S
+        # A request that would only time out is not waited for.
+        give_up_at = time.monotonic() + min(ADMISSION_PATIENCE_S, request.deadline - time.time())
         while True:
             ttl_s = math.ceil(request.deadline - time.time()) + TTL_GRACE_S
             try:
