@@ -4,16 +4,17 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from forebay_cli import chat as chatting
 from forebay_cli import console, inspect
+from forebay_cli import plan as planning
 from forebay_cli import up as bringing_up
 from forebay_contracts.errors import ConfigurationError, ForebayError
 from forebay_contracts.messages import RequestStatus
-from forebay_contracts.settings import ApiSettings, load
+from forebay_contracts.settings import ApiSettings, Settings, load
 from forebay_contracts.version import VERSION
 
 EXIT_FAILED = 1
@@ -59,7 +60,7 @@ def up(
     workers: Annotated[int, typer.Option(help="Worker processes.", min=1, max=64)] = 1,
     engine: Annotated[
         str | None,
-        typer.Option(help="transformers, simulated (INFERENCE_ENGINE).", show_default="transformers"),
+        typer.Option(help="transformers, embedding, simulated (INFERENCE_ENGINE).", show_default="transformers"),
     ] = None,
     data_dir: Annotated[
         Path | None,
@@ -124,6 +125,35 @@ def chat(
     key = api_key or next((known.get_secret_value() for known in settings.api_keys), None)
     url = base_url or bringing_up.url_of(settings.api_host, settings.api_port) + "/v1"
     chatting.chat(chatting.Api(url, key), model, message)
+
+
+@app.command()
+def plan(
+    gpu_memory: Annotated[str, typer.Option(help="Memory of the GPU, as 24GiB.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model on this machine, a folder, or a size like 8B.", show_default="DEFAULT_MODEL"),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="With a size: its layers.", min=1)] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="With a size: heads of keys and values.", min=1)] = None,
+    head_dim: Annotated[int | None, typer.Option(help="With a size: numbers in a head.", min=1)] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the longest request, its answer included.", min=512, show_default="8192"),
+    ] = None,
+    quantization: Annotated[
+        Literal["none", "int8", "nf4", "fp4"] | None,
+        typer.Option(help="Only this one.", show_default="the most precise that serves --concurrency"),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests that should run at once.", min=1)] = 4,
+    request_seconds: Annotated[float, typer.Option(help="Seconds that one request runs.", min=0.1)] = 6.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say which settings fit a model into a GPU's memory."""
+    options = planning.Options(
+        gpu_memory, model, layers, kv_heads, head_dim, context, quantization, concurrency, request_seconds
+    )
+    planning.show(planning.make(options, load(Settings)), as_json=as_json)
 
 
 @topology.command("apply")
