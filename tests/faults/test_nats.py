@@ -48,6 +48,7 @@ async def test_refused_while_nats_is_away_never_runs(nats_server: NatsServer) ->
         await asyncio.to_thread(nats_server.start)
         await stack.apis[0].logged("connected to NATS again")
         await stack.workers[0].logged("connected to NATS again")
+        assert await stack.connection.wait_connected(10)
         assert (await stack.chat("hi")).status_code == 200
         assert (await stack.status())["total_queued"] == 2
         assert await stack.state(refused.headers["x-request-id"]) is None

@@ -214,9 +214,10 @@ class Stack:
         raise AssertionError("the watch ended")
 
     async def idle(self, api: int = 0, timeout_s: float = 10) -> None:
-        """Wait until nothing is in the stream: an ack leaves no event to wait for."""
+        """Wait until nothing is in the stream, and NATS there to say so: an ack leaves no event to wait for."""
+        url = f"{self.apis[api].url}/v1/queue/status"
         async with asyncio.timeout(timeout_s):
-            while (await self.status(api))["active_requests"]:  # noqa: ASYNC110
+            while (await self.http.get(url)).json().get("active_requests") != 0:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
     async def all_reach(self, request_ids: list[str], *statuses: RequestStatus, timeout_s: float = 20) -> None:

@@ -14,6 +14,7 @@ COUNTER_SUBJECTS: Final = "inference.counters.>"
 REQUESTS_BUCKET: Final = "inference-requests"
 WORKERS_BUCKET: Final = "inference-workers"
 APIS_BUCKET: Final = "inference-apis"
+ANSWERS_BUCKET: Final = "inference-answers"
 
 HEADER_DEADLINE: Final = "Forebay-Deadline"
 HEADER_REPLY_TO: Final = "Forebay-Reply-To"

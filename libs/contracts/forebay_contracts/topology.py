@@ -44,7 +44,7 @@ START_RETRY_S = 0.25
 """Pause between tries."""
 
 _STREAM_NAME_IN_USE = 10058
-_NO_LEADER = (10008, 10009)  # JetStream temporarily unavailable, cluster not available
+_NO_LEADER = (10005, 10008, 10009)  # no suitable peers, JetStream unavailable, cluster not available: just now
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ def stream_configs(settings: Settings) -> list[StreamConfig]:
             num_replicas=replicas,
         ),
         _bucket(names.REQUESTS_BUCKET, "State of each request", settings.request_state_ttl, replicas),
+        _bucket(names.ANSWERS_BUCKET, "Answers to idempotent requests", settings.request_state_ttl, replicas),
         _bucket(names.WORKERS_BUCKET, "Live workers", HEARTBEAT_TTL_S, replicas),
         _bucket(names.APIS_BUCKET, "Live api instances", HEARTBEAT_TTL_S, replicas),
     ]

@@ -15,6 +15,7 @@ from forebay_api.context import Context
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
 from forebay_api.embeddings import EmbeddingBody
+from forebay_api.idempotency import IdempotentRequests
 from forebay_api.middleware import HeadersMiddleware
 from forebay_api.models import Models
 from forebay_api.routes import completions, health, models, queue
@@ -57,24 +58,30 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             return ApiInfo(id=dispatcher.instance, version=VERSION, started_at=started_at, heartbeat_at=time.time())
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
+        apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
         await workers.start()
+        await apis.start()
         await dispatcher.start()
         await heartbeat.start()
         log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
+        idempotent = IdempotentRequests(connection, dispatcher, apis)
         try:
             yield Context(
                 settings=settings,
                 connection=connection,
                 states=states,
                 dispatcher=dispatcher,
+                idempotent=idempotent,
                 workers=workers,
                 models=Models(settings, workers.alive, lambda: topology.known_models(connection)),
                 keys=ApiKeys(settings.api_keys),
                 drain_rate=DrainRate(),
             )
         finally:
+            await idempotent.close()
             await dispatcher.close()
             await workers.stop()
+            await apis.stop()
             await heartbeat.stop()
 
 

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from forebay_api.auth import ApiKeys
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
+from forebay_api.idempotency import IdempotentRequests
 from forebay_api.models import Models
 from forebay_contracts.connection import Connection
 from forebay_contracts.messages import WorkerInfo
@@ -24,6 +25,7 @@ class Context:
     connection: Connection
     states: StateStore
     dispatcher: Dispatcher
+    idempotent: IdempotentRequests
     workers: Presence[WorkerInfo]
     models: Models
     keys: ApiKeys

@@ -16,6 +16,8 @@ from forebay_api.bodies import read_body
 from forebay_api.context import Context, authorized
 from forebay_api.embeddings import EmbeddingBody, EmbeddingFormat
 from forebay_api.formats import ChatFormat, CompletionFormat, Format, WholeFormat, error_event
+from forebay_api.idempotency import HEADER, scoped_key
+from forebay_api.recording import View
 from forebay_api.replies import ClientLeft, Reply, SlowReader
 from forebay_api.schemas import ChatCompletionBody, CompletionBody
 from forebay_contracts import names
@@ -90,12 +92,12 @@ async def _queued(
 
 async def _answer(request: Request, context: Context, queued: InferenceRequest, answer: Format) -> Response:
     if queued.stream:
-        return EventStream(context, queued, answer)
+        return EventStream(context, queued, answer, _key(request))
     return await _whole(request, context, queued, answer)
 
 
 async def _whole(request: Request, context: Context, queued: InferenceRequest, answer: WholeFormat) -> Response:
-    async with _submitted(context, queued) as reply, _watching(request.receive, reply):
+    async with _submitted(context, queued, _key(request)) as reply, _watching(request.receive, reply):
         deltas = [delta async for some in reply.deltas() for delta in some]
     assert reply.completed is not None
     _log_end(queued, reply.completed)
@@ -105,7 +107,8 @@ async def _whole(request: Request, context: Context, queued: InferenceRequest, a
 class EventStream(Response):
     """A streamed answer. Nothing is sent before a worker has begun, so that until then an error is a status."""
 
-    def __init__(self, context: Context, queued: InferenceRequest, answer: Format) -> None:
+    def __init__(self, context: Context, queued: InferenceRequest, answer: Format, key: str | None) -> None:
+        self._key = key
         self._context = context
         self._queued = queued
         self._answer = answer
@@ -120,7 +123,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
-        async with _submitted(self._context, self._queued) as reply, _watching(receive, reply):
+        async with _submitted(self._context, self._queued, self._key) as reply, _watching(receive, reply):
             await reply.started()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             # A client that left or does not read gets no end either.
@@ -128,7 +131,7 @@ class EventStream(Response):
                 await self._send_events(reply, send)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_events(self, reply: Reply, send: Send) -> None:
+    async def _send_events(self, reply: Reply | View, send: Send) -> None:
         async def write(data: bytes) -> None:
             try:
                 async with asyncio.timeout(MAX_WRITE_STALL_S):
@@ -151,11 +154,20 @@ class EventStream(Response):
         _log_end(self._queued, reply.completed)
 
 
+def _key(request: Request) -> str | None:
+    key = request.headers.get(HEADER)
+    return None if key is None else scoped_key(key, request.headers.get("authorization", ""))
+
+
 @contextlib.asynccontextmanager
-async def _submitted(context: Context, queued: InferenceRequest) -> AsyncIterator[Reply]:
+async def _submitted(context: Context, queued: InferenceRequest, key: str | None) -> AsyncIterator[Reply | View]:
     try:
-        async with context.dispatcher.submit(queued) as reply:
-            yield reply
+        if key is None:
+            async with context.dispatcher.submit(queued) as reply:
+                yield reply
+        else:
+            async with context.idempotent.attach(queued, key) as view:
+                yield view
     except QueueFull:
         await _sample_drain_rate(context)
         raise
@@ -170,7 +182,7 @@ async def _sample_drain_rate(context: Context) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _watching(receive: Receive, reply: Reply) -> AsyncIterator[None]:
+async def _watching(receive: Receive, reply: Reply | View) -> AsyncIterator[None]:
     """Ends the wait for `reply` as soon as the client closes its connection."""
 
     async def watch() -> None:
