@@ -1,0 +1,310 @@
+"""`forebay plan`: its arithmetic against real models, the engine's own numbers, and the tables in the docs."""
+
+import json
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from forebay_cli import plan
+from forebay_cli.shapes import of_folder, of_params, parse_params, parse_size
+from forebay_cli.sizing import (
+    BATCH_SIZES,
+    CACHE_SHARE,
+    MAX_SLOTS,
+    PAGE_TOKENS,
+    QUANTIZATIONS,
+    RESERVE_BYTES,
+    Fit,
+    ModelShape,
+    activation_bytes,
+    fit,
+    kv_bytes_per_token,
+    recommended,
+    weights_bytes,
+)
+from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.settings import Settings
+from forebay_inference.engine.transformers import memory
+from forebay_inference.model_store import ensure_model
+from support.stack import data_dir
+
+GIB = 1 << 30
+DOCS = Path(__file__).parents[2] / "docs" / "sizing.md"
+DEFAULT_MODEL = Settings.model_fields["default_model"].default
+
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14_336,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131_072,
+}
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14_336,
+    "vocab_size": 32_000,
+    "num_local_experts": 8,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32_768,
+}
+
+
+def folder_with(tmp_path: Path, config: dict[str, Any]) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def fitted(shape: ModelShape, gib: float, quantization: str, context: int, max_slots: int = MAX_SLOTS) -> Fit:
+    return fit(shape, int(gib * GIB), quantization, context, requests_per_slot=50, max_slots=max_slots)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 << 30), ("24G", 24 << 30), ("24 gib", 24 << 30), ("24GB", 24 * 10**9), ("0.5TiB", 1 << 39)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "", "-1GiB", "24GiB more"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no amount of memory"):
+        parse_size(text)
+
+
+def test_numbers_of_parameters() -> None:
+    assert [parse_params(text) for text in ("7B", "1.5b", "135M", "org/model", "7B-it")] == [
+        7_000_000_000,
+        1_500_000_000,
+        135_000_000,
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(("config", "params"), [(LLAMA_8B, 8_030_261_248), (MIXTRAL, 46_702_792_704)])
+def test_parameters_from_a_configuration(tmp_path: Path, config: dict[str, Any], params: int) -> None:
+    assert of_folder("m", folder_with(tmp_path, config)).params == params
+
+
+def test_a_size_alone_is_near_to_the_model_it_stands_for(tmp_path: Path) -> None:
+    real, guessed = of_folder("m", folder_with(tmp_path, LLAMA_8B)), of_params("8B", 8_000_000_000)
+    assert kv_bytes_per_token(guessed) == kv_bytes_per_token(real) == 131_072
+    for quantization in QUANTIZATIONS:
+        assert weights_bytes(guessed, quantization) == pytest.approx(weights_bytes(real, quantization), rel=0.01)
+    assert kv_bytes_per_token(of_params("8B", 8_000_000_000, layers=16, kv_heads=4, head_dim=64)) == 16_384
+
+
+def test_a_checkpoint_that_is_quantized_already_is_measured(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, LLAMA_8B | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    with pytest.raises(ConfigurationError, match="quantized already"):
+        of_folder("m", folder)
+    (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    shape = of_folder("m", folder)
+    assert (shape.carried, weights_bytes(shape, "auto")) == ("gptq", 1000)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 40])
+@pytest.mark.parametrize("context", [700, 8192, 131_072])
+@pytest.mark.parametrize("gib", [8, 24, 80])
+def test_the_cache_is_what_the_engine_makes_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slots: int, context: int, gib: int
+) -> None:
+    folder = folder_with(tmp_path, LLAMA_8B)
+    config = AutoConfig.from_pretrained(folder)
+    shape = of_folder("m", folder)
+    planned = fitted(shape, gib, "nf4", context, max_slots=slots)
+    free = gib * GIB - RESERVE_BYTES - weights_bytes(shape, "nf4")
+    # The card that this machine may not have.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, gib * GIB))
+    assert memory.bytes_per_token(config, torch.bfloat16) == planned.kv_bytes_per_token
+    made = memory.plan_cache(config, torch.bfloat16, torch.device("cuda", 0), planned.slots, context)
+    assert made.page_size == PAGE_TOKENS
+    assert made.tokens * planned.kv_bytes_per_token == planned.cache_bytes <= free * CACHE_SHARE
+    assert made.context_length == planned.context
+    assert made.tokens >= planned.slots * planned.context
+    if planned.slots < slots:
+        more = memory.plan_cache(config, torch.bfloat16, torch.device("cuda", 0), planned.slots + 1, context)
+        assert more.tokens < (planned.slots + 1) * -(-planned.context // PAGE_TOKENS) * PAGE_TOKENS
+
+
+def test_everything_that_is_planned_fits() -> None:
+    for params in (500_000_000, 8_000_000_000, 70_000_000_000):
+        for gib in (6, 8, 12, 16, 24, 48, 80, 141):
+            for quantization in QUANTIZATIONS:
+                one = fitted(of_params("m", params), gib, quantization, 8192)
+                if one.slots:
+                    used = RESERVE_BYTES + one.weights_bytes + one.cache_bytes + one.activation_bytes
+                    assert used <= gib * GIB
+                    assert one.slots <= one.batch_tokens in BATCH_SIZES
+                    assert one.slots <= one.queue_size
+
+
+@pytest.fixture(scope="module")
+def default_model() -> Path:
+    return ensure_model(DEFAULT_MODEL, data_dir(), lambda line: None)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_weights_of_a_real_model(default_model: Path, quantization: str) -> None:
+    options: dict[str, Any] = {
+        "none": {},
+        "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        "nf4": {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            )
+        },
+    }[quantization]
+    model = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.bfloat16, device_map={"": "cpu"}, **options)
+    predicted = weights_bytes(of_folder("m", default_model), quantization)
+    assert predicted == pytest.approx(bytes_of(model), rel=1e-3)
+    assert str(predicted) in DOCS.read_text().replace(",", "")
+
+
+@pytest.mark.model
+def test_cache_and_activations_of_a_real_model(default_model: Path) -> None:
+    shape = of_folder("m", default_model)
+    assert kv_bytes_per_token(shape) == 23_040
+    model = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        cache = model(torch.ones(1, 100, dtype=torch.long), use_cache=True).past_key_values
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert kept == 100 * kv_bytes_per_token(shape)
+        tokens = torch.ones(1, 256, dtype=torch.long)
+        with LiveBytes(model) as live:
+            model(tokens, use_cache=False).logits.float()
+    predicted = activation_bytes(shape, 256, 0)
+    assert 0.8 * predicted < live.peak <= predicted
+
+
+def bytes_of(model: Any) -> int:
+    """All tensors of a model, the scales of quantized ones included, each once."""
+    tensors = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        state = getattr(tensor, "quant_state", None)
+        scales = (tensor.SCB,) if hasattr(tensor, "SCB") else (state.absmax, state.code) if state else ()
+        for one in (tensor, *scales):
+            if one is not None:
+                tensors[one.data_ptr()] = one.nbytes
+    return sum(tensors.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside, while they live."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._seen:
+                    self._seen.add(storage.data_ptr())
+                    self._now += storage.nbytes()
+                    self.peak = max(self.peak, self._now)
+                    weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+        return made
+
+    def _gone(self, address: int, size: int) -> None:
+        self._seen.discard(address)
+        self._now -= size
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading of the docs."""
+    section = DOCS.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = re.findall(r"^\| (.+) \|$", section, re.MULTILINE)
+    return [[cell.strip(" `") for cell in line.split(" | ")] for line in lines[2:]]
+
+
+def test_the_table_of_the_docs() -> None:
+    shape = of_params("8B", 8_000_000_000)
+    rows = rows_of("An 8B model")
+    assert len(rows) == 6
+    for memory_size, *cells in rows:
+        fits = [fitted(shape, parse_size(memory_size) / GIB, quantization, 8192) for quantization in QUANTIZATIONS]
+        best = recommended(fits, 4, 8192)
+        assert best is not None
+        expected = [best.quantization, best.slots, best.batch_tokens, best.queue_size, *(one.slots for one in fits)]
+        assert cells == [str(cell) for cell in expected]
+
+
+def test_the_rule_of_thumb_holds() -> None:
+    shape = of_params("8B", 8_000_000_000)
+    for memory_size, slots, context, batch, queue in rows_of("The usual rule of thumb"):
+        gib = parse_size(memory_size) / GIB
+        one = fitted(shape, gib, "nf4", int(context), max_slots=int(slots))
+        assert [one.slots, one.context, one.batch_tokens, one.queue_size] == [
+            int(cell) for cell in (slots, context, batch, queue)
+        ]
+        longer = fitted(shape, gib, "nf4", int(context) + PAGE_TOKENS, max_slots=int(slots))
+        assert (longer.slots, longer.context) != (int(slots), int(context) + PAGE_TOKENS)
+
+
+def test_the_most_precise_that_serves_enough() -> None:
+    def best(gib: int, **options: Any) -> str:
+        made = plan.make(plan.Options(f"{gib}GiB", "8B", **options), Settings(_env_file=None))
+        return made.best.quantization if made.best else "nothing"
+
+    assert [best(gib) for gib in (4, 8, 16, 24)] == ["nothing", "nf4", "int8", "none"]
+    assert best(24, concurrency=14) == "nf4"
+    assert best(24, concurrency=1000) == "nf4"
+    assert best(24, quantization="fp4") == "fp4"
+
+
+def forebay_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "forebay_cli", "plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, LLAMA_8B)
+    shown = forebay_plan("--gpu-memory", "24GiB", "--model", str(folder))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[-4:] == [
+        "MODEL_QUANTIZATION=none",
+        "MAX_CONCURRENT_REQUESTS=6",
+        "LLM_BATCH_SIZE=2048",
+        "MAX_QUEUE_SIZE=300",
+    ]
+    found = json.loads(forebay_plan("--gpu-memory", "24GiB", "--model", str(folder), "--json").stdout)
+    assert found["settings"]["MAX_CONCURRENT_REQUESTS"] == "6"
+    assert found["model"]["params"] == 8_030_261_248
+    assert [one["quantization"] for one in found["fits"]] == list(QUANTIZATIONS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("4GiB", "8B"), "8B does not fit into 4.00 GiB: its weights take 5.60 GiB with nf4"),
+        (("lots", "8B"), "'lots' is no amount of memory"),
+        (("8GiB", "org/nowhere"), "org/nowhere is not on this machine"),
+    ],
+)
+def test_what_cannot_be_planned(arguments: tuple[str, str], sentence: str) -> None:
+    ended = forebay_plan("--gpu-memory", arguments[0], "--model", arguments[1])
+    assert ended.returncode == 2
+    assert sentence in ended.stderr
