@@ -34,9 +34,9 @@ async def test_pressure_waits_and_kills_nothing(small_cache: None, data_dir: Pat
     engine = await started(data_dir)
     try:
         prompts = [f"Number {number}: " + "word " * 40 for number in range(4)]
-        requests = [completion(prompt, max_tokens=60, ignore_eos=True) for prompt in prompts]
+        requests = [completion(prompt, max_tokens=40, ignore_eos=True) for prompt in prompts]
         found = await asyncio.gather(*(answer(engine, request) for request in requests))
-        assert [len(one.tokens) for one in found] == [60] * 4
+        assert [len(one.tokens) for one in found] == [40] * 4
         assert engine.fault() is None
         # The context is what the cache can hold, so that nothing is accepted that can never run.
         with pytest.raises(InvalidRequest, match="maximum context length is 192 tokens"):

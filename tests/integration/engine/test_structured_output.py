@@ -88,7 +88,7 @@ async def test_a_grammar_goes_on_over_a_resume(engine: TransformersEngine) -> No
 
 
 async def test_json_mode_makes_an_object(engine: TransformersEngine) -> None:
-    found = await answer(engine, chat("Give me JSON.", response_format={"type": "json_object"}, max_tokens=120))
+    found = await answer(engine, chat("Give me JSON.", response_format={"type": "json_object"}, max_tokens=60))
     assert found.text.startswith("{")
     if found.finish_reason == "stop":
         assert isinstance(json.loads(found.text), dict)
@@ -128,7 +128,7 @@ async def test_a_tool_that_must_be_called_is(
         tools=(WEATHER, TIME),
         tool_choice=choice,
         parallel_tool_calls=parallel,
-        max_tokens=250,
+        max_tokens=100,
     )
     found = await answer(engine, request)
     calls = calls_of(found.tool_calls)
