@@ -138,3 +138,17 @@ async def test_a_client_that_leaves_stops_it(stack: Stack) -> None:
     with pytest.raises(openai.APITimeoutError):
         await client.embeddings.create(model=MODEL, input=["[[delay_ms=60000]]"])
     await idle(stack)
+
+
+async def test_asked_again_with_the_same_key(stack: Stack) -> None:
+    before = (await idle(stack))["total_queued"]
+    url, headers = f"{stack.apis[0].url}/v1/embeddings", {"idempotency-key": "vectors-1"}
+    body = {"model": MODEL, "input": ["a", "b"]}
+    first, again, as_base64 = [
+        (await stack.http.post(url, json=body | {"encoding_format": form}, headers=headers)).json()
+        for form in ("float", "float", "base64")
+    ]
+    assert first == again
+    decoded = np.frombuffer(base64.b64decode(as_base64["data"][1]["embedding"]), dtype="<f4").tolist()
+    assert decoded == first["data"][1]["embedding"]
+    assert (await idle(stack))["total_queued"] == before + 1
