@@ -13,6 +13,7 @@ import pytest_asyncio
 from forebay_contracts.messages import RequestStatus
 from support.answers import error_of, summary
 from support.nats import NatsServer
+from support.proxy import Proxy
 from support.stack import MODEL, Stack, running
 from support.view import idle
 
@@ -131,6 +132,30 @@ async def test_another_worker_computes_what_is_missing(nats_server: NatsServer) 
         for item, text in zip(answer.json()["data"], ["a", "b", "[[delay_ms=3000]]", "c"], strict=True):
             if not text.startswith("[["):
                 assert (await post(stack, input=text)).json()["data"][0]["embedding"] == item["embedding"]
+
+
+async def test_vectors_that_were_lost_on_the_way_are_sent_again(nats_server: NatsServer) -> None:
+    texts = [f"[[delay_ms=25]] text {number}" for number in range(40)]
+    async with running(nats_server, workers=0) as stack:
+        proxy = await Proxy(nats_server.url).start()
+        worker = await stack.worker(nats_url=proxy.url)
+        replies = await stack.connection.client.subscribe("inference.replies.>")
+        whole = asyncio.create_task(post(stack, input=texts))
+        for _ in range(5):
+            await replies.next_msg(timeout=10)
+        await proxy.cut()
+        await worker.logged("connection to NATS lost")
+        # A few are computed, and go nowhere.
+        await asyncio.sleep(0.3)
+        await proxy.start()
+        answer = await whole
+        assert answer.status_code == 200, answer.text
+        assert [item["index"] for item in answer.json()["data"]] == list(range(40))
+        assert (await stack.reaches(answer.headers["x-request-id"], RequestStatus.COMPLETED)).attempt == 1
+        for number in (0, 10, 39):
+            alone = (await post(stack, input=texts[number])).json()["data"][0]["embedding"]
+            assert alone == answer.json()["data"][number]["embedding"]
+        await proxy.cut()
 
 
 async def test_a_client_that_leaves_stops_it(stack: Stack) -> None:

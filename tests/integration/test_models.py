@@ -115,7 +115,12 @@ async def test_a_request_waits_for_a_worker_of_a_known_model(nats_server: NatsSe
         await sees(stack, lambda found: "org/passing" not in found)
         model = await stack.openai().models.retrieve("moment")
         assert (model.id, (model.model_extra or {})["status"]) == ("org/passing", "no_worker")
-        waiting = [asyncio.create_task(stack.chat("[[tokens=2]]", model=name)) for name in ("org/passing", "moment")]
+        # Nor does an api forget that starts while there is no worker.
+        await stack.api()
+        waiting = [
+            asyncio.create_task(stack.chat("[[tokens=2]]", api=api, model=name))
+            for api, name in enumerate(("org/passing", "moment"))
+        ]
         async with asyncio.timeout(10):
             while (await stack.status())["queue_size"] < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
