@@ -1,6 +1,7 @@
 """The embedding engine: a sentence-transformers model whose forward passes many requests share."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +23,11 @@ from forebay_inference.engine.protocol import (
     ResumeTokens,
     Vector,
 )
+from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.engine.transformers.loading import resolve_device, usable_cpus
 from forebay_inference.model_store import ensure_model
+
+logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
 
 
 class EmbeddingEngine:
@@ -46,7 +50,7 @@ class EmbeddingEngine:
         self._max_batch_tokens = max_batch_tokens
         self._encoder: Encoder | None = None
         self._batch: EmbeddingBatch | None = None
-        # Loading, and tokenizing many long inputs, take a while: a thread keeps both off the event loop.
+        # Tokenizing many long inputs takes a while; one thread keeps it off the event loop.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
     @classmethod
@@ -71,7 +75,7 @@ class EmbeddingEngine:
             raise ConfigurationError(
                 f"MODEL_QUANTIZATION={self._quantization}: an embedding model keeps its precision; use auto or none"
             )
-        encoder = await asyncio.get_running_loop().run_in_executor(self._preparing, self._load, progress)
+        encoder = await in_daemon_thread(lambda: self._load(progress))
         progress("warming up")
         encoder.embed([encoder.encode("warm", 0)])
         batch = EmbeddingBatch(encoder.embed, self._max_batch_tokens, asyncio.get_running_loop())
@@ -124,7 +128,7 @@ class EmbeddingEngine:
         batch, self._batch, self._encoder = self._batch, None, None
         self._preparing.shutdown(wait=False, cancel_futures=True)
         if batch is not None:
-            await asyncio.to_thread(batch.stop)
+            await in_daemon_thread(batch.stop)
 
 
 class Encoder:

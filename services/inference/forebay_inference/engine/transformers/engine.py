@@ -2,13 +2,11 @@
 
 import asyncio
 import logging
-import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypeVar
 
 from forebay_contracts.messages import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_contracts.settings import InferenceSettings
@@ -21,6 +19,7 @@ from forebay_inference.engine.protocol import (
     ResumeTokens,
     Tokens,
 )
+from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.engine.transformers.batch import Batch, Step
 from forebay_inference.engine.transformers.best_of import best, widened
 from forebay_inference.engine.transformers.choice import Choice
@@ -30,7 +29,6 @@ from forebay_inference.engine.transformers.serving import Serving
 from forebay_inference.model_store import ensure_model
 
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class TransformersEngine:
@@ -80,7 +78,7 @@ class TransformersEngine:
             ConfigurationError: the model, the device or the quantization cannot be had.
         """
         loop = asyncio.get_running_loop()
-        await _in_daemon_thread(lambda: self._load(loop, progress))
+        await in_daemon_thread(lambda: self._load(loop, progress))
         progress("warming up")
         request = InferenceRequest(
             id=f"warm-up-{uuid.uuid4()}",
@@ -171,29 +169,4 @@ class TransformersEngine:
         serving, self._serving = self._serving, None
         self._preparing.shutdown(wait=False, cancel_futures=True)
         if serving is not None:
-            await _in_daemon_thread(serving.batch.stop)
-
-
-async def _in_daemon_thread(work: Callable[[], T]) -> T:
-    """Run `work` in a daemon thread: neither loading nor the batch's thread, its child, may hold up an exit."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        try:
-            outcome: tuple[T | None, BaseException | None] = (work(), None)
-        except Exception as exc:
-            outcome = (None, exc)
-        loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=run, daemon=True, name="engine-work").start()
-    result: T = await future
-    return result
+            await in_daemon_thread(serving.batch.stop)
