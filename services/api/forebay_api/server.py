@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from forebay_api.app import create_app, running
 from forebay_api.context import Context
 from forebay_contracts import logs
 from forebay_contracts.errors import ConfigurationError, ForebayError
+from forebay_contracts.lifetime import die_with_parent
 from forebay_contracts.settings import ApiSettings, load
 
 KEEP_ALIVE_S = 75
@@ -51,8 +53,9 @@ async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
         await Server(_config(settings, create_app(context)), context).serve(sockets)
 
 
-def process(listener: socket.socket) -> None:
+def process(listener: socket.socket, parent: int) -> None:
     """What each of several api processes runs."""
+    die_with_parent(parent)
     settings = load(ApiSettings)
     logs.configure(settings)
     _survive_signals()
@@ -81,7 +84,9 @@ def main() -> int:
 def _supervise(count: int, listener: socket.socket) -> int:
     """Run `count` processes on one listener; when one ends, all do: whoever supervises this one sees it."""
     spawn = multiprocessing.get_context("spawn")
-    children = [spawn.Process(target=process, args=(listener,), name=f"api-{number}") for number in range(count)]
+    children = [
+        spawn.Process(target=process, args=(listener, os.getpid()), name=f"api-{number}") for number in range(count)
+    ]
     for child in children:
         child.start()
 
