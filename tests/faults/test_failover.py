@@ -129,3 +129,15 @@ async def test_rolling_restart_of_workers_fails_nothing(nats_server: NatsServer)
         await stack.idle()
         status = await stack.status()
         assert status["total_failed"] == status["active_requests"] == 0
+
+
+async def test_handing_over_is_no_failed_attempt(nats_server: NatsServer) -> None:
+    async with running(nats_server, ack_wait=30, drain_timeout=0, max_deliveries=1) as stack:
+        begun = asyncio.Event()
+        answer = asyncio.create_task(streamed(stack, "[[tokens=80 delay_ms=50]]", begun))
+        await begun.wait()
+        for number in (2, 3):
+            next_worker = await stack.worker()
+            assert await stack.workers[-2].stop() == 0
+            await next_worker.logged(f"processing, attempt {number}")
+        assert await answer == expected(80)

@@ -182,6 +182,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "attempt": 1,
             "worker": stack.workers[0].id,
             "sequence": 1,
+            "handed_over": 0,
             "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0},
         }
         assert times["timestamp"] == times["queued_at"] < times["started_at"] < times["finished_at"] < times["deadline"]

@@ -1,6 +1,7 @@
-"""A process that must not outlive the one that started it."""
+"""How a process lives: not longer than the one that started it, and with little garbage collection."""
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -19,3 +20,14 @@ def die_with_parent(parent: int) -> None:
     # A parent that died before that sends no signal any more.
     if os.getppid() != parent:
         sys.exit(1)
+
+
+def calm_collector() -> None:
+    """Call when everything that stays is built: what there is now is left out of every later collection.
+
+    The young generation is collected every 10,000 allocations instead of 700, since a request allocates
+    hundreds of objects that die with it, by reference counting.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)

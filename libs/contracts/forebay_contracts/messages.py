@@ -247,6 +247,7 @@ class RequestState(Message):
     deadline: float
     worker: str | None = None
     sequence: int | None = None
+    handed_over: int = 0
     usage: Usage | None = None
 
     def encode(self) -> bytes:

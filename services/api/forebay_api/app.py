@@ -6,20 +6,16 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 
-from forebay_api import error_handlers
+from forebay_api import error_handlers, openapi
 from forebay_api.auth import ApiKeys
 from forebay_api.context import Context
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
-from forebay_api.embeddings import EmbeddingBody
 from forebay_api.idempotency import IdempotentRequests
 from forebay_api.middleware import HeadersMiddleware
 from forebay_api.models import Models
 from forebay_api.routes import completions, health, models, queue
-from forebay_api.schemas import ChatCompletionBody, CompletionBody
 from forebay_contracts import names, topology
 from forebay_contracts.connection import connected
 from forebay_contracts.messages import ApiInfo, WorkerInfo
@@ -38,9 +34,10 @@ def create_app(context: Context) -> FastAPI:
     app.state.context = context
     app.add_middleware(HeadersMiddleware)
     error_handlers.install(app, context.drain_rate)
-    for module in (completions, models, queue, health):
+    app.router.routes.extend(completions.routes)
+    for module in (models, queue, health):
         app.include_router(module.router)
-    _document_bodies(app)
+    openapi.install(app)
     return app
 
 
@@ -83,20 +80,3 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             await workers.stop()
             await apis.stop()
             await heartbeat.stop()
-
-
-def _document_bodies(app: FastAPI) -> None:
-    """Put the body schemas, which the routes read by themselves, into the OpenAPI document."""
-
-    def document() -> dict[str, object]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            _, bodies = models_json_schema(
-                [(body, "validation") for body in (ChatCompletionBody, CompletionBody, EmbeddingBody)],
-                ref_template="#/components/schemas/{model}",
-            )
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = document  # type: ignore[method-assign]

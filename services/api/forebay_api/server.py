@@ -18,7 +18,7 @@ from forebay_api.app import create_app, running
 from forebay_api.context import Context
 from forebay_contracts import logs
 from forebay_contracts.errors import ConfigurationError, ForebayError
-from forebay_contracts.lifetime import die_with_parent
+from forebay_contracts.lifetime import calm_collector, die_with_parent
 from forebay_contracts.settings import ApiSettings, load
 
 KEEP_ALIVE_S = 75
@@ -50,6 +50,7 @@ class Server(uvicorn.Server):
 async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
     """One api process: connected to NATS first, then serving on `sockets`, until it is told to stop."""
     async with running(settings) as context:
+        calm_collector()
         await Server(_config(settings, create_app(context)), context).serve(sockets)
 
 

@@ -155,6 +155,7 @@ class AttemptRunner:
                 deadline=request.deadline,
                 worker=self._worker,
                 sequence=delivery.sequence,
+                handed_over=state.handed_over if state is not None else 0,
             )
 
         return to
@@ -184,7 +185,8 @@ class AttemptRunner:
 
     async def _work(self, attempt: Attempt) -> None:
         request, number = attempt.request, attempt.delivery.attempt
-        if number > self._max_deliveries:
+        # A hand-over is no failure of the request's: it does not count against it.
+        if number > self._max_deliveries + attempt.state.handed_over:
             await self._fail(attempt, InferenceFailed(f"generation failed in {self._max_deliveries} attempts"))
         elif time.time() >= request.deadline:
             await self._time_out(attempt)
@@ -288,7 +290,7 @@ class AttemptRunner:
             error if expected else repr(error),
             exc_info=None if expected else error,
         )
-        if number >= self._max_deliveries:
+        if number >= self._max_deliveries + attempt.state.handed_over:
             await self._fail(attempt, InferenceFailed("the generation failed"))
         else:
             await attempt.delivery.nak(NAK_DELAY_S)
@@ -306,7 +308,10 @@ class AttemptRunner:
 
     async def _hand_over(self, attempt: Attempt) -> None:
         """Give a request back that this worker cannot finish: another goes on from the tokens that are out."""
-        state = attempt.state.model_copy(update={"status": RequestStatus.QUEUED, "worker": None})
+        handed_over = attempt.state.handed_over + 1
+        state = attempt.state.model_copy(
+            update={"status": RequestStatus.QUEUED, "worker": None, "handed_over": handed_over}
+        )
         with contextlib.suppress(QueueConflict):
             await _patiently(lambda: self._states.write(state, attempt.revision))
         await attempt.delivery.nak()

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from forebay_contracts import names, topology
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import InferenceFailed
+from forebay_contracts.lifetime import calm_collector
 from forebay_contracts.messages import ApiInfo, Resume, WorkerInfo, WorkerStatus
 from forebay_contracts.presence import Heartbeat, Presence
 from forebay_contracts.queue import JetStreamQueue, RequestQueue
@@ -90,6 +91,7 @@ class Worker:
             loading.cancel()
             return False
         self._model = await loading
+        calm_collector()
         self._set_status(WorkerStatus.READY)
         log.info(
             "[RequestQueue] worker %s serves %s (%s, %s) with %d slots",
