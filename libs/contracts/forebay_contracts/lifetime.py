@@ -1,8 +1,9 @@
-"""How a process lives: not longer than the one that started it, and with little garbage collection."""
+"""How a process lives: its end, its limits, its garbage collection."""
 
 import ctypes
 import gc
 import os
+import resource
 import signal
 import sys
 
@@ -20,6 +21,14 @@ def die_with_parent(parent: int) -> None:
     # A parent that died before that sends no signal any more.
     if os.getppid() != parent:
         sys.exit(1)
+
+
+def raise_file_limit(wanted: int) -> None:
+    """Let this process have `wanted` files and connections open, or as many as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def calm_collector() -> None:

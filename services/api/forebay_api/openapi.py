@@ -58,6 +58,11 @@ def install(app: FastAPI) -> None:
             )
             components = schema.setdefault("components", {}).setdefault("schemas", {})
             components.update(bodies["$defs"], Error=_ERROR_SCHEMA)
+            for path, operations in schema["paths"].items():
+                for operation in operations.values():
+                    _tell_errors(path, operation["responses"])
+            components.pop("HTTPValidationError", None)
+            components.pop("ValidationError", None)
             schema["paths"] = {path: {"post": _operation(*body)} for path, body in BODIES.items()} | schema["paths"]
             app.openapi_schema = schema
         return app.openapi_schema
@@ -81,6 +86,17 @@ def _operation(body: type[BaseModel], summary: str) -> dict[str, Any]:
             for status, description in _ANSWERS.items()
         },
     }
+
+
+def _tell_errors(path: str, responses: dict[str, Any]) -> None:
+    """What a derived operation can answer besides; FastAPI's own error shape is never sent."""
+    responses.pop("422", None)
+    if path.startswith("/v1"):
+        for status in ("400", "401", "404", "503"):
+            description = "No such model or request" if status == "404" else _ANSWERS[status]
+            responses[status] = {"description": description, "content": _json({"$ref": _REF + "Error"})}
+    else:
+        responses["503"] = {"description": "Not ready", "content": _json({"type": "object"})}
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from forebay_api.app import create_app, running
 from forebay_api.context import Context
 from forebay_contracts import logs
 from forebay_contracts.errors import ConfigurationError, ForebayError
-from forebay_contracts.lifetime import calm_collector, die_with_parent
+from forebay_contracts.lifetime import calm_collector, die_with_parent, raise_file_limit
 from forebay_contracts.settings import ApiSettings, load
 
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 20_000
+"""Connections of one api process, idle ones included; one more is answered 503 and closed."""
+SPARE_FILES = 256
 BACKLOG = 4096
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,11 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._context = context
         self._loop = asyncio.get_running_loop()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which waits for open connections: those who watch the queue would stay for ever."""
+        await self._context.feed.close()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First be seen to be leaving, then leave; a second signal leaves at once."""
@@ -49,6 +56,7 @@ class Server(uvicorn.Server):
 
 async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
     """One api process: connected to NATS first, then serving on `sockets`, until it is told to stop."""
+    raise_file_limit(MAX_CONNECTIONS + SPARE_FILES)
     async with running(settings) as context:
         calm_collector()
         await Server(_config(settings, create_app(context)), context).serve(sockets)
