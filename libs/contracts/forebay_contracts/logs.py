@@ -1,24 +1,45 @@
-"""Log lines: text for people, JSON for machines. Never a prompt, never a key."""
+"""Log lines: text for people, JSON for machines. Never a key, and no prompt unless LOG_PROMPTS asks for it."""
 
 import json
 import logging
 import sys
 import time
+from typing import Any, Final
 
 from forebay_contracts.settings import Settings
 
 
+FIELDS: Final = (
+    "request_id",
+    "model",
+    "type",
+    "attempt",
+    "outcome",
+    "code",
+    "queue_wait_s",
+    "time_to_first_token_s",
+    "total_s",
+    "prompt_tokens",
+    "completion_tokens",
+)
+"""What a line can carry besides its message, by logging's `extra`: the same names in every line. Times: seconds."""
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, and `exception` if any."""
+    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, then those of FIELDS that it has,
+    and `exception` if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON."""
-        line = {
+        line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
+        for name in FIELDS:
+            if (value := record.__dict__.get(name)) is not None:
+                line[name] = round(value, 6) if isinstance(value, float) else value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

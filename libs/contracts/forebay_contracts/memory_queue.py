@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from forebay_contracts.errors import QueueFull
@@ -18,6 +18,7 @@ class InMemoryDelivery:
         self._queue = queue
         self.sequence = sequence
         self.data = data
+        self.headers: Mapping[str, str] = {}
         self.attempt = attempt
 
     async def ack(self) -> None:

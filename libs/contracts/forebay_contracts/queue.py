@@ -3,13 +3,14 @@
 import asyncio
 import math
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError, NotFoundError
 
-from forebay_contracts import names
+from forebay_contracts import names, tracing
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import QueueFull, QueueUnavailable
 from forebay_contracts.messages import InferenceRequest
@@ -35,6 +36,7 @@ class Delivery(Protocol):
     """One attempt at one message. Exactly one of `ack`, `nak`, `term` ends it; `in_progress` keeps it."""
 
     data: bytes
+    headers: Mapping[str, str]
     attempt: int
     sequence: int
 
@@ -89,6 +91,7 @@ class JetStreamDelivery:
         metadata = msg.metadata
         self._msg = msg
         self.data: bytes = msg.data
+        self.headers: Mapping[str, str] = msg.headers or {}
         self.attempt: int = metadata.num_delivered
         self.sequence: int = metadata.sequence.stream
 
@@ -130,6 +133,7 @@ class JetStreamQueue:
             names.HEADER_DEADLINE: f"{request.deadline:.3f}",
             names.HEADER_REPLY_TO: request.reply_to,
         }
+        tracing.inject(headers)
         payload = request.encode()
         # A request that would only time out is not waited for.
         give_up_at = time.monotonic() + min(ADMISSION_PATIENCE_S, request.deadline - time.time())

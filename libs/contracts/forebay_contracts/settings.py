@@ -83,6 +83,8 @@ class Settings(BaseSettings):
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged")
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people (text) or machines (json)")
+    log_prompts: bool = Field(False, description="Whether the api logs what clients ask, for debugging")
+    metrics: bool = Field(True, description="Whether anything is measured and shown at /metrics")
 
     @field_validator("model_aliases", mode="before")
     @classmethod
@@ -189,6 +191,10 @@ class InferenceSettings(Settings):
         description="transformers, embedding (vectors), or simulated for tests of everything but the model",
     )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65_535, description="Port of a worker's /metrics, each worker its own; empty: none"
+    )
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of a worker's /metrics")
 
     @property
     def slots(self) -> int:

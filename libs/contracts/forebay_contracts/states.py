@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError, NotFoundError
 
-from forebay_contracts import names
+from forebay_contracts import metrics, names
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import QueueConflict, QueueUnavailable
 from forebay_contracts.messages import RequestState, RequestStatus
@@ -109,6 +109,7 @@ class KeyValueStateStore:
         self._js = connection.jetstream
         self._stream = names.bucket_stream(names.REQUESTS_BUCKET)
         self._prefix = names.bucket_subjects(names.REQUESTS_BUCKET).removesuffix(">")
+        self._write_seconds = metrics.bound(metrics.STATE_WRITE)
 
     async def get(self, request_id: str) -> Stored | None:
         """Read by a direct get (NATS ADR-31): one round trip."""
@@ -127,6 +128,7 @@ class KeyValueStateStore:
     async def write(self, state: RequestState, revision: int) -> int:
         """Write with the expected last revision of the key."""
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        began = time.perf_counter()
         try:
             ack = await self._js.publish(
                 self._prefix + state.id, state.encode(), timeout=STATE_TIMEOUT_S, headers=headers
@@ -137,6 +139,7 @@ class KeyValueStateStore:
             raise QueueUnavailable(f"the request's state was not written: {exc.description}") from exc
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the request's state was not written") from exc
+        self._write_seconds.observe(time.perf_counter() - began)
         return int(ack.seq)
 
     async def count(self, outcome: RequestStatus, request_id: str) -> None:

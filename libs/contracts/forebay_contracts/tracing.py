@@ -1,0 +1,94 @@
+"""Traces: one for each request, from HTTP over the message's headers to the worker's prefill and decode.
+
+Off unless OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_TRACES_EXPORTER says otherwise;
+everything else is OpenTelemetry's too: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.version import VERSION
+
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_PROTOCOL: Final = "http/protobuf"
+
+_propagator = TraceContextTextMapPropagator()
+_tracer: trace.Tracer | None = None
+
+
+def configure(service: str) -> None:
+    """Send traces of this process, as `service` unless OTEL_SERVICE_NAME is set, where OTEL_* say; or none at all.
+
+    Raises:
+        ConfigurationError: they ask for what is not there.
+    """
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER", "").strip()
+    endpoint = any(os.environ.get(name) for name in _ENDPOINTS)
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    if disabled or exporter == "none" or not (exporter or endpoint):
+        return
+    if exporter not in ("", "otlp"):
+        raise ConfigurationError(f"OTEL_TRACES_EXPORTER={exporter!r}: only otlp and none are there")
+    for name in _PROTOCOLS:
+        if (protocol := os.environ.get(name)) not in (None, "", _PROTOCOL):
+            raise ConfigurationError(f"{name}={protocol!r}: only {_PROTOCOL} is there")
+    _start(service)
+
+
+def _start(service: str) -> None:
+    global _tracer
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as exc:
+        raise ConfigurationError("OTEL_* ask for traces: install forebay[tracing]") from exc
+    name = os.environ.get("OTEL_SERVICE_NAME") or service
+    provider = TracerProvider(resource=Resource.create({"service.name": name, "service.version": VERSION}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    _tracer = provider.get_tracer("forebay", VERSION)
+
+
+def enabled() -> bool:
+    """Whether spans go anywhere."""
+    return _tracer is not None
+
+
+def start(
+    name: str,
+    kind: SpanKind = SpanKind.INTERNAL,
+    *,
+    headers: Mapping[str, str] | None = None,
+    within: Span | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> Span:
+    """Begin a span, to be ended by the caller; its parent is what `headers` say, or the span `within`."""
+    if _tracer is None:
+        return trace.INVALID_SPAN
+    parent = _propagator.extract(headers, Context()) if headers is not None else None
+    if within is not None:
+        parent = trace.set_span_in_context(within)
+    return _tracer.start_span(name, parent, kind, attributes)
+
+
+def current(span: Span) -> contextlib.AbstractContextManager[Any]:
+    """Make `span` the parent of what begins in the block, and end it with the block."""
+    if _tracer is None:
+        return contextlib.nullcontext()
+    return trace.use_span(span, end_on_exit=True)
+
+
+def inject(headers: dict[str, str]) -> None:
+    """Add `traceparent` (and `tracestate`) of the current span."""
+    if _tracer is not None:
+        _propagator.inject(headers)
