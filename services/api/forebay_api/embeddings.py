@@ -13,7 +13,7 @@ import orjson
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from forebay_api.schemas import Int, RequestBody, Token
+from forebay_api.schemas import Int, RequestBody, Token, as_many
 from forebay_contracts.messages import Completed, CompletionType, Delta, InferenceRequest
 
 MAX_INPUTS = 2048
@@ -49,11 +49,7 @@ class EmbeddingBody(RequestBody):
     @property
     def inputs(self) -> tuple[str | tuple[int, ...], ...]:
         """The inputs, one or many, as text or token ids."""
-        if isinstance(self.input, str):
-            return (self.input,)
-        if isinstance(self.input[0], int):
-            return (self.input,)
-        return self.input
+        return as_many(self.input)
 
     def request(
         self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str

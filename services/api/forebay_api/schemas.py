@@ -297,6 +297,13 @@ Prompt = (
 )
 
 
+def as_many(value: Prompt) -> tuple[str | tuple[int, ...], ...]:
+    """One or many texts, or one or many lists of token ids, as many of either."""
+    if isinstance(value, str) or isinstance(value[0], int):
+        return (value,)
+    return value
+
+
 class CompletionBody(_CompletionBody):
     """`POST /v1/completions`."""
 
@@ -325,11 +332,7 @@ class CompletionBody(_CompletionBody):
     @property
     def prompts(self) -> tuple[str | tuple[int, ...], ...]:
         """The prompts, one or many, as text or token ids."""
-        if isinstance(self.prompt, str):
-            return (self.prompt,)
-        if isinstance(self.prompt[0], int):
-            return (self.prompt,)
-        return self.prompt
+        return as_many(self.prompt)
 
     def request(
         self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str
