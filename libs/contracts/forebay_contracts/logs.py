@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from forebay_contracts.settings import Settings
 
-
 FIELDS: Final = (
     "request_id",
     "model",

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nats.errors import Error as NatsError
@@ -163,8 +163,16 @@ async def known_models(connection: Connection) -> dict[str, tuple[str, ...]]:
     }
 
 
-async def waiting_position(connection: Connection, model: str, sequence: int) -> int | None:
-    """Place in the model's line of a message that waits, 1 for the next one; None where it cannot be said.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a message stands in its model's line: `position` is 1 for the next one, `moved` what the line has ever."""
+
+    position: int
+    moved: int
+
+
+async def waiting_place(connection: Connection, model: str, sequence: int) -> Place | None:
+    """Place in the model's line of a message that waits; None where it cannot be said.
 
     Where several models share the stream, or messages were taken out between, it is the last place it can be.
     """
@@ -173,7 +181,8 @@ async def waiting_position(connection: Connection, model: str, sequence: int) ->
     except (NatsError, TimeoutError):
         return None
     behind = sequence - (info.delivered.stream_seq if info.delivered else 0)
-    return max(1, min(behind, info.num_pending or 1))
+    moved = info.delivered.consumer_seq if info.delivered else 0
+    return Place(max(1, min(behind, info.num_pending or 1)), moved)
 
 
 def _bucket(bucket: str, description: str, ttl_s: float, replicas: int) -> StreamConfig:

@@ -12,11 +12,13 @@ from forebay_api.auth import ApiKeys
 from forebay_api.context import Context
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
+from forebay_api.exposition import Exposition
 from forebay_api.idempotency import IdempotentRequests
 from forebay_api.middleware import HeadersMiddleware
 from forebay_api.models import Models
-from forebay_api.routes import completions, health, models, queue
-from forebay_contracts import names, topology
+from forebay_api.routes import completions, health, metrics, models, queue
+from forebay_api.tracing import TraceMiddleware
+from forebay_contracts import names, topology, tracing
 from forebay_contracts.connection import connected
 from forebay_contracts.messages import ApiInfo, WorkerInfo
 from forebay_contracts.presence import Heartbeat, Presence
@@ -32,10 +34,13 @@ def create_app(context: Context) -> FastAPI:
     """The HTTP side of a running api."""
     app = FastAPI(title="Forebay", version=VERSION, redoc_url=None)
     app.state.context = context
+    paths = frozenset(route.path for route in completions.routes)
+    if tracing.enabled():
+        app.add_middleware(TraceMiddleware, paths=paths)
     app.add_middleware(HeadersMiddleware)
-    error_handlers.install(app, context.drain_rate)
+    error_handlers.install(app, context.drain_rate, paths)
     app.router.routes.extend(completions.routes)
-    for module in (models, queue, health):
+    for module in (models, queue, health, metrics):
         app.include_router(module.router)
     openapi.install(app)
     return app
@@ -62,6 +67,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await heartbeat.start()
         log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
         idempotent = IdempotentRequests(connection, dispatcher, apis)
+        drain_rate = DrainRate()
         try:
             yield Context(
                 settings=settings,
@@ -72,7 +78,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 workers=workers,
                 models=Models(settings, workers.alive, lambda: topology.known_models(connection)),
                 keys=ApiKeys(settings.api_keys),
-                drain_rate=DrainRate(),
+                drain_rate=drain_rate,
+                exposition=Exposition(connection, workers.alive, drain_rate) if settings.metrics else None,
             )
         finally:
             await idempotent.close()

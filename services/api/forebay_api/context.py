@@ -1,6 +1,7 @@
 """What the routes work with: built by `app`, reached as `request.app.state.context`."""
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -8,6 +9,7 @@ from fastapi import Depends, Request
 from forebay_api.auth import ApiKeys
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
+from forebay_api.exposition import Exposition
 from forebay_api.idempotency import IdempotentRequests
 from forebay_api.models import Models
 from forebay_contracts.connection import Connection
@@ -30,6 +32,9 @@ class Context:
     models: Models
     keys: ApiKeys
     drain_rate: DrainRate
+    exposition: Exposition | None
+    lines: defaultdict[str, DrainRate] = field(default_factory=lambda: defaultdict(DrainRate))
+    """How fast each model's line moves."""
     draining: bool = False
 
 

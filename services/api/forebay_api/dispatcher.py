@@ -11,10 +11,12 @@ from typing import Any
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
+from opentelemetry.trace import SpanKind
 from pydantic import ValidationError
 
+from forebay_api import metrics
 from forebay_api.replies import ClientLeft, Reply, SlowReader
-from forebay_contracts import names
+from forebay_contracts import names, tracing
 from forebay_contracts.cancellation import call_off
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import ForebayError, QueueConflict, RequestCancelled, RequestTimeout
@@ -26,6 +28,7 @@ from forebay_contracts.messages import (
     Started,
     decode_frame,
 )
+from forebay_contracts.metrics import bound
 from forebay_contracts.queue import RequestQueue
 from forebay_contracts.states import StateStore
 
@@ -51,6 +54,7 @@ class Dispatcher:
         self._ended: OrderedDict[str, RequestStatus | None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._registering: dict[str, asyncio.Task[None]] = {}
+        self._publish_seconds = bound(metrics.PUBLISH)
 
     @property
     def in_flight(self) -> int:
@@ -83,11 +87,19 @@ class Dispatcher:
         reply = Reply(request)
         self._waiting[request.id] = reply
         try:
-            reply.sequence = await self._queue.publish(request)
+            reply.sequence = await self._publish(request)
         except BaseException:
             self._forget(reply, RequestStatus.CANCELLED)
             raise
-        log.info("[RequestQueue] %s queued for %s at %d", request.id, request.model, reply.sequence)
+        measured = metrics.of(request.model, request.completion_type.value)
+        measured.admitted.inc()
+        log.info(
+            "[RequestQueue] %s queued for %s at %d",
+            request.id,
+            request.model,
+            reply.sequence,
+            extra={"request_id": request.id, "model": request.model, "type": request.completion_type.value},
+        )
         registering = self._background(self._register(request, reply.sequence))
         self._registering[request.id] = registering
         registering.add_done_callback(lambda _: self._registering.pop(request.id, None))
@@ -99,8 +111,19 @@ class Dispatcher:
             if not reply.done:
                 reply.fail(ClientLeft("the client left"))
             self._forget(reply, reply.outcome)
+            measured.end(reply.outcome, time.time() - request.created_at)
             if reply.outcome is RequestStatus.CANCELLED:
                 self._call_off(reply, RequestStatus.CANCELLED, "the client left")
+
+    async def _publish(self, request: InferenceRequest) -> int:
+        began = time.perf_counter()
+        with tracing.current(
+            tracing.start("queue publish", SpanKind.PRODUCER, attributes={"forebay.request_id": request.id})
+        ):
+            try:
+                return await self._queue.publish(request)
+            finally:
+                self._publish_seconds.observe(time.perf_counter() - began)
 
     async def cancel(self, request_id: str, reason: str) -> bool:
         """Call off a request of any api; False if it had ended before, or is unknown."""

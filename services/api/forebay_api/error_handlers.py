@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from forebay_api import metrics
 from forebay_api.drain_rate import DrainRate
 from forebay_contracts.errors import ApiError, InferenceFailed, InvalidRequest, QueueError, QueueFull, RequestTimeout
 
@@ -32,12 +33,21 @@ def error_response(error: ApiError, drain_rate: DrainRate) -> Response:
     return JSONResponse(error.body(), error.status, headers)
 
 
-def install(app: FastAPI, drain_rate: DrainRate) -> None:
-    """Turn every exception that a route raises into an answer."""
+def install(app: FastAPI, drain_rate: DrainRate, completion_paths: frozenset[str]) -> None:
+    """Turn every exception that a route raises into an answer, and count the requests refused at `completion_paths`."""
 
     async def api_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, ApiError)
-        log.info("[RequestQueue] %s answered %d %s", request.state.request_id, exc.status, exc.code or exc.type)
+        code = exc.code or exc.type
+        log.info(
+            "[RequestQueue] %s answered %d %s",
+            request.state.request_id,
+            exc.status,
+            code,
+            extra={"request_id": request.state.request_id, "code": code},
+        )
+        if request.url.path in completion_paths:
+            metrics.rejected(exc)
         return error_response(exc, drain_rate)
 
     async def http_error(request: Request, exc: Exception) -> Response:

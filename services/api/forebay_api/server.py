@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from multiprocessing.connection import wait
 from types import FrameType
 
@@ -16,7 +17,8 @@ import uvloop
 
 from forebay_api.app import create_app, running
 from forebay_api.context import Context
-from forebay_contracts import logs
+from forebay_api.exposition import MULTIPROCESS_DIR
+from forebay_contracts import logs, metrics, tracing
 from forebay_contracts.errors import ConfigurationError, ForebayError
 from forebay_contracts.lifetime import calm_collector, die_with_parent, raise_file_limit
 from forebay_contracts.settings import ApiSettings, load
@@ -54,6 +56,13 @@ class Server(uvicorn.Server):
             leave()
 
 
+def configure(settings: ApiSettings) -> None:
+    """What a process sets up once, before anything else of it is built."""
+    logs.configure(settings)
+    metrics.configure(settings)
+    tracing.configure("forebay-api")
+
+
 async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
     """One api process: connected to NATS first, then serving on `sockets`, until it is told to stop."""
     raise_file_limit(MAX_CONNECTIONS + SPARE_FILES)
@@ -66,7 +75,7 @@ def process(listener: socket.socket, parent: int) -> None:
     """What each of several api processes runs."""
     die_with_parent(parent)
     settings = load(ApiSettings)
-    logs.configure(settings)
+    configure(settings)
     _survive_signals()
     sys.exit(_guarded(settings, listener))
 
@@ -75,9 +84,9 @@ def main() -> int:
     """Serve; the exit status."""
     try:
         settings = load(ApiSettings)
+        configure(settings)
     except ForebayError as exc:
         return _report(exc)
-    logs.configure(settings)
     try:
         listener = _listen(settings)
     except OSError as exc:
@@ -85,7 +94,10 @@ def main() -> int:
     # With API_PORT=0 the system chooses one: it is said here.
     log.info("[RequestQueue] listening on %s:%d", settings.api_host, listener.getsockname()[1])
     if settings.api_processes > 1:
-        return _supervise(settings.api_processes, listener)
+        with tempfile.TemporaryDirectory(prefix="forebay-metrics-") as shared:
+            # Read by prometheus_client when the children import it: they count in files that each can sum up.
+            os.environ.setdefault(MULTIPROCESS_DIR, shared)
+            return _supervise(settings.api_processes, listener)
     _survive_signals()
     return _guarded(settings, listener)
 

@@ -66,7 +66,17 @@ async def _queued(
     request_id: str = request.state.request_id
     now = time.time()
     model = await context.models.admit(body.model, body.completion_type)
-    log.info("%s %s received for %s", LOG_PREFIX[body.completion_type], request_id, model)
+    log.info(
+        "%s %s received for %s",
+        LOG_PREFIX[body.completion_type],
+        request_id,
+        model,
+        extra={"request_id": request_id, "model": model, "type": body.completion_type.value},
+    )
+    if context.settings.log_prompts:
+        log.info(
+            "%s %s asks %s", LOG_PREFIX[body.completion_type], request_id, body.model_dump_json(exclude_unset=True)
+        )
     return body.request(
         request_id=request_id,
         model=model,
@@ -132,7 +142,14 @@ class EventStream(Response):
         except (ClientLeft, SlowReader):
             raise
         except ApiError as exc:
-            log.info("%s %s broke off: %s", LOG_PREFIX[self._queued.completion_type], self._queued.id, exc.message)
+            # Not the message: it may quote the request.
+            log.info(
+                "%s %s broke off: %s",
+                LOG_PREFIX[self._queued.completion_type],
+                self._queued.id,
+                exc.code or exc.type,
+                extra={"request_id": self._queued.id, "code": exc.code or exc.type},
+            )
             await write(error_event(exc))
             return
         assert reply.completed is not None
@@ -184,14 +201,24 @@ async def _watching(receive: Receive, reply: Reply | View) -> AsyncIterator[None
 
 
 def _log_end(queued: InferenceRequest, completed: Completed) -> None:
+    total_s, usage = time.time() - queued.created_at, completed.usage
     log.info(
         "%s %s completed in %.3f s: %d + %d tokens, attempt %d",
         LOG_PREFIX[queued.completion_type],
         queued.id,
-        time.time() - queued.created_at,
-        completed.usage.prompt_tokens,
-        completed.usage.completion_tokens,
+        total_s,
+        usage.prompt_tokens,
+        usage.completion_tokens,
         completed.attempt,
+        extra={
+            "request_id": queued.id,
+            "model": queued.model,
+            "type": queued.completion_type.value,
+            "attempt": completed.attempt,
+            "total_s": total_s,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+        },
     )
 
 

@@ -9,7 +9,7 @@ from forebay_contracts import names
 from forebay_contracts.errors import RequestNotFound
 from forebay_contracts.messages import RequestState, RequestStatus
 from forebay_contracts.status import QueueStatus, queue_status
-from forebay_contracts.topology import waiting_position
+from forebay_contracts.topology import waiting_place
 
 router = APIRouter(prefix="/v1/queue", tags=["queue"])
 
@@ -26,9 +26,14 @@ async def get_queue_status(context: Authorized) -> QueueStatus:
 async def get_request(request_id: str, context: Authorized) -> dict[str, Any]:
     """The state of one request."""
     state = await _state(context, request_id)
-    position = None
+    position = estimated_wait_s = None
     if state.status is RequestStatus.QUEUED and state.sequence is not None:
-        position = await waiting_position(context.connection, state.model, state.sequence)
+        place = await waiting_place(context.connection, state.model, state.sequence)
+        if place is not None:
+            line = context.lines[state.model]
+            line.sample(place.moved)
+            position, wait_s = place.position, line.wait_s(place.position)
+            estimated_wait_s = None if wait_s is None else round(wait_s, 1)
     return {
         "id": state.id,
         "status": state.status.value,
@@ -41,6 +46,7 @@ async def get_request(request_id: str, context: Authorized) -> dict[str, Any]:
         "started_at": state.started_at,
         "finished_at": state.finished_at,
         "position": position,
+        "estimated_wait_s": estimated_wait_s,
         "usage": state.usage,
     }
 

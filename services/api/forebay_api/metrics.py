@@ -1,0 +1,89 @@
+"""What the api measures of requests, from admission to their end as their clients see it."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Final
+
+from prometheus_client import Counter, Histogram
+
+from forebay_contracts.errors import (
+    ApiError,
+    InvalidApiKey,
+    InvalidRequest,
+    ModelNotFound,
+    ModelUnavailable,
+    QueueFull,
+    QueueUnavailable,
+    RequestTooLarge,
+)
+from forebay_contracts.messages import RequestStatus
+from forebay_contracts.metrics import FAST_S, REGISTRY, WAIT_S, bound
+from forebay_contracts.states import OUTCOMES
+
+ADMITTED: Final = Counter(
+    "forebay_requests_admitted", "Requests that the queue took", ("model", "type"), registry=REGISTRY
+)
+REJECTED: Final = Counter(
+    "forebay_requests_rejected",
+    "Completion requests that were answered without being queued",
+    ("reason",),
+    registry=REGISTRY,
+)
+FINISHED: Final = Counter(
+    "forebay_requests_finished",
+    "Admitted requests that ended, as their clients see it",
+    ("model", "type", "outcome"),
+    registry=REGISTRY,
+)
+SECONDS: Final = Histogram(
+    "forebay_request_seconds",
+    "Time from a request's arrival to its end",
+    ("model", "type"),
+    buckets=WAIT_S,
+    registry=REGISTRY,
+)
+PUBLISH: Final = Histogram(
+    "forebay_publish_seconds", "Time until the queue took or refused a request", buckets=FAST_S, registry=REGISTRY
+)
+
+_REASONS: Final[tuple[tuple[type[ApiError], str], ...]] = (
+    (QueueFull, "queue_full"),
+    (QueueUnavailable, "queue_unavailable"),
+    (ModelUnavailable, "model_unavailable"),
+    (ModelNotFound, "model_not_found"),
+    (InvalidApiKey, "invalid_api_key"),
+    (RequestTooLarge, "request_too_large"),
+    (InvalidRequest, "invalid_request"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """The metrics of requests of one model and type."""
+
+    admitted: Any
+    seconds: Any
+    finished: dict[RequestStatus, Any]
+
+    def end(self, outcome: RequestStatus | None, seconds: float) -> None:
+        """An admitted request has ended so."""
+        self.finished[outcome or RequestStatus.CANCELLED].inc()
+        self.seconds.observe(seconds)
+
+
+@functools.cache
+def of(model: str, completion_type: str) -> RequestMetrics:
+    """The metrics of requests for a model that is served, so that clients cannot make up any."""
+    return RequestMetrics(
+        bound(ADMITTED, model, completion_type),
+        bound(SECONDS, model, completion_type),
+        {outcome: bound(FINISHED, model, completion_type, outcome.value) for outcome in OUTCOMES},
+    )
+
+
+def rejected(error: ApiError) -> None:
+    """A completion request was answered with `error`; one that had been admitted is none of these."""
+    for kind, reason in _REASONS:
+        if isinstance(error, kind):
+            bound(REJECTED, reason).inc()
+            return

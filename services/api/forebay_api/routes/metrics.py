@@ -1,0 +1,18 @@
+"""`GET /metrics`: for Prometheus, open to all."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from forebay_api.context import Open
+
+router = APIRouter(tags=["metrics"])
+
+
+@router.get("/metrics", response_class=Response)
+async def get_metrics(request: Request, context: Open) -> Response:
+    """What this api measured, and the queue's gauges; over all processes of this api."""
+    if context.exposition is None:
+        return Response("METRICS is false\n", 404, media_type="text/plain")
+    body, content_type = await context.exposition.render(request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": content_type})
