@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nats.errors import Error as NatsError
-from nats.js.api import ConsumerConfig, ConsumerInfo, DeliverPolicy, StreamInfo
+from nats.js.api import ConsumerInfo, StreamInfo
 from nats.js.errors import NotFoundError
-from pydantic import ValidationError
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
@@ -22,15 +21,16 @@ from forebay_contracts.connection import Connection
 from forebay_contracts.errors import QueueConflict, QueueUnavailable, RequestNotFound
 from forebay_contracts.messages import RequestState, RequestStatus, WorkerInfo
 from forebay_contracts.queue import JetStreamQueue
+from forebay_contracts.recent import recent_states
 from forebay_contracts.states import KeyValueStateStore
-from forebay_contracts.status import QueueStatus, queue_status
+from forebay_contracts.status import ModelQueue, QueueStatus, queue_status
 
 WATCH_INTERVAL_S = 1.0
 
+MODEL_COLUMNS = ("model", "waiting", "processing/limit", "paused until")
+
 SCANNED_CHANGES = 20_000
 """`forebay requests` looks through so many of the latest changes of state, whatever it is asked for."""
-
-READ_TIMEOUT_S = 5.0
 
 
 async def status(*, watch: bool, as_json: bool) -> None:
@@ -152,39 +152,23 @@ def _status_tables(numbers: QueueStatus, workers: list[WorkerInfo]) -> list[Tabl
         )
         for w in workers
     ]
-    fields = numbers.model_dump(exclude={"workers", "workers_ready"})
+    fields = numbers.model_dump(exclude={"workers", "workers_ready", "models"})
     return [
         console.table("Queue", ("", ""), list(fields.items())),
+        console.table("Models", MODEL_COLUMNS, [_model_row(line) for line in numbers.models]),
         console.table(f"Workers: {numbers.workers_ready} of {numbers.workers} ready", columns, rows),
     ]
 
 
+def _model_row(line: ModelQueue) -> tuple[object, ...]:
+    paused = None if line.paused_until is None else time.strftime("%F %T", time.localtime(line.paused_until))
+    return (line.model, line.waiting, f"{line.processing}/{line.max_concurrent}", paused)
+
+
 async def _newest(link: Connection, status: RequestStatus | None, limit: int) -> list[RequestState]:
     """The `limit` newest requests (of `status`) among those whose state has changed last."""
-    stream = names.bucket_stream(names.REQUESTS_BUCKET)
-    try:
-        info = await link.jetstream.stream_info(stream)
-        first = max(info.state.first_seq, info.state.last_seq - SCANNED_CHANGES + 1, 1)
-        if info.state.messages == 0:
-            return []
-        config = ConsumerConfig(deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=first)
-        subscription = await link.jetstream.subscribe(
-            names.bucket_subjects(names.REQUESTS_BUCKET), stream=stream, ordered_consumer=True, config=config
-        )
-        found: dict[str, RequestState] = {}
-        pending = True
-        while pending:
-            msg = await subscription.next_msg(timeout=READ_TIMEOUT_S)
-            pending = msg.metadata.num_pending > 0
-            with contextlib.suppress(ValidationError):
-                state = RequestState.model_validate_json(msg.data)
-                found[state.id] = state
-        await subscription.unsubscribe()
-    except NotFoundError as exc:
-        raise QueueUnavailable("NATS holds no requests yet: no service has been started") from exc
-    except (NatsError, TimeoutError) as exc:
-        raise QueueUnavailable("NATS did not answer") from exc
-    wanted = (state for state in found.values() if status in (None, state.status))
+    found = await recent_states(link, SCANNED_CHANGES)
+    wanted = (state for state in found if status in (None, state.status))
     return heapq.nlargest(limit, wanted, key=lambda state: state.queued_at)
 
 

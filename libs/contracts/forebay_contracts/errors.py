@@ -16,6 +16,7 @@ ForebayError
     ├── RequestTimeout            408
     ├── RequestTooLarge           413
     ├── RequestCancelled          499
+    ├── TooManyListeners          503 too_many_listeners
     └── InferenceFailed           500
 """
 
@@ -152,6 +153,13 @@ class RequestCancelled(RequestError):
     status = 499
     type = "invalid_request_error"
     code = "request_cancelled"
+
+
+class TooManyListeners(RequestError):
+    """This api process tells as many listeners of the queue as it may; the queue itself is not full."""
+
+    status = 503
+    code = "too_many_listeners"
 
 
 class InferenceFailed(RequestError):

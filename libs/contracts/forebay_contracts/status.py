@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import Iterable
+from datetime import datetime
 
 from nats.errors import Error as NatsError
+from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
 from pydantic import BaseModel, ConfigDict
 
@@ -13,6 +15,19 @@ from forebay_contracts.errors import QueueUnavailable
 from forebay_contracts.messages import RequestStatus, WorkerInfo, WorkerStatus
 from forebay_contracts.settings import Settings
 from forebay_contracts.states import StateStore
+
+
+class ModelQueue(BaseModel):
+    """The line of one model. `paused_until` is set while its consumer is paused, in seconds since the epoch."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    consumer: str
+    waiting: int
+    processing: int
+    max_concurrent: int
+    paused_until: float | None
 
 
 class QueueStatus(BaseModel):
@@ -38,6 +53,7 @@ class QueueStatus(BaseModel):
     total_cancelled: int
     workers: int
     workers_ready: int
+    models: tuple[ModelQueue, ...] = ()
 
 
 async def queue_status(
@@ -80,4 +96,18 @@ async def queue_status(
         total_cancelled=totals[RequestStatus.CANCELLED],
         workers=len(alive),
         workers_ready=ready,
+        models=tuple(sorted((_model_queue(consumer) for consumer in consumers), key=lambda line: line.model)),
+    )
+
+
+def _model_queue(consumer: ConsumerInfo) -> ModelQueue:
+    config = consumer.config
+    until = datetime.fromisoformat(config.pause_until).timestamp() if consumer.paused and config.pause_until else None
+    return ModelQueue(
+        model=(config.metadata or {}).get(names.MODEL_METADATA, consumer.name),
+        consumer=consumer.name,
+        waiting=consumer.num_pending or 0,
+        processing=consumer.num_ack_pending or 0,
+        max_concurrent=config.max_ack_pending or 0,
+        paused_until=until,
     )

@@ -13,10 +13,11 @@ from forebay_api.context import Context
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
 from forebay_api.exposition import Exposition
+from forebay_api.feed import Feed
 from forebay_api.idempotency import IdempotentRequests
 from forebay_api.middleware import HeadersMiddleware
 from forebay_api.models import Models
-from forebay_api.routes import completions, health, metrics, models, queue
+from forebay_api.routes import completions, events, health, metrics, models, page, queue
 from forebay_api.tracing import TraceMiddleware
 from forebay_contracts import names, topology, tracing
 from forebay_contracts.connection import connected
@@ -25,6 +26,7 @@ from forebay_contracts.presence import Heartbeat, Presence
 from forebay_contracts.queue import JetStreamQueue
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.states import KeyValueStateStore
+from forebay_contracts.status import QueueStatus, queue_status
 from forebay_contracts.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def create_app(context: Context) -> FastAPI:
     app.add_middleware(HeadersMiddleware)
     error_handlers.install(app, context.drain_rate, paths)
     app.router.routes.extend(completions.routes)
-    for module in (models, queue, health, metrics):
+    for module in (models, queue, events, health, metrics, page):
         app.include_router(module.router)
     openapi.install(app)
     return app
@@ -58,6 +60,9 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
 
         def describe() -> ApiInfo:
             return ApiInfo(id=dispatcher.instance, version=VERSION, started_at=started_at, heartbeat_at=time.time())
+
+        async def numbers() -> QueueStatus:
+            return await queue_status(connection, states, settings, workers.alive())
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
@@ -80,6 +85,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 keys=ApiKeys(settings.api_keys),
                 drain_rate=drain_rate,
                 exposition=Exposition(connection, workers.alive, drain_rate) if settings.metrics else None,
+                feed=Feed(connection, numbers, workers.alive),
             )
         finally:
             await idempotent.close()

@@ -10,6 +10,7 @@ from forebay_api.auth import ApiKeys
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
 from forebay_api.exposition import Exposition
+from forebay_api.feed import Feed
 from forebay_api.idempotency import IdempotentRequests
 from forebay_api.models import Models
 from forebay_contracts.connection import Connection
@@ -32,6 +33,7 @@ class Context:
     models: Models
     keys: ApiKeys
     drain_rate: DrainRate
+    feed: Feed
     exposition: Exposition | None
     lines: defaultdict[str, DrainRate] = field(default_factory=lambda: defaultdict(DrainRate))
     """How fast each model's line moves."""

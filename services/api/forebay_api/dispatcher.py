@@ -125,10 +125,14 @@ class Dispatcher:
             finally:
                 self._publish_seconds.observe(time.perf_counter() - began)
 
+    async def registered(self, request_id: str) -> None:
+        """Wait until the state of a request that was queued here can be looked up."""
+        if (registering := self._registering.get(request_id)) is not None:
+            await asyncio.wait([registering])
+
     async def cancel(self, request_id: str, reason: str) -> bool:
         """Call off a request of any api; False if it had ended before, or is unknown."""
-        if (registering := self._registering.get(request_id)) is not None:
-            await registering
+        await self.registered(request_id)
         return await call_off(self._connection, self._queue, self._states, request_id, RequestStatus.CANCELLED, reason)
 
     async def _register(self, request: InferenceRequest, sequence: int) -> None:

@@ -30,6 +30,9 @@ LOG_PREFIX = {
     CompletionType.EMBEDDING: "[Embeddings]",
 }
 
+EARLY_HEADER = "forebay-stream"
+"""`Forebay-Stream: early` asks for the headers of a stream, its id among them, once it is queued."""
+
 MAX_WRITE_STALL_S = 30.0
 """A client whose connection takes nothing for so long is given up."""
 
@@ -88,7 +91,7 @@ async def _queued(
 
 async def _answer(request: Request, context: Context, queued: InferenceRequest, answer: Format) -> Response:
     if queued.stream:
-        return EventStream(context, queued, answer, _key(request))
+        return EventStream(context, queued, answer, _key(request), early=request.headers.get(EARLY_HEADER) == "early")
     return await _whole(request, context, queued, answer)
 
 
@@ -101,9 +104,15 @@ async def _whole(request: Request, context: Context, queued: InferenceRequest, a
 
 
 class EventStream(Response):
-    """A streamed answer. Nothing is sent before a worker has begun, so that until then an error is a status."""
+    """A streamed answer. Nothing is sent before a worker has begun, so that until then an error is a status.
 
-    def __init__(self, context: Context, queued: InferenceRequest, answer: Format, key: str | None) -> None:
+    With `early`, a client that would rather know its id while it waits gets the headers once it is queued.
+    """
+
+    def __init__(
+        self, context: Context, queued: InferenceRequest, answer: Format, key: str | None, *, early: bool
+    ) -> None:
+        self._early = early
         self._key = key
         self._context = context
         self._queued = queued
@@ -120,7 +129,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
         async with _submitted(self._context, self._queued, self._key) as reply, _watching(receive, reply):
-            await reply.started()
+            if self._early:
+                await self._context.dispatcher.registered(self._queued.id)
+            else:
+                await reply.started()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             # A client that left or does not read gets no end either.
             with contextlib.suppress(ClientLeft, SlowReader):
@@ -136,6 +148,9 @@ class EventStream(Response):
                 raise SlowReader("the client does not read its stream") from None
 
         try:
+            if self._early:
+                await write(b": queued\n\n")
+                await reply.started()
             await write(self._answer.opening())
             async for deltas in reply.deltas():
                 await write(b"".join(map(self._answer.chunk, deltas)))

@@ -1,0 +1,50 @@
+"""The requests whose state has changed last, read from the bucket in one go."""
+
+import contextlib
+
+from nats.errors import Error as NatsError
+from nats.js.api import ConsumerConfig, DeliverPolicy
+from nats.js.errors import NotFoundError
+from pydantic import ValidationError
+
+from forebay_contracts import names
+from forebay_contracts.connection import Connection
+from forebay_contracts.errors import QueueUnavailable
+from forebay_contracts.messages import RequestState
+
+READ_TIMEOUT_S = 5.0
+
+
+async def recent_states(connection: Connection, changes: int) -> list[RequestState]:
+    """The states among the latest `changes` of the bucket, one a request, the last changed at the end.
+
+    Raises:
+        QueueUnavailable: NATS does not answer, or no service has been started yet.
+    """
+    stream = names.bucket_stream(names.REQUESTS_BUCKET)
+    try:
+        info = await connection.jetstream.stream_info(stream)
+        first = max(info.state.first_seq, info.state.last_seq - changes + 1, 1)
+        if info.state.messages == 0:
+            return []
+        config = ConsumerConfig(deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=first)
+        subscription = await connection.jetstream.subscribe(
+            names.bucket_subjects(names.REQUESTS_BUCKET), stream=stream, ordered_consumer=True, config=config
+        )
+        found: dict[str, RequestState] = {}
+        pending = True
+        try:
+            while pending:
+                msg = await subscription.next_msg(timeout=READ_TIMEOUT_S)
+                pending = msg.metadata.num_pending > 0
+                with contextlib.suppress(ValidationError):
+                    state = RequestState.model_validate_json(msg.data)
+                    found.pop(state.id, None)
+                    found[state.id] = state
+        finally:
+            await subscription.unsubscribe()
+    except NotFoundError as exc:
+        raise QueueUnavailable("NATS holds no requests yet: no service has been started") from exc
+    except (NatsError, TimeoutError) as exc:
+        raise QueueUnavailable("NATS did not answer") from exc
+    return list(found.values())
