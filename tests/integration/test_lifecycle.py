@@ -66,6 +66,7 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
             "started_at": None,
             "finished_at": None,
             "position": 1,
+            "estimated_wait_s": None,
             "usage": None,
         }
         await stack.worker()
@@ -77,6 +78,7 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
             "attempt": 1,
             "started_at": processing["started_at"],
             "position": None,
+            "estimated_wait_s": None,
         }
         assert (await task).status_code == 200
         await stack.reaches(request_id, RequestStatus.COMPLETED)

@@ -6,6 +6,9 @@ from collections import deque
 
 WINDOW_S = 60.0
 SAMPLE_INTERVAL_S = 1.0
+MIN_SPAN_S = 0.1
+"""Over less, one request more or less would be any rate."""
+
 MAX_RETRY_AFTER_S = 60
 
 
@@ -19,10 +22,10 @@ class DrainRate:
         self._samples: deque[tuple[float, int]] = deque()
 
     def sample(self, left: int) -> None:
-        """Note that `left` requests have left so far; ignored where the newest sample is young."""
-        if not self.due():
-            return
+        """Note that `left` requests have left so far; samples less than a second apart are kept as one."""
         now = time.monotonic()
+        if len(self._samples) > 1 and self._samples[-1][0] - self._samples[-2][0] < SAMPLE_INTERVAL_S:
+            self._samples.pop()
         # The count begins anew where the stream was made anew.
         if self._samples and left < self._samples[-1][1]:
             self._samples.clear()
@@ -31,7 +34,7 @@ class DrainRate:
             self._samples.popleft()
 
     def due(self) -> bool:
-        """Whether the newest sample is older than a second."""
+        """Whether the newest sample is old enough for another to be worth its cost."""
         return not self._samples or time.monotonic() - self._samples[-1][0] >= SAMPLE_INTERVAL_S
 
     def wait_s(self, places: int) -> float | None:
@@ -39,7 +42,7 @@ class DrainRate:
         if len(self._samples) < 2 or time.monotonic() - self._samples[-1][0] > WINDOW_S:
             return None
         (start, left_then), (end, left_now) = self._samples[0], self._samples[-1]
-        if left_now <= left_then or end <= start:
+        if left_now <= left_then or end - start < MIN_SPAN_S:
             return None
         return places * (end - start) / (left_now - left_then)
 

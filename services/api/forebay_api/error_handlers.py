@@ -35,6 +35,7 @@ def error_response(error: ApiError, drain_rate: DrainRate) -> Response:
 
 def install(app: FastAPI, drain_rate: DrainRate, completion_paths: frozenset[str]) -> None:
     """Turn every exception that a route raises into an answer, and count the requests refused at `completion_paths`."""
+    metrics.rejections()
 
     async def api_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, ApiError)

@@ -81,9 +81,15 @@ def of(model: str, completion_type: str) -> RequestMetrics:
     )
 
 
+@functools.cache
+def rejections() -> dict[type[ApiError], Any]:
+    """The counter for each kind of rejection, all there from the start: the first of a kind is a change too."""
+    return {kind: bound(REJECTED, reason) for kind, reason in _REASONS}
+
+
 def rejected(error: ApiError) -> None:
     """A completion request was answered with `error`; one that had been admitted is none of these."""
-    for kind, reason in _REASONS:
+    for kind, counter in rejections().items():
         if isinstance(error, kind):
-            bound(REJECTED, reason).inc()
+            counter.inc()
             return

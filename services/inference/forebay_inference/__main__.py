@@ -1,18 +1,22 @@
 """`python -m forebay_inference`: a worker in the foreground, until SIGTERM or SIGINT."""
 
 import asyncio
+import logging
 import signal
 import sys
 
 import uvloop
 
-from forebay_contracts import logs
+from forebay_contracts import logs, metrics, tracing
 from forebay_contracts.connection import connected
 from forebay_contracts.errors import ConfigurationError, ForebayError
 from forebay_contracts.settings import InferenceSettings, load
 from forebay_inference.engine.protocol import Engine
 from forebay_inference.engine.simulated import SimulatedEngine
+from forebay_inference.metrics import serve as serve_metrics
 from forebay_inference.worker import Worker
+
+log = logging.getLogger(__name__)
 
 
 def build_engine(settings: InferenceSettings) -> Engine:
@@ -31,6 +35,8 @@ def build_engine(settings: InferenceSettings) -> Engine:
 
 async def serve(settings: InferenceSettings) -> None:
     """Connect, work, drain."""
+    if (port := serve_metrics(settings)) is not None:
+        log.info("[RequestQueue] metrics on %s:%d", settings.metrics_host, port)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for ending in (signal.SIGTERM, signal.SIGINT):
@@ -44,6 +50,8 @@ def main() -> int:
     try:
         settings = load(InferenceSettings)
         logs.configure(settings)
+        metrics.configure(settings)
+        tracing.configure("forebay-inference")
         uvloop.run(serve(settings))
     except ForebayError as exc:
         print(f"forebay inference: {exc}", file=sys.stderr)

@@ -40,6 +40,8 @@ from forebay_inference.engine.protocol import (
     Vector,
     require_served,
 )
+from forebay_inference.measuring import Measured
+from forebay_inference.metrics import WorkerMetrics
 from forebay_inference.replies import ReplyStream
 
 NAK_DELAY_S = 0.5
@@ -76,6 +78,7 @@ class Attempt:
     state: RequestState
     revision: int
     reply: ReplyStream
+    measured: Measured
     interrupt: asyncio.Future[tuple[Interrupt, str]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -98,6 +101,7 @@ class AttemptRunner:
         engine: Engine,
         api_alive: Callable[[str], bool],
         max_deliveries: int,
+        metrics: WorkerMetrics,
     ) -> None:
         self._worker = worker
         self._connection = connection
@@ -105,10 +109,12 @@ class AttemptRunner:
         self._engine = engine
         self._api_alive = api_alive
         self._max_deliveries = max_deliveries
+        self._metrics = metrics
         self.running: dict[str, Attempt] = {}
 
     async def run(self, delivery: Delivery) -> None:
         """Bring a delivery to its end; never raises but for cancellation."""
+        attempt: Attempt | None = None
         try:
             attempt = await self._claim(delivery)
             if attempt is not None:
@@ -117,6 +123,9 @@ class AttemptRunner:
             log.info("[RequestQueue] %s", exc)
         except (QueueUnavailable, NatsError, TimeoutError) as exc:
             log.warning("[RequestQueue] attempt at message %d given up: %s", delivery.sequence, exc)
+        finally:
+            if attempt is not None:
+                attempt.measured.close()
 
     async def _claim(self, delivery: Delivery) -> Attempt | None:
         """Make the request this attempt's own, or end it unrun."""
@@ -131,7 +140,8 @@ class AttemptRunner:
         if claimed is None:
             await self._ended_before(request, delivery)
             return None
-        return Attempt(request, delivery, claimed.state, claimed.revision, self._reply(request, delivery))
+        measured = Measured(self._metrics, request, delivery, self._worker)
+        return Attempt(request, delivery, claimed.state, claimed.revision, self._reply(request, delivery), measured)
 
     def _reply(self, request: InferenceRequest, delivery: Delivery) -> ReplyStream:
         api = names.api_of(request.reply_to)
@@ -193,7 +203,7 @@ class AttemptRunner:
         elif not self._api_alive(names.api_of(request.reply_to)):
             await self._cancel(attempt, "the api that took it is gone")
         else:
-            log.info("[RequestQueue] %s processing, attempt %d", request.id, number)
+            log.info("[RequestQueue] %s processing, attempt %d", request.id, number, extra=attempt.measured.fields())
             self.running[request.id] = attempt
             try:
                 await self._generate_or_stop(attempt)
@@ -213,6 +223,7 @@ class AttemptRunner:
             if not generation.done():
                 generation.cancel()
                 await asyncio.wait({generation})
+            attempt.measured.generated()
         if not generation.cancelled():
             await self._generated(attempt, generation)
         elif not attempt.interrupt.done():
@@ -226,7 +237,7 @@ class AttemptRunner:
 
     async def _generate(self, attempt: Attempt) -> tuple[dict[int, str], Usage] | None:
         """All tokens to the reply; how each choice ended, or None where nobody wants them."""
-        request, reply = attempt.request, attempt.reply
+        request, reply, measured = attempt.request, attempt.reply, attempt.measured
         resume: ResumeTokens = {}
         if attempt.delivery.attempt > 1:
             have: Resume = await reply.started(self._worker)
@@ -234,12 +245,15 @@ class AttemptRunner:
                 return None
             resume = {choice.index: choice.tokens for choice in have.choices}
         require_served(self._engine, request)
+        resumed = any(resume.values())
+        measured.generating()
         prompt_tokens = cached_tokens = 0
         reasons: dict[int, str] = {}
         async with aclosing(self._engine.generate(request, resume)) as events:
             async for event in events:
                 match event:
                     case Tokens():
+                        measured.tokens(event, resumed=resumed)
                         await reply.send(event)
                     case Vector():
                         await reply.send_vector(event)
@@ -248,6 +262,7 @@ class AttemptRunner:
                         cached_tokens += event.cached_tokens
                     case Accepted():
                         prompt_tokens = event.prompt_tokens
+                        measured.accepted(prompt_tokens)
                         if attempt.delivery.attempt == 1:
                             await reply.started(self._worker)
         usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=reply.token_count, cached_tokens=cached_tokens)
@@ -275,7 +290,9 @@ class AttemptRunner:
         await attempt.delivery.ack()
 
     async def _fail(self, attempt: Attempt, error: ApiError) -> None:
-        finishing = asyncio.create_task(self._finish(attempt, RequestStatus.FAILED, error=error.message))
+        # What is wrong with a request may quote it: that goes to its client and its state, not into a log.
+        code = (error.code or error.type) if error.status < 500 else None
+        finishing = asyncio.create_task(self._finish(attempt, RequestStatus.FAILED, error=error.message, code=code))
         await attempt.reply.fail(error)
         await finishing
         await attempt.delivery.term()
@@ -289,7 +306,9 @@ class AttemptRunner:
             number,
             error if expected else repr(error),
             exc_info=None if expected else error,
+            extra=attempt.measured.fields(code="engine_fault"),
         )
+        attempt.measured.ended("engine_fault", "engine_fault")
         if number >= self._max_deliveries + attempt.state.handed_over:
             await self._fail(attempt, InferenceFailed("the generation failed"))
         else:
@@ -315,12 +334,22 @@ class AttemptRunner:
         with contextlib.suppress(QueueConflict):
             await _patiently(lambda: self._states.write(state, attempt.revision))
         await attempt.delivery.nak()
-        log.info("[RequestQueue] %s handed over", attempt.request.id)
+        attempt.measured.ended("handed_over")
+        log.info("[RequestQueue] %s handed over", attempt.request.id, extra=attempt.measured.fields())
 
     async def _finish(
-        self, attempt: Attempt, status: RequestStatus, *, error: str | None = None, usage: Usage | None = None
+        self,
+        attempt: Attempt,
+        status: RequestStatus,
+        *,
+        error: str | None = None,
+        code: str | None = None,
+        usage: Usage | None = None,
     ) -> None:
-        """Write the final state over this attempt's own, and count it; raises Superseded where it is not its own."""
+        """Write the final state over this attempt's own, and count it; raises Superseded where it is not its own.
+
+        Where there is a `code`, it is logged instead of the `error`.
+        """
         state = attempt.state.model_copy(
             update={"status": status, "error": error, "usage": usage, "finished_at": time.time()}
         )
@@ -332,13 +361,16 @@ class AttemptRunner:
                 raise Superseded(f"{attempt.request.id}: attempt {attempt.delivery.attempt} was replaced") from None
             status = stored.state.status
         await _patiently(lambda: self._states.count(status, attempt.request.id))
+        attempt.measured.ended(status.value, (code or status.value) if error else None)
+        fields = attempt.measured.fields(outcome=status.value, code=code)
         log.info(
             "[RequestQueue] %s %s after %.3f s, attempt %d%s",
             attempt.request.id,
             status.value.replace("_", " "),
-            time.time() - attempt.request.created_at,
+            fields["total_s"],
             attempt.delivery.attempt,
-            f": {error}" if error else "",
+            f": {code or error}" if error else "",
+            extra=fields,
         )
 
 

@@ -23,6 +23,7 @@ from forebay_contracts.states import KeyValueStateStore
 from forebay_contracts.version import VERSION
 from forebay_inference.attempts import AttemptRunner, Interrupt
 from forebay_inference.engine.protocol import Engine, ModelInfo
+from forebay_inference.metrics import WorkerMetrics, watch
 
 KEEP_ALIVE_FRACTION = 3
 """The ack wait is restarted so many times before it could pass."""
@@ -48,7 +49,9 @@ class Worker:
             engine=engine,
             api_alive=self._apis.is_alive,
             max_deliveries=settings.max_deliveries,
+            metrics=WorkerMetrics(settings.served_model),
         )
+        watch(settings.slots, lambda: len(self._runner.running), engine)
         self._started_at = time.time()
         self._status = WorkerStatus.LOADING
         self._progress: str | None = None

@@ -18,6 +18,7 @@ from forebay_inference.engine.protocol import (
     Accepted,
     EngineEvent,
     EngineFault,
+    EngineLoad,
     Finished,
     ModelInfo,
     ResumeTokens,
@@ -122,6 +123,10 @@ class EmbeddingEngine:
     def fault(self) -> str | None:
         """See `Engine.fault`."""
         return None if self._batch is None else self._batch.fault()
+
+    def load(self) -> EngineLoad:
+        """See `Engine.load`."""
+        return EngineLoad(0 if self._batch is None else self._batch.rows)
 
     async def close(self) -> None:
         """See `Engine.close`."""

@@ -58,6 +58,7 @@ class EmbeddingBatch:
         self._changed = threading.Condition()
         self._stopped = False
         self.passes = 0
+        self.rows = 0
         self._failures = 0
         self._fault: str | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="embedding")
@@ -94,6 +95,7 @@ class EmbeddingBatch:
 
     def _run(self) -> None:
         while rows := self._next_rows():
+            self.rows = len(rows)
             try:
                 vectors = self._embed([list(tokens) for _, _, tokens in rows])
             except Exception:
@@ -113,6 +115,8 @@ class EmbeddingBatch:
     def _next_rows(self) -> list[tuple[Job, int, Sequence[int]]]:
         """What fits into the next pass, waiting until there is something; empty when it is time to end."""
         with self._changed:
+            if not self._jobs:
+                self.rows = 0
             self._changed.wait_for(lambda: self._jobs or self._stopped)
             rows: list[tuple[Job, int, Sequence[int]]] = []
             longest = 0

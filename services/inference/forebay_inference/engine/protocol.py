@@ -57,6 +57,14 @@ class Finished:
     cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is: sequences in its batch, and the part (0 to 1) of its KV cache in use, None without one."""
+
+    sequences: int
+    cache_usage: float | None = None
+
+
 EngineEvent = Accepted | Tokens | Vector | Finished
 
 ResumeTokens = Mapping[int, Sequence[int]]
@@ -93,6 +101,10 @@ class Engine(Protocol):
 
     def fault(self) -> str | None:
         """Why the engine can serve nothing any more, or None while it can."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """How busy it is now; cheap, and callable from any thread."""
         ...
 
     async def close(self) -> None:

@@ -15,6 +15,7 @@ from forebay_inference.engine.protocol import (
     Accepted,
     EngineEvent,
     EngineFault,
+    EngineLoad,
     Finished,
     ModelInfo,
     ResumeTokens,
@@ -74,6 +75,7 @@ class SimulatedEngine:
 
     def __init__(self, model_name: str) -> None:
         self._model = ModelInfo(model_name, _CONTEXT_LENGTH, "none", "none")
+        self._running = 0
 
     async def start(self, progress: Callable[[str], None]) -> ModelInfo:
         """Nothing to load."""
@@ -85,6 +87,17 @@ class SimulatedEngine:
         texts = _prompts(request)
         orders = [Orders.parse(text) for text in texts for _ in range(request.n)]
         yield Accepted(sum(len(text.split()) for text in texts))
+        self._running += len(orders)
+        try:
+            async for event in self._obey_all(request, resume, texts, orders):
+                yield event
+        finally:
+            self._running -= len(orders)
+
+    @staticmethod
+    async def _obey_all(
+        request: InferenceRequest, resume: ResumeTokens, texts: list[str], orders: list[Orders]
+    ) -> AsyncGenerator[EngineEvent, None]:
         limit = request.sampling.max_tokens
         for index, order in enumerate(orders):
             if request.completion_type is CompletionType.EMBEDDING:
@@ -105,6 +118,10 @@ class SimulatedEngine:
     def fault(self) -> str | None:
         """Never broken."""
         return None
+
+    def load(self) -> EngineLoad:
+        """Choices under way."""
+        return EngineLoad(self._running)
 
     async def close(self) -> None:
         """Nothing to free."""

@@ -118,6 +118,16 @@ class Batch:
         error = self._manager.background_thread_status.fatal_error
         return f"{type(error).__name__} in the generation thread" if error is not None else reason
 
+    @property
+    def sequences(self) -> int:
+        """How many sequences run or wait for a step."""
+        return len(self._sequences)
+
+    def cache_usage(self) -> float | None:
+        """The part of the KV cache in use, None before there is one."""
+        processor = self._manager.batch_processor
+        return None if processor is None else 1 - float(processor.cache.compute_free_capacity(relative=True))
+
     def stop(self) -> None:
         """Stop the thread, failing what still runs; blocks for a step at most."""
         self._manager.stop(block=True, timeout=_STOP_TIMEOUT_S, hard_stop=True)

@@ -14,6 +14,7 @@ from forebay_inference.engine.protocol import (
     Accepted,
     EngineEvent,
     EngineFault,
+    EngineLoad,
     Finished,
     ModelInfo,
     ResumeTokens,
@@ -166,6 +167,13 @@ class TransformersEngine:
     def fault(self) -> str | None:
         """See `Engine.fault`."""
         return None if self._serving is None else self._serving.batch.fault()
+
+    def load(self) -> EngineLoad:
+        """See `Engine.load`."""
+        serving = self._serving
+        if serving is None:
+            return EngineLoad(0)
+        return EngineLoad(serving.batch.sequences, serving.batch.cache_usage())
 
     async def close(self) -> None:
         """See `Engine.close`."""
