@@ -21,7 +21,8 @@ EXAMPLES = 60
 def explore(stack: Stack, mode: GenerationMode) -> int:
     """Call every operation with generated requests and check every answer; how many were made."""
     schema = schemathesis.openapi.from_url(f"{stack.apis[0].url}/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
+    # The events have no end, which a generated request would wait for.
+    operations = [result.ok() for result in schema.exclude(path="/v1/queue/events").get_all_operations()]
     made = 0
 
     @settings(

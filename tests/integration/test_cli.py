@@ -334,3 +334,45 @@ async def test_chat_without_an_api(tmp_path: Path) -> None:
 
 async def test_version(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", (await forebay("--version", data_dir=tmp_path)).stdout)
+
+
+async def test_a_drained_worker_is_no_crash(tmp_path: Path) -> None:
+    async with up(tmp_path, "--workers", "2", max_concurrent_requests=2, worker_slots=1) as running:
+        workers = (await forebay("status", "--json", data_dir=tmp_path)).json()["workers"]
+        drained = await forebay("drain", workers[0]["id"], data_dir=tmp_path)
+        assert drained.code == 0, drained.stderr
+        assert running.process.stderr is not None
+        async with asyncio.timeout(END_TIMEOUT_S):
+            while b"has drained and left; the others go on" not in (line := await running.process.stderr.readline()):
+                assert line
+        assert (await running.chat("[[tokens=2]]")).status_code == 200
+        status = (await forebay("status", "--json", data_dir=tmp_path)).json()
+        assert [worker["id"] for worker in status["workers"]] == [workers[1]["id"]]
+        running.process.send_signal(signal.SIGTERM)
+        ended = await running.ended()
+    assert ended.code == 0, ended.stderr
+
+
+async def test_requests_are_filtered(tmp_path: Path) -> None:
+    async with up(tmp_path) as running:
+        done = (await running.chat("[[tokens=1]]")).headers["x-request-id"]
+        failed = (await running.chat("[[fail]]")).headers["x-request-id"]
+
+        async def found(*options: str) -> list[str]:
+            listed = await forebay("requests", "--json", *options, data_dir=tmp_path)
+            return [request["id"] for request in listed.json()]
+
+        assert await found("--model", "SmolLM2-135M-Instruct") == [failed, done]
+        assert await found("--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--status", "completed") == [done]
+        assert await found("--model", "other") == []
+        assert await found("--since", "10m") == [failed, done]
+        assert await found("--since", "0s") == []
+        assert await found("--id", failed) == [failed]
+        # Why one given request failed, in one command.
+        told = await forebay("requests", "--id", failed, data_dir=tmp_path)
+        assert "failed" in told.stdout
+        assert "the generation failed" in told.stdout
+        unknown = await forebay("requests", "--id", "no-such", data_dir=tmp_path)
+        assert (unknown.code, unknown.stderr) == (1, "forebay: no request no-such is known\n")
+        running.process.send_signal(signal.SIGTERM)
+        await running.ended()

@@ -5,6 +5,7 @@ import contextlib
 import heapq
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nats.errors import Error as NatsError
@@ -61,10 +62,36 @@ async def status(*, watch: bool, as_json: bool) -> None:
                 await asyncio.sleep(WATCH_INTERVAL_S)
 
 
-async def requests(*, status: RequestStatus | None, limit: int, as_json: bool) -> None:
-    """Print the newest requests, newest first."""
+@dataclass(frozen=True)
+class Filter:
+    """Which requests are asked for; None: whichever."""
+
+    status: RequestStatus | None = None
+    model: str | None = None
+    since_s: float | None = None
+    request_id: str | None = None
+
+    def wants(self, state: RequestState) -> bool:
+        """Whether `state` is one of them."""
+        return (
+            self.status in (None, state.status)
+            and (self.model is None or state.model == self.model or state.model.endswith("/" + self.model))
+            and (self.since_s is None or state.queued_at >= time.time() - self.since_s)
+        )
+
+
+async def requests(wanted: Filter, *, limit: int, as_json: bool) -> None:
+    """Print the newest requests, newest first.
+
+    Raises:
+        RequestNotFound: one was asked for by its id, and is not known (any more).
+    """
     async with connected(settings()) as link:
-        found = await _newest(link, status, limit)
+        if wanted.request_id is None:
+            states = await recent_states(link, SCANNED_CHANGES)
+            found = heapq.nlargest(limit, filter(wanted.wants, states), key=lambda state: state.queued_at)
+        else:
+            found = [await _one(link, wanted.request_id)]
     if as_json:
         console.print_json([state.model_dump(mode="json") for state in found])
         return
@@ -81,15 +108,13 @@ async def cancel(request_id: str) -> None:
     """
     async with connected(settings()) as link:
         states = KeyValueStateStore(link)
-        # An id goes into subjects: what cannot be one goes no further.
-        stored = await states.get(request_id) if names.is_request_id(request_id) else None
-        if stored is None:
-            raise RequestNotFound(f"no request {request_id} is known")
+        known = await _one(link, request_id)
         queue = JetStreamQueue(link)
         reason = "cancelled by the operator"
         if not await cancellation.call_off(link, queue, states, request_id, RequestStatus.CANCELLED, reason):
-            latest = await states.get(request_id) or stored
-            raise QueueConflict(f"request {request_id} has ended already: {latest.state.status.value}")
+            latest = await states.get(request_id)
+            ended = latest.state if latest else known
+            raise QueueConflict(f"request {request_id} has ended already: {ended.status.value}")
     console.stdout.print(f"cancelled {request_id}", markup=False)
 
 
@@ -165,11 +190,12 @@ def _model_row(line: ModelQueue) -> tuple[object, ...]:
     return (line.model, line.waiting, f"{line.processing}/{line.max_concurrent}", paused)
 
 
-async def _newest(link: Connection, status: RequestStatus | None, limit: int) -> list[RequestState]:
-    """The `limit` newest requests (of `status`) among those whose state has changed last."""
-    found = await recent_states(link, SCANNED_CHANGES)
-    wanted = (state for state in found if status in (None, state.status))
-    return heapq.nlargest(limit, wanted, key=lambda state: state.queued_at)
+async def _one(link: Connection, request_id: str) -> RequestState:
+    # An id goes into subjects: what cannot be one goes no further.
+    stored = await KeyValueStateStore(link).get(request_id) if names.is_request_id(request_id) else None
+    if stored is None:
+        raise RequestNotFound(f"no request {request_id} is known")
+    return stored.state
 
 
 def _request_row(state: RequestState) -> tuple[object, ...]:
@@ -219,6 +245,7 @@ def _consumer_row(info: ConsumerInfo) -> dict[str, Any]:
         "redelivered": info.num_redelivered,
         "pulls_waiting": info.num_waiting,
         "ack_wait_s": config.ack_wait,
+        "paused_until": config.pause_until if info.paused else None,
     }
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from forebay_cli import chat as chatting
-from forebay_cli import console, inspect
+from forebay_cli import console, inspect, steer
 from forebay_cli import plan as planning
 from forebay_cli import up as bringing_up
 from forebay_contracts.errors import ConfigurationError, ForebayError
@@ -100,17 +100,44 @@ def status(
 @app.command()
 def requests(
     status: Annotated[RequestStatus | None, typer.Option(help="Only those in this state.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only those of this model: its name, or the end of it.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only those queued within the last 90s, 10m, 2h.")] = None,
+    request_id: Annotated[str | None, typer.Option("--id", help="Only this one.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=10_000)] = 20,
     as_json: AsJson = False,
 ) -> None:
     """Show the newest requests and what became of them."""
-    asyncio.run(inspect.requests(status=status, limit=limit, as_json=as_json))
+    wanted = inspect.Filter(status, model, None if since is None else steer.duration_s(since), request_id)
+    asyncio.run(inspect.requests(wanted, limit=limit, as_json=as_json))
 
 
 @app.command()
 def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Call a request off, waiting or running."""
     asyncio.run(inspect.cancel(request_id))
+
+
+@app.command()
+def pause(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Its name, an alias, or its consumer.")],
+    for_: Annotated[
+        str | None, typer.Option("--for", help="So long, as 90s, 10m or 2h.", show_default="until it is resumed")
+    ] = None,
+) -> None:
+    """Hand out no request of a model; new ones wait, and what runs goes on."""
+    asyncio.run(steer.pause(model, None if for_ is None else steer.duration_s(for_)))
+
+
+@app.command()
+def resume(model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
+    """Hand out requests of a paused model again."""
+    asyncio.run(steer.resume(model))
+
+
+@app.command()
+def drain(worker: Annotated[str, typer.Argument(metavar="WORKER_ID")]) -> None:
+    """Have one worker finish what it runs and end, as by SIGTERM."""
+    asyncio.run(steer.drain(worker))
 
 
 @app.command()

@@ -75,8 +75,10 @@ class Child:
         show: Show,
         *,
         verbose: bool,
+        may_leave: bool,
     ) -> None:
         self.name = name
+        self.may_leave = may_leave
         self.log_path = log.path
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self.ending = False
@@ -154,8 +156,13 @@ class Supervisor:
         self._stages: list[list[Child]] = []
         self._started = asyncio.Event()
 
-    async def start(self, name: str, command: Sequence[str], env: Mapping[str, str], *, stage: int) -> Child:
-        """Start `command`, whose first part is a path, as a child that is ended with those of its `stage`."""
+    async def start(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], *, stage: int, may_leave: bool = False
+    ) -> Child:
+        """Start `command`, whose first part is a path, as a child that is ended with those of its `stage`.
+
+        One that `may_leave` has not died when it ends by itself with exit code 0: it was told to by somebody else.
+        """
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log = LogFile(self._log_dir / f"{name.replace(' ', '-')}.log")
         output, its_end = await _pipe()
@@ -172,7 +179,7 @@ class Supervisor:
             )
         finally:
             os.close(its_end)
-        child = Child(name, process, output, log, self._show, verbose=self._verbose)
+        child = Child(name, process, output, log, self._show, verbose=self._verbose, may_leave=may_leave)
         while len(self._stages) <= stage:
             self._stages.append([])
         self._stages[stage].append(child)
@@ -188,12 +195,17 @@ class Supervisor:
         while True:
             self._started.clear()
             news = asyncio.create_task(self._started.wait())
+            present = [child.ended for child in self._children() if not (child.ending and child.ended.done())]
             try:
-                await asyncio.wait([news, *(child.ended for child in self._children())], return_when="FIRST_COMPLETED")
+                await asyncio.wait([news, *present], return_when="FIRST_COMPLETED")
             finally:
                 news.cancel()
             for child in self._children():
                 if child.ended.done() and not child.ending:
+                    if child.may_leave and child.ended.result() == 0:
+                        child.ending = True
+                        self._show(child.name, "has drained and left; the others go on")
+                        continue
                     raise ChildDied(_obituary(child, child.ended.result()))
 
     async def drain(self, patience_s: Callable[[Child], float]) -> list[str]:

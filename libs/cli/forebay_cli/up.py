@@ -113,7 +113,8 @@ class Deployment:
         # With a NATS of one's own, workers of other machines may be there already: ours are those to come.
         others = {worker.id for worker in workers.alive()}
         for number in range(1, self.workers + 1):
-            await self._start_service(f"worker {number}", "forebay_inference", WORKER_STAGE)
+            # A worker that `forebay drain` ended is no crash: the others go on, and with none left, requests wait.
+            await self._start_service(f"worker {number}", "forebay_inference", WORKER_STAGE, may_leave=True)
         await self._start_service("api", "forebay_api", API_STAGE)
         try:
             await self._until_ready(workers, others)
@@ -131,8 +132,8 @@ class Deployment:
                 self._progress.show("waiting for " + (", ".join(dict.fromkeys(waiting)) or "the api"))
                 await asyncio.sleep(LOOK_INTERVAL_S)
 
-    async def _start_service(self, name: str, module: str, stage: int) -> None:
-        await self.supervisor.start(name, [sys.executable, "-m", module], self.env, stage=stage)
+    async def _start_service(self, name: str, module: str, stage: int, *, may_leave: bool = False) -> None:
+        await self.supervisor.start(name, [sys.executable, "-m", module], self.env, stage=stage, may_leave=may_leave)
 
     async def _api_is_ready(self, client: httpx.AsyncClient) -> bool:
         try:

@@ -58,6 +58,11 @@ def cancel_subject(request_id: str) -> str:
     return f"inference.cancel.{request_id}"
 
 
+def drain_subject(worker: str) -> str:
+    """Where a worker is told to end as by SIGTERM; it answers that it does."""
+    return f"inference.drain.{worker}"
+
+
 def resend_subject(request_id: str) -> str:
     """Where an api asks the worker that runs a request for deltas that it missed; `*` for all."""
     return f"inference.resend.{request_id}"

@@ -1,6 +1,8 @@
 """The worker: slots that pull, and what keeps their requests and itself known to be alive."""
 
 import asyncio
+import contextlib
+import json
 import logging
 import os
 import socket
@@ -68,6 +70,7 @@ class Worker:
         await topology.ensure(self._connection, settings, settings.served_model, settings.served_aliases)
         await self._apis.start()
         await self._heartbeat.start()
+        await self._listen_for_drain(stop)
         try:
             if not await self._load(stop):
                 return
@@ -78,6 +81,16 @@ class Worker:
             await self._engine.close()
         if (fault := self._engine.fault()) is not None:
             raise InferenceFailed(f"the engine broke: {fault}")
+
+    async def _listen_for_drain(self, stop: asyncio.Event) -> None:
+        async def asked(msg: Msg) -> None:
+            log.info("[RequestQueue] worker %s is told to drain", self.id)
+            stop.set()
+            if msg.reply:
+                with contextlib.suppress(NatsError):
+                    await msg.respond(json.dumps({"draining": self.id, "running": len(self._runner.running)}).encode())
+
+        await self._connection.client.subscribe(names.drain_subject(self.id), cb=asked)
 
     async def _load(self, stop: asyncio.Event) -> bool:
         """Start the engine; False if it was stopped meanwhile."""

@@ -158,7 +158,7 @@ function showModels(models, workers) {
   $("models").replaceChildren(...models.map((line) => {
     let state = [`${ready(line.model)} ready`, "state-ready"];
     if (!ready(line.model)) state = ["no worker", "state-failed"];
-    if (line.paused_until) state = [`paused until ${clock(line.paused_until)}`, "state-paused"];
+    if (line.paused_until) state = [`paused${until(line.paused_until)}`, "state-paused"];
     return row([line.model, line.waiting, `${line.processing} of ${line.max_concurrent}`, state]);
   }));
   $("workers").replaceChildren(...workers.map((worker) => row([
@@ -169,6 +169,8 @@ function showModels(models, workers) {
 
 // --- Requests ---
 
+const DAY_S = 86_400;
+const until = (at) => (at - last.at > 365 * DAY_S ? "" : ` until ${new Date(at * 1000).toLocaleString()}`);
 const clock = (at) => new Date(at * 1000).toLocaleTimeString();
 const seconds = (value) => `${Math.max(value, 0).toFixed(2)} s`;
 

@@ -1,0 +1,143 @@
+"""Steering the living system, as an operator does it: `forebay pause`, `resume`, `drain` and `topology apply`."""
+
+import asyncio
+import re
+import sys
+import time
+from dataclasses import dataclass
+
+from forebay_contracts.messages import RequestStatus
+from support.nats import NatsServer
+from support.stack import MODEL, Stack, running
+from support.view import holds, jetstream
+
+CONSUMER = f"HuggingFaceTB-{MODEL}"
+
+
+@dataclass
+class Ended:
+    code: int | None
+    stdout: str
+    stderr: str
+
+
+async def forebay(stack: Stack, *arguments: str, **settings: object) -> Ended:
+    """A command against the stack's NATS, to its end."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "forebay_cli", *arguments, env=stack.env(**settings), stdout=pipe, stderr=pipe
+    )
+    async with asyncio.timeout(20):
+        stdout, stderr = await process.communicate()
+    return Ended(process.returncode, stdout.decode(), stderr.decode())
+
+
+async def test_a_paused_model_waits_and_goes_on(nats_server: NatsServer) -> None:
+    async with running(nats_server, max_concurrent_requests=2) as stack:
+        runs = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=100]]"))
+        await holds(stack, 1)
+        paused = await forebay(stack, "pause", MODEL)
+        assert (paused.code, paused.stdout) == (
+            0,
+            f"paused HuggingFaceTB/{MODEL} until it is resumed; 1 still run\n",
+        ), paused.stderr
+        waits = asyncio.create_task(stack.chat("[[tokens=2]]"))
+        await holds(stack, 2)
+        # What ran goes on to its end; what came after is not handed out, though a slot was free all along.
+        assert (await runs).status_code == 200
+        await holds(stack, 1)
+        (line,) = (await stack.status())["models"]
+        assert (line["waiting"], line["processing"]) == (1, 0)
+        assert line["paused_until"] > time.time() + 365 * 86_400
+        assert not waits.done()
+        # A changed setting that is applied meanwhile leaves the pause as it is.
+        applied = await forebay(stack, "topology", "apply", max_concurrent_requests=3)
+        assert f"consumer {CONSUMER}: max_ack_pending 2 → 3\n" in applied.stdout
+        assert (await stack.status())["models"][0]["paused_until"]
+        resumed = await forebay(stack, "resume", f"HuggingFaceTB/{MODEL}")
+        assert (resumed.code, resumed.stdout) == (0, f"resumed HuggingFaceTB/{MODEL}; 1 wait\n")
+        assert (await waits).status_code == 200
+        assert (await stack.status())["models"][0]["paused_until"] is None
+        again = await forebay(stack, "resume", CONSUMER)
+        assert (again.code, again.stdout) == (0, f"was not paused: HuggingFaceTB/{MODEL}; 0 wait\n")
+
+
+async def test_a_pause_ends_by_itself(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        paused = await forebay(stack, "pause", MODEL, "--for", "1.5s")
+        assert re.search(r"until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d; 0 still run", paused.stdout)
+        until = (await stack.status())["models"][0]["paused_until"]
+        answer = await stack.chat("[[tokens=1]]")
+        assert answer.status_code == 200
+        assert time.time() >= until
+        state = await stack.state(answer.headers["x-request-id"])
+        assert state is not None
+        assert state.started_at is not None
+        assert state.started_at >= until - 0.05
+
+
+async def test_what_cannot_be_steered_is_said(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        unknown = await forebay(stack, "pause", "nobody")
+        assert unknown.code == 1
+        assert f"there is no model nobody; known are: HuggingFaceTB/{MODEL}" in unknown.stderr
+        wrong = await forebay(stack, "pause", MODEL, "--for", "soon")
+        assert wrong.code == 2
+        assert "'soon' is no duration: write 90s, 10m, 2h or 1h30m" in wrong.stderr
+        for worker in ("nobody", "a.b", "*"):
+            nobody = await forebay(stack, "drain", worker)
+            assert nobody.code == 1
+            assert f"there is no worker {worker}: `forebay status` lists them" in nobody.stderr
+
+
+async def test_one_worker_is_drained_and_the_other_takes_over(nats_server: NatsServer) -> None:
+    async with running(nats_server, workers=2, max_concurrent_requests=2, worker_slots=1) as stack:
+        runs = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=50]]"))
+        await holds(stack, 1)
+        (request_id,) = await ids(stack)
+        state = await stack.reaches(request_id, RequestStatus.PROCESSING)
+        busy = next(worker for worker in stack.workers if worker.id == state.worker)
+        drained = await forebay(stack, "drain", busy.id)
+        assert (drained.code, drained.stdout) == (0, f"{busy.id} drains: it takes nothing more, finishes 1 and ends\n")
+        answer = await runs
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 20)
+        assert await busy.ended() == 0
+        status = await stack.status()
+        assert (status["workers"], status["is_running"]) == (1, True)
+        after = await stack.reaches((await stack.chat("[[tokens=1]]")).headers["x-request-id"], RequestStatus.COMPLETED)
+        assert after.worker not in (None, busy.id)
+        assert (await stack.reaches(request_id, RequestStatus.COMPLETED)).attempt == 1
+
+
+async def test_the_limits_are_changed_under_load(nats_server: NatsServer) -> None:
+    """A worker that may take more takes more at once; a queue that is made smaller loses nothing."""
+    async with running(nats_server, max_concurrent_requests=4, max_queue_size=20) as stack:
+        lowered = await forebay(stack, "topology", "apply", max_concurrent_requests=1, max_queue_size=20)
+        assert f"consumer {CONSUMER}: max_ack_pending 4 → 1\n" in lowered.stdout
+        sent = [asyncio.create_task(stack.chat("[[tokens=20 delay_ms=50]]")) for _ in range(12)]
+        await holds(stack, 12)
+        assert (await stack.status())["processing_count"] == 1
+        raised = await forebay(stack, "topology", "apply", max_concurrent_requests=4, max_queue_size=5)
+        assert f"consumer {CONSUMER}: max_ack_pending 1 → 4\n" in raised.stdout
+        assert "stream INFERENCE: max_msgs 20 → 5\n" in raised.stdout
+        status = await stack.status()
+        assert (status["max_concurrent"], status["max_queue_size"]) == (4, 5)
+        assert status["processing_count"] >= 3
+        # More wait than there is room for now: no further one is taken, none of those is lost.
+        assert (await stack.chat("[[tokens=1]]")).json()["error"]["code"] == "queue_full"
+        assert {answer.status_code for answer in await asyncio.gather(*sent)} == {200}
+        assert (await jetstream(stack, "STREAM.INFO.INFERENCE"))["config"]["max_msgs"] == 5
+
+
+async def ids(stack: Stack) -> list[str]:
+    """The ids of the requests that are known."""
+    bucket = await stack.connection.jetstream.key_value("inference-requests")
+    async with asyncio.timeout(10):
+        watcher = await bucket.watchall()
+        try:
+            async for entry in watcher:
+                if entry is not None:
+                    return [entry.key]
+        finally:
+            await watcher.stop()
+    return []
