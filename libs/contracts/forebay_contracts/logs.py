@@ -24,24 +24,35 @@ FIELDS: Final = (
 """What a line can carry besides its message, by logging's `extra`: the same names in every line. Times: seconds."""
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, then those of FIELDS that it has,
     and `exception` if any."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._second = -1
+        self._time = ""
+
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON."""
+        if (second := int(record.created)) != self._second:
+            self._second, self._time = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        known = record.__dict__
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "time": f"{self._time}.{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
         for name in FIELDS:
-            if (value := record.__dict__.get(name)) is not None:
+            if (value := known.get(name)) is not None:
                 line[name] = round(value, 6) if isinstance(value, float) else value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return _encode(line)
 
 
 def configure(settings: Settings) -> None:

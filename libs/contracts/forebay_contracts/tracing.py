@@ -72,13 +72,16 @@ def start(
     within: Span | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Span:
-    """Begin a span, to be ended by the caller; its parent is what `headers` say, or the span `within`."""
+    """Begin a span, to be ended by the caller; its parent is what `headers` say, the span `within`, or the current."""
     if _tracer is None:
         return trace.INVALID_SPAN
-    parent = _propagator.extract(headers, Context()) if headers is not None else None
-    if within is not None:
-        parent = trace.set_span_in_context(within)
-    return _tracer.start_span(name, parent, kind, attributes)
+    if headers is not None:
+        return _tracer.start_span(name, _propagator.extract(headers, Context()), kind, attributes)
+    parent = trace.get_current_span() if within is None else within
+    # What the sampler left out is left out whole, and then costs next to nothing.
+    if parent.get_span_context().is_valid and not parent.is_recording():
+        return parent
+    return _tracer.start_span(name, trace.set_span_in_context(parent), kind, attributes)
 
 
 def current(span: Span) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,159 @@
+"""What it costs to be seen: the same load with all of observability on and with none of it, in turns.
+
+    python tests/benchmarks/observability.py [--seconds 4] [--rounds 5] [--clients 16] [--sampled 0.1]
+
+Two systems stand beside each other on one nats-server each and are loaded one after the other, in turns and in
+changing order, so that whatever else the machine does hits both. "On" is metrics, scraped every second from both
+services, JSON log lines, and traces sent to a collector, the part `--sampled` of them; "off" is METRICS=false, no
+traces, text log lines. A ratio is of one round. Log lines of a request are written in both: they are no option.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.nats import NatsServer
+from support.stack import Stack, running
+
+HERE = Path(__file__).parent
+PARTS = ("metrics", "logs", "traces")
+LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Takes what OTLP exporters send and looks at none of it."""
+
+    def do_POST(self) -> None:
+        """Take it."""
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """No line."""
+
+
+async def load(stack: Stack, clients: int, seconds: float) -> dict[str, float]:
+    """The driver's figures for one turn."""
+    command = (str(HERE / "driver.py"), str(stack.apis[0].port), str(clients), str(seconds))
+    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the driver ended with {process.returncode}")
+    await stack.idle()
+    figures: dict[str, float] = json.loads(output)
+    if figures["not_200"]:
+        raise RuntimeError(f"{figures['not_200']} answers were not 200")
+    return figures
+
+
+@contextlib.asynccontextmanager
+async def scraped(stack: Stack, port: str | None) -> AsyncIterator[None]:
+    """Both services, the worker's on `port`, scraped every second, as no Prometheus in earnest would."""
+
+    async def scrape() -> None:
+        while port is not None:
+            for url in (f"{stack.apis[0].url}/metrics", f"http://127.0.0.1:{port}/metrics"):
+                (await stack.http.get(url)).raise_for_status()
+            await asyncio.sleep(1)
+
+    scraping = asyncio.create_task(scrape())
+    try:
+        yield
+    finally:
+        scraping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await scraping
+
+
+async def measure(on: Stack, off: Stack, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rounds."""
+    # Looked for before there are many lines.
+    port = (await on.workers[0].logged(r"metrics on \S+:(\d+)"))[1] if "metrics" in options.parts else None
+    for stack in (on, off):
+        await load(stack, options.clients, 1)
+    found = []
+    for number in range(options.rounds):
+        figures: dict[str, Any] = {}
+        for name in ("on", "off") if number % 2 else ("off", "on"):
+            if name == "on":
+                async with scraped(on, port):
+                    figures["on"] = await load(on, options.clients, options.seconds)
+            else:
+                figures["off"] = await load(off, options.clients, options.seconds)
+        figures["ratio"] = figures["on"]["requests_per_s"] / figures["off"]["requests_per_s"]
+        print(
+            f"round {number + 1}: on {figures['on']['requests_per_s']:.0f}, "
+            f"off {figures['off']['requests_per_s']:.0f} requests/s, ratio {figures['ratio']:.3f}",
+            flush=True,
+        )
+        found.append(figures)
+    return found
+
+
+async def main() -> int:
+    """Start both, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=4, help="of load at a time")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--sampled", type=float, default=0.1, help="part of the requests that is traced")
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, default=PARTS, help="what is on; none: how equal the two systems are"
+    )
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    options = parser.parse_args()
+    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    Thread(target=collector.serve_forever, daemon=True).start()
+    visible: dict[str, Any] = {"metrics_port": 0} if "metrics" in options.parts else {"metrics": "false"}
+    if "logs" in options.parts:
+        visible["log_format"] = "json"
+    if "traces" in options.parts:
+        visible |= {
+            "otel_exporter_otlp_endpoint": f"http://127.0.0.1:{collector.server_port}",
+            "otel_traces_sampler": "parentbased_traceidratio",
+            "otel_traces_sampler_arg": options.sampled,
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        servers = [NatsServer(Path(folder) / name) for name in ("on", "off")]
+        for server in servers:
+            server.start()
+        try:
+            async with (
+                running(servers[0], **LIMITS, **visible) as on,
+                running(servers[1], **LIMITS, metrics="false") as off,
+            ):
+                found = await measure(on, off, options)
+        finally:
+            for server in servers:
+                server.stop()
+            collector.shutdown()
+    ratios = [figures["ratio"] for figures in found]
+    machine = f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores, {options.clients} clients"
+    traced = f" ({options.sampled:.0%} of the requests)" if "traces" in options.parts else ""
+    print(
+        f"{machine}; on: {', '.join(options.parts) or 'nothing'}{traced}: {statistics.median(ratios):.3f} of the "
+        f"requests/s of off ({min(ratios):.3f} to {max(ratios):.3f})"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
