@@ -1,4 +1,4 @@
-# install · run · test · check · bench · soak; `make run ARGS="--port 9000"` passes options on.
+# install · run · test · check · bench · bench-peers · soak; `make run ARGS="--port 9000"` passes options on.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install run test check bench soak clean
+.PHONY: install run test check bench bench-peers soak clean
 
 install: $(STAMP)
 
@@ -35,6 +35,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/overhead.py $(ARGS)
+
+bench-peers: $(STAMP)
+	$(BIN)/python tests/benchmarks/peers.py $(ARGS)
 
 soak: $(STAMP)
 	$(BIN)/python tests/faults/soak.py $(ARGS)
