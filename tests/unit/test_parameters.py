@@ -1,0 +1,146 @@
+"""The table of parameters in docs/engine.md, held to the schemas and to what the OpenAI SDK documents."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from starlette.requests import Request
+
+from forebay_api.bodies import read_body
+from forebay_api.schemas import ChatCompletionBody, CompletionBody
+from forebay_contracts.errors import InvalidRequest
+
+PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
+Body = ChatCompletionBody | CompletionBody
+BODIES: dict[str, type[Body]] = {"chat": ChatCompletionBody, "completions": CompletionBody}
+LEAST: dict[str, dict[str, Any]] = {
+    "chat": {"model": "m", "messages": [{"role": "user", "content": "a"}]},
+    "completions": {"model": "m", "prompt": "a"},
+}
+DOCUMENTED = {
+    "chat": {
+        *chat_create_params.CompletionCreateParamsBase.__annotations__,
+        *chat_create_params.CompletionCreateParamsStreaming.__annotations__,
+    },
+    "completions": {
+        *completion_create_params.CompletionCreateParamsBase.__annotations__,
+        *completion_create_params.CompletionCreateParamsStreaming.__annotations__,
+    },
+}
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+# A value that is not the default of each, and what it cannot be without.
+SAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "audio": ({"voice": "alloy", "format": "wav"}, {}),
+    "best_of": (3, {}),
+    "chat_template_kwargs": ({"a": 1}, {}),
+    "echo": (True, {}),
+    "frequency_penalty": (0.5, {}),
+    "function_call": ("auto", {}),
+    "functions": ([{"name": "f"}], {}),
+    "ignore_eos": (True, {}),
+    "logit_bias": ({"5": 1.5}, {}),
+    "logprobs": (True, {}),
+    "max_completion_tokens": (3, {}),
+    "max_tokens": (3, {}),
+    "messages": ([{"role": "user", "content": "b"}], {}),
+    "metadata": ({"a": "b"}, {}),
+    "min_p": (0.1, {}),
+    "modalities": (["text"], {}),
+    "model": ("other", {}),
+    "moderation": ({"model": "m"}, {}),
+    "n": (2, {}),
+    "parallel_tool_calls": (False, {"tools": TOOLS}),
+    "prediction": ({"type": "content", "content": "a"}, {}),
+    "presence_penalty": (0.5, {}),
+    "prompt": ("b", {}),
+    "prompt_cache_key": ("a", {}),
+    "prompt_cache_options": ({}, {}),
+    "prompt_cache_retention": ("24h", {}),
+    "reasoning_effort": ("none", {}),
+    "repetition_penalty": (1.5, {}),
+    "response_format": ({"type": "json_object"}, {}),
+    "safety_identifier": ("a", {}),
+    "seed": (5, {}),
+    "service_tier": ("auto", {}),
+    "stop": ("a", {}),
+    "store": (True, {}),
+    "stream": (True, {}),
+    "stream_options": ({"include_usage": True}, {"stream": True}),
+    "suffix": ("a", {}),
+    "temperature": (0.5, {}),
+    "tool_choice": ("required", {"tools": TOOLS}),
+    "tools": (TOOLS, {}),
+    "top_k": (5, {}),
+    "top_logprobs": (2, {"logprobs": True}),
+    "top_p": (0.5, {}),
+    "user": ("a", {}),
+    "verbosity": ("low", {}),
+    "web_search_options": ({}, {}),
+}
+OTHER_SAMPLES = {("completions", "logprobs"): 2}
+
+
+def table() -> dict[tuple[str, str], str]:
+    """For endpoint and parameter, what the page says becomes of it."""
+    section = PAGE.read_text().split("## Parameters", 1)[1].split("\n## ", 1)[0]
+    told: dict[tuple[str, str], str] = {}
+    for line in section.splitlines():
+        if not line.startswith("| `"):
+            continue
+        names, chat, completions, *_ = (cell.strip() for cell in line.strip("|").split(" | "))
+        for name in re.findall(r"`(\w+)`", names):
+            for endpoint, fate in (("chat", chat), ("completions", completions)):
+                assert (endpoint, name) not in told, f"{name} stands there twice"
+                told[endpoint, name] = fate
+    return told
+
+
+async def read(endpoint: str, fields: dict[str, Any]) -> Body:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}
+
+    return await read_body(Request({"type": "http", "headers": []}, receive), BODIES[endpoint], 1 << 20)
+
+
+async def meaning(endpoint: str, fields: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a body comes to."""
+    body = await read(endpoint, fields)
+    request = body.request(request_id="i", model=body.model, created_at=0, deadline=0, reply_to="")
+    return request, body.include_usage
+
+
+@pytest.mark.parametrize("endpoint", BODIES)
+def test_the_table_is_complete(endpoint: str) -> None:
+    known = {name for (where, name), fate in table().items() if where == endpoint and fate != "unknown"}
+    assert known == BODIES[endpoint].model_fields.keys() | DOCUMENTED[endpoint]
+    assert {name for _, name in table()} == SAMPLES.keys()
+
+
+@pytest.mark.parametrize(("endpoint", "name"), table())
+async def test_a_parameter_fares_as_the_table_says(endpoint: str, name: str) -> None:
+    sample, others = SAMPLES[name]
+    plain = LEAST[endpoint] | ({} if table()[endpoint, name] in ("unknown", "refused") else others)
+    given = plain | {name: OTHER_SAMPLES.get((endpoint, name), sample)}
+    match table()[endpoint, name]:
+        case "honoured":
+            assert await meaning(endpoint, given) != await meaning(endpoint, plain)
+        case "no effect":
+            assert await meaning(endpoint, given) == await meaning(endpoint, plain)
+        case "refused" | "unknown":
+            with pytest.raises(InvalidRequest) as refused:
+                await read(endpoint, given)
+            assert (refused.value.status, refused.value.param) == (400, name)
+            assert name in refused.value.message
+        case other:
+            raise AssertionError(f"{name} is said to be {other!r}")
+
+
+@pytest.mark.parametrize(("name", "value"), [("modalities", ["text", "audio"]), ("reasoning_effort", "high")])
+async def test_what_would_have_an_effect_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await read("chat", LEAST["chat"] | {name: value})
+    assert str(refused.value.param).startswith(name)
