@@ -5,7 +5,10 @@
 Two systems stand beside each other on one nats-server each and are loaded one after the other, in turns and in
 changing order, so that whatever else the machine does hits both. "On" is metrics, scraped every second from both
 services, JSON log lines, and traces sent to a collector, the part `--sampled` of them; "off" is METRICS=false, no
-traces, text log lines. A ratio is of one round. Log lines of a request are written in both: they are no option.
+traces, text log lines: to have log lines is no option.
+
+A ratio is of one round: of the requests/s, and of the CPU time that api and worker together use for a request, which
+says the same with less noise where others use the machine too.
 """
 
 import argparse
@@ -48,15 +51,23 @@ class Collector(BaseHTTPRequestHandler):
         """No line."""
 
 
+def cpu_s(stack: Stack) -> float:
+    """CPU seconds of api and worker so far."""
+    services = (*stack.apis, *stack.workers)
+    return sum(sum(psutil.Process(service.process.pid).cpu_times()[:2]) for service in services)
+
+
 async def load(stack: Stack, clients: int, seconds: float) -> dict[str, float]:
     """The driver's figures for one turn."""
     command = (str(HERE / "driver.py"), str(stack.apis[0].port), str(clients), str(seconds))
+    before = cpu_s(stack)
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
     if process.returncode:
         raise RuntimeError(f"the driver ended with {process.returncode}")
     await stack.idle()
     figures: dict[str, float] = json.loads(output)
+    figures["cpu_ms"] = 1000 * (cpu_s(stack) - before) / figures["requests"]
     if figures["not_200"]:
         raise RuntimeError(f"{figures['not_200']} answers were not 200")
     return figures
@@ -97,9 +108,11 @@ async def measure(on: Stack, off: Stack, options: argparse.Namespace) -> list[di
             else:
                 figures["off"] = await load(off, options.clients, options.seconds)
         figures["ratio"] = figures["on"]["requests_per_s"] / figures["off"]["requests_per_s"]
+        figures["cpu_ratio"] = figures["on"]["cpu_ms"] / figures["off"]["cpu_ms"]
         print(
             f"round {number + 1}: on {figures['on']['requests_per_s']:.0f}, "
-            f"off {figures['off']['requests_per_s']:.0f} requests/s, ratio {figures['ratio']:.3f}",
+            f"off {figures['off']['requests_per_s']:.0f} requests/s, ratio {figures['ratio']:.3f}; "
+            f"CPU on {figures['on']['cpu_ms']:.2f}, off {figures['off']['cpu_ms']:.2f} ms a request",
             flush=True,
         )
         found.append(figures)
@@ -144,11 +157,13 @@ async def main() -> int:
                 server.stop()
             collector.shutdown()
     ratios = [figures["ratio"] for figures in found]
+    cpu = [figures["cpu_ratio"] for figures in found]
     machine = f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores, {options.clients} clients"
     traced = f" ({options.sampled:.0%} of the requests)" if "traces" in options.parts else ""
     print(
         f"{machine}; on: {', '.join(options.parts) or 'nothing'}{traced}: {statistics.median(ratios):.3f} of the "
-        f"requests/s of off ({min(ratios):.3f} to {max(ratios):.3f})"
+        f"requests/s of off ({min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(cpu):.3f} of its CPU time "
+        f"a request ({min(cpu):.3f} to {max(cpu):.3f})"
     )
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -1,0 +1,63 @@
+"""JSON lines carry what is known as fields; prompts are in them only where LOG_PROMPTS asks for it."""
+
+import json
+from typing import Any
+
+import pytest
+
+from support.nats import NatsServer
+from support.stack import MODEL, Service, running
+from support.view import idle
+
+PROMPT = "xyzzy"
+NAME = f"HuggingFaceTB/{MODEL}"
+
+
+def records(service: Service, request_id: str) -> list[dict[str, Any]]:
+    """A service's lines that have the field `request_id`."""
+    found = [json.loads(line) for line in service.log]
+    return [record for record in found if record.get("request_id") == request_id]
+
+
+async def test_each_step_has_its_fields(nats_server: NatsServer) -> None:
+    async with running(nats_server, log_format="json") as stack:
+        answer = await stack.chat(f"{PROMPT} [[tokens=3 delay_ms=20]]")
+        request_id = answer.headers["x-request-id"]
+        await idle(stack)
+        await stack.workers[0].logged(f"{request_id} completed")
+        received, queued, completed = records(stack.apis[0], request_id)
+        processing, ended = records(stack.workers[0], request_id)
+        every = (received, queued, completed, processing, ended)
+        assert {(record["model"], record["type"]) for record in every} == {(NAME, "chat")}
+        assert completed["attempt"] == processing["attempt"] == ended["attempt"] == 1
+        assert (completed["prompt_tokens"], completed["completion_tokens"]) == (3, 3)
+        assert ended["outcome"] == "completed"
+        assert "code" not in ended
+        assert 0 <= ended["queue_wait_s"] < ended["time_to_first_token_s"] < ended["total_s"]
+        assert 0.06 <= ended["total_s"] < 10
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_wrong_with_a_request_is_logged_as_a_code(nats_server: NatsServer, stream: bool) -> None:
+    async with running(nats_server, log_format="json") as stack:
+        # The engine's own refusal quotes the order.
+        answer = await stack.chat(f"[[{PROMPT}]]", stream=stream)
+        assert answer.status_code == 400
+        assert PROMPT in answer.json()["error"]["message"]
+        request_id = answer.headers["x-request-id"]
+        await idle(stack)
+        await stack.workers[0].logged(f"{request_id} failed")
+        (ended,) = [record for record in records(stack.workers[0], request_id) if "outcome" in record]
+        assert (ended["outcome"], ended["code"]) == ("failed", "invalid_request_error")
+        assert not [line for line in (*stack.apis[0].log, *stack.workers[0].log) if PROMPT in line]
+
+
+async def test_prompts_are_logged_where_that_is_asked_for(nats_server: NatsServer) -> None:
+    async with running(nats_server, log_prompts="true", api_keys="sk-plugh") as stack:
+        stack.http.headers["authorization"] = "Bearer sk-plugh"
+        answer = await stack.chat(PROMPT)
+        assert answer.status_code == 200
+        lines = [line for line in stack.apis[0].log if PROMPT in line]
+        assert len(lines) == 1
+        assert f"[Chat Completions] {answer.headers['x-request-id']} asks" in lines[0]
+        assert not [line for line in stack.apis[0].log if "sk-plugh" in line]
