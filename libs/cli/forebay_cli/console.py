@@ -68,7 +68,7 @@ def print_json(value: Any, *, one_line: bool = False) -> None:
     stdout.out(json.dumps(value, indent=None if one_line else 2, ensure_ascii=False))
 
 
-LONG_COLUMNS = {"model", "progress", "error", "subjects"}
+LONG_COLUMNS = {"model", "progress", "error", "subjects", "found", "fix"}
 """Columns that give way where a terminal is narrow; the others are never cut."""
 
 LONG_MIN_WIDTH = 10

@@ -10,6 +10,7 @@ import typer
 
 from forebay_cli import chat as chatting
 from forebay_cli import console, inspect, steer
+from forebay_cli import doctor as checking
 from forebay_cli import plan as planning
 from forebay_cli import up as bringing_up
 from forebay_contracts.errors import ConfigurationError, ForebayError
@@ -115,6 +116,15 @@ def requests(
 def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Call a request off, waiting or running."""
     asyncio.run(inspect.cancel(request_id))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check NATS, topology, clocks, services, disk and model; name a cure for each finding.
+
+    Exit code 0: no problem (warnings are none); 1: at least one; 2: the settings themselves cannot hold.
+    """
+    raise typer.Exit(asyncio.run(checking.doctor(as_json=as_json)))
 
 
 @app.command()

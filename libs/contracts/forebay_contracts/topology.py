@@ -138,6 +138,32 @@ async def _ensure_all(js: JetStreamContext, settings: Settings, consumer: Consum
     return changes + await _ensure_consumer(js, consumer)
 
 
+async def drift(connection: Connection, settings: Settings, model: str) -> list[str]:
+    """What `ensure` would change, changing nothing: each missing or different thing in a few words.
+
+    Raises:
+        QueueUnavailable: NATS does not answer.
+    """
+    js, found = connection.jetstream, []
+    try:
+        for wanted in stream_configs(settings):
+            try:
+                changes = _differences((await js.stream_info(wanted.name)).config, wanted)
+            except NotFoundError:
+                found.append(f"stream {wanted.name} is not there")
+                continue
+            found += [f"stream {wanted.name}: {change}" for change in changes]
+        consumer = consumer_config(settings, model)
+        try:
+            live = (await js.consumer_info(names.STREAM, consumer.durable_name)).config
+        except NotFoundError:
+            return [*found, f"consumer {consumer.durable_name} is not there"]
+        found += [f"consumer {consumer.durable_name}: {c}" for c in _differences(live, consumer, ignored={"metadata"})]
+    except (NatsError, TimeoutError, OSError) as exc:
+        raise QueueUnavailable(f"the topology cannot be read: {exc!r}") from exc
+    return found
+
+
 async def consumers(connection: Connection) -> list[ConsumerInfo]:
     """The live consumers, one a model."""
     infos: list[ConsumerInfo] = await connection.jetstream.consumers_info(names.STREAM)

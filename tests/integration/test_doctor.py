@@ -1,0 +1,100 @@
+"""`forebay doctor`: each fault is found and its cure named."""
+
+import asyncio
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from forebay_contracts.messages import WorkerInfo, WorkerStatus
+from support.nats import NatsServer
+from support.stack import MODEL, Stack, running
+
+CONSUMER = f"HuggingFaceTB-{MODEL}"
+
+
+async def doctor(env: dict[str, str], data_dir: Path, **settings: object) -> tuple[int | None, dict[str, Any]]:
+    """Exit code, and the findings by check, the worst of each first."""
+    values = {"DATA_DIR": str(data_dir)} | {name.upper(): str(value) for name, value in settings.items()}
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "forebay_cli", "doctor", "--json", env=env | values, stdout=pipe, stderr=pipe
+    )
+    async with asyncio.timeout(30):
+        stdout, stderr = await process.communicate()
+    if process.returncode == 2:
+        return 2, {"stderr": stderr.decode()}
+    order = ("problem", "warning", "ok")
+    found: dict[str, Any] = {}
+    for finding in sorted(json.loads(stdout), key=lambda finding: order.index(finding["severity"])):
+        assert finding["severity"] == "ok" or finding["fix"], finding
+        found.setdefault(finding["check"], finding)
+    return process.returncode, found
+
+
+async def test_a_healthy_deployment(nats_server: NatsServer, tmp_path: Path) -> None:
+    async with running(nats_server) as stack:
+        code, found = await doctor(stack.env(), tmp_path)
+        assert {name: finding["severity"] for name, finding in found.items() if name != "disk"} == dict.fromkeys(
+            ("nats", "jetstream", "topology", "clocks", "models", "services", "model"), "ok"
+        )
+        assert code == (1 if found["disk"]["severity"] == "problem" else 0)
+        assert found["services"]["message"] == "1 api, 1 worker processes are alive"
+        assert found["clocks"]["message"] == "all 4 agree within 1 s"
+
+
+async def test_what_is_wrong_with_a_living_system(nats_server: NatsServer, tmp_path: Path) -> None:
+    async with running(nats_server, workers=0) as stack:
+        await put_worker(stack, "late", heartbeat_at=time.time() - 30, status=WorkerStatus.LOADING, model="another")
+        code, found = await doctor(stack.env(), tmp_path, max_queue_size=7)
+        assert code == 1
+        assert found["topology"]["message"] == "stream INFERENCE: max_msgs 100 → 7"
+        assert "forebay topology apply" in found["topology"]["fix"]
+        assert found["models"]["message"] == f"HuggingFaceTB/{MODEL} has no worker; 0 wait"
+        assert found["clocks"]["severity"] == "problem"
+        assert found["clocks"]["message"].startswith("the clock of late is 30.")
+        await stack.connection.jetstream.pause_consumer("INFERENCE", CONSUMER, "2099-01-01T00:00:00Z")
+        await put_worker(stack, "early", status=WorkerStatus.LOADING, progress="fetching 3 %", version="0.0.1")
+        code, found = await doctor(stack.env(), tmp_path)
+        assert found["models"]["message"] == f"HuggingFaceTB/{MODEL} is paused until 2099-01-01T00:00:00Z; 0 wait"
+        assert found["models"]["fix"] == f"`forebay resume HuggingFaceTB/{MODEL}`"
+        assert "of version 0.0.1" in found["services"]["message"]
+
+
+async def test_nats_that_is_not_there_and_settings_that_cannot_hold(nats_server: NatsServer, tmp_path: Path) -> None:
+    env = Stack(nats_server).env()
+    nats_server.stop()
+    code, found = await doctor(env, tmp_path)
+    assert (code, found["nats"]["severity"]) == (1, "problem")
+    assert "cannot reach NATS at nats://127.0.0.1:" in found["nats"]["message"]
+    assert "NATS_URL" in found["nats"]["fix"]
+    assert found["model"]["severity"] == "ok"
+    code, found = await doctor(env, tmp_path, max_queue_size=0)
+    assert code == 2
+    assert "MAX_QUEUE_SIZE" in found["stderr"]
+
+
+async def test_a_damaged_model_is_found(nats_server: NatsServer, tmp_path: Path) -> None:
+    env = Stack(nats_server).env()
+    folder = tmp_path / "models" / f"HuggingFaceTB--{MODEL}-v1"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "SHA256SUMS").write_text(f"{hashlib.sha256(b'{}').hexdigest()}  config.json\n")
+    _, found = await doctor(env, tmp_path)
+    assert found["model"]["message"] == f"{folder} is complete, its checksums are right"
+    (folder / "config.json").write_text("{} ")
+    code, found = await doctor(env, tmp_path)
+    assert (code, found["model"]["severity"]) == (1, "problem")
+    assert found["model"]["message"] == f"{folder}: config.json is not what was written"
+    _, found = await doctor(env, tmp_path, default_model=str(tmp_path / "nowhere"))
+    assert found["model"]["message"] == f"{tmp_path}/nowhere is not there"
+
+
+async def put_worker(stack: Stack, worker: str, **fields: Any) -> None:
+    """A heartbeat in the bucket, as a worker writes it."""
+    now = time.time()
+    given = {"version": "0.1.0", "started_at": now, "heartbeat_at": now, "model": f"HuggingFaceTB/{MODEL}"} | fields
+    info = WorkerInfo(id=worker, slots=1, engine="simulated", **given)
+    await stack.connection.jetstream.publish(f"$KV.inference-workers.{worker}", info.encode())
