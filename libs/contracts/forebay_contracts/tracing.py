@@ -86,7 +86,7 @@ def start(
 
 def current(span: Span) -> contextlib.AbstractContextManager[Any]:
     """Make `span` the parent of what begins in the block, and end it with the block."""
-    if _tracer is None:
+    if _tracer is None or span is trace.get_current_span():
         return contextlib.nullcontext()
     return trace.use_span(span, end_on_exit=True)
 

@@ -24,7 +24,7 @@ class TraceMiddleware:
         span = tracing.start(
             f"{scope['method']} {scope['path']}",
             SpanKind.SERVER,
-            headers=Headers(scope=scope),
+            headers=Headers(scope=scope) if any(name == b"traceparent" for name, _ in scope["headers"]) else None,
             attributes={
                 "http.request.method": scope["method"],
                 "url.path": scope["path"],
@@ -40,4 +40,4 @@ class TraceMiddleware:
             await send(message)
 
         with tracing.current(span):
-            await self._app(scope, receive, noting_status)
+            await self._app(scope, receive, noting_status if span.is_recording() else send)
