@@ -115,19 +115,25 @@ class Usage(Message):
 
 
 class TopLogprob(Message):
-    """One alternative at one position. `text` may hold a replacement character where a token is a part of one."""
+    """One alternative at one position.
+
+    Where a token is a part of a character, `text` holds a replacement character and `raw` its bytes.
+    """
 
     token: int
     text: str
     logprob: float
+    raw: tuple[int, ...] | None = None
+
+    @property
+    def utf8(self) -> bytes:
+        """The bytes that the token stands for."""
+        return self.text.encode() if self.raw is None else bytes(self.raw)
 
 
-class TokenLogprob(Message):
+class TokenLogprob(TopLogprob):
     """The log probability of a chosen token, and the best alternatives, best first."""
 
-    token: int
-    text: str
-    logprob: float
     top: tuple[TopLogprob, ...] = ()
 
 

@@ -4,6 +4,7 @@ Sources: https://platform.openai.com/docs/api-reference/chat/object, chat/stream
 A whole answer is a fold over the stream, so the two cannot differ.
 """
 
+import codecs
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -155,7 +156,7 @@ class CompletionFormat(_Stream):
 
     def __init__(self, request: InferenceRequest, *, include_usage: bool) -> None:
         super().__init__(request, prefix="cmpl", chunk_object="text_completion", include_usage=include_usage)
-        self._text_lengths: dict[int, int] = {}
+        self._logprobs: dict[int, _CompletionLogprobs] = {}
 
     def opening(self) -> bytes:
         """Nothing: a completion has no role."""
@@ -165,9 +166,8 @@ class CompletionFormat(_Stream):
         """Text."""
         if not (delta.text or delta.logprobs):
             return b""
-        start = self._text_lengths.get(delta.index, 0)
-        self._text_lengths[delta.index] = start + len(delta.text)
-        return self._choice(delta.index, delta.text, logprobs=_completion_logprobs(delta.logprobs, start))
+        logprobs = self._logprobs.setdefault(delta.index, _CompletionLogprobs())
+        return self._choice(delta.index, delta.text, logprobs=logprobs.object(delta.logprobs))
 
     def closing(self, completed: Completed) -> bytes:
         """One finish reason for each choice, then usage, then [DONE]."""
@@ -180,7 +180,7 @@ class CompletionFormat(_Stream):
         choices = []
         for choice in completed.choices:
             own = by_index[choice.index]
-            logprobs = _completion_logprobs(_joined_logprobs(own), 0)
+            logprobs = _CompletionLogprobs().object(_joined_logprobs(own))
             choices.append(
                 {
                     "text": "".join(delta.text for delta in own),
@@ -230,20 +230,37 @@ def _chat_logprobs(logprobs: tuple[TokenLogprob, ...], *, asked: bool = False) -
     return {"content": content, "refusal": None}
 
 
-def _token(one: TokenLogprob | TopLogprob) -> dict[str, Any]:
-    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.text.encode())}
+def _token(one: TopLogprob) -> dict[str, Any]:
+    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.utf8)}
 
 
-def _completion_logprobs(logprobs: tuple[TokenLogprob, ...], text_offset: int) -> dict[str, Any] | None:
-    if not logprobs:
-        return None
-    offsets = []
-    for one in logprobs:
-        offsets.append(text_offset)
-        text_offset += len(one.text)
-    return {
-        "tokens": [one.text for one in logprobs],
-        "token_logprobs": [one.logprob for one in logprobs],
-        "top_logprobs": [{other.text: other.logprob for other in one.top} for one in logprobs],
-        "text_offset": offsets,
-    }
+class _CompletionLogprobs:
+    """The logprobs object of one completion's tokens, which come in one piece or several."""
+
+    def __init__(self) -> None:
+        self._text_offset = 0
+        # Where a character is of several tokens, all of them are at its place.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def object(self, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
+        """The object of the next tokens, None where there are none."""
+        if not logprobs:
+            return None
+        offsets = []
+        for one in logprobs:
+            offsets.append(self._text_offset)
+            self._text_offset += len(self._decoder.decode(one.utf8))
+        return {
+            "tokens": [_shown(one) for one in logprobs],
+            "token_logprobs": [one.logprob for one in logprobs],
+            # The chosen token is among them even where it is none of the best.
+            "top_logprobs": [{_shown(other): other.logprob for other in (*one.top, one)} for one in logprobs],
+            "text_offset": offsets,
+        }
+
+
+def _shown(one: TopLogprob) -> str:
+    """A token as a completion names it: its text or, where that is no whole character, its bytes."""
+    if one.raw is None:
+        return one.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in one.raw)

@@ -7,21 +7,22 @@ from forebay_contracts.messages import TokenLogprob, TopLogprob
 from forebay_inference.engine.protocol import Tokens
 from forebay_inference.engine.transformers.batch import SequenceInBatch, Step
 from forebay_inference.engine.transformers.sampling import ChosenLogprob
-from forebay_inference.engine.transformers.text import ChoiceText
+from forebay_inference.engine.transformers.text import REPLACEMENT, ChoiceText
 from forebay_inference.engine.transformers.tool_calls import ToolParser
 
 
 class Choice:
     """Follows one sequence on the event loop.
 
-    `limit` is the most tokens that it may have; `finish_reason` is None until its end. `echo` goes before the
-    text of the first token.
+    `bytes_of` gives the bytes of a token. `limit` is the most tokens that it may have; `finish_reason` is None
+    until its end. `echo` goes before the text of the first token.
     """
 
     def __init__(
         self,
         index: int,
         decode: Callable[[Sequence[int]], str],
+        bytes_of: Callable[[int], bytes],
         stops: Sequence[str],
         end_tokens: frozenset[int],
         limit: int,
@@ -35,6 +36,7 @@ class Choice:
         self.finish_reason: str | None = "length" if limit == 0 else None
         self.sequence: SequenceInBatch | None = None
         self._decode = decode
+        self._bytes_of = bytes_of
         self._text = ChoiceText(decode, stops)
         self._parser = parser
         self._echo = echo
@@ -90,5 +92,10 @@ class Choice:
         return text
 
     def _logprob(self, chosen: ChosenLogprob) -> TokenLogprob:
-        top = tuple(TopLogprob(token=token, text=self._decode([token]), logprob=value) for token, value in chosen.top)
-        return TokenLogprob(token=chosen.token, text=self._decode([chosen.token]), logprob=chosen.logprob, top=top)
+        top = tuple(TopLogprob(logprob=value, **self._token(token)) for token, value in chosen.top)
+        return TokenLogprob(logprob=chosen.logprob, top=top, **self._token(chosen.token))
+
+    def _token(self, token: int) -> dict[str, Any]:
+        text = self._decode([token])
+        raw = tuple(self._bytes_of(token)) if REPLACEMENT in text else None
+        return {"token": token, "text": text, "raw": raw}

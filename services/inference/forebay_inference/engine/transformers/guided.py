@@ -50,6 +50,10 @@ class Grammars:
         self._size = size
         self._vocabulary = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(end_tokens) or None)
 
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of one token, which need not be whole characters."""
+        return bytes(self._vocabulary.decode_bytes([token]))
+
     def guide(self, grammar: str) -> Guide:
         """A guide at the beginning of a grammar that `grammar` made."""
         return Guide(LLMatcher(self._vocabulary, grammar, log_level=0), self._size)

@@ -40,6 +40,7 @@ class Serving:
         choice = Choice(
             index,
             self._decode_with_markers if calls else self._decode,
+            self._grammars.bytes_of,
             request.sampling.stop,
             prepared.end_tokens,
             prepared.limits[prompt],

@@ -7,7 +7,7 @@ that is taken up again on another worker goes on without a seam. No torch here.
 from collections.abc import Callable, Sequence
 from typing import Final
 
-_REPLACEMENT = "\ufffd"
+REPLACEMENT: Final = "\ufffd"
 # A character is at most four bytes, so at most three of them wait for the rest of it.
 _MAX_INCOMPLETE = 3
 
@@ -32,7 +32,7 @@ class Detokenizer:
         self._window.append(token)
         text = self._decode(self._window)
         stable = len(text)
-        while stable > 0 and len(text) - stable < _MAX_INCOMPLETE and text[stable - 1] == _REPLACEMENT:
+        while stable > 0 and len(text) - stable < _MAX_INCOMPLETE and text[stable - 1] == REPLACEMENT:
             stable -= 1
         settled = text[self._shown : stable]
         self._shown = max(self._shown, stable)
