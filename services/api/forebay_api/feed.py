@@ -57,7 +57,7 @@ class Feed:
         self._starting = asyncio.Lock()
         self._subscription: Subscription | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._latest: OrderedDict[str, tuple[int, bytes]] = OrderedDict()
+        self._latest: OrderedDict[str, tuple[int, int, bytes]] = OrderedDict()
         self._version = 0
         self._numbers: QueueStatus | None = None
         self._news = asyncio.Event()
@@ -136,12 +136,16 @@ class Feed:
 
     async def _heard(self, msg: Msg) -> None:
         if msg.data:
-            self._keep(msg.subject.rsplit(".", 1)[1], msg.data)
+            request_id = msg.subject.rsplit(".", 1)[1]
+            # Writes that lose their compare-and-set are heard too: they name a revision that another has named.
+            over = int((msg.headers or {}).get("Nats-Expected-Last-Subject-Sequence", 0))
+            if request_id not in self._latest or over > self._latest[request_id][1]:
+                self._keep(request_id, msg.data, over)
 
-    def _keep(self, request_id: str, data: bytes) -> None:
+    def _keep(self, request_id: str, data: bytes, over: int = 0) -> None:
         # Decoded only when it is told: of the changes of a busy second most are overtaken by then.
         self._version += 1
-        self._latest[request_id] = (self._version, data)
+        self._latest[request_id] = (self._version, over, data)
         self._latest.move_to_end(request_id)
         if len(self._latest) > MAX_REQUESTS:
             self._latest.popitem(last=False)
@@ -170,7 +174,7 @@ class Feed:
 
     def _event(self, since: int) -> bytes:
         changed = []
-        for request_id, (version, data) in self._latest.items():
+        for request_id, (version, _, data) in self._latest.items():
             if version > since:
                 try:
                     changed.append(RequestState.model_validate_json(data).model_dump(mode="json"))
