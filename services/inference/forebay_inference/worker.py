@@ -143,7 +143,11 @@ class Worker:
                 self._broken.set()
 
     async def _drain(self, slots: list[asyncio.Task[None]]) -> None:
-        """No new pulls; what runs may finish within DRAIN_TIMEOUT, the rest goes to another worker at once."""
+        """No new pulls; what runs may finish within DRAIN_TIMEOUT, the rest goes to another worker at once.
+
+        Raises:
+            InferenceFailed: a slot had broken, which is a fault of ours: the worker must not end as if all were well.
+        """
         self._set_status(WorkerStatus.DRAINING)
         await self._queue.stop_pulling()
         patience_s = 0 if self._broken.is_set() else self._settings.drain_timeout
@@ -157,6 +161,7 @@ class Worker:
         for result in await asyncio.gather(*slots, return_exceptions=True):
             if isinstance(result, Exception):
                 log.error("[RequestQueue] a slot broke", exc_info=result)
+                raise InferenceFailed(f"a slot broke: {result!r}") from result
 
     async def _keep_alive(self) -> None:
         """Restart the ack wait of all that runs, and stop what runs for an api that is gone."""

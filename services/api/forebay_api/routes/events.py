@@ -56,7 +56,7 @@ class QueueEvents(Response):
             await events.aclose()
 
 
-@router.get("/events", response_class=QueueEvents)
+@router.get("/events", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
 async def get_queue_events(context: Authorized) -> Response:
     """Numbers, workers and the newest requests, then each change of them, at most four messages a second.
 
