@@ -164,14 +164,13 @@ async def test_at_most_one_call_where_they_must_not_be_parallel(client: openai.A
             parallel_tool_calls=parallel,
             temperature=1,
             seed=seed,
-            max_tokens=150,
+            max_tokens=80,
         )
         return len(answer.choices[0].message.tool_calls or [])
 
-    one = await asyncio.gather(*(calls(seed, False) for seed in range(4)))
-    several = await asyncio.gather(*(calls(seed, True) for seed in range(4)))
-    assert set(one) == {1}
-    assert max(several) > 1
+    one, two, several = await asyncio.gather(calls(0, False), calls(1, False), calls(0, True))
+    assert one == two == 1
+    assert several > 1
 
 
 async def test_generated_schemas_hold(client: openai.AsyncOpenAI) -> None:
@@ -293,7 +292,7 @@ async def test_echo_and_best_of(client: openai.AsyncOpenAI) -> None:
     assert refused.value.param == "best_of"
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 async def test_a_stream_is_right_to_the_byte(client: openai.AsyncOpenAI, seed: int) -> None:
     """Characters of several tokens, and each of the answer's characters in turn as the stop string."""
     options: dict[str, Any] = {"model": MODEL, "prompt": EMOJIS, "max_tokens": 24, "seed": seed, "temperature": 0.7}
