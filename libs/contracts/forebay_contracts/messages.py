@@ -141,7 +141,7 @@ class FrameMessage(Message):
     """A frame on the reply subject, of delivery attempt `attempt` (from 1)."""
 
     type: str
-    attempt: int
+    attempt: int = Field(ge=1)
 
     def encode(self) -> bytes:
         """The frame as JSON, defaults left out but for its type."""
@@ -160,8 +160,8 @@ class Delta(FrameMessage):
     """
 
     type: Literal["delta"] = "delta"
-    index: int = 0
-    offset: int = 0
+    index: int = Field(0, ge=0)
+    offset: int = Field(0, ge=0)
     tokens: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
