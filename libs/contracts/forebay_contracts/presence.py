@@ -19,6 +19,9 @@ from forebay_contracts.topology import HEARTBEAT_TTL_S
 
 HEARTBEAT_INTERVAL_S = 1.0
 
+MAX_STRANGERS = 10_000
+"""How many of those that were asked for and never heard of are remembered."""
+
 MAX_PAUSE_S = 2 * HEARTBEAT_INTERVAL_S
 """After a longer pause of its own, an observer's view is out of date, and it calls nobody dead for a while."""
 
@@ -87,6 +90,7 @@ class Presence(Generic[Info]):
         self._kind = kind
         self._prefix = names.bucket_subjects(bucket).removesuffix(">")
         self._seen: dict[str, tuple[float, Info]] = {}
+        self._strangers: dict[str, float] = {}
         self._attentive_at = 0.0
         self._blind_until = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -106,16 +110,33 @@ class Presence(Generic[Info]):
     def alive(self) -> list[Info]:
         """Everyone whose heartbeat is not older than HEARTBEAT_TTL_S, by id."""
         for member in [member for member in self._seen if not self.is_alive(member)]:
-            del self._seen[member]
+            self._lost(member)
         return [info for _, (_, info) in sorted(self._seen.items())]
 
     def is_alive(self, member: str) -> bool:
-        """Whether `member` has been heard of within HEARTBEAT_TTL_S, or could not have been."""
+        """Whether `member` has been heard of within HEARTBEAT_TTL_S, or could not have been.
+
+        One that has never been heard of is given as long from the first question on: what it asked for can
+        arrive before its heartbeat does.
+        """
         now = time.monotonic()
         if now < self._blind_until or now - self._attentive_at > MAX_PAUSE_S:
             return True
-        at, _ = self._seen.get(member, (-float("inf"), None))
-        return at >= now - HEARTBEAT_TTL_S
+        if member in self._seen:
+            return self._seen[member][0] >= now - HEARTBEAT_TTL_S
+        self._remember(member, now)
+        return self._strangers[member] >= now - HEARTBEAT_TTL_S
+
+    def _lost(self, member: str) -> None:
+        """It was heard of once and is gone: no stranger that may still come."""
+        self._seen.pop(member, None)
+        self._strangers.pop(member, None)
+        self._remember(member, -float("inf"))
+
+    def _remember(self, member: str, since: float) -> None:
+        self._strangers.setdefault(member, since)
+        if len(self._strangers) > MAX_STRANGERS:
+            del self._strangers[next(iter(self._strangers))]
 
     async def _stay_attentive(self) -> None:
         """Notice when this process or its connection has been away, since then others only seem dead."""
@@ -130,7 +151,7 @@ class Presence(Generic[Info]):
     async def _heard(self, msg: Msg) -> None:
         member = msg.subject.removeprefix(self._prefix)
         if not msg.data:
-            self._seen.pop(member, None)
+            self._lost(member)
             return
         try:
             self._seen[member] = (time.monotonic(), self._kind.model_validate_json(msg.data))

@@ -79,6 +79,7 @@ class Attempt:
     revision: int
     reply: ReplyStream
     measured: Measured
+    outcome: RequestStatus | None = None
     interrupt: asyncio.Future[tuple[Interrupt, str]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -242,6 +243,7 @@ class AttemptRunner:
         if attempt.delivery.attempt > 1:
             have: Resume = await reply.started(self._worker)
             if not have.wanted:
+                attempt.outcome = have.outcome
                 return None
             resume = {choice.index: choice.tokens for choice in have.choices}
         require_served(self._engine, request)
@@ -272,7 +274,11 @@ class AttemptRunner:
         error = generation.exception()
         if error is None:
             result = generation.result()
-            if result is None:
+            if result is None and attempt.outcome is RequestStatus.COMPLETED:
+                # The attempt before had sent the whole answer, and died before it could say so.
+                await self._finish(attempt, RequestStatus.COMPLETED)
+                await attempt.delivery.ack()
+            elif result is None:
                 await self._cancel(attempt, "nobody waits for it")
             else:
                 await self._complete(attempt, *result)
@@ -323,6 +329,9 @@ class AttemptRunner:
 
     async def _cancel(self, attempt: Attempt, reason: str) -> None:
         await self._finish(attempt, RequestStatus.CANCELLED, error=reason)
+        # Should the api be there after all, its client gets a definite end instead of a wait for nothing.
+        with contextlib.suppress(NatsError):
+            await self._connection.client.publish(names.cancel_subject(attempt.request.id), reason.encode())
         await attempt.delivery.term()
 
     async def _hand_over(self, attempt: Attempt) -> None:

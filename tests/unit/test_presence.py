@@ -1,0 +1,49 @@
+"""Who is called dead, and who is not yet."""
+
+import time
+
+import pytest
+
+from forebay_contracts import names
+from forebay_contracts.connection import Connection, connected
+from forebay_contracts.messages import ApiInfo
+from forebay_contracts.presence import HEARTBEAT_TTL_S, Heartbeat, Presence
+from forebay_contracts.settings import Settings, load
+from forebay_contracts.topology import ensure
+from support.nats import NatsServer
+
+
+async def watching(connection: Connection, settings: Settings) -> Presence[ApiInfo]:
+    await ensure(connection, settings, settings.served_model)
+    presence = Presence(connection, names.APIS_BUCKET, ApiInfo)
+    await presence.start()
+    return presence
+
+
+async def test_a_stranger_may_still_be_heard_of(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(Settings, nats_url=nats_server.url, _env_file=None)
+    async with connected(settings, "test") as connection:
+        presence = await watching(connection, settings)
+        assert presence.is_alive("early")
+        now = time.monotonic()
+        monkeypatch.setattr(presence, "_attentive_at", now + HEARTBEAT_TTL_S + 1)
+        monkeypatch.setattr(time, "monotonic", lambda: now + HEARTBEAT_TTL_S + 1)
+        assert not presence.is_alive("early")
+        assert presence.is_alive("later")
+        await presence.stop()
+
+
+async def test_who_said_good_bye_is_gone_at_once(nats_server: NatsServer) -> None:
+    settings = load(Settings, nats_url=nats_server.url, _env_file=None)
+    async with connected(settings, "test") as connection:
+        presence = await watching(connection, settings)
+        heartbeat = Heartbeat(
+            connection, names.APIS_BUCKET, lambda: ApiInfo(id="a", version="1", started_at=0, heartbeat_at=0)
+        )
+        await heartbeat.start()
+        await connection.client.flush()
+        assert [info.id for info in presence.alive()] == ["a"]
+        await heartbeat.stop()
+        await connection.client.flush()
+        assert not presence.is_alive("a")
+        await presence.stop()
