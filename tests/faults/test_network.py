@@ -97,3 +97,23 @@ async def test_publish_whose_ack_was_lost_runs_once(nats_server: NatsServer) -> 
         assert response.json()["choices"][0]["message"]["content"] == "t0 t1 t2"
         assert status["total_processed"] == 1
         await proxy.cut()
+
+
+async def test_the_same_worker_gets_the_request_again(nats_server: NatsServer) -> None:
+    proxy = Proxy(nats_server.url)
+    async with running(nats_server, workers=0, max_concurrent_requests=4, ack_wait=1) as stack:
+        await proxy.start()
+        worker = await stack.worker(nats_url=proxy.url)
+        begun = asyncio.Event()
+        answer = asyncio.create_task(stream(stack, begun))
+        await begun.wait()
+        await proxy.cut()
+        await asyncio.sleep(1.5)  # longer than the ack wait: the message is given out anew
+        await proxy.start()
+        await worker.logged("processing, attempt 2")
+        assert await answer == EXPECTED
+        assert (await stack.chat("hi")).status_code == 200
+        assert worker.process.returncode is None
+        await stack.idle()
+        assert (await stack.status())["total_processed"] == 2
+        await proxy.cut()

@@ -205,11 +205,15 @@ class AttemptRunner:
             await self._cancel(attempt, "the api that took it is gone")
         else:
             log.info("[RequestQueue] %s processing, attempt %d", request.id, number, extra=attempt.measured.fields())
+            if (older := self.running.get(request.id)) is not None:
+                # Delivered here once more while NATS was away: the older attempt has lost its right to write.
+                older.stop(Interrupt.CANCELLED, "a newer attempt runs here")
             self.running[request.id] = attempt
             try:
                 await self._generate_or_stop(attempt)
             finally:
-                del self.running[request.id]
+                if self.running.get(request.id) is attempt:
+                    del self.running[request.id]
 
     async def _generate_or_stop(self, attempt: Attempt) -> None:
         generation = asyncio.create_task(self._generate(attempt))
