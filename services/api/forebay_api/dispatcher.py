@@ -15,11 +15,11 @@ from opentelemetry.trace import SpanKind
 from pydantic import ValidationError
 
 from forebay_api import metrics
-from forebay_api.replies import ClientLeft, Reply, SlowReader
+from forebay_api.replies import CalledOff, ClientLeft, Reply, SlowReader
 from forebay_contracts import names, tracing
 from forebay_contracts.cancellation import call_off
 from forebay_contracts.connection import Connection
-from forebay_contracts.errors import ForebayError, QueueConflict, RequestCancelled, RequestTimeout
+from forebay_contracts.errors import ForebayError, QueueConflict, RequestTimeout
 from forebay_contracts.messages import (
     InferenceRequest,
     RequestState,
@@ -113,7 +113,8 @@ class Dispatcher:
             self._forget(reply, reply.outcome)
             measured.end(reply.outcome, time.time() - request.created_at)
             if reply.outcome is RequestStatus.CANCELLED:
-                self._call_off(reply, RequestStatus.CANCELLED, "the client left")
+                reason = reply.error.reason if isinstance(reply.error, CalledOff) else "the client left"
+                self._call_off(reply, RequestStatus.CANCELLED, reason)
 
     async def _publish(self, request: InferenceRequest) -> int:
         began = time.perf_counter()
@@ -221,4 +222,4 @@ class Dispatcher:
     async def _cancelled(self, msg: Msg) -> None:
         reply = self._waiting.get(msg.subject.rsplit(".", 1)[1])
         if reply is not None:
-            reply.fail(RequestCancelled(f"the request was cancelled: {msg.data.decode(errors='replace')[:200]}"))
+            reply.fail(CalledOff(msg.data.decode(errors="replace")[:200]))

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from forebay_contracts.errors import ApiError, RequestTimeout
+from forebay_contracts.errors import ApiError, RequestCancelled, RequestTimeout
 from forebay_contracts.messages import (
     Completed,
     Delta,
@@ -32,6 +32,14 @@ class ClientLeft(ApiError):
 
     status = 499
     code = "client_left"
+
+
+class CalledOff(RequestCancelled):
+    """Somebody called the request off while its client still waited, for `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the request was cancelled: {reason}")
+        self.reason = reason
 
 
 class WorkerError(ApiError):

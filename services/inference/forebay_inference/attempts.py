@@ -53,6 +53,8 @@ STORE_RETRY_S = 0.5
 STORE_PATIENCE_S = 60.0
 """How long such a write is tried; then the attempt is given up, and the message comes again."""
 
+API_GONE = "the api that took it is gone"
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -202,7 +204,7 @@ class AttemptRunner:
         elif time.time() >= request.deadline:
             await self._time_out(attempt)
         elif not self._api_alive(names.api_of(request.reply_to)):
-            await self._cancel(attempt, "the api that took it is gone")
+            await self._cancel(attempt, API_GONE)
         else:
             log.info("[RequestQueue] %s processing, attempt %d", request.id, number, extra=attempt.measured.fields())
             if (older := self.running.get(request.id)) is not None:
@@ -333,9 +335,10 @@ class AttemptRunner:
 
     async def _cancel(self, attempt: Attempt, reason: str) -> None:
         await self._finish(attempt, RequestStatus.CANCELLED, error=reason)
-        # Should the api be there after all, its client gets a definite end instead of a wait for nothing.
-        with contextlib.suppress(NatsError):
-            await self._connection.client.publish(names.cancel_subject(attempt.request.id), reason.encode())
+        if reason == API_GONE:
+            # Should it be there after all, its client gets a definite end instead of a wait for nothing.
+            with contextlib.suppress(NatsError):
+                await self._connection.client.publish(names.cancel_subject(attempt.request.id), reason.encode())
         await attempt.delivery.term()
 
     async def _hand_over(self, attempt: Attempt) -> None:

@@ -23,7 +23,7 @@ from forebay_contracts.queue import JetStreamQueue, RequestQueue
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.states import KeyValueStateStore
 from forebay_contracts.version import VERSION
-from forebay_inference.attempts import AttemptRunner, Interrupt
+from forebay_inference.attempts import API_GONE, AttemptRunner, Interrupt
 from forebay_inference.engine.protocol import Engine, ModelInfo
 from forebay_inference.metrics import WorkerMetrics, watch
 
@@ -169,7 +169,7 @@ class Worker:
             await asyncio.sleep(self._settings.ack_wait / KEEP_ALIVE_FRACTION)
             for attempt in list(self._runner.running.values()):
                 if not self._apis.is_alive(names.api_of(attempt.request.reply_to)):
-                    attempt.stop(Interrupt.CANCELLED, "the api that took it is gone")
+                    attempt.stop(Interrupt.CANCELLED, API_GONE)
                     continue
                 try:
                     await attempt.delivery.in_progress()
