@@ -262,7 +262,7 @@ async def clients_leave(nats: NatsServer) -> Row:
 
 
 async def soak(nats: NatsServer) -> Row:
-    async with running(nats, max_concurrent_requests=64, max_queue_size=1000, log_level="WARNING") as stack:
+    async with running(nats, max_concurrent_requests=64, max_queue_size=1000) as stack:
         processes = {
             "api": psutil.Process(stack.apis[0].process.pid),
             "worker": psutil.Process(stack.workers[0].process.pid),
