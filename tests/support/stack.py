@@ -193,6 +193,18 @@ class Stack:
         found: dict[str, Any] = answer.json()
         return found
 
+    async def knows_workers(self) -> None:
+        """Wait until every api has heard that the workers of this stack are ready: heartbeats leave no event here."""
+        ready = {worker.id for worker in self.workers}
+        async with asyncio.timeout(START_TIMEOUT_S):
+            for api in self.apis:
+                while ready - await self._ready_workers(api):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+
+    async def _ready_workers(self, api: Api) -> set[str]:
+        answer = await self.http.get(f"{api.url}/health/ready")
+        return {worker["id"] for worker in answer.json()["workers"] if worker["status"] == "ready"}
+
     async def state(self, request_id: str) -> RequestState | None:
         """The state in KV."""
         stored = await self.states.get(request_id)
@@ -237,6 +249,7 @@ async def running(nats: HasUrl, *, apis: int = 1, workers: int = 1, **settings: 
                 await stack.api()
             for _ in range(workers):
                 await stack.worker()
+            await stack.knows_workers()
             stack.connection = await connect(load(Settings, nats_url=nats.url, _env_file=None), "forebay-tests")
             stack.states = KeyValueStateStore(stack.connection)
             try:
