@@ -191,10 +191,19 @@ class InferenceSettings(Settings):
         description="transformers, embedding (vectors), or simulated for tests of everything but the model",
     )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
-    metrics_port: int | None = Field(
-        None, ge=0, le=65_535, description="Port of a worker's /metrics, each worker its own; empty: none"
+    engine_stall_timeout: float = Field(
+        120,
+        ge=1,
+        le=86_400,
+        description="Seconds without a forward pass, with requests in the batch, after which a worker gives up",
     )
-    metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of a worker's /metrics")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="Port of a worker's /metrics and /health, each worker its own; empty: none",
+    )
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of a worker's /metrics and /health")
 
     @property
     def slots(self) -> int:

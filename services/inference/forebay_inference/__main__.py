@@ -1,7 +1,6 @@
 """`python -m forebay_inference`: a worker in the foreground, until SIGTERM or SIGINT."""
 
 import asyncio
-import logging
 import signal
 import sys
 
@@ -13,10 +12,8 @@ from forebay_contracts.errors import ConfigurationError, ForebayError
 from forebay_contracts.settings import InferenceSettings, load
 from forebay_inference.engine.protocol import Engine
 from forebay_inference.engine.simulated import SimulatedEngine
-from forebay_inference.metrics import serve as serve_metrics
+from forebay_inference.exposition import serve as expose
 from forebay_inference.worker import Worker
-
-log = logging.getLogger(__name__)
 
 
 def build_engine(settings: InferenceSettings) -> Engine:
@@ -35,14 +32,14 @@ def build_engine(settings: InferenceSettings) -> Engine:
 
 async def serve(settings: InferenceSettings) -> None:
     """Connect, work, drain."""
-    if (port := serve_metrics(settings)) is not None:
-        log.info("[RequestQueue] metrics on %s:%d", settings.metrics_host, port)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for ending in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(ending, stop.set)
     async with connected(settings, "forebay-inference") as connection:
-        await Worker(settings, connection, build_engine(settings)).run(stop)
+        worker = Worker(settings, connection, build_engine(settings))
+        expose(settings, worker.health)
+        await worker.run(stop)
 
 
 def main() -> int:

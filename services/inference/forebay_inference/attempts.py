@@ -65,6 +65,7 @@ class Interrupt(Enum):
 
     CANCELLED = auto()
     DRAINED = auto()
+    BROKEN = auto()
 
 
 class Superseded(Exception):
@@ -239,6 +240,9 @@ class AttemptRunner:
             why, reason = attempt.interrupt.result()
             if why is Interrupt.CANCELLED:
                 await self._cancel(attempt, reason)
+            elif why is Interrupt.BROKEN:
+                # It may be this request that the engine got stuck at: unlike a hand-over, this counts.
+                await self._engine_failed(attempt, EngineFault(reason))
             else:
                 await self._hand_over(attempt)
 

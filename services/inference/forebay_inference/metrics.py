@@ -1,13 +1,11 @@
-"""What a worker measures, and where Prometheus reads it."""
+"""What a worker measures."""
 
 from collections.abc import Callable
 from typing import Any, Final
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import Counter, Gauge, Histogram
 
-from forebay_contracts.errors import ConfigurationError
 from forebay_contracts.metrics import REGISTRY, TOKEN_S, WAIT_S, bound
-from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.protocol import Engine
 
 QUEUE_WAIT: Final = Histogram(
@@ -73,19 +71,3 @@ def watch(slots: int, busy: Callable[[], int], engine: Engine) -> None:
     bound(SLOTS_BUSY).set_function(busy)
     bound(BATCH).set_function(lambda: engine.load().sequences)
     bound(CACHE).set_function(cache_usage)
-
-
-def serve(settings: InferenceSettings) -> int | None:
-    """Serve /metrics on METRICS_PORT from a thread, for as long as the process lives; the port, None where it is off.
-
-    Raises:
-        ConfigurationError: the port cannot be had.
-    """
-    if settings.metrics_port is None or not settings.metrics:
-        return None
-    try:
-        server, _ = start_http_server(settings.metrics_port, settings.metrics_host, REGISTRY)
-    except OSError as exc:
-        where = f"{settings.metrics_host}:{settings.metrics_port}"
-        raise ConfigurationError(f"cannot serve metrics on {where}: {exc.strerror or exc}") from exc
-    return server.server_port

@@ -25,6 +25,7 @@ from forebay_contracts.states import KeyValueStateStore
 from forebay_contracts.version import VERSION
 from forebay_inference.attempts import API_GONE, AttemptRunner, Interrupt
 from forebay_inference.engine.protocol import Engine, ModelInfo
+from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
 from forebay_inference.metrics import WorkerMetrics, watch
 
 KEEP_ALIVE_FRACTION = 3
@@ -54,6 +55,7 @@ class Worker:
             metrics=WorkerMetrics(settings.served_model),
         )
         watch(settings.slots, lambda: len(self._runner.running), engine)
+        self._watch = EngineWatch(engine, settings.engine_stall_timeout)
         self._started_at = time.time()
         self._status = WorkerStatus.LOADING
         self._progress: str | None = None
@@ -75,12 +77,12 @@ class Worker:
             if not await self._load(stop):
                 return
             await self._serve(stop)
+            if (fault := self._watch.fault()) is not None:
+                raise InferenceFailed(f"the engine broke: {fault}")
         finally:
             await self._heartbeat.stop()
             await self._apis.stop()
             await self._engine.close()
-        if (fault := self._engine.fault()) is not None:
-            raise InferenceFailed(f"the engine broke: {fault}")
 
     async def _listen_for_drain(self, stop: asyncio.Event) -> None:
         async def asked(msg: Msg) -> None:
@@ -124,15 +126,14 @@ class Worker:
         await client.subscribe(names.cancel_subject("*"), cb=self._cancel_asked)
         await client.subscribe(names.resend_subject("*"), cb=self._resend_asked)
         slots = [asyncio.create_task(self._slot()) for _ in range(self._settings.slots)]
-        keeper = asyncio.create_task(self._keep_alive())
+        keepers = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._watch_engine())]
         ends = [asyncio.create_task(event.wait()) for event in (stop, self._broken)]
         try:
             await asyncio.wait([*ends, *slots], return_when=asyncio.FIRST_COMPLETED)
             await self._drain(slots)
         finally:
-            keeper.cancel()
-            for end in ends:
-                end.cancel()
+            for task in (*keepers, *ends):
+                task.cancel()
 
     async def _slot(self) -> None:
         """Pull one request at a time, so that capacity is claimed only when it is free."""
@@ -152,8 +153,12 @@ class Worker:
         await self._queue.stop_pulling()
         patience_s = 0 if self._broken.is_set() else self._settings.drain_timeout
         _, late = await asyncio.wait(slots, timeout=patience_s)
+        fault = self._watch.fault()
         for attempt in list(self._runner.running.values()):
-            attempt.stop(Interrupt.DRAINED, "the worker stops")
+            if fault is not None:
+                attempt.stop(Interrupt.BROKEN, fault)
+            else:
+                attempt.stop(Interrupt.DRAINED, "the worker stops")
         if late:
             await asyncio.wait(late, timeout=self._settings.ack_wait)
         for slot in slots:
@@ -175,6 +180,18 @@ class Worker:
                     await attempt.delivery.in_progress()
                 except NatsError as exc:
                     log.debug("%s: ack wait not restarted: %r", attempt.request.id, exc)
+
+    async def _watch_engine(self) -> None:
+        """An engine that serves nothing more ends its worker, also while nobody asks anything of it."""
+        while self._watch.fault() is None:
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            self._watch.look()
+        self._broken.set()
+
+    def health(self) -> Health:
+        """How it is now; for the event loop's thread."""
+        closed = "the connection to NATS is closed" if self._connection.client.is_closed else None
+        return Health(self._status, self._connection.connected, self._watch.fault() or closed)
 
     async def _cancel_asked(self, msg: Msg) -> None:
         attempt = self._runner.running.get(msg.subject.rsplit(".", 1)[1])

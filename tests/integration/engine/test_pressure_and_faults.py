@@ -1,6 +1,7 @@
 """What happens when the KV cache is too small for all, and when the generation thread dies: engines of their own."""
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from forebay_contracts.errors import InvalidRequest
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.protocol import EngineFault, Tokens
 from forebay_inference.engine.transformers import TransformersEngine, memory
+from forebay_inference.health import EngineWatch
 from support.engine import answer, chat, completion
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
@@ -77,6 +79,40 @@ async def test_a_dead_generation_thread_fails_its_requests_and_says_why(
         with pytest.raises(EngineFault, match="serves nothing"):
             await answer(engine, chat())
     finally:
+        await engine.close()
+
+
+async def test_a_forward_pass_that_never_ends_is_found(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = await started(data_dir)
+    go_on = threading.Event()
+    try:
+        assert engine._serving is not None
+        runner = engine._serving.batch._manager.batch_processor.model_runner
+        compute = runner.compute_batch
+
+        def hang(*args: object, **kwargs: object) -> object:
+            go_on.wait()
+            return compute(*args, **kwargs)
+
+        watch = EngineWatch(engine, stall_timeout_s=2)
+        request = asyncio.ensure_future(answer(engine, chat(max_tokens=4, ignore_eos=True)))
+        assert len((await request).tokens) == 4
+        for _ in range(5):
+            watch.look()  # idle
+        assert watch.fault() is None
+        monkeypatch.setattr(runner, "compute_batch", hang)
+        request = asyncio.ensure_future(answer(engine, chat(max_tokens=4, ignore_eos=True)))
+        while engine.load().sequences == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for _ in range(4):
+            watch.look()
+        assert watch.fault() == "no step in 2 s with requests in the batch"
+        go_on.set()
+        assert len((await request).tokens) == 4
+        watch.look()
+        assert watch.fault() is None
+    finally:
+        go_on.set()
         await engine.close()
 
 

@@ -126,7 +126,7 @@ class EmbeddingEngine:
 
     def load(self) -> EngineLoad:
         """See `Engine.load`."""
-        return EngineLoad(0 if self._batch is None else self._batch.rows)
+        return EngineLoad(0, 0) if self._batch is None else EngineLoad(self._batch.rows, self._batch.passes)
 
     async def close(self) -> None:
         """See `Engine.close`."""

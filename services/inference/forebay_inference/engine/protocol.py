@@ -59,9 +59,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How busy an engine is: sequences in its batch, and the part (0 to 1) of its KV cache in use, None without one."""
+    """How busy an engine is: sequences in its batch, steps (forward passes) that it has made since it started, and
+    the part (0 to 1) of its KV cache in use, None without one.
+
+    Steps that stand still while there are sequences mean that the engine is stuck.
+    """
 
     sequences: int
+    steps: int
     cache_usage: float | None = None
 
 

@@ -76,6 +76,7 @@ class SimulatedEngine:
     def __init__(self, model_name: str) -> None:
         self._model = ModelInfo(model_name, _CONTEXT_LENGTH, "none", "none")
         self._running = 0
+        self._steps = 0
 
     async def start(self, progress: Callable[[str], None]) -> ModelInfo:
         """Nothing to load."""
@@ -94,14 +95,14 @@ class SimulatedEngine:
         finally:
             self._running -= len(orders)
 
-    @staticmethod
     async def _obey_all(
-        request: InferenceRequest, resume: ResumeTokens, texts: list[str], orders: list[Orders]
+        self, request: InferenceRequest, resume: ResumeTokens, texts: list[str], orders: list[Orders]
     ) -> AsyncGenerator[EngineEvent, None]:
         limit = request.sampling.max_tokens
         for index, order in enumerate(orders):
             if request.completion_type is CompletionType.EMBEDDING:
                 await asyncio.sleep(order.delay_ms / 1000)
+                self._steps += 1
                 _obey(order)
                 if index not in resume:
                     yield Vector(index, _vector(texts[index], request.dimensions or _DIMENSIONS))
@@ -111,6 +112,7 @@ class SimulatedEngine:
             for token in range(len(resume.get(index, ())), count):
                 # Also without a delay: no engine keeps the event loop to itself.
                 await asyncio.sleep(order.delay_ms / 1000)
+                self._steps += 1
                 yield Tokens(index, (token,), f"t{token}" if token == 0 else f" t{token}")
             _obey(order)
             yield Finished(index, "stop" if count == order.tokens else "length")
@@ -121,7 +123,7 @@ class SimulatedEngine:
 
     def load(self) -> EngineLoad:
         """Choices under way."""
-        return EngineLoad(self._running)
+        return EngineLoad(self._running, self._steps)
 
     async def close(self) -> None:
         """Nothing to free."""

@@ -123,6 +123,11 @@ class Batch:
         """How many sequences run or wait for a step."""
         return len(self._sequences)
 
+    @property
+    def steps(self) -> int:
+        """How many forward passes the thread has made."""
+        return int(self._manager.current_batch)
+
     def cache_usage(self) -> float | None:
         """The part of the KV cache in use, None before there is one."""
         processor = self._manager.batch_processor

@@ -172,8 +172,8 @@ class TransformersEngine:
         """See `Engine.load`."""
         serving = self._serving
         if serving is None:
-            return EngineLoad(0)
-        return EngineLoad(serving.batch.sequences, serving.batch.cache_usage())
+            return EngineLoad(0, 0)
+        return EngineLoad(serving.batch.sequences, serving.batch.steps, serving.batch.cache_usage())
 
     async def close(self) -> None:
         """See `Engine.close`."""

@@ -1,0 +1,116 @@
+"""What a worker shows over HTTP: its metrics, and its health to probes."""
+
+import asyncio
+import concurrent.futures
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from http.server import ThreadingHTTPServer
+from typing import Final
+
+from prometheus_client import MetricsHandler
+
+from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.metrics import REGISTRY
+from forebay_contracts.settings import InferenceSettings
+from forebay_inference.health import Health
+
+LOOP_PATIENCE_S: Final = 3.0
+"""An event loop that does not answer for so long is stuck: neither heartbeats nor tokens leave the process."""
+
+CONNECTION_TIMEOUT_S: Final = 10.0
+"""How long a connection may stay silent."""
+
+log = logging.getLogger(__name__)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(
+        self, host: str, port: int, *, health: Callable[[], Health], loop: asyncio.AbstractEventLoop, metrics: bool
+    ) -> None:
+        # An IPv6 address needs a socket of its family.
+        self.address_family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        super().__init__((str(address[0]), port), _Handler)
+        self.metrics = metrics
+        self._health = health
+        self._loop = loop
+
+    def health(self) -> Health | None:
+        """The worker's health, or None where its event loop does not answer."""
+
+        async def ask() -> Health:
+            return self._health()
+
+        asked = asyncio.run_coroutine_threadsafe(ask(), self._loop)
+        try:
+            return asked.result(LOOP_PATIENCE_S)
+        except concurrent.futures.TimeoutError:
+            asked.cancel()
+            return None
+
+
+class _Handler(MetricsHandler):
+    server: _Server
+    registry = REGISTRY
+    timeout = CONNECTION_TIMEOUT_S
+
+    def do_GET(self) -> None:  # noqa: N802
+        match self.path.partition("?")[0]:
+            case "/health/live":
+                self._answer_health(live=True)
+            case "/health/ready":
+                self._answer_health(live=False)
+            case "/metrics" if self.server.metrics:
+                super().do_GET()
+            case _:
+                self.send_error(404)
+
+    def _answer_health(self, *, live: bool) -> None:
+        health = self.server.health()
+        if health is None:
+            ok, found = False, {"status": "stuck", "fault": "the event loop does not answer"}
+        else:
+            ok = health.live if live else health.ready
+            nats = "connected" if health.nats_connected else "disconnected"
+            found = {"status": health.status, "nats": nats} | ({"fault": health.fault} if health.fault else {})
+        body = json.dumps(found).encode()
+        self.send_response(200 if ok else 503)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def serve(settings: InferenceSettings, health: Callable[[], Health]) -> int | None:
+    """Serve on METRICS_PORT from threads, for as long as the process lives; the port, None where it is off.
+
+    `/metrics` (not with METRICS=false), `/health/live` and `/health/ready`; `health` is called on the event loop that
+    runs now, whose silence is a finding too.
+
+    Raises:
+        ConfigurationError: the port cannot be had.
+    """
+    if settings.metrics_port is None:
+        return None
+    loop = asyncio.get_running_loop()
+    try:
+        server = _Server(
+            settings.metrics_host, settings.metrics_port, health=health, loop=loop, metrics=settings.metrics
+        )
+    except OSError as exc:
+        where = f"{settings.metrics_host}:{settings.metrics_port}"
+        raise ConfigurationError(f"cannot serve metrics on {where}: {exc.strerror or exc}") from exc
+    threading.Thread(target=server.serve_forever, daemon=True, name="exposition").start()
+    log.info(
+        "[RequestQueue] %s on %s:%d",
+        "metrics" if settings.metrics else "health",
+        settings.metrics_host,
+        server.server_port,
+    )
+    return server.server_port

@@ -1,0 +1,56 @@
+"""Whether a worker is well: for probes, and for the worker itself, which ends when its engine serves nothing more."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from forebay_inference.engine.protocol import Engine
+
+CHECK_INTERVAL_S: Final = 1.0
+"""Time between two looks at the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a worker is: `status` as its heartbeat says it, `fault` why it should be replaced, None while it is well."""
+
+    status: str
+    nats_connected: bool
+    fault: str | None
+
+    @property
+    def live(self) -> bool:
+        """Whether it may go on, be it loading, serving or draining."""
+        return self.fault is None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests now."""
+        return self.live and self.status == "ready" and self.nats_connected
+
+
+class EngineWatch:
+    """Finds an engine that is broken or stuck. `look` is to be called every CHECK_INTERVAL_S.
+
+    Looks are counted instead of seconds: a process that was itself stopped for a while has seen nothing meanwhile.
+    """
+
+    def __init__(self, engine: Engine, stall_timeout_s: float) -> None:
+        self._engine = engine
+        self._stall_timeout_s = stall_timeout_s
+        self._steps = -1
+        self._looks_without_a_step = 0
+
+    def look(self) -> None:
+        """Note whether the engine has made a step since the last look, or has nothing to do."""
+        load = self._engine.load()
+        moved = load.steps != self._steps or load.sequences == 0
+        self._looks_without_a_step = 0 if moved else self._looks_without_a_step + 1
+        self._steps = load.steps
+
+    def fault(self) -> str | None:
+        """Why the engine serves nothing any more, or None while it does."""
+        if (fault := self._engine.fault()) is not None:
+            return fault
+        if self._looks_without_a_step * CHECK_INTERVAL_S >= self._stall_timeout_s:
+            return f"no step in {self._stall_timeout_s:g} s with requests in the batch"
+        return None
