@@ -12,6 +12,7 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 
 from forebay_contracts.errors import ConfigurationError, QueueUnavailable
+from forebay_contracts.requests import Requests
 from forebay_contracts.settings import Settings
 
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
@@ -25,11 +26,15 @@ log = logging.getLogger(__name__)
 
 
 class Connection:
-    """A NATS client and its JetStream context; `on_reconnect` collects what must be done anew after an outage."""
+    """A NATS client, its JetStream context and, for the paths that are hot, `requests`.
+
+    `on_reconnect` collects what must be done anew after an outage.
+    """
 
     def __init__(self, client: Client, jetstream: JetStreamContext) -> None:
         self.client = client
         self.jetstream = jetstream
+        self.requests = Requests(client)
         self.on_reconnect: list[Callable[[], Awaitable[None]]] = []
         self.up = asyncio.Event()
         self.up.set()
@@ -51,7 +56,10 @@ class Connection:
             await self.client.flush(timeout=1)
         except Exception as exc:
             log.debug("flush before close: %r", exc)
-        await self.client.close()
+        try:
+            await self.client.close()
+        except OSError as exc:
+            log.debug("closed a connection that was lost: %r", exc)
 
 
 @contextlib.asynccontextmanager

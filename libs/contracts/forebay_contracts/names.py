@@ -20,6 +20,7 @@ HEADER_DEADLINE: Final = "Forebay-Deadline"
 HEADER_REPLY_TO: Final = "Forebay-Reply-To"
 HEADER_MSG_ID: Final = "Nats-Msg-Id"
 HEADER_INCREMENT: Final = "Nats-Incr"
+HEADER_TTL: Final = "Nats-TTL"
 
 MODEL_METADATA: Final = "forebay.model"
 """Key of a consumer's metadata that holds the full name of its model."""

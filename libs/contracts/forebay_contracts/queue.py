@@ -22,6 +22,9 @@ TTL_GRACE_S = 30
 PUBLISH_TIMEOUT_S = 1.0
 """How long one try at a publish may take; another with the same Nats-Msg-Id makes its outcome known."""
 
+ACK_TIMEOUT_S = 1.0
+"""How long the server may take to confirm an ack; without it the message may come again, and finds that it is done."""
+
 PUBLISH_RETRY_S = 0.05
 """Pause between such tries."""
 
@@ -87,8 +90,9 @@ class RequestQueue(Protocol):
 class JetStreamDelivery:
     """A delivery from the shared durable consumer."""
 
-    def __init__(self, msg: Msg) -> None:
+    def __init__(self, connection: Connection, msg: Msg) -> None:
         metadata = msg.metadata
+        self._requests = connection.requests
         self._msg = msg
         self.data: bytes = msg.data
         self.headers: Mapping[str, str] = msg.headers or {}
@@ -97,7 +101,7 @@ class JetStreamDelivery:
 
     async def ack(self) -> None:
         """Acknowledge and wait for the server to confirm it."""
-        await self._msg.ack_sync()
+        await self._requests.request(self._msg.reply, b"+ACK", timeout_s=ACK_TIMEOUT_S)
 
     async def nak(self, delay_s: float = 0) -> None:
         """Give back; the server counts whole milliseconds."""
@@ -140,10 +144,10 @@ class JetStreamQueue:
         while True:
             ttl_s = math.ceil(request.deadline - time.time()) + TTL_GRACE_S
             try:
-                ack = await self._connection.jetstream.publish(
-                    subject, payload, timeout=PUBLISH_TIMEOUT_S, headers=headers, msg_ttl=max(ttl_s, 1)
+                headers[names.HEADER_TTL] = str(max(ttl_s, 1))
+                return await self._connection.requests.store(
+                    subject, payload, timeout_s=PUBLISH_TIMEOUT_S, headers=headers
                 )
-                return int(ack.seq)
             except APIError as exc:
                 if exc.err_code == _MAX_MSGS_EXCEEDED:
                     raise QueueFull("the queue is full, try again later") from exc
@@ -171,7 +175,7 @@ class JetStreamQueue:
         """The next message for the model, over reconnects and for ever."""
         if self._pulls is None:
             raise RuntimeError("a queue without a model can only be published to")
-        return JetStreamDelivery(await self._pulls.next())
+        return JetStreamDelivery(self._connection, await self._pulls.next())
 
     async def stop_pulling(self) -> None:
         """See `RequestQueue.stop_pulling`."""

@@ -105,7 +105,7 @@ class KeyValueStateStore:
     """The KV bucket `inference-requests` and the counter stream `INFERENCE_COUNTERS`."""
 
     def __init__(self, connection: Connection) -> None:
-        self._client = connection.client
+        self._requests = connection.requests
         self._js = connection.jetstream
         self._stream = names.bucket_stream(names.REQUESTS_BUCKET)
         self._prefix = names.bucket_subjects(names.REQUESTS_BUCKET).removesuffix(">")
@@ -115,7 +115,7 @@ class KeyValueStateStore:
         """Read by a direct get (NATS ADR-31): one round trip."""
         subject = f"$JS.API.DIRECT.GET.{self._stream}.{self._prefix}{request_id}"
         try:
-            msg: Msg = await self._client.request(subject, b"", timeout=STATE_TIMEOUT_S)
+            msg: Msg = await self._requests.request(subject, timeout_s=STATE_TIMEOUT_S)
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the request's state cannot be read") from exc
         headers = msg.headers or {}
@@ -130,8 +130,8 @@ class KeyValueStateStore:
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
         began = time.perf_counter()
         try:
-            ack = await self._js.publish(
-                self._prefix + state.id, state.encode(), timeout=STATE_TIMEOUT_S, headers=headers
+            stored_at = await self._requests.store(
+                self._prefix + state.id, state.encode(), timeout_s=STATE_TIMEOUT_S, headers=headers
             )
         except APIError as exc:
             if exc.err_code in _WRONG_LAST_SEQUENCE:
@@ -140,13 +140,13 @@ class KeyValueStateStore:
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the request's state was not written") from exc
         self._write_seconds.observe(time.perf_counter() - began)
-        return int(ack.seq)
+        return stored_at
 
     async def count(self, outcome: RequestStatus, request_id: str) -> None:
         """Increment (NATS ADR-49), with the request id as Nats-Msg-Id: a repeated one is not counted."""
         headers = {names.HEADER_INCREMENT: "+1", names.HEADER_MSG_ID: request_id}
         try:
-            await self._js.publish(names.counter_subject(outcome), timeout=STATE_TIMEOUT_S, headers=headers)
+            await self._requests.store(names.counter_subject(outcome), timeout_s=STATE_TIMEOUT_S, headers=headers)
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the request was not counted") from exc
 

@@ -162,7 +162,9 @@ class ReplyStream:
         """Send a frame until the api answers it; an api that is gone wants nothing more."""
         while time.time() < self._request.deadline:
             try:
-                answer = await self._connection.client.request(self._request.reply_to, frame, timeout=CONFIRM_TIMEOUT_S)
+                answer = await self._connection.requests.request(
+                    self._request.reply_to, frame, timeout_s=CONFIRM_TIMEOUT_S
+                )
                 return Resume.model_validate_json(answer.data)
             except NoRespondersError:
                 if not self._api_alive():
