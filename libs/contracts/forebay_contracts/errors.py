@@ -15,6 +15,7 @@ ForebayError
     ├── RequestNotFound           404
     ├── RequestTimeout            408
     ├── RequestTooLarge           413
+    ├── KeyLimitReached           429 rate_limit_exceeded
     ├── RequestCancelled          499
     ├── TooManyListeners          503 too_many_listeners
     └── InferenceFailed           500
@@ -145,6 +146,21 @@ class RequestTooLarge(RequestError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class KeyLimitReached(RequestError):
+    """The client's key has as many requests admitted and unfinished as it may have: nothing was accepted.
+
+    `retry_after_s` is when one of them should have ended.
+    """
+
+    status = 429
+    type = "requests"  # OpenAI's type for a limit on requests, not on tokens
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s: Final = retry_after_s
 
 
 class RequestCancelled(RequestError):

@@ -77,7 +77,7 @@ class InferenceRequest(Message):
     Times are seconds since the epoch. `messages` is set for chat and `prompts` for completion: each prompt
     is text or token ids. The answer has `len(prompts) * n` choices (`n` for chat), numbered from 0, the
     choices of one prompt together. For embedding, `prompts` are the inputs and the choices their vectors, cut
-    to `dimensions` where that is set.
+    to `dimensions` where that is set. `key` names the key that it came with, where there are any.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -87,6 +87,7 @@ class InferenceRequest(Message):
     created_at: float
     deadline: float
     reply_to: str
+    key: str | None = None
     stream: bool = False
     messages: tuple[dict[str, Any], ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
@@ -266,6 +267,7 @@ class RequestState(Message):
     sequence: int | None = None
     handed_over: int = 0
     usage: Usage | None = None
+    key: str | None = None
 
     def encode(self) -> bytes:
         """The state as JSON, every field written out for people who read it with `nats kv get`."""
@@ -295,7 +297,12 @@ class ServiceInfo(Message):
 
 
 class ApiInfo(ServiceInfo):
-    """The heartbeat in the KV bucket `inference-apis`, its key the api instance's id."""
+    """The heartbeat in the KV bucket `inference-apis`, its key the api instance's id.
+
+    `unfinished` counts what each client's key, by name, has admitted and unfinished there.
+    """
+
+    unfinished: dict[str, int] = Field(default_factory=dict)
 
 
 class WorkerInfo(ServiceInfo):

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from forebay_contracts.errors import ConfigurationError
 
 _URL = re.compile(r"^(nats|tls|ws|wss)://\S+$")
+_ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
 
 
 def _default_data_dir() -> Path:
@@ -149,7 +150,19 @@ class ApiSettings(Settings):
         "wait", description="What becomes of a request whose model has no worker now: it waits, or gets 503"
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="Keys that clients may use, comma-separated; empty: open to all"
+        (), description="Keys that clients may use, comma-separated; neither these nor a file: open to all"
+    )
+    api_keys_file: Path | None = Field(
+        None, description="TOML file of further keys: names, hashes and limits; read again when it changes"
+    )
+    key_max_requests: int | None = Field(
+        None,
+        ge=1,
+        le=10_000_000,
+        description="Most requests of one key admitted and unfinished; empty: MAX_QUEUE_SIZE alone bounds them",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Origins whose pages may call the api from a browser, comma-separated; empty: none"
     )
     max_request_bytes: int = Field(
         900_000,
@@ -157,16 +170,27 @@ class ApiSettings(Settings):
         le=60_000_000,
         description="Largest body; NATS itself takes 1 MB unless it is told otherwise",
     )
+    body_timeout: float = Field(
+        60, ge=1, le=3600, description="Seconds that a client has to send a request's body, once its headers are there"
+    )
     shutdown_delay: float = Field(
         0, ge=0, le=600, description="Seconds after SIGTERM of still serving while not ready, for balancers to notice"
     )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
+    def _split_list(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"an origin is like https://chat.example.com, without a path, not {origin!r}")
         return value
 
 

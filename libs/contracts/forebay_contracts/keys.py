@@ -1,0 +1,111 @@
+"""Clients' keys: how one is made, and the file that says whose keys are good and for how much.
+
+    [alice]
+    sha256 = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
+    max_requests = 20
+
+    [dashboard]
+    sha256 = ["…", "…"]     # two while one replaces the other
+    operator = true
+
+A key is 256 random bits. Nobody guesses one, however fast the hash, so the file holds plain SHA-256: the slow salted
+hashes that passwords need would cost each request more than all the rest of its way through the api.
+"""
+
+import hashlib
+import re
+import secrets
+import tomllib
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from forebay_contracts.errors import ConfigurationError
+
+MAX_KEYS: Final = 1000
+"""Names are labels of metrics, and each costs memory there."""
+
+MAX_FILE_BYTES: Final = 1_000_000
+
+PREFIX: Final = "fb-"
+"""What every key that is made here begins with, so that scanners find one that has leaked."""
+
+NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class KeyEntry(BaseModel):
+    """One name of the file: the hashes of its keys, and what they may do.
+
+    `max_requests` bounds what it has admitted and unfinished (KEY_MAX_REQUESTS where it is not given); an `operator`
+    sees and calls off everybody's requests, others their own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+    sha256: Annotated[
+        tuple[Digest, ...],
+        BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else (given,)),
+        Field(min_length=1, max_length=10),
+    ]
+    max_requests: int | None = Field(None, ge=1)
+    operator: bool = False
+
+
+_entries: TypeAdapter[dict[str, KeyEntry]] = TypeAdapter(dict[str, KeyEntry])
+
+
+def parse(text: str) -> dict[str, KeyEntry]:
+    """The entries of a keys file by name.
+
+    Raises:
+        ConfigurationError: saying where the fault is, and never what stands there: it may be a key.
+    """
+    try:
+        entries = _entries.validate_python(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigurationError(f"not TOML: {exc}") from None
+    except ValidationError as exc:
+        raise ConfigurationError("; ".join(_sentence(error) for error in exc.errors(include_input=False))) from None
+    if not entries:
+        # Without any key the api is open to all: an empty file is a mistake, not a wish for that.
+        raise ConfigurationError("it holds no key")
+    if len(entries) > MAX_KEYS:
+        raise ConfigurationError(f"it holds more than {MAX_KEYS} names")
+    owners: dict[str, str] = {}
+    for name, entry in entries.items():
+        if not NAME.fullmatch(name):
+            raise ConfigurationError(f"[{name[:80]}] is no name: use a-z, 0-9, '_' and '-', at most 63 of them")
+        for digest in entry.sha256:
+            if owners.setdefault(digest, name) != name:
+                raise ConfigurationError(f"[{owners[digest]}] and [{name}] have the same key")
+    return entries
+
+
+def make() -> str:
+    """A new key."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def digest(key: bytes) -> str:
+    """What stands in the file for a key."""
+    return hashlib.sha256(key).hexdigest()
+
+
+def written(name: str, key: str, *, max_requests: int | None, operator: bool) -> str:
+    """The entry of the file for a new key; raises ConfigurationError for what is no name."""
+    if not NAME.fullmatch(name):
+        raise ConfigurationError(f"{name!r} is no name: use a-z, 0-9, '_' and '-', at most 63 of them")
+    lines = [f"[{name}]", f'sha256 = "{digest(key.encode())}"']
+    if max_requests is not None:
+        lines.append(f"max_requests = {max_requests}")
+    if operator:
+        lines.append("operator = true")
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(error: Any) -> str:
+    name, *rest = (str(part) for part in error["loc"])
+    where = f"[{name[:80]}]" + (f" {rest[0]}" if rest else "")
+    return f"{where}: {'64 hexadecimal digits, in lower case' if 'pattern' in error['type'] else error['msg']}"
