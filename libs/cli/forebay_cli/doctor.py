@@ -148,7 +148,7 @@ async def _clocks(link: Connection, _: Settings) -> list[Finding]:
         stream, prefix = names.bucket_stream(bucket), names.bucket_subjects(bucket).removesuffix(">")
         for service in await _alive(link, bucket, kind):
             try:
-                stored = await link.jetstream.get_last_msg(stream, prefix + service.id)
+                stored = await link.jetstream.get_last_msg(stream, prefix + service.id, direct=True)
             except NotFoundError:
                 continue
             # The server notes when it took the heartbeat, its sender when it was written.

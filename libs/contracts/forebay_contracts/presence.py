@@ -9,10 +9,9 @@ from typing import Generic, TypeVar
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.js.errors import NoKeysError, NotFoundError
 from pydantic import ValidationError
 
-from forebay_contracts import names
+from forebay_contracts import direct, names
 from forebay_contracts.connection import Connection
 from forebay_contracts.messages import ServiceInfo
 from forebay_contracts.topology import HEARTBEAT_TTL_S
@@ -59,8 +58,8 @@ class Heartbeat(Generic[Info]):
         self._now.set()
         await self._task
         with contextlib.suppress(NatsError, TimeoutError):
-            bucket = await self._connection.jetstream.key_value(self._bucket)
-            await bucket.delete(self._describe().id)
+            subject = names.bucket_subjects(self._bucket).removesuffix(">") + self._describe().id
+            await self._connection.jetstream.publish(subject, headers={"KV-Operation": "DEL"})
 
     async def _run(self) -> None:
         while not self._stopping:
@@ -160,14 +159,16 @@ class Presence(Generic[Info]):
 
 
 async def read(connection: Connection, bucket: str, kind: type[Info]) -> list[Info]:
-    """The heartbeats in `bucket` now, by id."""
-    store = await connection.jetstream.key_value(bucket)
-    try:
-        keys = await store.keys()
-    except NoKeysError:
-        return []
-    found: list[Info] = []
-    for key in sorted(keys):
-        with contextlib.suppress(NotFoundError, ValidationError):
-            found.append(kind.model_validate_json((await store.get(key)).value or b""))
-    return found
+    """The heartbeats in `bucket` now, by id.
+
+    Raises:
+        NotFoundError: there is no such bucket.
+        nats.errors.Error, TimeoutError: NATS does not answer.
+    """
+    subjects = names.bucket_subjects(bucket)
+    prefix = subjects.removesuffix(">")
+    found: dict[str, Info] = {}
+    for msg in await direct.messages(connection, names.bucket_stream(bucket), subjects):
+        with contextlib.suppress(ValidationError):
+            found[(msg.headers or {})["Nats-Subject"].removeprefix(prefix)] = kind.model_validate_json(msg.data)
+    return [found[member] for member in sorted(found)]

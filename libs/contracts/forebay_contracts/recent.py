@@ -3,16 +3,13 @@
 import contextlib
 
 from nats.errors import Error as NatsError
-from nats.js.api import ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 from pydantic import ValidationError
 
-from forebay_contracts import names
+from forebay_contracts import direct, names
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import QueueUnavailable
 from forebay_contracts.messages import RequestState
-
-READ_TIMEOUT_S = 5.0
 
 
 async def recent_states(connection: Connection, changes: int) -> list[RequestState]:
@@ -27,24 +24,13 @@ async def recent_states(connection: Connection, changes: int) -> list[RequestSta
         first = max(info.state.first_seq, info.state.last_seq - changes + 1, 1)
         if info.state.messages == 0:
             return []
-        config = ConsumerConfig(deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=first)
-        subscription = await connection.jetstream.subscribe(
-            names.bucket_subjects(names.REQUESTS_BUCKET), stream=stream, ordered_consumer=True, config=config
-        )
-        found: dict[str, RequestState] = {}
-        pending = True
-        try:
-            while pending:
-                msg = await subscription.next_msg(timeout=READ_TIMEOUT_S)
-                pending = msg.metadata.num_pending > 0
-                with contextlib.suppress(ValidationError):
-                    state = RequestState.model_validate_json(msg.data)
-                    found.pop(state.id, None)
-                    found[state.id] = state
-        finally:
-            await subscription.unsubscribe()
+        messages = await direct.messages(connection, stream, names.bucket_subjects(names.REQUESTS_BUCKET), first)
     except NotFoundError as exc:
         raise QueueUnavailable("NATS holds no requests yet: no service has been started") from exc
     except (NatsError, TimeoutError) as exc:
         raise QueueUnavailable("NATS did not answer") from exc
-    return list(found.values())
+    found = []
+    for msg in messages:
+        with contextlib.suppress(ValidationError):
+            found.append(RequestState.model_validate_json(msg.data))
+    return found
