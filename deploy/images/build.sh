@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Build our images: deploy/images/build.sh [api] [cpu] [cuda]. Without a word: api and cpu.
+#
+#   WHEELHOUSE=1   fetch the packages with this machine's pip and its configuration, and build without a network
+#   PYTHON         the Python 3.11 whose pip that is (default .venv/bin/python)
+#   DOCKER_FLAGS   further options of docker build
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+PYTHON=${PYTHON:-${VENV:-.venv}/bin/python}
+revision=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
+version=$(git describe --tags --always 2> /dev/null || echo 0)
+
+wheelhouse() {  # wheelhouse LOCK: an image with every wheel of it, checked against its hashes; prints its name
+    local folder name=forebay-wheels:$1
+    folder=$(mktemp -d)
+    "$PYTHON" -m pip download --quiet --require-hashes --only-binary :all: --no-deps \
+        -r constraints/build.lock -r "constraints/$1.lock" -d "$folder" >&2
+    printf 'FROM scratch\nCOPY *.whl /\n' > "$folder/Dockerfile"
+    docker build --quiet -t "$name" "$folder" > /dev/null
+    rm -rf "$folder"
+    echo "$name"
+}
+
+build() {  # build NAME FILE LOCK OPTIONS...
+    local options=(--label "org.opencontainers.image.created=$(date -u +%FT%TZ)")
+    if [ -n "${WHEELHOUSE:-}" ]; then options+=(--build-arg "WHEELS=$(wheelhouse "$3")"); fi
+    # shellcheck disable=SC2086
+    docker build ${DOCKER_FLAGS:-} --build-arg "VERSION=$version" --build-arg "REVISION=$revision" \
+        "${options[@]}" "${@:4}" -t "$1" -f "deploy/images/$2.Dockerfile" .
+}
+
+for image in "${@:-api cpu}"; do
+    for variant in $image; do
+        case $variant in
+            api) build forebay-api:latest api api ;;
+            cpu | cuda) build "forebay-inference:$variant" inference "inference-$variant" --build-arg "VARIANT=$variant" ;;
+            *) echo "no image of ours: $variant (api, cpu, cuda)" >&2; exit 2 ;;
+        esac
+    done
+done
