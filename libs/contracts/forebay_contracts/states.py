@@ -21,6 +21,9 @@ from forebay_contracts.messages import RequestState, RequestStatus
 STATE_TIMEOUT_S = 5.0
 """How long one read or write of a state may take."""
 
+QUEUED_AFTER_S = 0.05
+"""A request that a worker begins within this time is not written as `queued` before: nobody could have read it."""
+
 MAX_CONFLICTS = 20
 """How often a change is tried anew when somebody else wrote first."""
 

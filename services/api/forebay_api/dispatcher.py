@@ -30,7 +30,7 @@ from forebay_contracts.messages import (
 )
 from forebay_contracts.metrics import bound
 from forebay_contracts.queue import RequestQueue
-from forebay_contracts.states import StateStore
+from forebay_contracts.states import QUEUED_AFTER_S, StateStore
 
 REMEMBERED_OUTCOMES = 10_000
 """Ended requests of which a late attempt can still be told how they ended."""
@@ -53,7 +53,6 @@ class Dispatcher:
         self._waiting: dict[str, Reply] = {}
         self._ended: OrderedDict[str, RequestStatus | None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._registering: dict[str, asyncio.Task[None]] = {}
         self._publish_seconds = bound(metrics.PUBLISH)
 
     @property
@@ -100,14 +99,16 @@ class Dispatcher:
             reply.sequence,
             extra={"request_id": request.id, "model": request.model, "type": request.completion_type.value},
         )
-        registering = self._background(self._register(request, reply.sequence))
-        self._registering[request.id] = registering
-        registering.add_done_callback(lambda _: self._registering.pop(request.id, None))
-        timer = asyncio.get_running_loop().call_later(max(request.deadline - time.time(), 0), self._time_out, reply)
+        loop = asyncio.get_running_loop()
+        timers = (
+            loop.call_later(QUEUED_AFTER_S, self._register_waiting, reply),
+            loop.call_later(max(request.deadline - time.time(), 0), self._time_out, reply),
+        )
         try:
             yield reply
         finally:
-            timer.cancel()
+            for timer in timers:
+                timer.cancel()
             if not reply.done:
                 reply.fail(ClientLeft("the client left"))
             self._forget(reply, reply.outcome)
@@ -128,15 +129,24 @@ class Dispatcher:
 
     async def registered(self, request_id: str) -> None:
         """Wait until the state of a request that was queued here can be looked up."""
-        if (registering := self._registering.get(request_id)) is not None:
-            await asyncio.wait([registering])
+        if (reply := self._waiting.get(request_id)) is not None and reply.sequence is not None:
+            await asyncio.wait([self._register(reply)])
 
     async def cancel(self, request_id: str, reason: str) -> bool:
         """Call off a request of any api; False if it had ended before, or is unknown."""
         await self.registered(request_id)
         return await call_off(self._connection, self._queue, self._states, request_id, RequestStatus.CANCELLED, reason)
 
-    async def _register(self, request: InferenceRequest, sequence: int) -> None:
+    def _register_waiting(self, reply: Reply) -> None:
+        if reply.attempt == 0:
+            self._register(reply)
+
+    def _register(self, reply: Reply) -> asyncio.Task[None]:
+        if reply.registration is None:
+            reply.registration = self._background(self._create_state(reply.request, reply.sequence))
+        return reply.registration
+
+    async def _create_state(self, request: InferenceRequest, sequence: int | None) -> None:
         """Create the state `queued`, unless a worker was faster."""
         state = RequestState(
             id=request.id,
@@ -159,8 +169,7 @@ class Dispatcher:
 
     def _call_off(self, reply: Reply, outcome: RequestStatus, reason: str) -> None:
         async def after_registration() -> None:
-            if (registering := self._registering.get(reply.request.id)) is not None:
-                await asyncio.wait([registering])
+            await asyncio.wait([self._register(reply)])
             await call_off(
                 self._connection, self._queue, self._states, reply.request.id, outcome, reason, reply.sequence
             )

@@ -67,6 +67,7 @@ class Reply:
         self.gap = False
         self.completed: Completed | None = None
         self.error: ApiError | None = None
+        self.registration: asyncio.Task[None] | None = None
         self._tokens: dict[int, list[int]] = {}
         self._unread: list[Delta] = []
         self._changed = asyncio.Event()
@@ -94,8 +95,10 @@ class Reply:
         """
         if attempt < self.attempt:
             return Resume(wanted=False)
+        if self.done:
+            return Resume(wanted=False, outcome=self.outcome)
         choices = tuple(ResumedChoice(index=index, tokens=tuple(tokens)) for index, tokens in self._tokens.items())
-        return Resume(wanted=not self.done, outcome=self.outcome, choices=choices)
+        return Resume(choices=choices)
 
     def receive(self, frame: Frame) -> None:
         """Take the next frame, from whichever attempt."""

@@ -8,11 +8,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, TypeVar
+from typing import Any
 
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
@@ -22,14 +22,13 @@ from forebay_contracts.connection import Connection
 from forebay_contracts.errors import (
     ApiError,
     InferenceFailed,
-    QueueConflict,
     QueueUnavailable,
     RequestError,
     RequestTimeout,
 )
-from forebay_contracts.messages import InferenceRequest, RequestState, RequestStatus, Resume, Usage
+from forebay_contracts.messages import InferenceRequest, RequestStatus, Resume, Usage
 from forebay_contracts.queue import Delivery
-from forebay_contracts.states import StateStore, Stored, change
+from forebay_contracts.states import StateStore
 from forebay_inference.engine.protocol import (
     Accepted,
     Engine,
@@ -42,20 +41,13 @@ from forebay_inference.engine.protocol import (
 )
 from forebay_inference.measuring import Measured
 from forebay_inference.metrics import WorkerMetrics
+from forebay_inference.record import EndedBefore, Record, Superseded, patiently
 from forebay_inference.replies import ReplyStream
 
 NAK_DELAY_S = 0.5
 """Pause before a request whose attempt failed is tried again."""
 
-STORE_RETRY_S = 0.5
-"""Pause between tries at a write while NATS is away."""
-
-STORE_PATIENCE_S = 60.0
-"""How long such a write is tried; then the attempt is given up, and the message comes again."""
-
 API_GONE = "the api that took it is gone"
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -66,22 +58,19 @@ class Interrupt(Enum):
     CANCELLED = auto()
     DRAINED = auto()
     BROKEN = auto()
-
-
-class Superseded(Exception):
-    """Another attempt owns the request now: this one must not write or acknowledge anything."""
+    DISOWNED = auto()
 
 
 @dataclass
 class Attempt:
-    """A delivery that is being worked on; `revision` is the state this attempt wrote last, its right to write."""
+    """A delivery that is being worked on. `claim` is the write that makes the request its own."""
 
     request: InferenceRequest
     delivery: Delivery
-    state: RequestState
-    revision: int
+    record: Record
     reply: ReplyStream
     measured: Measured
+    claim: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     outcome: RequestStatus | None = None
     interrupt: asyncio.Future[tuple[Interrupt, str]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -118,61 +107,53 @@ class AttemptRunner:
 
     async def run(self, delivery: Delivery) -> None:
         """Bring a delivery to its end; never raises but for cancellation."""
-        attempt: Attempt | None = None
         try:
-            attempt = await self._claim(delivery)
-            if attempt is not None:
-                await self._work(attempt)
+            request = InferenceRequest.model_validate_json(delivery.data)
+        except ValidationError as exc:
+            await self._guarded(delivery, self._poisoned(delivery, exc))
+            return
+        await self._guarded(delivery, self._attempt(request, delivery))
+
+    async def _guarded(self, delivery: Delivery, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
         except Superseded as exc:
             log.info("[RequestQueue] %s", exc)
         except (QueueUnavailable, NatsError, TimeoutError) as exc:
             log.warning("[RequestQueue] attempt at message %d given up: %s", delivery.sequence, exc)
-        finally:
-            if attempt is not None:
-                attempt.measured.close()
 
-    async def _claim(self, delivery: Delivery) -> Attempt | None:
-        """Make the request this attempt's own, or end it unrun."""
-        try:
-            request = InferenceRequest.model_validate_json(delivery.data)
-        except ValidationError as exc:
-            await self._poisoned(delivery, exc)
-            return None
-        claimed: Stored | None = await _patiently(
-            lambda: change(self._states, request.id, self._claiming(request, delivery))
-        )
-        if claimed is None:
-            await self._ended_before(request, delivery)
-            return None
-        measured = Measured(self._metrics, request, delivery, self._worker)
-        return Attempt(request, delivery, claimed.state, claimed.revision, self._reply(request, delivery), measured)
-
-    def _reply(self, request: InferenceRequest, delivery: Delivery) -> ReplyStream:
+    async def _attempt(self, request: InferenceRequest, delivery: Delivery) -> None:
         api = names.api_of(request.reply_to)
-        return ReplyStream(self._connection, request, delivery.attempt, lambda: self._api_alive(api))
+        attempt = Attempt(
+            request,
+            delivery,
+            Record(self._states, request, delivery, self._worker),
+            ReplyStream(self._connection, request, delivery.attempt, lambda: self._api_alive(api)),
+            Measured(self._metrics, request, delivery, self._worker),
+        )
+        attempt.claim = asyncio.create_task(self._claim(attempt))
+        try:
+            if delivery.attempt > 1:
+                await attempt.claim
+            # A first attempt has nobody before it: it generates while it claims, and writes no end before it has.
+            # Should the request not be its own after all, the api drops what it sent, or has an answer the sooner.
+            await self._work(attempt)
+        except EndedBefore:
+            await self._ended_before(attempt)
+        finally:
+            attempt.claim.cancel()
+            attempt.measured.close()
 
-    def _claiming(
-        self, request: InferenceRequest, delivery: Delivery
-    ) -> Callable[[RequestState | None], RequestState | None]:
-        def to(state: RequestState | None) -> RequestState | None:
-            if state is not None and state.attempt > delivery.attempt:
-                raise Superseded(f"{request.id}: attempt {state.attempt} is under way, {delivery.attempt} came late")
-            return RequestState(
-                id=request.id,
-                status=RequestStatus.PROCESSING,
-                completion_type=request.completion_type.value,
-                timestamp=request.created_at,
-                model=request.model,
-                attempt=delivery.attempt,
-                queued_at=request.created_at,
-                started_at=time.time(),
-                deadline=request.deadline,
-                worker=self._worker,
-                sequence=delivery.sequence,
-                handed_over=state.handed_over if state is not None else 0,
-            )
-
-        return to
+    async def _claim(self, attempt: Attempt) -> None:
+        try:
+            await attempt.record.claim()
+        except Exception:
+            attempt.stop(Interrupt.DISOWNED, "the request is not this attempt's")
+            raise
+        number = attempt.delivery.attempt
+        log.info(
+            "[RequestQueue] %s processing, attempt %d", attempt.request.id, number, extra=attempt.measured.fields()
+        )
 
     async def _poisoned(self, delivery: Delivery, error: ValidationError) -> None:
         """A message that no worker can read: out with it, counted once."""
@@ -183,31 +164,26 @@ class AttemptRunner:
             ".".join(str(part) for part in error.errors()[0]["loc"]) or "the JSON itself",
             error.errors()[0]["type"],
         )
-        await _patiently(lambda: self._states.count(RequestStatus.FAILED, f"unreadable-{delivery.sequence}"))
+        await patiently(lambda: self._states.count(RequestStatus.FAILED, f"unreadable-{delivery.sequence}"))
         await delivery.term()
 
-    async def _ended_before(self, request: InferenceRequest, delivery: Delivery) -> None:
-        """The state is final: called off while it waited, or an attempt died between its end and its ack."""
-        stored = await _patiently(lambda: self._states.get(request.id))
-        if stored is not None:
-            await _patiently(lambda: self._states.count(stored.state.status, request.id))
-        if delivery.attempt > 1:
+    async def _ended_before(self, attempt: Attempt) -> None:
+        await attempt.record.count_end()
+        if attempt.delivery.attempt > 1:
             # Should the api still wait, it lost the end together with the worker that sent it.
-            await self._reply(request, delivery).fail(InferenceFailed("the end of the answer was lost"))
-        await delivery.term()
-        log.info("[RequestQueue] %s had ended before it was pulled", request.id)
+            await attempt.reply.fail(InferenceFailed("the end of the answer was lost"))
+        await attempt.delivery.term()
+        log.info("[RequestQueue] %s had ended before it was pulled", attempt.request.id)
 
     async def _work(self, attempt: Attempt) -> None:
-        request, number = attempt.request, attempt.delivery.attempt
-        # A hand-over is no failure of the request's: it does not count against it.
-        if number > self._max_deliveries + attempt.state.handed_over:
+        request = attempt.request
+        if self._attempts_are_spent(attempt, before=attempt.delivery.attempt - 1):
             await self._fail(attempt, InferenceFailed(f"generation failed in {self._max_deliveries} attempts"))
         elif time.time() >= request.deadline:
             await self._time_out(attempt)
         elif not self._api_alive(names.api_of(request.reply_to)):
             await self._cancel(attempt, API_GONE)
         else:
-            log.info("[RequestQueue] %s processing, attempt %d", request.id, number, extra=attempt.measured.fields())
             if (older := self.running.get(request.id)) is not None:
                 # Delivered here once more while NATS was away: the older attempt has lost its right to write.
                 older.stop(Interrupt.CANCELLED, "a newer attempt runs here")
@@ -217,6 +193,10 @@ class AttemptRunner:
             finally:
                 if self.running.get(request.id) is attempt:
                     del self.running[request.id]
+
+    def _attempts_are_spent(self, attempt: Attempt, *, before: int) -> bool:
+        # A hand-over is no failure of the request's: it does not count against it.
+        return before >= self._max_deliveries + attempt.record.handed_over
 
     async def _generate_or_stop(self, attempt: Attempt) -> None:
         generation = asyncio.create_task(self._generate(attempt))
@@ -240,6 +220,8 @@ class AttemptRunner:
             why, reason = attempt.interrupt.result()
             if why is Interrupt.CANCELLED:
                 await self._cancel(attempt, reason)
+            elif why is Interrupt.DISOWNED:
+                await attempt.claim  # raises why
             elif why is Interrupt.BROKEN:
                 # It may be this request that the engine got stuck at: unlike a hand-over, this counts.
                 await self._engine_failed(attempt, EngineFault(reason))
@@ -314,6 +296,7 @@ class AttemptRunner:
         await attempt.delivery.term()
 
     async def _engine_failed(self, attempt: Attempt, error: BaseException) -> None:
+        await attempt.claim
         number = attempt.delivery.attempt
         expected = isinstance(error, EngineFault)
         log.error(
@@ -325,7 +308,7 @@ class AttemptRunner:
             extra=attempt.measured.fields(code="engine_fault"),
         )
         attempt.measured.ended("engine_fault", "engine_fault")
-        if number >= self._max_deliveries + attempt.state.handed_over:
+        if self._attempts_are_spent(attempt, before=number):
             await self._fail(attempt, InferenceFailed("the generation failed"))
         else:
             await attempt.delivery.nak(NAK_DELAY_S)
@@ -347,12 +330,9 @@ class AttemptRunner:
 
     async def _hand_over(self, attempt: Attempt) -> None:
         """Give a request back that this worker cannot finish: another goes on from the tokens that are out."""
-        handed_over = attempt.state.handed_over + 1
-        state = attempt.state.model_copy(
-            update={"status": RequestStatus.QUEUED, "worker": None, "handed_over": handed_over}
-        )
-        with contextlib.suppress(QueueConflict):
-            await _patiently(lambda: self._states.write(state, attempt.revision))
+        await attempt.claim
+        with contextlib.suppress(Superseded):
+            await attempt.record.give_back()
         await attempt.delivery.nak()
         attempt.measured.ended("handed_over")
         log.info("[RequestQueue] %s handed over", attempt.request.id, extra=attempt.measured.fields())
@@ -366,21 +346,9 @@ class AttemptRunner:
         code: str | None = None,
         usage: Usage | None = None,
     ) -> None:
-        """Write the final state over this attempt's own, and count it; raises Superseded where it is not its own.
-
-        Where there is a `code`, it is logged instead of the `error`.
-        """
-        state = attempt.state.model_copy(
-            update={"status": status, "error": error, "usage": usage, "finished_at": time.time()}
-        )
-        try:
-            await _patiently(lambda: self._states.write(state, attempt.revision))
-        except QueueConflict:
-            stored = await _patiently(lambda: self._states.get(attempt.request.id))
-            if stored is None or not stored.state.status.final:
-                raise Superseded(f"{attempt.request.id}: attempt {attempt.delivery.attempt} was replaced") from None
-            status = stored.state.status
-        await _patiently(lambda: self._states.count(status, attempt.request.id))
+        """Record how this attempt's request ended; where there is a `code`, it is logged instead of the `error`."""
+        await attempt.claim
+        status = await attempt.record.finish(status, error=error, usage=usage)
         attempt.measured.ended(status.value, (code or status.value) if error else None)
         fields = attempt.measured.fields(outcome=status.value, code=code)
         log.info(
@@ -392,15 +360,3 @@ class AttemptRunner:
             f": {code or error}" if error else "",
             extra=fields,
         )
-
-
-async def _patiently(write: Callable[[], Awaitable[T]]) -> T:
-    """Repeat `write` while NATS is away."""
-    give_up_at = time.monotonic() + STORE_PATIENCE_S
-    while True:
-        try:
-            return await write()
-        except QueueUnavailable:
-            if time.monotonic() >= give_up_at:
-                raise
-            await asyncio.sleep(STORE_RETRY_S)

@@ -25,6 +25,7 @@ async def get_queue_status(context: Authorized) -> QueueStatus:
 @router.get("/request/{request_id}")
 async def get_request(request_id: str, context: Authorized) -> dict[str, Any]:
     """The state of one request."""
+    await context.dispatcher.registered(request_id)
     state = await _state(context, request_id)
     position = estimated_wait_s = None
     if state.status is RequestStatus.QUEUED and state.sequence is not None:
