@@ -47,7 +47,9 @@ class NatsServer:
     def start(self) -> None:
         """Start, and return when it says that it is ready."""
         assert self._process is None, "started twice"
-        command = [nats_server_binary(), "-a", "127.0.0.1", "-p", str(self._port), "-js", "-sd", str(self._store)]
+        command = [nats_server_binary(), "-a", "127.0.0.1", "-p", str(self._port)]
+        if "-c" not in self._options:  # a configuration says where it stores
+            command += ["-js", "-sd", str(self._store)]
         process = subprocess.Popen(command + list(self._options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self._process = process
         ready = threading.Event()

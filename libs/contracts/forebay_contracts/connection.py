@@ -5,9 +5,11 @@ import contextlib
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
+import nkeys
 from nats.aio.client import Client
+from nats.errors import AuthorizationError
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 
@@ -21,6 +23,9 @@ RECONNECT_WAIT_S = 0.25
 PING_INTERVAL_S = 20
 JETSTREAM_TIMEOUT_S = 5
 OLDEST_SERVER = (2, 12)
+
+Role = Literal["api", "inference", "cli"]
+"""Whose inboxes: each user of deploy/nats/forebay.conf hears those of its own role alone."""
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +68,17 @@ class Connection:
 
 
 @contextlib.asynccontextmanager
-async def connected(settings: Settings, name: str) -> AsyncIterator[Connection]:
+async def connected(settings: Settings, name: str, role: Role) -> AsyncIterator[Connection]:
     """`connect` for the length of a block."""
-    connection = await connect(settings, name)
+    connection = await connect(settings, name, role)
     try:
         yield connection
     finally:
         await connection.close()
 
 
-async def connect(settings: Settings, name: str) -> Connection:
-    """Connect to NATS_URL as `name`.
+async def connect(settings: Settings, name: str, role: Role = "cli") -> Connection:
+    """Connect to NATS_URL as `name`; answers come to inboxes that only users of this `role` may hear.
 
     An established connection is kept for ever: lost, it is retried until it is back, one log line each.
     Nothing is buffered meanwhile (`pending_size=0`): a publish fails at once instead of being sent later,
@@ -117,21 +122,29 @@ async def connect(settings: Settings, name: str) -> Connection:
         "connect_timeout": CONNECT_TIMEOUT_S,
         "ping_interval": PING_INTERVAL_S,
         "pending_size": 0,
+        "inbox_prefix": f"_INBOX.{role}",
         "disconnected_cb": disconnected,
         "reconnected_cb": reconnected,
         "error_cb": failed,
     }
-    if settings.nats_credentials is not None:
-        options["user_credentials"] = str(settings.nats_credentials)
+    options |= _credentials(settings)
     if (tls := _tls(settings)) is not None:
         options["tls"] = tls
     # The first connection is bounded, so that a wrong address is said at start and not waited for.
     try:
         await client.connect(**options | {"allow_reconnect": False, "max_reconnect_attempts": 1})
         _check_version(client)
+        if tls is not None and not client._server_info.get("tls_required"):
+            # The client speaks TLS only where the server asks for it: somebody in between could leave that out.
+            raise ConfigurationError(f"NATS at {_without_secrets(url)} does not speak TLS, and NATS_TLS_CA wants it")
     except (NatsError, OSError, TimeoutError) as exc:
         await client.close()
         reason = refusal or exc
+        if isinstance(reason, AuthorizationError):
+            raise ConfigurationError(
+                f"NATS at {_without_secrets(url)} refuses this user: set NATS_NKEY_SEED or NATS_CREDENTIALS to a file "
+                f"that it knows"
+            ) from exc
         raise QueueUnavailable(
             f"cannot reach NATS at {_without_secrets(url)}: {str(reason) or type(reason).__name__}"
         ) from exc
@@ -141,6 +154,22 @@ async def connect(settings: Settings, name: str) -> Connection:
     client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
     connection = Connection(client, client.jetstream(timeout=JETSTREAM_TIMEOUT_S))
     return connection
+
+
+def _credentials(settings: Settings) -> dict[str, str]:
+    file = settings.nats_credentials or settings.nats_nkey_seed
+    if file is None:
+        return {}
+    try:
+        text = file.read_bytes()
+        if settings.nats_nkey_seed is not None:
+            nkeys.from_seed(bytearray(text.strip()))
+            return {"nkeys_seed": str(file)}
+    except OSError as exc:
+        raise ConfigurationError(f"the NATS credentials {file} cannot be read: {exc.strerror}") from exc
+    except (nkeys.NkeysError, ValueError) as exc:
+        raise ConfigurationError(f"NATS_NKEY_SEED={file} holds no NKey seed (a line that begins with SU)") from exc
+    return {"user_credentials": str(file)}
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:

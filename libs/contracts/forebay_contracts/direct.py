@@ -21,7 +21,7 @@ _NOTHING = "404"
 
 
 async def messages(connection: Connection, stream: str, subjects: str, first: int = 1) -> list[Msg]:
-    """The messages of `stream` on `subjects` from sequence `first` on, oldest first; their headers say where they stood.
+    """The messages of `stream` on `subjects` from sequence `first` on, oldest first, each with its headers.
 
     Raises:
         NotFoundError: nobody answers for the stream: it is not there.

@@ -73,6 +73,7 @@ class Settings(BaseSettings):
         None, description="NATS servers, comma-separated; empty: `forebay up` starts one of its own"
     )
     nats_credentials: Path | None = Field(None, description="Credentials file (JWT and NKey) for NATS")
+    nats_nkey_seed: Path | None = Field(None, description="File with the NKey seed of this service's NATS user")
     nats_tls_ca: Path | None = Field(None, description="CA certificate that NATS servers are checked against")
     nats_tls_cert: Path | None = Field(None, description="Client certificate for NATS; needs NATS_TLS_KEY")
     nats_tls_key: Path | None = Field(None, description="Private key of the client certificate")
@@ -117,6 +118,8 @@ class Settings(BaseSettings):
             )
         if (self.nats_tls_cert is None) != (self.nats_tls_key is None):
             raise ValueError("NATS_TLS_CERT and NATS_TLS_KEY are needed together")
+        if self.nats_credentials is not None and self.nats_nkey_seed is not None:
+            raise ValueError("NATS_CREDENTIALS and NATS_NKEY_SEED are two ways to be one user: set one of them")
         return self
 
     @property

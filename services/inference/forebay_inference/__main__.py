@@ -36,7 +36,7 @@ async def serve(settings: InferenceSettings) -> None:
     loop = asyncio.get_running_loop()
     for ending in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(ending, stop.set)
-    async with connected(settings, "forebay-inference") as connection:
+    async with connected(settings, "forebay-inference", "inference") as connection:
         worker = Worker(settings, connection, build_engine(settings))
         expose(settings, worker.health)
         await worker.run(stop)
