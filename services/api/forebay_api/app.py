@@ -51,7 +51,7 @@ def create_app(context: Context) -> FastAPI:
 @contextlib.asynccontextmanager
 async def running(settings: ApiSettings) -> AsyncIterator[Context]:
     """The parts of an api, connected and listening to NATS, for as long as the block lasts."""
-    async with connected(settings, "forebay-api") as connection:
+    async with connected(settings, "forebay-api", "api") as connection:
         await topology.ensure(connection, settings, settings.served_model)
         states = KeyValueStateStore(connection)
         dispatcher = Dispatcher(connection, JetStreamQueue(connection), states)
