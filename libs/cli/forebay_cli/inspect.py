@@ -122,7 +122,7 @@ async def apply_topology() -> None:
     """Make streams, consumer and buckets what the settings say, and print what was changed."""
     read = settings()
     async with connected(read) as link:
-        changes = await topology.ensure(link, read, read.served_model)
+        changes = await topology.ensure(link, read, read.served_model, read.served_aliases)
     for change in changes or ["nothing to change"]:
         console.stdout.print(change, markup=False)
 

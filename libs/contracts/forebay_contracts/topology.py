@@ -1,6 +1,8 @@
 """Streams, consumers and buckets: made where they are missing, changed where the settings have changed.
 
-Whichever service starts first makes them; each start of any service applies its settings to the live ones.
+Whichever service starts first makes them; each start of any service applies its settings to the live ones. A
+service whose NATS user may not do so takes them as they are and says what differs: `forebay topology apply` then does
+it, as a user that may.
 """
 
 import asyncio
@@ -23,7 +25,7 @@ from nats.js.api import (
 )
 from nats.js.errors import APIError, BadRequestError, NotFoundError
 
-from forebay_contracts import names
+from forebay_contracts import names, permissions
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import ConfigurationError, QueueUnavailable
 from forebay_contracts.settings import Settings
@@ -107,16 +109,22 @@ async def ensure(
     """Make streams, buckets and the consumer of `model` what `settings` say; returns what was changed.
 
     Safe to call from any number of services at once. `aliases` are written down by those who serve the model;
-    without them, what is written stays.
+    without them, what is written stays. A user that may not change anything waits START_PATIENCE_S for what is not
+    there, and only logs what is otherwise: the limits of the server are the ones that hold.
 
     Raises:
-        ConfigurationError: another model has the same token, or the server refuses the configuration.
+        ConfigurationError: another model has the same token, the server refuses the configuration, or something is
+            not there that this user may not make.
         QueueUnavailable: NATS does not answer.
     """
+    consumer = consumer_config(settings, model, aliases)
+    allowed = await permissions.own(connection)
+    if allowed is not None and not allowed.publish.permit(f"$JS.API.STREAM.CREATE.{names.STREAM}"):
+        return await _expect(connection, settings, consumer)
     give_up_at = time.monotonic() + START_PATIENCE_S
     while True:
         try:
-            changes = await _ensure_all(connection.jetstream, settings, consumer_config(settings, model, aliases))
+            changes = await _ensure_all(connection.jetstream, settings, consumer)
         except APIError as exc:
             if exc.err_code not in _NO_LEADER:
                 raise ConfigurationError(f"NATS refuses the topology: {exc.description}") from exc
@@ -138,30 +146,59 @@ async def _ensure_all(js: JetStreamContext, settings: Settings, consumer: Consum
     return changes + await _ensure_consumer(js, consumer)
 
 
+async def _expect(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> list[str]:
+    give_up_at = time.monotonic() + START_PATIENCE_S
+    waiting = False
+    while True:
+        try:
+            missing, different = await _compare(connection.jetstream, settings, consumer)
+        except (NatsError, TimeoutError, OSError) as exc:
+            missing, different = [f"NATS did not answer ({exc!r})"], []
+        if not missing:
+            for change in different:
+                log.warning("[RequestQueue] topology: %s is wanted here: `forebay topology apply` makes it so", change)
+            return []
+        if time.monotonic() >= give_up_at:
+            raise ConfigurationError(
+                f"{'; '.join(missing)}: this NATS user may not make it, so run `forebay topology apply` as one that may"
+            )
+        if not waiting:
+            log.warning("[RequestQueue] topology: %s: waiting for `forebay topology apply`", "; ".join(missing))
+            waiting = True
+        await asyncio.sleep(START_RETRY_S)
+
+
 async def drift(connection: Connection, settings: Settings, model: str) -> list[str]:
     """What `ensure` would change, changing nothing: each missing or different thing in a few words.
 
     Raises:
+        ConfigurationError: another model has the same token.
         QueueUnavailable: NATS does not answer.
     """
-    js, found = connection.jetstream, []
     try:
-        for wanted in stream_configs(settings):
-            try:
-                changes = _differences((await js.stream_info(wanted.name)).config, wanted)
-            except NotFoundError:
-                found.append(f"stream {wanted.name} is not there")
-                continue
-            found += [f"stream {wanted.name}: {change}" for change in changes]
-        consumer = consumer_config(settings, model)
-        try:
-            live = (await js.consumer_info(names.STREAM, consumer.durable_name)).config
-        except NotFoundError:
-            return [*found, f"consumer {consumer.durable_name} is not there"]
-        found += [f"consumer {consumer.durable_name}: {c}" for c in _differences(live, consumer, ignored={"metadata"})]
+        missing, different = await _compare(connection.jetstream, settings, consumer_config(settings, model))
     except (NatsError, TimeoutError, OSError) as exc:
         raise QueueUnavailable(f"the topology cannot be read: {exc!r}") from exc
-    return found
+    return missing + different
+
+
+async def _compare(js: JetStreamContext, settings: Settings, consumer: ConsumerConfig) -> tuple[list[str], list[str]]:
+    """What is not there, and what is otherwise than wanted."""
+    missing, different = [], []
+    for wanted in stream_configs(settings):
+        try:
+            changes = _differences((await js.stream_info(wanted.name)).config, wanted)
+        except NotFoundError:
+            missing.append(f"stream {wanted.name} is not there")
+            continue
+        different += [f"stream {wanted.name}: {change}" for change in changes]
+    try:
+        live = (await js.consumer_info(names.STREAM, consumer.durable_name)).config
+    except NotFoundError:
+        missing.append(f"consumer {consumer.durable_name} is not there")
+    else:
+        different += [f"consumer {consumer.durable_name}: {change}" for change in _consumer_differences(live, consumer)]
+    return missing, different
 
 
 async def consumers(connection: Connection) -> list[ConsumerInfo]:
@@ -225,7 +262,8 @@ def _bucket(bucket: str, description: str, ttl_s: float, replicas: int) -> Strea
         discard=DiscardPolicy.NEW,
         duplicate_window=min(ttl_s, DUPLICATE_WINDOW_S),
         deny_delete=True,
-        allow_rollup_hdrs=True,
+        # Whoever may write one value could else take out all the others by a header (`Nats-Rollup: all`).
+        allow_rollup_hdrs=False,
         allow_direct=True,
         num_replicas=replicas,
     )
@@ -257,6 +295,16 @@ async def _ensure_consumer(js: JetStreamContext, wanted: ConsumerConfig) -> list
     except NotFoundError:
         await js.add_consumer(names.STREAM, wanted)
         return [f"consumer {wanted.durable_name} made"]
+    changes = _consumer_differences(live, wanted)
+    if not changes:
+        return []
+    # The server adds metadata of its own, and an update replaces the whole.
+    metadata = (live.metadata or {}) | (wanted.metadata or {})
+    await js.add_consumer(names.STREAM, replace(wanted, metadata=metadata))
+    return [f"consumer {wanted.durable_name}: {change}" for change in changes]
+
+
+def _consumer_differences(live: ConsumerConfig, wanted: ConsumerConfig) -> list[str]:
     remembered, metadata = live.metadata or {}, wanted.metadata or {}
     owner, model = remembered.get(names.MODEL_METADATA), metadata[names.MODEL_METADATA]
     if owner not in (None, model):
@@ -264,13 +312,10 @@ async def _ensure_consumer(js: JetStreamContext, wanted: ConsumerConfig) -> list
             f"the models {owner!r} and {model!r} both become {wanted.durable_name!r} on NATS: "
             f"give one of them another MODEL_NAME"
         )
-    # The server adds metadata of its own, and an update replaces the whole.
     changes = _differences(live, wanted, ignored={"metadata"})
-    changes += [f"{key} {remembered.get(key)} → {new}" for key, new in metadata.items() if remembered.get(key) != new]
-    if not changes:
-        return []
-    await js.add_consumer(names.STREAM, replace(wanted, metadata=remembered | metadata))
-    return [f"consumer {wanted.durable_name}: {change}" for change in changes]
+    return changes + [
+        f"{key} {remembered.get(key)} → {new}" for key, new in metadata.items() if remembered.get(key) != new
+    ]
 
 
 def _differences(live: Any, wanted: Any, ignored: frozenset[str] | set[str] = frozenset()) -> list[str]:
