@@ -20,9 +20,12 @@ from forebay_contracts.version import VERSION
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _PROTOCOL: Final = "http/protobuf"
+_NOT_SAMPLED: Final = tuple("02468ace")
+"""How a `traceparent` ends whose trace is not recorded: https://www.w3.org/TR/trace-context/#sampled-flag"""
 
 _propagator = TraceContextTextMapPropagator()
 _tracer: trace.Tracer | None = None
+_follows_parents = False
 
 
 def configure(service: str) -> None:
@@ -45,18 +48,20 @@ def configure(service: str) -> None:
 
 
 def _start(service: str) -> None:
-    global _tracer
+    global _tracer, _follows_parents
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.sampling import ParentBased
     except ImportError as exc:
         raise ConfigurationError("OTEL_* ask for traces: install forebay[tracing]") from exc
     name = os.environ.get("OTEL_SERVICE_NAME") or service
     provider = TracerProvider(resource=Resource.create({"service.name": name, "service.version": VERSION}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     _tracer = provider.get_tracer("forebay", VERSION)
+    _follows_parents = isinstance(provider.sampler, ParentBased)
 
 
 def enabled() -> bool:
@@ -76,10 +81,13 @@ def start(
     if _tracer is None:
         return trace.INVALID_SPAN
     if headers is not None:
+        if _follows_parents and headers.get("traceparent", "").endswith(_NOT_SAMPLED):
+            # What the sampler would say too, after it has parsed the header and made a context and a span of it.
+            return trace.INVALID_SPAN
         return _tracer.start_span(name, _propagator.extract(headers, Context()), kind, attributes)
     parent = trace.get_current_span() if within is None else within
     # What the sampler left out is left out whole, and then costs next to nothing.
-    if parent.get_span_context().is_valid and not parent.is_recording():
+    if (within is not None or parent.get_span_context().is_valid) and not parent.is_recording():
         return parent
     return _tracer.start_span(name, trace.set_span_in_context(parent), kind, attributes)
 
