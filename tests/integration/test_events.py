@@ -92,18 +92,18 @@ async def test_listeners_are_bounded_and_share_one_subscription(
         try:
             shared = Feed(connection, lambda: queue_status(connection, stack.states, settings, ()), lambda: ())
             before = connection.client._sid
-            listeners = [shared.listen() for _ in range(3)]
+            listeners = [shared.listen(lambda _: True) for _ in range(3)]
             for listener in listeners:
                 assert (await anext(listener)).startswith(b"event: queue\ndata: {")
             assert shared.listeners == 3
             with pytest.raises(TooManyListeners):
-                await anext(shared.listen())
+                await anext(shared.listen(lambda _: True))
             # One for the changes; reading what there was takes one that is gone again.
             assert connection.client._sid - before <= 2
             for listener in listeners:
                 await listener.aclose()
             assert shared.listeners == 0
-            again = shared.listen()
+            again = shared.listen(lambda _: True)
             assert await anext(again)
             await shared.close()
             with pytest.raises(StopAsyncIteration):

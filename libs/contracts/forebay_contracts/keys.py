@@ -46,7 +46,7 @@ class KeyEntry(BaseModel):
 
     sha256: Annotated[
         tuple[Digest, ...],
-        BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else (given,)),
+        BeforeValidator(lambda given: tuple(given) if isinstance(given, list | tuple) else (given,)),
         Field(min_length=1, max_length=10),
     ]
     max_requests: int | None = Field(None, ge=1)

@@ -15,6 +15,7 @@ from forebay_api.drain_rate import DrainRate
 from forebay_api.exposition import Exposition
 from forebay_api.feed import Feed
 from forebay_api.idempotency import IdempotentRequests
+from forebay_api.key_limits import KeyLimits
 from forebay_api.middleware import HeadersMiddleware
 from forebay_api.models import Models
 from forebay_api.routes import completions, events, health, metrics, models, page, queue
@@ -51,21 +52,30 @@ def create_app(context: Context) -> FastAPI:
 @contextlib.asynccontextmanager
 async def running(settings: ApiSettings) -> AsyncIterator[Context]:
     """The parts of an api, connected and listening to NATS, for as long as the block lasts."""
+    keys = ApiKeys(settings)
+    await keys.start()
     async with connected(settings, "forebay-api", "api") as connection:
         await topology.ensure(connection, settings, settings.served_model)
         states = KeyValueStateStore(connection)
-        dispatcher = Dispatcher(connection, JetStreamQueue(connection), states)
+        apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
+        limits = KeyLimits(keys, lambda: (api for api in apis.alive() if api.id != dispatcher.instance))
+        dispatcher = Dispatcher(connection, JetStreamQueue(connection), states, limits.one_more)
         workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
         started_at = time.time()
 
         def describe() -> ApiInfo:
-            return ApiInfo(id=dispatcher.instance, version=VERSION, started_at=started_at, heartbeat_at=time.time())
+            return ApiInfo(
+                id=dispatcher.instance,
+                version=VERSION,
+                started_at=started_at,
+                heartbeat_at=time.time(),
+                unfinished=limits.unfinished,
+            )
 
         async def numbers() -> QueueStatus:
             return await queue_status(connection, states, settings, workers.alive())
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
-        apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
         await workers.start()
         await apis.start()
         await dispatcher.start()
@@ -82,7 +92,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 idempotent=idempotent,
                 workers=workers,
                 models=Models(settings, workers.alive, lambda: topology.known_models(connection)),
-                keys=ApiKeys(settings.api_keys),
+                keys=keys,
                 drain_rate=drain_rate,
                 exposition=Exposition(connection, workers.alive, drain_rate) if settings.metrics else None,
                 feed=Feed(connection, numbers, workers.alive),
@@ -93,3 +103,4 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             await workers.stop()
             await apis.stop()
             await heartbeat.stop()
+            await keys.stop()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from forebay_api.auth import ApiKeys
+from forebay_api.auth import ApiKeys, Client
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
 from forebay_api.exposition import Exposition
@@ -50,9 +50,15 @@ async def context(request: Request) -> Context:
 async def authorized(request: Request) -> Context:
     """The same, for clients with a valid key only."""
     found = await context(request)
-    found.keys.check(request)
+    request.state.client = found.keys.check(request)
     return found
+
+
+async def caller(request: Request) -> Client:
+    """Whose key `request` carries."""
+    return (await context(request)).keys.check(request)
 
 
 Open = Annotated[Context, Depends(context)]
 Authorized = Annotated[Context, Depends(authorized)]
+Caller = Annotated[Client, Depends(caller)]

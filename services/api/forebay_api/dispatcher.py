@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -45,11 +45,18 @@ log = logging.getLogger(__name__)
 class Dispatcher:
     """Submits requests and hands each its frames; one subscription serves them all."""
 
-    def __init__(self, connection: Connection, queue: RequestQueue, states: StateStore) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        queue: RequestQueue,
+        states: StateStore,
+        one_more: Callable[[str | None], contextlib.AbstractContextManager[None]],
+    ) -> None:
         self.instance = f"api-{uuid.uuid4().hex[:12]}"
         self._connection = connection
         self._queue = queue
         self._states = states
+        self._one_more = one_more
         self._waiting: dict[str, Reply] = {}
         self._ended: OrderedDict[str, RequestStatus | None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,8 +88,14 @@ class Dispatcher:
         """Admit `request`; its reply lives as long as the block, and leaving the block early calls it off.
 
         Raises:
-            QueueFull, QueueUnavailable: nothing was admitted.
+            QueueFull, QueueUnavailable, KeyLimitReached: nothing was admitted.
         """
+        with self._one_more(request.key):
+            async with self._admitted(request) as reply:
+                yield reply
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, request: InferenceRequest) -> AsyncIterator[Reply]:
         reply = Reply(request)
         self._waiting[request.id] = reply
         try:
@@ -157,6 +170,7 @@ class Dispatcher:
             queued_at=request.created_at,
             deadline=request.deadline,
             sequence=sequence,
+            key=request.key,
         )
         with contextlib.suppress(QueueConflict):
             await self._states.write(state, 0)

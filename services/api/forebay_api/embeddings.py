@@ -52,7 +52,7 @@ class EmbeddingBody(RequestBody):
         return as_many(self.input)
 
     def request(
-        self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str
+        self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str, key: str | None
     ) -> InferenceRequest:
         """The request as it goes into the queue; `model` is the name that the alias in the body stands for."""
         return InferenceRequest(
@@ -62,6 +62,7 @@ class EmbeddingBody(RequestBody):
             created_at=created_at,
             deadline=deadline,
             reply_to=reply_to,
+            key=key,
             prompts=self.inputs,
             dimensions=self.dimensions,
         )

@@ -10,8 +10,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from forebay_api import metrics
+from forebay_api.auth import Client
 from forebay_api.drain_rate import DrainRate
-from forebay_contracts.errors import ApiError, InferenceFailed, InvalidRequest, QueueError, QueueFull, RequestTimeout
+from forebay_contracts.errors import (
+    ApiError,
+    InferenceFailed,
+    InvalidRequest,
+    KeyLimitReached,
+    QueueError,
+    QueueFull,
+    RequestTimeout,
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +32,8 @@ def error_response(error: ApiError, drain_rate: DrainRate) -> Response:
         headers["x-should-retry"] = "true"
     if isinstance(error, QueueFull) and (seconds := drain_rate.retry_after_s()) is not None:
         headers["retry-after"] = str(seconds)
+    if isinstance(error, KeyLimitReached):
+        headers["retry-after"] = str(error.retry_after_s)
     # By themselves the SDKs retry 408 and 500: the load would double when there is least room for it, and a
     # request whose attempts are spent would be given as many again.
     if isinstance(error, RequestTimeout | InferenceFailed) or error.code in (
@@ -31,6 +42,12 @@ def error_response(error: ApiError, drain_rate: DrainRate) -> Response:
     ):
         headers["x-should-retry"] = "false"
     return JSONResponse(error.body(), error.status, headers)
+
+
+def _key(request: Request) -> str | None:
+    """The name of the client's key, where it is known."""
+    client: Client | None = getattr(request.state, "client", None)
+    return None if client is None else client.name
 
 
 def install(app: FastAPI, drain_rate: DrainRate, completion_paths: frozenset[str]) -> None:
@@ -45,7 +62,7 @@ def install(app: FastAPI, drain_rate: DrainRate, completion_paths: frozenset[str
             request.state.request_id,
             exc.status,
             code,
-            extra={"request_id": request.state.request_id, "code": code},
+            extra={"request_id": request.state.request_id, "code": code, "key": _key(request)},
         )
         if request.url.path in completion_paths:
             metrics.rejected(exc)

@@ -70,8 +70,10 @@ class Feed:
         """How many listen now."""
         return self._listeners
 
-    async def listen(self) -> AsyncGenerator[bytes, None]:
+    async def listen(self, may_see: Callable[[str | None], bool]) -> AsyncGenerator[bytes, None]:
         """Events until the api stops; the first one tells all that is known. To be closed by who iterates.
+
+        `may_see` says of the name of a key whether the listener may see requests that came with it.
 
         Raises:
             TooManyListeners: MAX_LISTENERS listen already.
@@ -88,7 +90,7 @@ class Feed:
             while not self._closed:
                 # Taken before the event is sent: what changes meanwhile is for the next one.
                 told, newest = self._told, self._version
-                yield self._event(version)
+                yield self._event(version, may_see)
                 version = newest
                 await told.wait()
         finally:
@@ -172,14 +174,17 @@ class Feed:
                 log.debug("the queue's numbers cannot be read: %s", exc)
             self._news.set()
 
-    def _event(self, since: int) -> bytes:
+    def _event(self, since: int, may_see: Callable[[str | None], bool]) -> bytes:
         changed = []
         for request_id, (version, _, data) in self._latest.items():
             if version > since:
                 try:
-                    changed.append(RequestState.model_validate_json(data).model_dump(mode="json"))
+                    state = RequestState.model_validate_json(data)
                 except ValidationError:
                     log.debug("the state of %s cannot be read", request_id)
+                    continue
+                if may_see(state.key):
+                    changed.append(state.model_dump(mode="json"))
         body = {
             "at": time.time(),
             "connected": self._connection.connected,

@@ -10,6 +10,7 @@ from forebay_contracts.errors import (
     ApiError,
     InvalidApiKey,
     InvalidRequest,
+    KeyLimitReached,
     ModelNotFound,
     ModelUnavailable,
     QueueFull,
@@ -42,6 +43,12 @@ SECONDS: Final = Histogram(
     buckets=WAIT_S,
     registry=REGISTRY,
 )
+KEY_REQUESTS: Final = Counter(
+    "forebay_key_requests",
+    "Completion requests by the name of the key that they came with: admitted, or refused by the key's own limit",
+    ("key", "result"),
+    registry=REGISTRY,
+)
 PUBLISH: Final = Histogram(
     "forebay_publish_seconds", "Time until the queue took or refused a request", buckets=FAST_S, registry=REGISTRY
 )
@@ -53,6 +60,7 @@ _REASONS: Final[tuple[tuple[type[ApiError], str], ...]] = (
     (ModelNotFound, "model_not_found"),
     (InvalidApiKey, "invalid_api_key"),
     (RequestTooLarge, "request_too_large"),
+    (KeyLimitReached, "key_limit_reached"),
     (InvalidRequest, "invalid_request"),
 )
 
@@ -79,6 +87,12 @@ def of(model: str, completion_type: str) -> RequestMetrics:
         bound(SECONDS, model, completion_type),
         {outcome: bound(FINISHED, model, completion_type, outcome.value) for outcome in OUTCOMES},
     )
+
+
+@functools.cache
+def key_requests(key: str, result: str) -> Any:
+    """The counter of requests with the key of this name, `admitted` or `refused`."""
+    return bound(KEY_REQUESTS, key, result)
 
 
 @functools.cache

@@ -259,7 +259,7 @@ class ChatCompletionBody(_CompletionBody):
         return self
 
     def request(
-        self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str
+        self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str, key: str | None
     ) -> InferenceRequest:
         """The request as it goes into the queue; `model` is the name that the alias in the body stands for."""
         choice = self.tool_choice
@@ -270,6 +270,7 @@ class ChatCompletionBody(_CompletionBody):
             created_at=created_at,
             deadline=deadline,
             reply_to=reply_to,
+            key=key,
             stream=self.stream,
             messages=tuple(message.plain() for message in self.messages),
             n=self.n,
@@ -336,7 +337,7 @@ class CompletionBody(_CompletionBody):
         return as_many(self.prompt)
 
     def request(
-        self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str
+        self, *, request_id: str, model: str, created_at: float, deadline: float, reply_to: str, key: str | None
     ) -> InferenceRequest:
         """The request as it goes into the queue; `model` is the name that the alias in the body stands for."""
         return InferenceRequest(
@@ -346,6 +347,7 @@ class CompletionBody(_CompletionBody):
             created_at=created_at,
             deadline=deadline,
             reply_to=reply_to,
+            key=key,
             stream=self.stream,
             prompts=self.prompts,
             n=self.n,

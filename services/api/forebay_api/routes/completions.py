@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from forebay_api.auth import Client
 from forebay_api.bodies import read_body
 from forebay_api.context import Context, authorized
 from forebay_api.embeddings import EmbeddingBody, EmbeddingFormat
@@ -67,14 +68,16 @@ async def _queued(
     request: Request, context: Context, body: ChatCompletionBody | CompletionBody | EmbeddingBody
 ) -> InferenceRequest:
     request_id: str = request.state.request_id
+    client: Client = request.state.client
     now = time.time()
     model = await context.models.admit(body.model, body.completion_type)
     log.info(
-        "%s %s received for %s",
+        "%s %s received for %s%s",
         LOG_PREFIX[body.completion_type],
         request_id,
         model,
-        extra={"request_id": request_id, "model": model, "type": body.completion_type.value},
+        f" from {client.name}" if client.name else "",
+        extra={"request_id": request_id, "model": model, "type": body.completion_type.value, "key": client.name},
     )
     if context.settings.log_prompts:
         log.info(
@@ -86,6 +89,7 @@ async def _queued(
         created_at=now,
         deadline=now + context.settings.request_timeout,
         reply_to=names.reply_subject(context.dispatcher.instance, request_id),
+        key=client.name,
     )
 
 

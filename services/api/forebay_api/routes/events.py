@@ -7,7 +7,8 @@ from fastapi import APIRouter
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from forebay_api.context import Authorized
+from forebay_api.auth import Client
+from forebay_api.context import Authorized, Caller
 from forebay_api.feed import Feed
 
 MAX_WRITE_STALL_S = 30.0
@@ -21,8 +22,9 @@ class QueueEvents(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, client: Client) -> None:
         self._feed = feed
+        self._client = client
         self.background = None
         self.status_code = 200
         self.body = b""
@@ -35,7 +37,7 @@ class QueueEvents(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
         leaving = asyncio.create_task(_left(receive))
-        events = self._feed.listen()
+        events = self._feed.listen(self._client.may_see)
         started = False
         try:
             async for event in events:
@@ -57,13 +59,14 @@ class QueueEvents(Response):
 
 
 @router.get("/events", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
-async def get_queue_events(context: Authorized) -> Response:
+async def get_queue_events(context: Authorized, caller: Caller) -> Response:
     """Numbers, workers and the newest requests, then each change of them, at most four messages a second.
 
     `event: queue`, its data a JSON object of `at`, `connected`, `status` (as `/v1/queue/status`; null while NATS is
-    away), `workers`, and `requests`: those that have changed since the message before.
+    away), `workers`, and `requests`: those that have changed since the message before. A key that is no operator's is
+    told of its own requests alone.
     """
-    return QueueEvents(context.feed)
+    return QueueEvents(context.feed, caller)
 
 
 async def _left(receive: Receive) -> None:

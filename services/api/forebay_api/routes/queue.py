@@ -4,7 +4,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from forebay_api.context import Authorized, Context
+from forebay_api.auth import Client
+from forebay_api.context import Authorized, Caller, Context
 from forebay_contracts import names
 from forebay_contracts.errors import RequestNotFound
 from forebay_contracts.messages import RequestState, RequestStatus
@@ -23,10 +24,10 @@ async def get_queue_status(context: Authorized) -> QueueStatus:
 
 
 @router.get("/request/{request_id}")
-async def get_request(request_id: str, context: Authorized) -> dict[str, Any]:
+async def get_request(request_id: str, context: Authorized, caller: Caller) -> dict[str, Any]:
     """The state of one request."""
     await context.dispatcher.registered(request_id)
-    state = await _state(context, request_id)
+    state = await _state(context, caller, request_id)
     position = estimated_wait_s = None
     if state.status is RequestStatus.QUEUED and state.sequence is not None:
         place = await waiting_place(context.connection, state.model, state.sequence)
@@ -53,18 +54,19 @@ async def get_request(request_id: str, context: Authorized) -> dict[str, Any]:
 
 
 @router.delete("/request/{request_id}")
-async def cancel_request(request_id: str, context: Authorized) -> dict[str, Any]:
+async def cancel_request(request_id: str, context: Authorized, caller: Caller) -> dict[str, Any]:
     """Call a request off, waiting or running; one that has ended stays as it ended."""
-    # An id goes into subjects: one that cannot be an id goes no further.
-    cancelled = names.is_request_id(request_id) and await context.dispatcher.cancel(
-        request_id, "by DELETE /v1/queue/request"
-    )
-    state = await _state(context, request_id)
+    await context.dispatcher.registered(request_id)
+    await _state(context, caller, request_id)
+    cancelled = await context.dispatcher.cancel(request_id, "by DELETE /v1/queue/request")
+    state = await _state(context, caller, request_id)
     return {"id": request_id, "cancelled": cancelled, "status": state.status.value}
 
 
-async def _state(context: Context, request_id: str) -> RequestState:
+async def _state(context: Context, caller: Client, request_id: str) -> RequestState:
+    # An id goes into subjects: one that cannot be an id goes no further.
     stored = await context.states.get(request_id) if names.is_request_id(request_id) else None
-    if stored is None:
+    # What is somebody else's is as unknown as what never was.
+    if stored is None or not caller.may_see(stored.state.key):
         raise RequestNotFound(f"No request {request_id!r} is known.", param="request_id")
     return stored.state
