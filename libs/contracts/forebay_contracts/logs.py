@@ -75,7 +75,7 @@ def configure(settings: Settings) -> None:
     """Send all log lines to stderr, as LOG_LEVEL and LOG_FORMAT say."""
     # No line tells these, and to find them out is half of what a line costs:
     # https://docs.python.org/3/howto/logging.html#optimization
-    logging._srcfile = None  # type: ignore[attr-defined]
+    logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.logAsyncioTasks = False  # type: ignore[attr-defined,unused-ignore]
     handler = logging.StreamHandler(sys.stderr)
