@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from forebay_api import error_handlers, openapi
 from forebay_api.auth import ApiKeys
@@ -16,7 +17,7 @@ from forebay_api.exposition import Exposition
 from forebay_api.feed import Feed
 from forebay_api.idempotency import IdempotentRequests
 from forebay_api.key_limits import KeyLimits
-from forebay_api.middleware import HeadersMiddleware
+from forebay_api.middleware import REQUEST_ID_HEADER, HeadersMiddleware
 from forebay_api.models import Models
 from forebay_api.routes import completions, events, health, metrics, models, page, queue
 from forebay_api.tracing import TraceMiddleware
@@ -35,12 +36,20 @@ log = logging.getLogger(__name__)
 
 def create_app(context: Context) -> FastAPI:
     """The HTTP side of a running api."""
-    app = FastAPI(title="Forebay", version=VERSION, redoc_url=None)
+    app = FastAPI(title="Forebay", version=VERSION, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     paths = frozenset(route.path for route in completions.routes)
     if tracing.enabled():
         app.add_middleware(TraceMiddleware, paths=paths)
     app.add_middleware(HeadersMiddleware)
+    if context.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=context.settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, "retry-after", "x-should-retry"],
+        )
     error_handlers.install(app, context.drain_rate, paths)
     app.router.routes.extend(completions.routes)
     for module in (models, queue, events, health, metrics, page):

@@ -29,6 +29,8 @@ class HeadersMiddleware:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = request_id
+                # A browser takes an answer for what its content type says, and for no script or page.
+                headers["x-content-type-options"] = "nosniff"
                 if scope["app"].state.context.draining:
                     headers["connection"] = "close"
             await send(message)

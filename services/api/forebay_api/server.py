@@ -18,6 +18,7 @@ import uvloop
 from forebay_api.app import create_app, running
 from forebay_api.context import Context
 from forebay_api.exposition import MULTIPROCESS_DIR
+from forebay_api.http import BoundedHttp
 from forebay_contracts import logs, metrics, tracing
 from forebay_contracts.errors import ConfigurationError, ForebayError
 from forebay_contracts.lifetime import calm_collector, die_with_parent, raise_file_limit
@@ -159,7 +160,7 @@ def _config(settings: ApiSettings, app: object) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         loop="uvloop",
-        http="httptools",
+        http=functools.partial(BoundedHttp, body_timeout_s=settings.body_timeout),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

@@ -8,8 +8,9 @@ from starlette.responses import Response
 
 HEADERS = {
     "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",
 }
 """The page runs its own script alone, and no other page may hold it in a frame."""

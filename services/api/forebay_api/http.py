@@ -1,0 +1,137 @@
+"""uvicorn's HTTP on httptools, with bounds on what a client sends before there is a request to answer.
+
+httptools itself takes headers without an end, and uvicorn waits for them for ever.
+"""
+
+import json
+from asyncio import TimerHandle, Transport
+from typing import Any, Final
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+MAX_HEAD_BYTES: Final = 32 * 1024
+"""Largest request line and headers together; more gets 431."""
+
+MAX_HEADERS: Final = 100
+
+HEAD_TIMEOUT_S: Final = 10.0
+"""How long a client may take over a request's line and headers, from its first byte or its connection on."""
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """One connection. What exceeds a bound is answered 431 or 408 and closed."""
+
+    def __init__(self, *args: Any, body_timeout_s: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._body_timeout_s = body_timeout_s
+        self._timer: TimerHandle | None = None
+        self._in_body = False
+        self._head_bytes = 0
+        self._silent_bytes = 0
+        self._refused = False
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self._arm(HEAD_TIMEOUT_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if self._refused:
+            return
+        # Bytes that have brought nothing yet, neither a whole head nor a piece of body: httptools keeps them all.
+        self._silent_bytes += len(data)
+        if self._timer is None:
+            self._arm(HEAD_TIMEOUT_S)
+        super().data_received(data)
+        if self._silent_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, "the request's headers are too large")
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of its address."""
+        self._head_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer behind a body in chunks."""
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
+            self._refuse(431, "the request's headers are too large or too many")
+        elif not self._in_body:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is there: the application begins."""
+        if self._refused:
+            return
+        self._silent_bytes = 0
+        self._in_body = True
+        self._arm(self._body_timeout_s)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._silent_bytes = 0
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._silent_bytes = 0
+        self._in_body = False
+        self._disarm()
+        if not self._refused:
+            super().on_message_complete()
+
+    def _arm(self, seconds: float) -> None:
+        self._disarm()
+        self._timer = self.loop.call_later(seconds, self._expired)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expired(self) -> None:
+        self._timer = None
+        if self._answers_before():
+            # The answer to the request before is under way: its client is no idler.
+            self._arm(HEAD_TIMEOUT_S)
+        else:
+            self._refuse(408, "the request did not arrive in time")
+
+    def _answers_before(self) -> bool:
+        """Whether an earlier request of the connection is still being answered."""
+        if self._in_body:
+            return bool(self.pipeline)
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer, unless an answer is under way, and close."""
+        if self._refused:
+            return
+        self._refused = True
+        self._disarm()
+        if self.transport.is_closing():
+            return
+        answered = self._in_body and self.cycle.response_started
+        if not answered and not self._answers_before():
+            error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+            body = json.dumps({"error": error}).encode()
+            self.transport.write(
+                STATUS_LINE[status]
+                + b"content-type: application/json\r\nx-content-type-options: nosniff\r\nx-should-retry: false\r\n"
+                + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+                + body
+            )
+        self.transport.close()

@@ -1,0 +1,134 @@
+"""What a client may send, for how long, and from which pages: tried with bare sockets."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from support.nats import NatsServer
+from support.stack import MODEL, Api, Stack, running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+GET = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+ORIGIN = "https://chat.example.com"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(module_nats: NatsServer) -> AsyncIterator[Stack]:
+    async with running(module_nats, body_timeout=1, cors_origins=f"{ORIGIN},http://localhost:3000") as found:
+        yield found
+        assert not [line for line in found.apis[0].log if "ERROR" in line or "Traceback" in line]
+
+
+async def send(api: Api, *pieces: bytes, timeout_s: float = 30) -> bytes:
+    """What comes back until the api closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    async with asyncio.timeout(timeout_s):
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(65536):
+                answer += piece
+    writer.close()
+    return answer
+
+
+def refused(answer: bytes, status: int) -> None:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert b"connection: close" in head
+    assert list(json.loads(body)["error"]) == ["message", "type", "param", "code"]
+
+
+async def test_headers_too_large(stack: Stack) -> None:
+    api = stack.apis[0]
+    many = b"".join(b"x-%d: y\r\n" % n for n in range(101))
+    for head in (
+        GET + b"x-large: " + b"y" * 33_000 + b"\r\n\r\n",
+        GET + b"x-large: " + b"y" * 33_000,
+        GET + many + b"\r\n",
+        b"GET /" + b"y" * 33_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /" + b"y" * 33_000,
+    ):
+        refused(await send(api, head), 431)
+    fits = GET + b"x-large: " + b"y" * 30_000 + b"\r\nconnection: close\r\n\r\n"
+    assert (await send(api, fits)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_trailers_without_an_end(stack: Stack) -> None:
+    chunked = POST + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+    answer = await send(stack.apis[0], chunked, b"x-trailer: " + b"y" * 60_000)
+    assert answer[:13] in (b"HTTP/1.1 431 ", b"HTTP/1.1 400 ")
+
+
+async def test_headers_that_do_not_come(stack: Stack) -> None:
+    # At once, for they are waited for as long as they may take.
+    async def slowly(*pieces: bytes) -> bytes:
+        return await send(stack.apis[0], *pieces)
+
+    answers = await asyncio.gather(slowly(), slowly(GET), slowly(b"\r\n"), slowly(GET + b"x-a: b\r\n"))
+    for answer in answers:
+        refused(answer, 408)
+
+
+async def test_a_body_that_does_not_come(stack: Stack) -> None:
+    refused(await send(stack.apis[0], POST + b"content-length: 100\r\n\r\n{"), 408)
+    refused(await send(stack.apis[0], POST + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n"), 408)
+    # Answered before its body is there, and then not kept open for it.
+    answer = await send(stack.apis[0], GET + b"content-length: 100\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"HTTP/1.1") <= 2
+
+
+async def test_an_answer_outlasts_the_time_for_a_body(stack: Stack) -> None:
+    text = "[[tokens=15 delay_ms=100]]"
+    body = json.dumps({"model": MODEL, "stream": True, "messages": [{"role": "user", "content": text}]}).encode()
+    head = POST + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+    answer = await send(stack.apis[0], head, body)
+    assert b"data: [DONE]" in answer
+
+
+async def test_no_other_page_may_call_but_those_that_are_named(stack: Stack) -> None:
+    url = f"{stack.apis[0].url}/v1/chat/completions"
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    for origin in (ORIGIN, "http://localhost:3000"):
+        answer = await stack.http.options(url, headers={"origin": origin} | asked)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == origin
+        assert "authorization" in answer.headers["access-control-allow-headers"].lower()
+    answer = await stack.http.options(url, headers={"origin": "https://evil.example.com"} | asked)
+    assert answer.status_code == 400
+    assert "access-control-allow-origin" not in answer.headers
+    answer = await stack.http.get(f"{stack.apis[0].url}/v1/models", headers={"origin": ORIGIN})
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+
+
+async def test_without_the_setting_no_page_may_call(nats_server: NatsServer) -> None:
+    async with running(nats_server, workers=0) as closed:
+        answer = await closed.http.options(
+            f"{closed.apis[0].url}/v1/models", headers={"origin": ORIGIN, "access-control-request-method": "GET"}
+        )
+        assert answer.status_code == 405
+        answer = await closed.http.get(f"{closed.apis[0].url}/v1/models", headers={"origin": ORIGIN})
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+async def test_every_answer_is_what_it_says_it_is(stack: Stack) -> None:
+    for path in ("/", "/v1/models", "/nowhere", "/health/live", "/metrics", "/v1/models/"):
+        answer = await stack.http.get(stack.apis[0].url + path)
+        assert answer.headers.get_list("x-content-type-options") == ["nosniff"]
+    # No redirect: it would lead a client behind a proxy to an address that it cannot reach.
+    assert (await stack.http.get(stack.apis[0].url + "/health/live/")).status_code == 404
+    page = (await stack.http.get(stack.apis[0].url + "/")).headers
+    assert "unsafe" not in page["content-security-policy"]
+    assert "frame-ancestors 'none'" in page["content-security-policy"]
+    assert page["permissions-policy"]
