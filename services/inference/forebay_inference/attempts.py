@@ -8,10 +8,12 @@ import asyncio
 import contextlib
 import logging
 import time
+import traceback
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from pathlib import Path
 from typing import Any
 
 from nats.errors import Error as NatsError
@@ -303,8 +305,7 @@ class AttemptRunner:
             "[RequestQueue] %s attempt %d failed: %s",
             attempt.request.id,
             number,
-            error if expected else repr(error),
-            exc_info=None if expected else error,
+            error if expected else _traced(error),
             extra=attempt.measured.fields(code="engine_fault"),
         )
         attempt.measured.ended("engine_fault", "engine_fault")
@@ -360,3 +361,10 @@ class AttemptRunner:
             f": {code or error}" if error else "",
             extra=fields,
         )
+
+
+def _traced(error: BaseException) -> str:
+    """What an unexpected error was and where it came from; not its message, which may quote a request."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    return f"{type(error).__name__} at {places}"

@@ -1,0 +1,43 @@
+"""Nothing of the inside and nothing of a request is told to whom it does not concern."""
+
+import traceback
+
+from forebay_inference.attempts import _traced
+from support.answers import error_of
+from support.nats import NatsServer
+from support.stack import running
+
+PROMPT = "xyzzy-the-secret-prompt"
+
+
+def test_an_unexpected_error_is_logged_without_what_it_says() -> None:
+    try:
+        int(PROMPT)
+    except ValueError as exc:
+        told = _traced(exc)
+        assert PROMPT in "".join(traceback.format_exception(exc))
+    assert told.startswith("ValueError at test_http_errors.py:")
+    assert "test_an_unexpected_error_is_logged_without_what_it_says" in told
+    assert PROMPT not in told
+
+
+async def test_no_prompt_in_a_log_and_no_inside_in_an_answer(nats_server: NatsServer) -> None:
+    async with running(nats_server, max_deliveries=1, log_level="DEBUG") as stack:
+        for text, status in (("[[tokens=2]]", 200), ("[[tokens=1 fail]]", 500), ("[[nonsense]]", 400)):
+            answer = await stack.chat(f"{PROMPT} {text}")
+            assert answer.status_code == status
+            if status == 500:
+                assert PROMPT not in error_of(answer)["message"]
+        url = f"{stack.apis[0].url}/v1/chat/completions"
+        for body in (
+            b'{"messages": "' + PROMPT.encode(),
+            b"[" * 100_000,
+            b'{"model": 1, "messages": [{"role": "' + PROMPT.encode() + b'"}]}',
+            b"\xff\xfe" + PROMPT.encode(),
+        ):
+            answer = await stack.http.post(url, content=body)
+            assert answer.status_code == 400
+            error_of(answer)
+        await stack.idle()
+        lines = [*stack.apis[0].log, *stack.workers[0].log]
+        assert not [line for line in lines if PROMPT in line or "Traceback" in line]
