@@ -65,8 +65,9 @@ async def test_headers_too_large(stack: Stack) -> None:
 
 async def test_trailers_without_an_end(stack: Stack) -> None:
     chunked = POST + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
-    answer = await send(stack.apis[0], chunked, b"x-trailer: " + b"y" * 60_000)
-    assert answer[:13] in (b"HTTP/1.1 431 ", b"HTTP/1.1 400 ")
+    answer = await send(stack.apis[0], chunked, b"x-trailer: ", *[b"y" * 60_000] * 20)
+    # Closed while more was on its way: the reset of the connection may overtake the answer.
+    assert answer[:13] in (b"", b"HTTP/1.1 431 ")
 
 
 async def test_headers_that_do_not_come(stack: Stack) -> None:
