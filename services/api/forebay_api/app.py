@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
-from forebay_api import error_handlers, openapi
+from forebay_api import openapi
 from forebay_api.auth import ApiKeys
 from forebay_api.context import Context
 from forebay_api.dispatcher import Dispatcher
 from forebay_api.drain_rate import DrainRate
+from forebay_api.error_handlers import ErrorAnswers
 from forebay_api.exposition import Exposition
 from forebay_api.feed import Feed
 from forebay_api.idempotency import IdempotentRequests
@@ -34,28 +36,31 @@ from forebay_contracts.version import VERSION
 log = logging.getLogger(__name__)
 
 
-def create_app(context: Context) -> FastAPI:
+def create_app(context: Context) -> ASGIApp:
     """The HTTP side of a running api."""
     app = FastAPI(title="Forebay", version=VERSION, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     paths = frozenset(route.path for route in completions.routes)
+    errors = ErrorAnswers(context, paths)
+    errors.install(app)
+    app.router.routes.extend(completions.routes)
+    for module in (models, queue, events, health, metrics, page):
+        app.include_router(module.router)
+    openapi.install(app)
+    # Around FastAPI, not in it: what is served ahead of it has the same headers.
+    served: ASGIApp = completions.Completions(app, errors)
     if tracing.enabled():
-        app.add_middleware(TraceMiddleware, paths=paths)
-    app.add_middleware(HeadersMiddleware)
+        served = TraceMiddleware(served, paths)
+    served = HeadersMiddleware(served, context)
     if context.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
+        served = CORSMiddleware(
+            served,
             allow_origins=context.settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[REQUEST_ID_HEADER, "retry-after", "x-should-retry"],
         )
-    error_handlers.install(app, context.drain_rate, paths)
-    app.router.routes.extend(completions.routes)
-    for module in (models, queue, events, health, metrics, page):
-        app.include_router(module.router)
-    openapi.install(app)
-    return app
+    return served
 
 
 @contextlib.asynccontextmanager

@@ -91,44 +91,39 @@ class Dispatcher:
             QueueFull, QueueUnavailable, KeyLimitReached: nothing was admitted.
         """
         with self._one_more(request.key):
-            async with self._admitted(request) as reply:
+            reply = Reply(request)
+            self._waiting[request.id] = reply
+            try:
+                reply.sequence = await self._publish(request)
+            except BaseException:
+                self._forget(reply, RequestStatus.CANCELLED)
+                raise
+            measured = metrics.of(request.model, request.completion_type.value)
+            measured.admitted.inc()
+            log.info(
+                "[RequestQueue] %s queued for %s at %d",
+                request.id,
+                request.model,
+                reply.sequence,
+                extra={"request_id": request.id, "model": request.model, "type": request.completion_type.value},
+            )
+            loop = asyncio.get_running_loop()
+            timers = (
+                loop.call_later(QUEUED_AFTER_S, self._register_waiting, reply),
+                loop.call_later(max(request.deadline - time.time(), 0), self._time_out, reply),
+            )
+            try:
                 yield reply
-
-    @contextlib.asynccontextmanager
-    async def _admitted(self, request: InferenceRequest) -> AsyncIterator[Reply]:
-        reply = Reply(request)
-        self._waiting[request.id] = reply
-        try:
-            reply.sequence = await self._publish(request)
-        except BaseException:
-            self._forget(reply, RequestStatus.CANCELLED)
-            raise
-        measured = metrics.of(request.model, request.completion_type.value)
-        measured.admitted.inc()
-        log.info(
-            "[RequestQueue] %s queued for %s at %d",
-            request.id,
-            request.model,
-            reply.sequence,
-            extra={"request_id": request.id, "model": request.model, "type": request.completion_type.value},
-        )
-        loop = asyncio.get_running_loop()
-        timers = (
-            loop.call_later(QUEUED_AFTER_S, self._register_waiting, reply),
-            loop.call_later(max(request.deadline - time.time(), 0), self._time_out, reply),
-        )
-        try:
-            yield reply
-        finally:
-            for timer in timers:
-                timer.cancel()
-            if not reply.done:
-                reply.fail(ClientLeft("the client left"))
-            self._forget(reply, reply.outcome)
-            measured.end(reply.outcome, time.time() - request.created_at)
-            if reply.outcome is RequestStatus.CANCELLED:
-                reason = reply.error.reason if isinstance(reply.error, CalledOff) else "the client left"
-                self._call_off(reply, RequestStatus.CANCELLED, reason)
+            finally:
+                for timer in timers:
+                    timer.cancel()
+                if not reply.done:
+                    reply.fail(ClientLeft("the client left"))
+                self._forget(reply, reply.outcome)
+                measured.end(reply.outcome, time.time() - request.created_at)
+                if reply.outcome is RequestStatus.CANCELLED:
+                    reason = reply.error.reason if isinstance(reply.error, CalledOff) else "the client left"
+                    self._call_off(reply, RequestStatus.CANCELLED, reason)
 
     async def _publish(self, request: InferenceRequest) -> int:
         began = time.perf_counter()

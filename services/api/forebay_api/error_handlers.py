@@ -1,5 +1,6 @@
 """Every error in OpenAI's shape, and nothing of the inside in it."""
 
+import contextlib
 import logging
 from typing import Any
 
@@ -11,7 +12,9 @@ from starlette.responses import JSONResponse, Response
 
 from forebay_api import metrics
 from forebay_api.auth import Client
+from forebay_api.context import Context
 from forebay_api.drain_rate import DrainRate
+from forebay_contracts import names
 from forebay_contracts.errors import (
     ApiError,
     InferenceFailed,
@@ -50,12 +53,25 @@ def _key(request: Request) -> str | None:
     return None if client is None else client.name
 
 
-def install(app: FastAPI, drain_rate: DrainRate, completion_paths: frozenset[str]) -> None:
-    """Turn every exception that a route raises into an answer, and count the requests refused at `completion_paths`."""
-    metrics.rejections()
+class ErrorAnswers:
+    """Turns every exception that a route raises into an answer, and counts the requests refused at `paths`."""
 
-    async def api_error(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, ApiError)
+    def __init__(self, context: Context, paths: frozenset[str]) -> None:
+        self._context = context
+        self._paths = paths
+        metrics.rejections()
+
+    def install(self, app: FastAPI) -> None:
+        """Have `app` use it."""
+        app.add_exception_handler(ApiError, self.answer)
+        app.add_exception_handler(HTTPException, self._http_error)
+        app.add_exception_handler(RequestValidationError, self._invalid)
+        app.add_exception_handler(Exception, self._unexpected)
+
+    async def answer(self, request: Request, exc: Exception) -> Response:
+        """What a client gets for `exc`."""
+        if not isinstance(exc, ApiError):
+            return await self._unexpected(request, exc)
         code = exc.code or exc.type
         log.info(
             "[RequestQueue] %s answered %d %s",
@@ -64,29 +80,32 @@ def install(app: FastAPI, drain_rate: DrainRate, completion_paths: frozenset[str
             code,
             extra={"request_id": request.state.request_id, "code": code, "key": _key(request)},
         )
-        if request.url.path in completion_paths:
+        if request.url.path in self._paths:
             metrics.rejected(exc)
-        return error_response(exc, drain_rate)
+        if isinstance(exc, QueueFull):
+            await self._sample_drain_rate()
+        return error_response(exc, self._context.drain_rate)
 
-    async def http_error(request: Request, exc: Exception) -> Response:
+    async def _sample_drain_rate(self) -> None:
+        if not self._context.drain_rate.due():
+            return
+        with contextlib.suppress(Exception):  # only Retry-After depends on it
+            state = (await self._context.connection.jetstream.stream_info(names.STREAM)).state
+            self._context.drain_rate.sample(state.last_seq - state.messages)
+
+    async def _http_error(self, request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         error = InvalidRequest(f"{request.method} {request.url.path}: {exc.detail}")
         error.status = exc.status_code
         return JSONResponse(error.body(), exc.status_code, exc.headers)
 
-    async def invalid(request: Request, exc: Exception) -> Response:
+    async def _invalid(self, request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)
         first: dict[str, Any] = exc.errors()[0]
         error = InvalidRequest(first["msg"], param=".".join(str(part) for part in first["loc"][1:]) or None)
         return JSONResponse(error.body(), error.status)
 
-    async def unexpected(request: Request, exc: Exception) -> Response:
-        request_id = getattr(request.state, "request_id", "-")
-        log.error("[RequestQueue] %s failed unexpectedly", request_id, exc_info=exc)
+    async def _unexpected(self, request: Request, exc: Exception) -> Response:
+        log.error("[RequestQueue] %s failed unexpectedly", request.state.request_id, exc_info=exc)
         error = ApiError("an unexpected error occurred; quote the request id to whoever runs this server")
-        return JSONResponse(error.body(), 500, {"x-request-id": request_id, "x-should-retry": "false"})
-
-    app.add_exception_handler(ApiError, api_error)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, unexpected)
+        return JSONResponse(error.body(), 500, {"x-should-retry": "false"})

@@ -11,6 +11,8 @@ from forebay_api.drain_rate import DrainRate
 from forebay_contracts.errors import KeyLimitReached
 from forebay_contracts.messages import ApiInfo
 
+_UNBOUNDED: Final = contextlib.nullcontext()
+
 RETRY_AFTER_S: Final = 1
 """Where nothing is known of how fast a key's requests end."""
 
@@ -31,16 +33,16 @@ class KeyLimits:
         self.unfinished: dict[str, int] = {}
         """Here, by name."""
 
-    @contextlib.contextmanager
-    def one_more(self, name: str | None) -> Iterator[None]:
+    def one_more(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """A request with the key of this name (None: without), from its admission to its end.
 
         Raises:
             KeyLimitReached: the key has as many as it may have.
         """
-        if name is None:
-            yield
-            return
+        return _UNBOUNDED if name is None else self._one_more(name)
+
+    @contextlib.contextmanager
+    def _one_more(self, name: str) -> Iterator[None]:
         here = self.unfinished.get(name, 0)
         client = self._keys.of(name)
         if client is not None and client.max_requests is not None:

@@ -5,6 +5,8 @@ import uuid
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from forebay_api.context import Context
+
 REQUEST_ID_HEADER = "x-request-id"
 
 
@@ -14,8 +16,9 @@ class HeadersMiddleware:
     An api that is about to leave asks its clients to connect anew: by then they reach another.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, context: Context) -> None:
         self._app = app
+        self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
@@ -31,7 +34,7 @@ class HeadersMiddleware:
                 headers[REQUEST_ID_HEADER] = request_id
                 # A browser takes an answer for what its content type says, and for no script or page.
                 headers["x-content-type-options"] = "nosniff"
-                if scope["app"].state.context.draining:
+                if self._context.draining:
                     headers["connection"] = "close"
             await send(message)
 

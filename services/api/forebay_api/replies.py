@@ -70,7 +70,7 @@ class Reply:
         self.registration: asyncio.Task[None] | None = None
         self._tokens: dict[int, list[int]] = {}
         self._unread: list[Delta] = []
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Future[None] | None = None
 
     @property
     def done(self) -> bool:
@@ -115,13 +115,13 @@ class Reply:
                 self._complete(frame)
             case Failed():
                 self.error = WorkerError(frame)
-        self._changed.set()
+        self._wake()
 
     def fail(self, error: ApiError) -> None:
         """End the wait with `error`, unless it has ended."""
         if not self.done:
             self.error = error
-            self._changed.set()
+            self._wake()
 
     async def started(self) -> None:
         """Wait until a worker has begun; raises how the request ended if it ended before that."""
@@ -142,8 +142,12 @@ class Reply:
                 await self._wait()
 
     async def _wait(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+        self._changed = asyncio.get_running_loop().create_future()
+        await self._changed
+
+    def _wake(self) -> None:
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
 
     def _raise_error(self) -> None:
         if self.error is not None:
