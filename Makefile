@@ -9,7 +9,9 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install run test check bench bench-peers soak clean
+TOOLS := build/tools
+
+.PHONY: install run test check bench bench-peers soak audit sbom clean
 
 install: $(STAMP)
 
@@ -41,6 +43,19 @@ bench-peers: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python tests/faults/soak.py $(ARGS)
+
+# In an environment of their own: they are no part of what they look at.
+$(TOOLS)/bin/python:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q "pip-audit>=2.9,<3" "cyclonedx-bom>=7,<8"
+
+audit: $(TOOLS)/bin/python
+	for lock in api inference-cpu; do \
+	    $(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r constraints/$$lock.lock || exit 1; done
+
+sbom: $(STAMP) $(TOOLS)/bin/python
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.json $(BIN)/python
+	$(BIN)/python scripts/check_sbom.py build/sbom.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
