@@ -1,6 +1,6 @@
 """Nothing of the inside and nothing of a request is told to whom it does not concern."""
 
-import traceback
+import pytest
 
 from forebay_inference.attempts import _traced
 from support.answers import error_of
@@ -11,11 +11,9 @@ PROMPT = "xyzzy-the-secret-prompt"
 
 
 def test_an_unexpected_error_is_logged_without_what_it_says() -> None:
-    try:
+    with pytest.raises(ValueError, match=PROMPT) as caught:
         int(PROMPT)
-    except ValueError as exc:
-        told = _traced(exc)
-        assert PROMPT in "".join(traceback.format_exception(exc))
+    told = _traced(caught.value)
     assert told.startswith("ValueError at test_http_errors.py:")
     assert "test_an_unexpected_error_is_logged_without_what_it_says" in told
     assert PROMPT not in told
