@@ -18,7 +18,7 @@ from nats.js.errors import NotFoundError
 
 from forebay_cli import console
 from forebay_cli.links import connected, settings
-from forebay_contracts import names, presence, topology
+from forebay_contracts import names, permissions, presence, topology
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import QueueUnavailable
 from forebay_contracts.messages import ApiInfo, WorkerInfo, WorkerStatus
@@ -70,7 +70,7 @@ async def _of_nats(read: Settings) -> list[Finding]:
             async with connected(read) as link:
                 version = link.client.connected_server_version
                 found = [Finding("nats", "ok", f"nats-server {version.major}.{version.minor}.{version.patch} answers")]
-                checks = (_jetstream, _topology, _clocks, _models, _services)
+                checks = (_permissions, _jetstream, _topology, _clocks, _models, _services)
                 for check in checks:
                     try:
                         found += await check(link, read)
@@ -83,7 +83,73 @@ async def _of_nats(read: Settings) -> list[Finding]:
             return [Finding("nats", "problem", str(exc), fix)]
 
 
-_PERMIT = "let the user of NATS_CREDENTIALS publish and subscribe to `inference.>`, `$KV.>` and `$JS.>`, and `_INBOX.>`"
+_PERMIT = "look as `operator` or `admin` of deploy/nats/forebay.conf, or allow this user there what it names"
+
+_JS = "$JS.API."
+_MUST_PUBLISH: dict[str, tuple[str, ...]] = {
+    "api": (
+        "inference.requests.*.*",
+        "inference.cancel.*",
+        "inference.resend.*",
+        f"$KV.{names.REQUESTS_BUCKET}.*",
+        f"$KV.{names.ANSWERS_BUCKET}.*",
+        f"$KV.{names.APIS_BUCKET}.*",
+        "inference.counters.*",
+        f"{_JS}STREAM.INFO.{names.STREAM}",
+        f"{_JS}STREAM.MSG.DELETE.{names.STREAM}",
+        f"{_JS}CONSUMER.LIST.{names.STREAM}",
+    ),
+    "inference": (
+        f"{_JS}CONSUMER.MSG.NEXT.{names.STREAM}.*",
+        f"$JS.ACK.{names.STREAM}.>",
+        "inference.replies.*.*",
+        "inference.cancel.*",
+        f"$KV.{names.REQUESTS_BUCKET}.*",
+        f"$KV.{names.WORKERS_BUCKET}.*",
+        "inference.counters.*",
+        f"{_JS}STREAM.INFO.{names.STREAM}",
+    ),
+    "operator": (
+        f"{_JS}INFO",
+        f"{_JS}STREAM.INFO.{names.STREAM}",
+        f"{_JS}CONSUMER.LIST.{names.STREAM}",
+        f"{_JS}DIRECT.GET.{names.bucket_stream(names.REQUESTS_BUCKET)}",
+    ),
+    "admin": (
+        f"{_JS}STREAM.CREATE.*",
+        f"{_JS}STREAM.UPDATE.*",
+        f"{_JS}CONSUMER.DURABLE.CREATE.{names.STREAM}.*",
+        f"{_JS}CONSUMER.PAUSE.{names.STREAM}.*",
+        "inference.drain.*",
+    ),
+}
+_MUST_HEAR: dict[str, tuple[str, ...]] = {
+    "api": ("inference.replies.*.*", "inference.cancel.*", f"$KV.{names.WORKERS_BUCKET}.>"),
+    "inference": ("inference.cancel.*", "inference.resend.*", f"$KV.{names.APIS_BUCKET}.>"),
+    "operator": (),
+    "admin": (),
+}
+"""What the roles of deploy/nats/forebay.conf cannot do without; `tests/security` holds them to that file."""
+
+
+async def _permissions(link: Connection, _: Settings) -> list[Finding]:
+    own = await permissions.own(link)
+    if own is None:
+        return [Finding("permissions", "warning", "the server does not say what this user may do", _ASK)]
+    missing = {
+        role: [f"publish to {subject}" for subject in _MUST_PUBLISH[role] if not own.publish.permit(subject)]
+        + [f"subscribe to {subject}" for subject in _MUST_HEAR[role] if not own.subscribe.permit(subject)]
+        for role in _MUST_PUBLISH
+    }
+    able = [role for role, lacks in missing.items() if not lacks]
+    if able:
+        return [Finding("permissions", "ok", f"this user may do what is needed as {', '.join(able)}")]
+    role = min(missing, key=lambda role: len(missing[role]) / len(_MUST_PUBLISH[role]))
+    fix = f"allow it in {role.upper()}_MAY of deploy/nats/forebay.conf, and reload the server"
+    return [Finding("permissions", "problem", f"as {role}, this user may not {lack}", fix) for lack in missing[role]]
+
+
+_ASK = "allow it to publish to `$SYS.REQ.USER.INFO`"
 
 
 class _Heard(logging.Handler):

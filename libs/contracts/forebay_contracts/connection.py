@@ -90,7 +90,7 @@ async def connect(settings: Settings, name: str, role: Role = "cli") -> Connecti
     """
     url = settings.nats_url or DEFAULT_NATS_URL
     connection: Connection | None = None
-    refusal: Exception | None = None
+    refusals: list[Exception] = []
 
     async def disconnected() -> None:
         if connection is not None:
@@ -106,8 +106,8 @@ async def connect(settings: Settings, name: str, role: Role = "cli") -> Connecti
             await action()
 
     async def failed(error: Exception) -> None:
-        nonlocal refusal
-        refusal = error
+        if connection is None:
+            refusals.append(error)
         # Refused subjects and slow consumers are reported here and nowhere else; a lost connection is
         # already logged, once, by `disconnected`.
         if client.is_connected:
@@ -132,15 +132,17 @@ async def connect(settings: Settings, name: str, role: Role = "cli") -> Connecti
         options["tls"] = tls
     # The first connection is bounded, so that a wrong address is said at start and not waited for.
     try:
-        await client.connect(**options | {"allow_reconnect": False, "max_reconnect_attempts": 1})
+        # nats-py tries a server whose certificate it does not trust for ever.
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await client.connect(**options | {"allow_reconnect": False, "max_reconnect_attempts": 1})
         _check_version(client)
         if tls is not None and not client._server_info.get("tls_required"):
             # The client speaks TLS only where the server asks for it: somebody in between could leave that out.
             raise ConfigurationError(f"NATS at {_without_secrets(url)} does not speak TLS, and NATS_TLS_CA wants it")
     except (NatsError, OSError, TimeoutError) as exc:
-        await client.close()
-        reason = refusal or exc
-        if isinstance(reason, AuthorizationError):
+        await _abandon(client)
+        reason = next(filter(_is_of_user, refusals), refusals[-1] if refusals else exc)
+        if _is_of_user(reason):
             raise ConfigurationError(
                 f"NATS at {_without_secrets(url)} refuses this user: set NATS_NKEY_SEED or NATS_CREDENTIALS to a file "
                 f"that it knows"
@@ -149,11 +151,22 @@ async def connect(settings: Settings, name: str, role: Role = "cli") -> Connecti
             f"cannot reach NATS at {_without_secrets(url)}: {str(reason) or type(reason).__name__}"
         ) from exc
     except ConfigurationError:
-        await client.close()
+        await _abandon(client)
         raise
     client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
     connection = Connection(client, client.jetstream(timeout=JETSTREAM_TIMEOUT_S))
     return connection
+
+
+def _is_of_user(error: Exception) -> bool:
+    return isinstance(error, AuthorizationError) or "Authorization Violation" in str(error)
+
+
+async def _abandon(client: Client) -> None:
+    # Python 3.11 waits for ever for the end of a connection whose TLS handshake failed.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            await client.close()
 
 
 def _credentials(settings: Settings) -> dict[str, str]:

@@ -1,0 +1,353 @@
+"""deploy/nats/forebay.conf on a real server: what each role may do, what it may not, and the system within that."""
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forebay_contracts import topology
+from forebay_contracts.connection import connect
+from forebay_contracts.errors import ConfigurationError, QueueUnavailable
+from forebay_contracts.messages import RequestStatus
+from forebay_contracts.permissions import covers
+from forebay_contracts.settings import Settings, load
+from support.nats import NatsServer
+from support.secured import ROLES, Site, init, running
+from support.stack import MODEL
+
+CONSUMER = f"HuggingFaceTB-{MODEL}"
+DOC = Path(__file__).parents[2] / "docs" / "security-nats.md"
+
+JS = "$JS.API."
+ACTIONS: dict[str, tuple[str, str, set[str]]] = {
+    "publish-request": ("publish", f"inference.requests.{CONSUMER}.chat", {"api"}),
+    "hear-requests": ("hear", "inference.requests.>", {"operator", "admin"}),
+    "pull": ("publish", f"{JS}CONSUMER.MSG.NEXT.INFERENCE.{CONSUMER}", {"inference", "admin"}),
+    "ack": ("publish", f"$JS.ACK.INFERENCE.{CONSUMER}.1.1.1.1.0", {"inference"}),
+    "answer": ("publish", "inference.replies.some-api.some-id", {"inference"}),
+    "hear-answers": ("hear", "inference.replies.*.*", {"api", "operator", "admin"}),
+    "cancel": ("publish", "inference.cancel.some-id", {"api", "inference", "admin"}),
+    "ask-again": ("publish", "inference.resend.some-id", {"api"}),
+    "drain": ("publish", "inference.drain.some-worker", {"admin"}),
+    "write-state": ("publish", "$KV.inference-requests.some-id", {"api", "inference", "admin"}),
+    "read-state": ("publish", f"{JS}DIRECT.GET.KV_inference-requests.$KV.inference-requests.some-id", set(ROLES)),
+    "keep-answer": ("publish", "$KV.inference-answers.some-key", {"api"}),
+    "read-kept-answer": (
+        "publish",
+        f"{JS}DIRECT.GET.KV_inference-answers.$KV.inference-answers.some-key",
+        {"api", "operator", "admin"},
+    ),
+    "beat-as-worker": ("publish", "$KV.inference-workers.some-worker", {"inference"}),
+    "beat-as-api": ("publish", "$KV.inference-apis.some-api", {"api"}),
+    "count": ("publish", "inference.counters.completed", {"api", "inference"}),
+    "read-limits": ("publish", f"{JS}STREAM.INFO.INFERENCE", set(ROLES)),
+    "remove-request": ("publish", f"{JS}STREAM.MSG.DELETE.INFERENCE", {"api", "admin"}),
+    "remove-state": ("publish", f"{JS}STREAM.MSG.DELETE.KV_inference-requests", {"admin"}),
+    "purge": ("publish", f"{JS}STREAM.PURGE.INFERENCE", {"admin"}),
+    "make-stream": ("publish", f"{JS}STREAM.CREATE.OTHER", {"admin"}),
+    "change-stream": ("publish", f"{JS}STREAM.UPDATE.INFERENCE", {"admin"}),
+    "delete-stream": ("publish", f"{JS}STREAM.DELETE.INFERENCE", {"admin"}),
+    "make-consumer": ("publish", f"{JS}CONSUMER.CREATE.INFERENCE.other", {"admin"}),
+    "watch-bucket": ("publish", f"{JS}CONSUMER.CREATE.KV_inference-requests.other", {"admin"}),
+    "change-consumer": ("publish", f"{JS}CONSUMER.DURABLE.CREATE.INFERENCE.{CONSUMER}", {"admin"}),
+    "delete-consumer": ("publish", f"{JS}CONSUMER.DELETE.INFERENCE.{CONSUMER}", {"admin"}),
+    "pause": ("publish", f"{JS}CONSUMER.PAUSE.INFERENCE.{CONSUMER}", {"admin"}),
+    "hear-inboxes-of-apis": ("hear", "_INBOX.api.>", {"api"}),
+    "hear-inboxes-of-workers": ("hear", "_INBOX.inference.>", {"inference"}),
+    "hear-inboxes-of-people": ("hear", "_INBOX.cli.>", {"operator", "admin"}),
+    "hear-everything": ("hear", ">", set()),
+    "ask-the-server": ("publish", "$SYS.REQ.SERVER.PING", set()),
+}
+"""What can be done, as the server sees it, and who may."""
+
+CELLS = [(role, action) for action in ACTIONS for role in ROLES]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server for the tests that change nothing of it."""
+    site = Site(tmp_path_factory.mktemp("site"))
+    site.server.start()
+    try:
+        yield site
+    finally:
+        site.server.stop()
+
+
+@pytest.fixture
+def own_site(tmp_path: Path) -> Iterator[Site]:
+    """A server for one test alone."""
+    site = Site(tmp_path / "site")
+    site.server.start()
+    try:
+        yield site
+    finally:
+        site.server.stop()
+
+
+async def everything(site: Site) -> list[Any]:
+    """All that is stored and configured, as `admin` sees it, and one waiting request there."""
+    link = await site.connect("admin")
+    try:
+        await topology.ensure(link, load(Settings, _env_file=None), load(Settings, _env_file=None).served_model)
+        js = link.jetstream
+        streams = [await js.stream_info(config.name) for config in topology.stream_configs(load(Settings))]
+        consumer = await js.consumer_info("INFERENCE", CONSUMER)
+        held = [(info.config, info.state.last_seq, info.state.consumer_count) for info in streams]
+        return [*held, streams[0].state.messages, consumer.config, consumer.num_ack_pending, consumer.paused]
+    finally:
+        await link.close()
+
+
+@pytest.mark.parametrize(("role", "action"), CELLS, ids=[f"{role}-{action}" for role, action in CELLS])
+async def test_who_may_do_what(site: Site, role: str, action: str) -> None:
+    kind, subject, allowed = ACTIONS[action]
+    before = await everything(site)
+    async with site.client(role) as (client, refusals, heard):
+        if kind == "publish":
+            # JetStream's API refuses a body that is no JSON: what is allowed changes nothing either.
+            await client.publish(subject, b"no json")
+        else:
+            await client.subscribe(subject)
+        word = "publish" if kind == "publish" else "subscription"
+        expected = [] if role in allowed else [f'nats: permissions violation for {word} to "{subject.lower()}"']
+        # The server answers in order: what nobody may comes last, and everything that is refused before it.
+        await client.publish("what.nobody.may", b"")
+        async with asyncio.timeout(10):
+            while not refusals or "what.nobody.may" not in refusals[-1]:
+                await heard.wait()
+                heard.clear()
+        assert refusals[:-1] == expected
+    if role not in allowed:
+        assert await everything(site) == before
+
+
+def test_the_table_in_the_documentation_is_this_one() -> None:
+    rows = re.findall(
+        r"^\|[^|]+\| (yes|no) \| (yes|no) \| (yes|no) \| (yes|no) \| `([a-z-]+)` \|$", DOC.read_text(), re.M
+    )
+    documented = {row[4]: {role for role, word in zip(ROLES, row[:4], strict=True) if word == "yes"} for row in rows}
+    assert documented == {action: allowed for action, (_, _, allowed) in ACTIONS.items()}
+
+
+async def test_a_value_cannot_take_out_the_others(own_site: Site) -> None:
+    async with running(own_site, apis=0, workers=0) as stack, own_site.client("inference") as (client, _, _):
+        js = client.jetstream()
+        await js.publish("$KV.inference-requests.one", b"{}")
+        with pytest.raises(Exception, match="rollup"):
+            await js.publish("$KV.inference-requests.two", b"{}", headers={"Nats-Rollup": "all"})
+        assert (await stack.connection.jetstream.stream_info("KV_inference-requests")).state.messages == 1
+
+
+async def test_the_whole_system_works_within_its_rights(own_site: Site) -> None:
+    async with running(own_site, apis=2, workers=1, max_concurrent_requests=2, api_keys="") as stack:
+        # Whole, streamed, idempotent over two apis.
+        assert (await stack.chat("[[tokens=3]]")).json()["choices"][0]["message"]["content"] == "t0 t1 t2"
+        chunks = [
+            chunk.choices[0].delta.content or ""
+            async for chunk in await stack.openai().chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "[[tokens=5]]"}], stream=True
+            )
+            if chunk.choices
+        ]
+        assert "".join(chunks) == "t0 t1 t2 t3 t4"
+        bodies = []
+        for api in stack.apis:
+            answer = await stack.http.post(
+                f"{api.url}/v1/chat/completions",
+                json={"model": MODEL, "messages": [{"role": "user", "content": "[[tokens=2]]"}]},
+                headers={"Idempotency-Key": "once"},
+            )
+            bodies.append(answer.json()["choices"][0]["message"]["content"])
+        assert bodies == ["t0 t1", "t0 t1"]
+        # Looked at and called off over the other api, while it runs.
+        running_one = asyncio.create_task(stack.chat("[[tokens=500 delay_ms=50]]"))
+        async with asyncio.timeout(20), stack.http.stream("GET", f"{stack.apis[1].url}/v1/queue/events") as events:
+            request_id = ""
+            async for line in events.aiter_lines():
+                told = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {"requests": []}
+                if found := [request["id"] for request in told["requests"] if request["status"] == "processing"]:
+                    request_id = found[0]
+                    break
+        other = stack.apis[1].url
+        assert (await stack.http.get(f"{other}/v1/queue/request/{request_id}")).json()["status"] == "processing"
+        assert (await stack.http.delete(f"{other}/v1/queue/request/{request_id}")).json()["cancelled"] is True
+        assert (await running_one).status_code >= 400
+        await stack.idle()
+        status = await stack.status()
+        assert (status["total_processed"], status["total_cancelled"], status["workers_ready"]) == (3, 1, 1)
+        assert "forebay_queue_up 1.0" in (await stack.http.get(f"{other}/metrics")).text
+        for service in (*stack.apis, *stack.workers):
+            assert not [line for line in service.log if "ermissions" in line]
+        # In order to its end: the heartbeat is taken out, what is kept is closed.
+        assert await stack.workers[0].stop() == 0
+        assert await stack.apis[1].stop() == 0
+    assert not [line for line in own_site.server.log if "Violation" in line]
+
+
+async def test_a_killed_worker_is_replaced_within_its_rights(own_site: Site) -> None:
+    async with running(own_site, ack_wait=1) as stack:
+        stream = await stack.openai().chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "[[tokens=40 delay_ms=50]]"}], stream=True
+        )
+        text = ""
+        async for chunk in stream:
+            if not text:
+                await stack.worker()
+                await stack.workers[0].kill()
+            text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+        assert text == " ".join(f"t{number}" for number in range(40))
+    assert not [line for line in own_site.server.log if "Violation" in line]
+
+
+async def test_operators_look_and_admins_steer(own_site: Site) -> None:
+    async with running(own_site) as stack:
+        await stack.chat("[[tokens=1]]")
+        for look in (["status"], ["requests"], ["topology", "show"]):
+            code, printed = await own_site.forebay("operator", *look)
+            assert code == 0, printed
+        for steer in (["pause", MODEL], ["resume", MODEL], ["drain", stack.workers[0].id]):
+            code, printed = await own_site.forebay("operator", *steer)
+            assert code == 1, printed
+            assert "permissions violation" in printed.lower()
+        assert not (await stack.connection.jetstream.consumer_info("INFERENCE", CONSUMER)).paused
+        for steer in (["pause", MODEL], ["resume", MODEL], ["drain", stack.workers[0].id]):
+            code, printed = await own_site.forebay("admin", *steer)
+            assert code == 0, printed
+        assert await stack.workers[0].ended() == 0
+
+
+async def test_an_admin_calls_a_request_off(own_site: Site) -> None:
+    async with running(own_site) as stack:
+        waiting = asyncio.create_task(stack.chat("[[tokens=500 delay_ms=50]]"))
+        received = await stack.apis[0].logged(r"\[RequestQueue\] (\S+) queued for")
+        request_id = received[1]
+        await stack.reaches(request_id, RequestStatus.PROCESSING)
+        assert (await own_site.forebay("operator", "cancel", request_id))[0] == 1
+        code, printed = await own_site.forebay("admin", "cancel", request_id)
+        assert code == 0, printed
+        assert (await waiting).status_code >= 400
+        assert (await stack.reaches(request_id, RequestStatus.CANCELLED)).error == "cancelled by the operator"
+
+
+async def test_a_service_waits_for_a_topology_that_it_may_not_make(own_site: Site) -> None:
+    env = load(Settings, **own_site.settings("inference"), _env_file=None)
+    link = await own_site.connect("inference")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(topology, "START_PATIENCE_S", 0.5)
+            with pytest.raises(ConfigurationError, match=r"stream INFERENCE is not there.*forebay topology apply"):
+                await topology.ensure(link, env, env.served_model)
+        waits = asyncio.create_task(topology.ensure(link, env, env.served_model, env.served_aliases))
+        assert (await own_site.forebay("admin", "topology", "apply"))[0] == 0
+        assert await waits == []
+    finally:
+        await link.close()
+
+
+async def test_a_service_says_what_differs_and_goes_on(own_site: Site) -> None:
+    async with running(own_site) as stack:
+        api = await stack.api(max_queue_size=7)
+        await api.logged("max_msgs 100 → 7 is wanted here: `forebay topology apply` makes it so")
+        assert (await stack.status(1))["max_queue_size"] == 100
+        assert (await stack.chat("[[tokens=1]]", api=1)).status_code == 200
+
+
+async def test_doctor_says_what_a_user_may_and_what_it_lacks(own_site: Site) -> None:
+    async def found() -> dict[str, list[dict[str, str]]]:
+        by_role = {}
+        for role in ROLES:
+            _, printed = await own_site.forebay(role, "doctor", "--json")
+            first = [finding for finding in json.loads(printed) if finding["check"] == "permissions"]
+            by_role[role] = first
+        return by_role
+
+    async with running(own_site, apis=0, workers=0):
+        for role, findings in (await found()).items():
+            assert findings[0]["severity"] == "ok"
+            assert role in findings[0]["message"]
+        conf = own_site.folder / "forebay.conf"
+        text = conf.read_text()
+        assert text.count('"inference.resend.*", "inference.cancel.*"') == 1
+        conf.write_text(text.replace('"inference.resend.*", "inference.cancel.*"', '"inference.cancel.*"'))
+        own_site.server.restart()
+        findings = (await found())["api"]
+        assert findings[0]["severity"] == "problem"
+        assert findings[0]["message"] == "as api, this user may not publish to inference.resend.*"
+        assert "API_MAY of deploy/nats/forebay.conf" in findings[0]["fix"]
+
+
+async def test_who_is_not_known_is_refused(site: Site, tmp_path: Path) -> None:
+    init(tmp_path / "other")
+    with pytest.raises(ConfigurationError, match="refuses this user: set NATS_NKEY_SEED"):
+        await site.connect("api", nats_nkey_seed=tmp_path / "other" / "api.seed")
+    with pytest.raises(ConfigurationError, match="refuses this user"):
+        await site.connect("api", nats_nkey_seed=None)
+    with pytest.raises(ConfigurationError, match="holds no NKey seed"):
+        await site.connect("api", nats_nkey_seed=site.folder / "ca.pem")
+    with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
+        await site.connect("api", nats_nkey_seed=tmp_path / "nowhere")
+
+
+async def test_tls_is_verified_both_ways_round(site: Site, tmp_path: Path, nats_server: NatsServer) -> None:
+    init(tmp_path / "other")
+    with pytest.raises(QueueUnavailable, match=r"(?i)certificate"):
+        await site.connect("api", nats_tls_ca=tmp_path / "other" / "ca.pem")
+    with pytest.raises(QueueUnavailable, match=r"(?i)certificate"):
+        await site.connect("api", nats_tls_ca=None)
+    # A server that speaks plaintext is none that NATS_TLS_CA was set for.
+    settings = load(Settings, nats_url=nats_server.url, nats_tls_ca=site.folder / "ca.pem", _env_file=None)
+    with pytest.raises(ConfigurationError, match="does not speak TLS"):
+        await connect(settings, "tests")
+
+
+async def test_plaintext_is_refused(site: Site) -> None:
+    host, port = site.server.url.removeprefix("nats://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    async with asyncio.timeout(10):
+        assert json.loads((await reader.readline()).removeprefix(b"INFO "))["tls_required"] is True
+        writer.write(b'CONNECT {"verbose":false}\r\nPING\r\n')
+        assert b"PONG" not in await reader.read()
+    writer.close()
+
+
+async def test_a_flood_ends_in_503_and_not_in_a_full_disk(tmp_path: Path) -> None:
+    site = Site(tmp_path / "site", "--max-store", "4MB")
+    site.server.start()
+    try:
+        async with running(site, workers=0) as stack:
+            flood = [asyncio.create_task(stack.chat("[[tokens=1]] " + "x" * 500_000)) for _ in range(12)]
+            done, waiting = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED, timeout=20)
+            refused = [task.result() for task in done]
+            assert refused
+            assert waiting
+            assert {answer.status_code for answer in refused} == {503}
+            error = refused[0].json()["error"]
+            assert error["code"] == "queue_unavailable"
+            assert "/" not in error["message"]
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await stack.idle()
+            await stack.worker()
+            assert (await stack.chat("[[tokens=1]]")).status_code == 200
+    finally:
+        site.server.stop()
+
+
+def test_patterns_cover_subjects() -> None:
+    for pattern, subject, covered in (
+        ("a.*", "a.b", True),
+        ("a.*", "a.b.c", False),
+        ("a.>", "a.b.c", True),
+        ("a.>", "a", False),
+        (">", "a.*", True),
+        ("a.b", "a.*", False),
+        ("a.*", "a.>", False),
+        ("a.*", "a.*", True),
+    ):
+        assert covers(pattern, subject) is covered, (pattern, subject)
