@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 TOOLS := build/tools
 
-.PHONY: install run test check bench bench-peers soak audit sbom clean
+.PHONY: install run test check bench bench-peers soak audit sbom check-kubernetes clean
 
 install: $(STAMP)
 
@@ -36,10 +36,16 @@ check: $(STAMP)
 	$(BIN)/python scripts/check_links.py
 
 bench: $(STAMP)
-	$(BIN)/python tests/benchmarks/overhead.py $(ARGS)
+	$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
 bench-peers: $(STAMP)
-	$(BIN)/python tests/benchmarks/peers.py $(ARGS)
+	$(BIN)/python tests/benchmarks/tokens.py $(ARGS)
+
+bench-prepare: $(STAMP)
+	$(BIN)/python tests/benchmarks/prepare.py $(ARGS)
+
+bench-report: $(STAMP)
+	$(BIN)/python tests/benchmarks/report.py $(ARGS)
 
 soak: $(STAMP)
 	$(BIN)/python tests/faults/soak.py $(ARGS)
@@ -59,3 +65,11 @@ sbom: $(STAMP) $(TOOLS)/bin/python
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# In an environment of its own: checkov pins what others use too.
+check-kubernetes: $(STAMP)
+	test -x build/checkov/bin/checkov || { $(PYTHON) -m venv build/checkov && build/checkov/bin/python -m pip install -q 'checkov>=3.3,<4'; }
+	for overlay in single-node production; do \
+		$(BIN)/kubectl kustomize deploy/kubernetes/overlays/$$overlay > build/checkov/$$overlay.yaml && \
+		build/checkov/bin/checkov --config-file deploy/kubernetes/.checkov.yaml -f build/checkov/$$overlay.yaml || exit 1; \
+	done

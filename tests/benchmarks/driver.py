@@ -1,96 +1,285 @@
 """A load generator that costs little: keep-alive connections, one prepared request, raw HTTP/1.1.
 
-    python tests/benchmarks/driver.py PORT CLIENTS SECONDS
+    python tests/benchmarks/driver.py PORT CLIENTS SECONDS [--stream] [--tokens 5] [--delay-ms 0] [--rate R]
 
-Prints JSON: requests a second, latencies in ms, how many answers were not 200. Run as a process of its own.
+Closed loop: each of CLIENTS asks again as soon as it is answered. With `--rate`, open loop: requests are due at the
+times of a Poisson process, on at most CLIENTS connections, and where none is free a latency counts from when its
+request was due, so that a slow server cannot make the load wait for it. How late the driver itself was is `lag_ms`.
+
+Prints JSON: answers a second, latencies and times to first token in ms, tokens a second, answers by status, how many
+were not whole (`bad`). What was answered in the first `--warm-up` seconds counts in `requests` and `not_200` only. Run
+as a process of its own; `ceiling.py` shows how far it goes.
 """
 
+import argparse
 import asyncio
 import json
+import random
 import sys
 import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
 
 import uvloop
 
-BODY = json.dumps(
-    {"model": "SmolLM2-135M-Instruct", "messages": [{"role": "user", "content": "[[tokens=5]]"}]}
-).encode()
-REQUEST = (
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    b"Content-Length: %d\r\n\r\n" % len(BODY)
-) + BODY
+MODEL = "SmolLM2-135M-Instruct"
+FIRST = b'"t0'
+"""How the text of the first token begins, in any answer."""
+
+
+def request_bytes(tokens: int, *, stream: bool, delay_ms: float = 0, model: str = MODEL) -> bytes:
+    """The one request that is sent again and again."""
+    order = f"[[tokens={tokens} delay_ms={delay_ms:g}]]" if delay_ms else f"[[tokens={tokens}]]"
+    fields: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": order}]}
+    body = json.dumps(fields | ({"stream": True} if stream else {})).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@dataclass
+class Figures:
+    """What was seen from `counted_from` to `until`, on the clock of `time.perf_counter`."""
+
+    counted_from: float
+    until: float
+    last: bytes
+    """How the text of a whole answer ends."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    refused_s: list[float] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)
+    lag_s: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    answered: int = 0
+    refused: int = 0
+    bad: int = 0
+    example: str = ""
+
+    def take(self, status: int, due: float, first: float | None, answer: bytes) -> None:
+        """Count one answer."""
+        now = time.perf_counter()
+        if status == 200:
+            self.answered += 1
+            if self.last not in answer:
+                self.broken(answer)
+        else:
+            self.refused += 1
+        if not self.counted_from <= now <= self.until:
+            return
+        self.statuses[status] += 1
+        if status == 200:
+            self.latencies_s.append(now - due)
+            if first is not None:
+                self.first_s.append(first - due)
+        else:
+            self.refused_s.append(now - due)
+
+    def broken(self, answer: bytes) -> None:
+        """An answer that is not whole."""
+        self.bad += 1
+        self.example = self.example or answer[-400:].decode(errors="replace")
 
 
 class Client(asyncio.Protocol):
-    """Sends the request again as soon as it is answered, until `until`."""
+    """One connection: `send`, and `free` is called once the answer is whole."""
 
-    def __init__(self, until: float, latencies_s: list[float], bad: list[bytes]) -> None:
-        self._until = until
-        self._latencies_s = latencies_s
-        self._bad = bad
-        self._buffer = b""
-        self.done = asyncio.get_running_loop().create_future()
+    def __init__(self, request: bytes, figures: Figures, free: Any) -> None:
+        self._request = request
+        self._figures = figures
+        self._free = free
+        self._parts: list[bytes] = []
+        self._first: float | None = None
+        self._busy = False
+        self._length: int | None = None
+        self._head_end = 0
+        self._tail = b""
+        self._status = 0
+        self.closed = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
-        self._transport = transport
-        self._send()
+        self.transport: Any = transport
+
+    def send(self, due: float) -> None:
+        """Ask; `due` is when the latency begins."""
+        self._due, self._busy = due, True
+        self.transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         """Take an answer once it is whole."""
-        self._buffer += data
-        head, found, body = self._buffer.partition(b"\r\n\r\n")
-        if not found:
-            return
-        length = int(head.lower().split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
-        if len(body) < length:
-            return
-        now = time.perf_counter()
-        self._latencies_s.append(now - self._sent_at)
-        if not head.startswith(b"HTTP/1.1 200"):
-            self._bad.append(head)
-        self._buffer = b""
-        if now < self._until:
-            self._send()
-        else:
-            self._transport.close()
+        parts = self._parts
+        parts.append(data)
+        if self._first is None and FIRST in data:
+            self._first = time.perf_counter()
+        if not self._status:
+            data = b"".join(parts)
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = data[:end].lower()
+            self._status, self._head_end = int(head[9:12]), end + 4
+            found = head.find(b"content-length:")
+            self._length = None if found < 0 else int(head[found + 15 :].split(b"\r\n", 1)[0])
+        if self._length is None:
+            self._tail = (self._tail + data)[-7:]
+            # The last chunk; should a token's text end like that within its chunk, the answer counts as bad.
+            if self._tail == b"\r\n0\r\n\r\n":
+                self._whole(b"".join(parts))
+        elif sum(map(len, parts)) >= self._head_end + self._length:
+            self._whole(b"".join(parts))
+
+    def _whole(self, answer: bytes) -> None:
+        self._figures.take(self._status, self._due, self._first, answer)
+        self._parts, self._first, self._status, self._length, self._tail = [], None, 0, None, b""
+        self._busy = False
+        self._free(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
-        if not self.done.done():
-            self.done.set_result(None)
-
-    def _send(self) -> None:
-        self._sent_at = time.perf_counter()
-        self._transport.write(REQUEST)  # type: ignore[attr-defined]
+        if self._busy and time.perf_counter() < self._figures.until:
+            self._figures.broken(b"connection lost: " + b"".join(self._parts))
+        if not self.closed.done():
+            self.closed.set_result(None)
 
 
-async def drive(port: int, clients: int, seconds: float) -> dict[str, float]:
-    """Load for `seconds`; the figures."""
-    latencies_s: list[float] = []
-    bad: list[bytes] = []
+async def connect(port: int, count: int, request: bytes, figures: Figures, free: Any) -> list[Client]:
+    """That many connections."""
     loop = asyncio.get_running_loop()
-    start = time.perf_counter()
-    protocols = [
-        (await loop.create_connection(lambda: Client(start + seconds, latencies_s, bad), "127.0.0.1", port))[1]
-        for _ in range(clients)
-    ]
-    await asyncio.gather(*(protocol.done for protocol in protocols))
-    took_s = time.perf_counter() - start
-    latencies_s.sort()
+    clients: list[Client] = []
+    for _ in range(count):
+        _, client = await loop.create_connection(lambda: Client(request, figures, free), "127.0.0.1", port)
+        clients.append(client)
+    return clients
 
-    def percentile_ms(share: float) -> float:
-        return round(1000 * latencies_s[min(int(len(latencies_s) * share), len(latencies_s) - 1)], 3)
 
+async def closed_loop(port: int, options: argparse.Namespace, request: bytes) -> Figures:
+    """Each client asks again as soon as it is answered."""
+
+    def again(client: Client) -> None:
+        now = time.perf_counter()
+        if now < figures.until:
+            client.send(now)
+        else:
+            client.transport.close()
+
+    figures = Figures(0, float("inf"), last_mark(options.tokens))
+    clients = await connect(port, options.clients, request, figures, again)
+    now = time.perf_counter()
+    figures.counted_from, figures.until = now + options.warm_up, now + options.warm_up + options.seconds
+    for client in clients:
+        client.send(now)
+    await settle(clients, figures, options)
+    return figures
+
+
+async def open_loop(port: int, options: argparse.Namespace, request: bytes) -> Figures:
+    """Requests when they are due, whatever has become of the earlier ones."""
+    free: deque[Client] = deque()
+    late: deque[float] = deque()
+
+    def idle(client: Client) -> None:
+        if late:
+            client.send(late.popleft())
+        else:
+            free.append(client)
+
+    figures = Figures(0, float("inf"), last_mark(options.tokens))
+    clients = await connect(port, options.clients, request, figures, idle)
+    free.extend(clients)
+    chance = random.Random(options.seed)
+    due = time.perf_counter()
+    figures.counted_from, figures.until = due + options.warm_up, due + options.warm_up + options.seconds
+    while due < figures.until:
+        if (wait_s := due - time.perf_counter()) > 0:
+            await asyncio.sleep(wait_s)
+        if free:
+            # How late this loop wakes up is not the server's; it is told apart.
+            now = time.perf_counter()
+            figures.lag_s.append(now - due)
+            free.popleft().send(now)
+        else:
+            late.append(due)
+        due += chance.expovariate(options.rate)
+    late.clear()
+    await asyncio.sleep(max(0, figures.until - time.perf_counter()))
+    for client in clients:
+        client.transport.close()
+    await asyncio.gather(*(client.closed for client in clients))
+    return figures
+
+
+async def settle(clients: list[Client], figures: Figures, options: argparse.Namespace) -> None:
+    """Wait for the answers that are under way at the end."""
+    await asyncio.sleep(max(0, figures.until - time.perf_counter()))
+    _, pending = await asyncio.wait([client.closed for client in clients], timeout=options.patience)
+    for client in clients:
+        client.transport.abort()
+    if pending:
+        figures.bad += len(pending)
+        figures.example = figures.example or "not answered"
+
+
+def last_mark(tokens: int) -> bytes:
+    """How the text of a whole answer of so many tokens ends."""
+    return b't%d"' % (tokens - 1)
+
+
+def percentiles_ms(values_s: list[float]) -> dict[str, float]:
+    """p50, p95, p99 and the most."""
+    if not values_s:
+        return {}
+    ordered = sorted(values_s)
     return {
-        "requests": len(latencies_s),
-        "requests_per_s": round(len(latencies_s) / took_s, 1),
-        "p50_ms": percentile_ms(0.5),
-        "p95_ms": percentile_ms(0.95),
-        "p99_ms": percentile_ms(0.99),
-        "not_200": len(bad),
+        name: round(1000 * ordered[min(int(len(ordered) * share), len(ordered) - 1)], 3)
+        for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1))
     }
 
 
+def summary(figures: Figures, seconds: float, tokens: int) -> dict[str, Any]:
+    """What is printed."""
+    counted = len(figures.latencies_s)
+    return {
+        "requests": figures.answered,
+        "requests_per_s": round(counted / seconds, 1),
+        **{f"{name}_ms": value for name, value in percentiles_ms(figures.latencies_s).items()},
+        "first_token_ms": percentiles_ms(figures.first_s),
+        "tokens_per_s": round(counted * tokens / seconds, 1),
+        "refused_ms": percentiles_ms(figures.refused_s),
+        "lag_ms": percentiles_ms(figures.lag_s),
+        "statuses": {str(status): count for status, count in sorted(figures.statuses.items())},
+        "not_200": figures.refused,
+        "bad": figures.bad,
+        **({"example": figures.example} if figures.bad else {}),
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("port", type=int)
+    parser.add_argument("clients", type=int, help="connections")
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("--warm-up", type=float, default=0, help="seconds of load that are not counted")
+    parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--tokens", type=int, default=5, help="of each answer")
+    parser.add_argument("--delay-ms", type=float, default=0, help="what the simulated engine waits before each token")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--rate", type=float, help="requests a second, open loop")
+    parser.add_argument("--seed", type=int, default=1, help="of the arrivals")
+    parser.add_argument("--patience", type=float, default=30, help="seconds for answers under way at the end")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Load, print."""
+    options = arguments()
+    request = request_bytes(options.tokens, stream=options.stream, delay_ms=options.delay_ms, model=options.model)
+    loop = open_loop if options.rate else closed_loop
+    figures = uvloop.run(loop(options.port, options, request))
+    print(json.dumps(summary(figures, options.seconds, options.tokens)))
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(uvloop.run(drive(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))))
+    sys.exit(main())

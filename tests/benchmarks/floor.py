@@ -2,21 +2,24 @@
 
     python tests/benchmarks/floor.py NATS_URL IN_FLIGHT SECONDS
 
-Publish to a file-stored WorkQueue stream, pull, three KV puts, reply, ack. Prints JSON as `driver.py` does.
+Publish to a file-stored WorkQueue stream, pull, three KV puts, reply, ack. Prints JSON as `driver.py` does. Both ends
+are in this one process.
 """
 
 import asyncio
 import json
 import sys
 import time
+from typing import Any
 
 import nats
+import psutil
 import uvloop
 from nats.aio.msg import Msg
 from nats.js.api import ConsumerConfig, KeyValueConfig, RetentionPolicy, StreamConfig
 
 
-async def floor(url: str, in_flight: int, seconds: float) -> dict[str, float]:
+async def floor(url: str, in_flight: int, seconds: float) -> dict[str, Any]:
     """Load for `seconds`; the figures."""
     client, worker = await nats.connect(url), await nats.connect(url)
     js, worker_js = client.jetstream(), worker.jetstream()
@@ -46,7 +49,6 @@ async def floor(url: str, in_flight: int, seconds: float) -> dict[str, float]:
 
     over = False
     latencies_s: list[float] = []
-    until = time.perf_counter() + seconds
 
     async def ask(number: int) -> None:
         turn = 0
@@ -62,9 +64,12 @@ async def floor(url: str, in_flight: int, seconds: float) -> dict[str, float]:
             turn += 1
 
     slots = [asyncio.create_task(slot()) for _ in range(in_flight)]
+    used = sum(psutil.Process().cpu_times()[:2])
     began = time.perf_counter()
+    until = began + seconds
     await asyncio.gather(*(ask(number) for number in range(in_flight)))
     took_s = time.perf_counter() - began
+    used = sum(psutil.Process().cpu_times()[:2]) - used
     over = True
     await asyncio.gather(*slots)
     await js.delete_stream("FLOOR")
@@ -72,10 +77,17 @@ async def floor(url: str, in_flight: int, seconds: float) -> dict[str, float]:
     await client.close()
     await worker.close()
     latencies_s.sort()
+
+    def percentile_ms(share: float) -> float:
+        return round(1000 * latencies_s[min(int(len(latencies_s) * share), len(latencies_s) - 1)], 3)
+
     return {
+        "requests": len(latencies_s),
         "requests_per_s": round(len(latencies_s) / took_s, 1),
-        "p50_ms": round(1000 * latencies_s[len(latencies_s) // 2], 3),
-        "p99_ms": round(1000 * latencies_s[int(len(latencies_s) * 0.99)], 3),
+        "p50_ms": percentile_ms(0.5),
+        "p95_ms": percentile_ms(0.95),
+        "p99_ms": percentile_ms(0.99),
+        "client_cpu_s": round(used, 3),
     }
 
 

@@ -1,19 +1,15 @@
-"""`make bench`: what the queue costs, with an engine that costs nothing.
+"""What the queue costs, with an engine that costs nothing: Forebay beside the floor of NATS and beside its peers.
 
-    python tests/benchmarks/overhead.py [--seconds 5] [--rounds 3] [--apis 1] [--json FILE]
+    python tests/benchmarks/overhead.py [--quick]
 
-In each round the load goes through HTTP, the stream, a worker and back, and then over the bare floor of NATS on
-the same server, so that whatever else the machine does hits both. Ratios are of the same round.
+HTTP → JetStream → worker → reply → states, streamed (20 tokens) and not (5 tokens). In each round every system has its
+turn with the same load, in an order that changes; who has no turn is stopped, and ratios are of the same round. What is
+not streamed is loaded by wrk, streams by `driver.py`; `ceiling.py` shows what both could do.
 """
 
-import argparse
 import asyncio
-import json
-import platform
-import statistics
+import contextlib
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,118 +17,124 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.nats import NatsServer
-from support.stack import Stack, running
+from benchmarks import ceiling, systems
+from benchmarks.common import HERE, Unavailable, cpu_s, drive, log, part_main, ratios, run_json, spread, wrk
+from benchmarks.systems import System
 
-HERE = Path(__file__).parent
-CLIENTS = (1, 16, 64)
-IDLE_S = 15
-SETTLE_S = 3
+BUDGET_S = 480
+FULL = (1, 16, 64, 256)
+WHO: dict[str, dict[str, tuple[int, ...]]] = {
+    "whole": {
+        "forebay": FULL,
+        "floor": FULL,
+        "bare HTTP": FULL,
+        "core NATS": FULL,
+        "LiteLLM": (1, 16, 64),
+        "taskiq, NATS": (1, 64),
+        "taskiq, Redis": (1, 64),
+        "Celery, Redis": (1, 64),
+    },
+    "streamed": {"forebay": FULL, "bare HTTP": FULL, "core NATS": FULL, "LiteLLM": (1, 16, 64)},
+}
+"""With how many clients each is measured. Some have so few answers a second that 256 clients would wait longer than a
+turn lasts."""
+TOKENS = {"whole": 5, "streamed": 20}
+DRAIN_S = 1.5
+LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
 
 
-async def run(*command: str) -> dict[str, float]:
-    """The figures that a script prints."""
-    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
-    output, _ = await process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}")
-    figures: dict[str, float] = json.loads(output)
+async def turn(system: System, mode: str, clients: int, seconds: float) -> dict[str, Any]:
+    """One system's turn with one load."""
+    system.go_on()
+    before = system.cpu()
+    if mode == "whole":
+        figures = await wrk(system.port, clients, max(1, round(seconds)), TOKENS[mode])
+    else:
+        figures = await drive(system.port, clients, seconds, warm_up=0.3, stream=True, tokens=TOKENS[mode])
+    if figures["not_200"]:
+        raise RuntimeError(f"{system.name}: {figures['not_200']} answers were not 200")
+    # What it has still to do for clients that left is done before it is stopped.
+    await asyncio.sleep(min(figures["p99_ms"] / 1000, DRAIN_S))
+    figures["cpu_s_per_1000"] = {
+        name: 1000 * (after - before[name]) / figures["requests"] for name, after in system.cpu().items()
+    }
+    system.hold()
     return figures
 
 
-def cpu_s(processes: dict[str, psutil.Process]) -> dict[str, float]:
-    """CPU seconds so far, children included."""
-    used = {}
-    for name, process in processes.items():
-        family = [process, *process.children(recursive=True)]
-        used[name] = sum(sum(member.cpu_times()[:2]) for member in family)
-    return used
-
-
-async def idle_share(processes: dict[str, psutil.Process]) -> float:
-    """How much of one core everything together uses when nobody asks anything, in percent."""
-    await asyncio.sleep(SETTLE_S)
-    before = cpu_s(processes)
-    began = time.monotonic()
-    await asyncio.sleep(IDLE_S)
-    used = sum(after - before[name] for name, after in cpu_s(processes).items())
-    return 100 * used / (time.monotonic() - began)
-
-
-async def measure(stack: Stack, nats: NatsServer, seconds: float, rounds: int) -> dict[str, Any]:
-    """All figures of a running system."""
-    processes = {
-        "nats-server": psutil.Process(nats.pid),
-        "api": psutil.Process(stack.apis[0].process.pid),
-        "worker": psutil.Process(stack.workers[0].process.pid),
+async def floor(url: str, nats: psutil.Process, clients: int, seconds: float) -> dict[str, Any]:
+    """The turn of the floor, on the server of Forebay."""
+    before = cpu_s([nats])
+    figures = await run_json(sys.executable, str(HERE / "floor.py"), url, str(clients), str(seconds))
+    figures["cpu_s_per_1000"] = {
+        "both ends": 1000 * figures.pop("client_cpu_s") / figures["requests"],
+        "nats-server": 1000 * (cpu_s([nats]) - before) / figures["requests"],
     }
-    found: dict[str, Any] = {"idle_percent_of_a_core": round(await idle_share(processes), 2), "clients": {}}
-    for clients in CLIENTS:
-        pairs = []
-        for _ in range(rounds):
-            before = cpu_s(processes)
-            ours = await run(str(HERE / "driver.py"), str(stack.apis[0].port), str(clients), str(seconds))
-            ours["cpu_ms_per_request"] = {  # type: ignore[assignment]
-                name: round(1000 * (after - before[name]) / ours["requests"], 3)
-                for name, after in cpu_s(processes).items()
+    return figures
+
+
+def summary(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Spreads of each system, and the ratios of Forebay to each."""
+    found: dict[str, Any] = {}
+    ours = turns["forebay"]
+    for name, rows in turns.items():
+        fields = ("requests_per_s", "p50_ms", "p95_ms", "p99_ms")
+        entry: dict[str, Any] = {field: spread([row[field] for row in rows]) for field in fields}
+        if "first_token_ms" in rows[0]:
+            entry["first_token_p99_ms"] = spread([row["first_token_ms"]["p99"] for row in rows])
+            entry["first_token_p50_ms"] = spread([row["first_token_ms"]["p50"] for row in rows])
+        entry["cpu_s_per_1000"] = {
+            process: spread([row["cpu_s_per_1000"][process] for row in rows]) for process in rows[0]["cpu_s_per_1000"]
+        }
+        if name != "forebay":
+            entry["forebay_to_this"] = {
+                field: ratios([row[field] for row in ours], [row[field] for row in rows])
+                for field in ("requests_per_s", "p50_ms")
             }
-            await stack.idle()
-            floor = await run(str(HERE / "floor.py"), nats.url, str(clients), str(seconds))
-            pairs.append({"forebay": ours, "floor": floor})
-        found["clients"][clients] = pairs
+        found[name] = entry
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """The figures as Markdown, medians over the rounds with the least and the most."""
-
-    def spread(values: list[float], unit: str = "") -> str:
-        return f"{statistics.median(values):.4g}{unit} ({min(values):.4g} to {max(values):.4g})"
-
-    lines = [
-        "| clients | requests/s | p50 ms | p95 ms | p99 ms | floor requests/s | floor p50 ms | ÷ floor's requests/s "
-        "| CPU ms a request: nats-server, api, worker |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for clients, pairs in found["clients"].items():
-        ours, floor = [pair["forebay"] for pair in pairs], [pair["floor"] for pair in pairs]
-        cells = [spread([one[name] for one in ours]) for name in ("requests_per_s", "p50_ms", "p95_ms", "p99_ms")]
-        cells += [spread([one[name] for one in floor]) for name in ("requests_per_s", "p50_ms")]
-        cells.append(spread([a["requests_per_s"] / b["requests_per_s"] for a, b in zip(ours, floor, strict=True)]))
-        cpu = [one["cpu_ms_per_request"] for one in ours]
-        cells.append(", ".join(f"{statistics.median(each[name] for each in cpu):.2f}" for name in cpu[0]))
-        lines.append(f"| {clients} | {' | '.join(cells)} |")
-    refused = sum(pair["forebay"]["not_200"] for pairs in found["clients"].values() for pair in pairs)
-    lines.append(
-        f"\nIdle, all together: {found['idle_percent_of_a_core']} % of a core. Answers that were not 200: {refused}."
-    )
-    return "\n".join(lines)
-
-
-async def main() -> int:
-    """Start a system, measure it, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5, help="of load at a time")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--apis", type=int, default=1, help="api processes behind the port")
-    parser.add_argument("--json", type=Path, help="also write all figures here")
-    options = parser.parse_args()
-    limits = {"max_concurrent_requests": 64, "max_queue_size": 1000, "api_processes": options.apis}
-    with tempfile.TemporaryDirectory() as folder:
-        nats = NatsServer(Path(folder) / "nats")
-        nats.start()
-        try:
-            async with running(nats, log_level="INFO", **limits) as stack:
-                found = await measure(stack, nats, options.seconds, options.rounds)
-        finally:
-            nats.stop()
-    found["machine"] = f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores"
-    print(f"{found['machine']}, {options.apis} api process(es), {options.rounds} rounds of {options.seconds:g} s\n")
-    print(table(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0
+async def measure(quick: bool) -> dict[str, Any]:
+    """All systems, all loads."""
+    rounds, whole_s, streamed_s = (1, 1, 1) if quick else (5, 2, 1.2)
+    found: dict[str, Any] = {"rounds": rounds, "seconds": {"whole": whole_s, "streamed": streamed_s}, "missing": {}}
+    found["ceiling"] = await ceiling.measure(1 if quick else 2)
+    async with contextlib.AsyncExitStack() as stack:
+        ours, running, nats = await stack.enter_async_context(systems.forebay(log_level="INFO", **LIMITS))
+        nats_process = psutil.Process(nats.pid)
+        peers: dict[str, System] = {}
+        for name, start in systems.ALL.items():
+            try:
+                peers[name] = stack.enter_context(start())
+            except Unavailable as exc:
+                found["missing"][name] = str(exc)
+                log(f"without {name}: {exc}")
+                continue
+            await turn(peers[name], "whole", 16, 1)
+        await turn(ours, "whole", 16, 1)
+        for mode, who in WHO.items():
+            found[mode] = {}
+            for clients in FULL:
+                names = [name for name, loads in who.items() if clients in loads and name not in found["missing"]]
+                turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+                for number in range(rounds):
+                    for name in names[number % len(names) :] + names[: number % len(names)]:
+                        seconds = whole_s if mode == "whole" else streamed_s
+                        if name == "floor":
+                            turns[name].append(await floor(nats.url, nats_process, clients, seconds))
+                            continue
+                        try:
+                            turns[name].append(await turn(peers.get(name, ours), mode, clients, seconds))
+                        except RuntimeError as exc:
+                            raise RuntimeError(f"{name}, {mode}, {clients} clients: {exc}") from exc
+                        if name == "forebay":
+                            await running.idle()
+                found[mode][str(clients)] = summary(turns)
+                shown = {name: round(one["requests_per_s"]["median"]) for name, one in found[mode][str(clients)].items()}
+                log(f"{mode}, {clients} clients, requests/s: {shown}")
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(part_main("overhead", BUDGET_S, measure, __doc__ or ""))

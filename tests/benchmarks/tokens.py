@@ -1,6 +1,6 @@
 """`make bench-peers`: Forebay through its whole path beside `transformers serve --continuous-batching`.
 
-    python tests/benchmarks/peers.py [--quantization none nf4] [--clients 1 8] [--tokens 48] [--pairs 5] [--json FILE]
+    python tests/benchmarks/tokens.py [--quantization none nf4] [--clients 1 8] [--tokens 48] [--pairs 5] [--json FILE]
 
 Both serve the same folder of weights over HTTP and are asked the same prompts in turns, greedy and streamed, so
 that whatever else the machine does hits both. Ratios are of the same pair of turns. Which of the two goes first

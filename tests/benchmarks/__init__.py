@@ -1,0 +1,1 @@
+"""What the system costs, beside what one would use instead; see README.md."""
