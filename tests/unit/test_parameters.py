@@ -13,6 +13,7 @@ from starlette.requests import Request
 from forebay_api.bodies import read_body
 from forebay_api.schemas import ChatCompletionBody, CompletionBody
 from forebay_contracts.errors import InvalidRequest
+from forebay_contracts.messages import Sampling
 
 PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
 Body = ChatCompletionBody | CompletionBody
@@ -109,7 +110,7 @@ async def read(endpoint: str, fields: dict[str, Any]) -> Body:
 async def meaning(endpoint: str, fields: dict[str, Any]) -> tuple[Any, ...]:
     """All that a body comes to."""
     body = await read(endpoint, fields)
-    request = body.request(request_id="i", model=body.model, created_at=0, deadline=0, reply_to="")
+    request = body.request(request_id="i", model=body.model, created_at=0, deadline=0, reply_to="", key=None)
     return request, body.include_usage
 
 
@@ -144,3 +145,10 @@ async def test_what_would_have_an_effect_is_refused(name: str, value: Any) -> No
     with pytest.raises(InvalidRequest) as refused:
         await read("chat", LEAST["chat"] | {name: value})
     assert str(refused.value.param).startswith(name)
+
+
+def test_a_body_and_what_waits_in_the_queue_have_the_same_defaults() -> None:
+    body = ChatCompletionBody(model="m", messages=[{"role": "user", "content": "hi"}])
+    queued = Sampling()
+    for name in (type(body).model_fields.keys() & Sampling.model_fields.keys()) - {"logprobs"}:
+        assert getattr(body, name) == getattr(queued, name), name

@@ -138,7 +138,7 @@ class Dispatcher:
     async def registered(self, request_id: str) -> None:
         """Wait until the state of a request that was queued here can be looked up."""
         if (reply := self._waiting.get(request_id)) is not None and reply.sequence is not None:
-            await asyncio.wait([self._register(reply)])
+            await self._registered(reply)
 
     async def cancel(self, request_id: str, reason: str) -> bool:
         """Call off a request of any api; False if it had ended before, or is unknown."""
@@ -146,12 +146,20 @@ class Dispatcher:
         return await call_off(self._connection, self._queue, self._states, request_id, RequestStatus.CANCELLED, reason)
 
     def _register_waiting(self, reply: Reply) -> None:
-        if reply.attempt == 0:
+        if reply.attempt == 0 and not reply.registered:
             self._register(reply)
 
+    async def _registered(self, reply: Reply) -> None:
+        if not reply.registered:
+            await asyncio.wait([self._register(reply)])
+
     def _register(self, reply: Reply) -> asyncio.Task[None]:
+        def registered(_: asyncio.Task[None]) -> None:
+            reply.registered, reply.registration = True, None
+
         if reply.registration is None:
             reply.registration = self._background(self._create_state(reply.request, reply.sequence))
+            reply.registration.add_done_callback(registered)
         return reply.registration
 
     async def _create_state(self, request: InferenceRequest, sequence: int | None) -> None:
@@ -178,7 +186,7 @@ class Dispatcher:
 
     def _call_off(self, reply: Reply, outcome: RequestStatus, reason: str) -> None:
         async def after_registration() -> None:
-            await asyncio.wait([self._register(reply)])
+            await self._registered(reply)
             await call_off(
                 self._connection, self._queue, self._states, reply.request.id, outcome, reason, reply.sequence
             )

@@ -59,6 +59,21 @@ class Reply:
     are kept, since a next attempt goes on from them.
     """
 
+    __slots__ = (
+        "_changed",
+        "_tokens",
+        "_unread",
+        "attempt",
+        "completed",
+        "error",
+        "gap",
+        "registered",
+        "registration",
+        "request",
+        "sequence",
+        "worker",
+    )
+
     def __init__(self, request: InferenceRequest) -> None:
         self.request = request
         self.sequence: int | None = None
@@ -67,6 +82,7 @@ class Reply:
         self.gap = False
         self.completed: Completed | None = None
         self.error: ApiError | None = None
+        self.registered = False
         self.registration: asyncio.Task[None] | None = None
         self._tokens: dict[int, list[int]] = {}
         self._unread: list[Delta] = []

@@ -165,6 +165,10 @@ class ResponseFormat(StrictModel):
         return self
 
 
+_SAMPLING = frozenset(Sampling.model_fields) - {"max_tokens", "logprobs", "unset"}
+"""What bodies and `Sampling` call by the same names, with the same defaults."""
+
+
 class _CompletionBody(RequestBody):
     """What chat and completions have in common."""
 
@@ -206,21 +210,12 @@ class _CompletionBody(RequestBody):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _sampling(self, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
+        given = {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING}
         return Sampling(
+            **given,
             max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=self.logit_bias,
-            seed=self.seed,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
             logprobs=logprobs,
-            unset=tuple(name for name in RECOMMENDABLE if name not in self.model_fields_set),
+            unset=tuple(name for name in RECOMMENDABLE if name not in given),
         )
 
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI
@@ -117,7 +117,7 @@ async def _answer(request: Request, context: Context, queued: InferenceRequest, 
 
 
 async def _whole(request: Request, context: Context, queued: InferenceRequest, answer: WholeFormat) -> Response:
-    async with _submitted(context, queued, _key(request)) as reply, _watching(request.receive, reply):
+    async with _submitted(context, queued, _key(request)) as reply, _Watching(request.receive, reply):
         deltas = [delta async for some in reply.deltas() for delta in some]
     assert reply.completed is not None
     _log_end(queued, reply.completed)
@@ -149,7 +149,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
-        async with _submitted(self._context, self._queued, self._key) as reply, _watching(receive, reply):
+        async with _submitted(self._context, self._queued, self._key) as reply, _Watching(receive, reply):
             if self._early:
                 await self._context.dispatcher.registered(self._queued.id)
             else:
@@ -206,20 +206,26 @@ def _submitted(
     return context.idempotent.attach(queued, key)
 
 
-@contextlib.asynccontextmanager
-async def _watching(receive: Receive, reply: Reply | View) -> AsyncIterator[None]:
+class _Watching:
     """Ends the wait for `reply` as soon as the client closes its connection."""
 
-    async def watch() -> None:
+    __slots__ = ("_watcher",)
+
+    def __init__(self, receive: Receive, reply: Reply | View) -> None:
+        self._watcher = asyncio.create_task(self._watch(receive, reply))
+
+    async def __aenter__(self) -> None:
+        """Watch from here on."""
+
+    async def __aexit__(self, *_: object) -> None:
+        """No more."""
+        self._watcher.cancel()
+
+    @staticmethod
+    async def _watch(receive: Receive, reply: Reply | View) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         reply.fail(ClientLeft("the client left"))
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()
 
 
 def _log_end(queued: InferenceRequest, completed: Completed) -> None:
