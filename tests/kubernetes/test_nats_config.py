@@ -5,7 +5,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -53,8 +53,8 @@ class Server:
         return [nats_server_binary(), *(arg.replace("/etc/nats", str(self.folder)) for arg in args)]
 
 
-@contextlib.asynccontextmanager
-async def servers(manifests: Manifests, folder: Path) -> AsyncIterator[tuple[list[Server], Path]]:
+@contextlib.contextmanager
+def servers(manifests: Manifests, folder: Path) -> Iterator[tuple[list[Server], Path]]:
     secrets = folder / "secrets"
     init = DEPLOY.parent / "nats" / "init.py"
     subprocess.run([sys.executable, str(init), str(secrets)], check=True, capture_output=True, timeout=60)
@@ -67,7 +67,7 @@ async def servers(manifests: Manifests, folder: Path) -> AsyncIterator[tuple[lis
     processes = []
     for server in found:
         server.configure(manifests, secrets, {one.name: one.ports["cluster"] for one in found})
-        env = os.environ | {key: value for key, value in keys} | {"SERVER_NAME": server.name}
+        env = os.environ | dict(keys) | {"SERVER_NAME": server.name}
         log = (server.folder / "log").open("wb")
         processes.append(subprocess.Popen(server.command(manifests), env=env, stdout=log, stderr=log))
         log.close()
@@ -94,7 +94,9 @@ async def healthy(http: httpx.AsyncClient, server: Server, path: str) -> None:
 async def test_servers_form_what_the_job_needs(
     manifests: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with servers(manifests, tmp_path) as (found, secrets), httpx.AsyncClient() as http:
+    async with contextlib.AsyncExitStack() as stack:
+        found, secrets = stack.enter_context(servers(manifests, tmp_path))
+        http = await stack.enter_async_context(httpx.AsyncClient())
         container = manifests.workload("nats").container
         for server in found:
             for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
