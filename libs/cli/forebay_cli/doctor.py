@@ -19,7 +19,7 @@ from nats.js.errors import NotFoundError
 from forebay_cli import console
 from forebay_cli.links import connected, settings
 from forebay_contracts import names, permissions, presence, topology
-from forebay_contracts.connection import Connection
+from forebay_contracts.connection import Connection, Role
 from forebay_contracts.errors import QueueUnavailable
 from forebay_contracts.messages import ApiInfo, WorkerInfo, WorkerStatus
 from forebay_contracts.settings import Settings
@@ -51,10 +51,10 @@ class Finding:
     fix: str = ""
 
 
-async def doctor(*, as_json: bool) -> int:
+async def doctor(*, role: Role, as_json: bool) -> int:
     """Check everything and print what was found; 1 if there is a problem, else 0."""
     read = settings()
-    findings = [*await _of_nats(read), *await asyncio.to_thread(_of_machine, read)]
+    findings = [*await _of_nats(read, role), *await asyncio.to_thread(_of_machine, read)]
     if as_json:
         console.print_json([asdict(finding) for finding in findings])
     else:
@@ -64,10 +64,10 @@ async def doctor(*, as_json: bool) -> int:
     return 1 if any(finding.severity == "problem" for finding in findings) else 0
 
 
-async def _of_nats(read: Settings) -> list[Finding]:
+async def _of_nats(read: Settings, role: Role) -> list[Finding]:
     with _Heard() as heard:
         try:
-            async with connected(read) as link:
+            async with connected(read, role) as link:
                 version = link.client.connected_server_version
                 found = [Finding("nats", "ok", f"nats-server {version.major}.{version.minor}.{version.patch} answers")]
                 checks = (_permissions, _jetstream, _topology, _clocks, _models, _services)
@@ -149,7 +149,7 @@ async def _permissions(link: Connection, _: Settings) -> list[Finding]:
     return [Finding("permissions", "problem", f"as {role}, this user may not {lack}", fix) for lack in missing[role]]
 
 
-_ASK = "allow it to publish to `$SYS.REQ.USER.INFO`"
+_ASK = "as api or inference, give `--role`; else allow it to publish to `$SYS.REQ.USER.INFO`"
 
 
 class _Heard(logging.Handler):

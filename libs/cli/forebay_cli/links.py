@@ -18,13 +18,13 @@ def settings() -> Settings:
 
 
 @contextlib.asynccontextmanager
-async def connected(read: Settings) -> AsyncIterator[Connection]:
-    """A connection for one command.
+async def connected(read: Settings, role: connection.Role = "cli") -> AsyncIterator[Connection]:
+    """A connection for one command, with the inboxes of `role`.
 
     Raises:
         QueueUnavailable: NATS cannot be reached.
     """
-    link = await connection.connect(read, "forebay")
+    link = await connection.connect(read, "forebay", role)
     try:
         yield link
     finally:

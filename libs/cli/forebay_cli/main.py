@@ -126,12 +126,17 @@ def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    role: Annotated[
+        Literal["api", "inference", "cli"], typer.Option(help="Whose NATS user is set here: a service's or a person's.")
+    ] = "cli",
+    as_json: AsJson = False,
+) -> None:
     """Check NATS, topology, clocks, services, disk and model; name a cure for each finding.
 
     Exit code 0: no problem (warnings are none); 1: at least one; 2: the settings themselves cannot hold.
     """
-    raise typer.Exit(asyncio.run(checking.doctor(as_json=as_json)))
+    raise typer.Exit(asyncio.run(checking.doctor(role=role, as_json=as_json)))
 
 
 @app.command()
