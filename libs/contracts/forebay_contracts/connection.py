@@ -68,7 +68,7 @@ class Connection:
 
 
 @contextlib.asynccontextmanager
-async def connected(settings: Settings, name: str, role: Role) -> AsyncIterator[Connection]:
+async def connected(settings: Settings, name: str, role: Role = "cli") -> AsyncIterator[Connection]:
     """`connect` for the length of a block."""
     connection = await connect(settings, name, role)
     try:
