@@ -93,7 +93,9 @@ def certificates(folder: Path, hosts: list[str]) -> None:
         openssl("req", "-x509", *kind, *days, "-subj", "/CN=Forebay NATS CA", "-keyout", ca_key, "-out", ca)
     with tempfile.TemporaryDirectory() as scratch:
         request, extensions = Path(scratch, "request.pem"), Path(scratch, "extensions")
-        extensions.write_text(f"subjectAltName={names}\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth,clientAuth\n")
+        extensions.write_text(
+            f"subjectAltName={names}\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth,clientAuth\n"
+        )
         openssl("req", *kind, "-subj", f"/CN={hosts[-1]}", "-keyout", folder / "server.key", "-out", request)
         signed = ["-CA", ca, "-CAkey", ca_key, "-CAcreateserial", "-extfile", extensions]
         openssl("x509", "-req", *days, "-in", request, *signed, "-out", folder / "server.pem")
