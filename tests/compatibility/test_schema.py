@@ -141,9 +141,16 @@ def json_of(message: dict[str, Any]) -> bytes:
 async def test_a_request_of_a_newer_schema_is_removed(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
         message = recorded(f"v{SCHEMA_VERSION}", "requests")[0] | {"schema_version": SCHEMA_VERSION + 1}
-        await stack.connection.jetstream.publish(SUBJECT + "chat", json_of(message))
+        request_id = str(uuid.uuid4())
+        reply_to = names.reply_subject("api-of-tomorrow", request_id)
+        replies = await stack.connection.client.subscribe(reply_to)
+        headers = {names.HEADER_MSG_ID: request_id, names.HEADER_REPLY_TO: reply_to}
+        await stack.connection.jetstream.publish(SUBJECT + "chat", json_of(message), headers=headers)
         await stack.workers[0].logged("message 1 cannot be read and was removed: 1 faults, the first in schema_version")
+        frame = json.loads((await replies.next_msg(timeout=10)).data)
+        assert (frame["type"], frame["status"], frame["code"]) == ("failed", 500, "inference_failed")
         await stack.idle()
+        assert (await stack.status())["total_failed"] == 1
         assert (await stack.chat("[[tokens=1]]")).status_code == 200
 
 

@@ -49,6 +49,11 @@ def reply_subject(api: str, request_id: str) -> str:
     return f"inference.replies.{api}.{request_id}"
 
 
+def is_reply_subject(text: str) -> bool:
+    """Whether frames of one request may be sent to `text`."""
+    return re.fullmatch(r"inference\.replies\.[A-Za-z0-9_-]{1,128}\.[A-Za-z0-9_-]{1,128}", text) is not None
+
+
 def reply_subjects(api: str) -> str:
     """All replies to one api instance."""
     return f"inference.replies.{api}.*"

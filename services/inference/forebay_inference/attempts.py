@@ -30,7 +30,7 @@ from forebay_contracts.errors import (
 )
 from forebay_contracts.messages import InferenceRequest, RequestStatus, Resume, Usage
 from forebay_contracts.queue import Delivery
-from forebay_contracts.states import StateStore
+from forebay_contracts.states import StateStore, finish
 from forebay_inference.engine.protocol import (
     Accepted,
     Engine,
@@ -44,7 +44,7 @@ from forebay_inference.engine.protocol import (
 from forebay_inference.measuring import Measured
 from forebay_inference.metrics import WorkerMetrics
 from forebay_inference.record import EndedBefore, Record, Superseded, patiently
-from forebay_inference.replies import ReplyStream
+from forebay_inference.replies import ReplyStream, failed
 
 NAK_DELAY_S = 0.5
 """Pause before a request whose attempt failed is tried again."""
@@ -158,7 +158,10 @@ class AttemptRunner:
         )
 
     async def _poisoned(self, delivery: Delivery, error: ValidationError) -> None:
-        """A message that no worker can read: out with it, counted once."""
+        """A message that this worker cannot read: out with it, counted once, and said to the api that its headers name.
+
+        An honest one is of an api with a newer schema. Another worker might read it, but none may be there.
+        """
         log.error(
             "[RequestQueue] message %d cannot be read and was removed: %d faults, the first in %s: %s",
             delivery.sequence,
@@ -166,7 +169,15 @@ class AttemptRunner:
             ".".join(str(part) for part in error.errors()[0]["loc"]) or "the JSON itself",
             error.errors()[0]["type"],
         )
-        await patiently(lambda: self._states.count(RequestStatus.FAILED, f"unreadable-{delivery.sequence}"))
+        reply_to = delivery.headers.get(names.HEADER_REPLY_TO, "")
+        request_id = delivery.headers.get(names.HEADER_MSG_ID, "")
+        reason = InferenceFailed("a worker could not read the request: it may be older than the api")
+        if names.is_request_id(request_id) and await patiently(lambda: self._states.get(request_id)) is not None:
+            await patiently(lambda: finish(self._states, request_id, RequestStatus.FAILED, reason.message))
+        else:
+            await patiently(lambda: self._states.count(RequestStatus.FAILED, f"unreadable-{delivery.sequence}"))
+        if names.is_reply_subject(reply_to):
+            await self._connection.client.publish(reply_to, failed(delivery.attempt, reason).encode())
         await delivery.term()
 
     async def _ended_before(self, attempt: Attempt) -> None:

@@ -127,15 +127,7 @@ class ReplyStream:
 
     async def fail(self, error: ApiError) -> None:
         """Send the error that ends the request, until the api has it."""
-        frame = Failed(
-            attempt=self._attempt,
-            status=error.status,
-            error_type=error.type,
-            code=error.code,
-            message=error.message,
-            param=error.param,
-        )
-        await self._ask(frame.encode())
+        await self._ask(failed(self._attempt, error).encode())
 
     async def resend(self, have: Resume) -> None:
         """Send again what the api, by what it has, does not have."""
@@ -175,6 +167,18 @@ class ReplyStream:
                 log.warning("[RequestQueue] %s: the api's answer cannot be read", self._request.id)
             await asyncio.sleep(RETRY_S)
         return Resume(wanted=False)
+
+
+def failed(attempt: int, error: ApiError) -> Failed:
+    """The frame that says `error`."""
+    return Failed(
+        attempt=attempt,
+        status=error.status,
+        error_type=error.type,
+        code=error.code,
+        message=error.message,
+        param=error.param,
+    )
 
 
 def join(deltas: list[Delta]) -> list[Delta]:
