@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import Background, drive, free_port, wrk
 
-_SERVER = '''
+_SERVER = """
 import asyncio, json, sys, uvloop
 
 def chunked(events):
@@ -46,7 +46,7 @@ async def main():
     await server.serve_forever()
 
 uvloop.run(main())
-'''
+"""
 
 
 @contextmanager

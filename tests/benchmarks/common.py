@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -128,10 +129,8 @@ class Background:
 
 
 def _quietly(call: Callable[[], Any]) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         call()
-    except psutil.NoSuchProcess:
-        pass
 
 
 async def run_json(*command: str) -> dict[str, Any]:
@@ -243,8 +242,6 @@ def _nats_version() -> str:
     binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
     done = subprocess.run((binary, "-v"), capture_output=True, text=True, check=False)
     return done.stdout.strip().rpartition("v")[2]
-
-
 
 
 def part_main(part: str, budget_s: float, measure: Callable[[bool], Awaitable[dict[str, Any]]], text: str) -> int:

@@ -1,6 +1,6 @@
 """Single figures with a goal each: first token at half load, relayed tokens, refusals, memory of what waits, wire.
 
-    python tests/benchmarks/goals.py [--quick]
+python tests/benchmarks/goals.py [--quick]
 """
 
 import asyncio

@@ -21,7 +21,7 @@ from benchmarks import ceiling, systems
 from benchmarks.common import HERE, Unavailable, cpu_s, drive, log, part_main, ratios, run_json, spread, wrk
 from benchmarks.systems import System
 
-BUDGET_S = 480
+BUDGET_S = 540
 FULL = (1, 16, 64, 256)
 WHO: dict[str, dict[str, tuple[int, ...]]] = {
     "whole": {
@@ -39,6 +39,8 @@ WHO: dict[str, dict[str, tuple[int, ...]]] = {
 """With how many clients each is measured. Some have so few answers a second that 256 clients would wait longer than a
 turn lasts."""
 TOKENS = {"whole": 5, "streamed": 20}
+SLOW_S = 5
+"""A turn of one that has some fifty answers a second, where many wait for it."""
 DRAIN_S = 1.5
 LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
 
@@ -120,18 +122,28 @@ async def measure(quick: bool) -> dict[str, Any]:
                 turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
                 for number in range(rounds):
                     for name in names[number % len(names) :] + names[: number % len(names)]:
+                        if name in found["missing"]:
+                            continue
                         seconds = whole_s if mode == "whole" else streamed_s
+                        if name == "LiteLLM" and clients >= 64:
+                            seconds = SLOW_S
                         if name == "floor":
                             turns[name].append(await floor(nats.url, nats_process, clients, seconds))
                             continue
                         try:
                             turns[name].append(await turn(peers.get(name, ours), mode, clients, seconds))
                         except RuntimeError as exc:
-                            raise RuntimeError(f"{name}, {mode}, {clients} clients: {exc}") from exc
+                            if name == "forebay":
+                                raise
+                            found["missing"][name] = f"{mode}, {clients} clients: {exc}"
+                            log(f"from here on without {name}: {exc}")
+                            turns.pop(name)
                         if name == "forebay":
                             await running.idle()
                 found[mode][str(clients)] = summary(turns)
-                shown = {name: round(one["requests_per_s"]["median"]) for name, one in found[mode][str(clients)].items()}
+                shown = {
+                    name: round(one["requests_per_s"]["median"]) for name, one in found[mode][str(clients)].items()
+                }
                 log(f"{mode}, {clients} clients, requests/s: {shown}")
     return found
 

@@ -32,7 +32,7 @@ async def measure(quick: bool) -> dict[str, Any]:
                 options = {"tokens": TOKENS, "delay_ms": DELAY_MS, "rate": load * CAPACITY, "seed": number + 1}
                 rows[load].append(await drive(ours.port, 400, seconds, warm_up=1, **options))
                 await stack.idle()
-                log(f"{load}×: goodput {rows[load][-1]['requests_per_s']} of {CAPACITY:.0f}/s")
+                log(f"{load} times: goodput {rows[load][-1]['requests_per_s']} of {CAPACITY:.0f}/s")
     loads: dict[str, Any] = {}
     for load, figures in rows.items():
         loads[str(load)] = {

@@ -125,7 +125,13 @@ def litellm() -> Iterator[System]:
         command = [str(Path(python).parent / "litellm"), "--config", str(folder / "config.yaml")]
         options = ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
         # No key: its check would only cost it time.
-        quiet = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true", "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_DOCS": "True", "PYTHONPATH": ""}
+        quiet = {
+            "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+            "LITELLM_LOG": "ERROR",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "NO_DOCS": "True",
+            "PYTHONPATH": "",
+        }
         proxy = stack.enter_context(Background("LiteLLM", command + options, quiet))
         proxy.wait_for_port(port)
         yield System(
@@ -192,5 +198,3 @@ ALL = {
     "Celery, Redis": celery,
 }
 """How each peer is started."""
-
-

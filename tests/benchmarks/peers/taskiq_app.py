@@ -19,9 +19,7 @@ _URL = os.environ["BENCH_BROKER"]
 if _URL.startswith("nats"):
     from taskiq_nats import NATSObjectStoreResultBackend, PullBasedJetStreamBroker
 
-    broker = PullBasedJetStreamBroker(_URL).with_result_backend(
-        NATSObjectStoreResultBackend(_URL, keep_results=False)
-    )
+    broker = PullBasedJetStreamBroker(_URL).with_result_backend(NATSObjectStoreResultBackend(_URL, keep_results=False))
 else:
     from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 

@@ -1,0 +1,228 @@
+# ruff: noqa: E501, RUF001 -- prose
+"""`make bench-report`: docs/benchmarks.md, docs/scale.md and their plots from the JSON of the results.
+
+    python tests/benchmarks/report.py [--results DIR] [--docs DIR]
+
+No figure on those pages is written by hand.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Parts = dict[str, dict[str, Any]]
+
+
+def cell(value: dict[str, float], digits: int = 1) -> str:
+    """Median, and in brackets the least and the most."""
+    return f"{value['median']:,.{digits}f} ({value['min']:,.{digits}f} to {value['max']:,.{digits}f})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def origin(part: dict[str, Any]) -> str:
+    """One line: on what and when."""
+    stamp = part["stamp"]
+    note = " **A quick run: short slices and few rounds, a figure to be replaced.**" if stamp["quick"] else ""
+    versions = ", ".join(f"{name} {number}" for name, number in stamp["versions"].items())
+    return (
+        f"*Commit {stamp['commit']}, {stamp['at']}, {stamp['cores']} cores of {stamp['cpu']}, load before it "
+        f"{stamp['load_before']}; {versions}; took {stamp['took_s']} s.*{note}"
+    )
+
+
+def overhead(part: dict[str, Any]) -> str:
+    """The path beside the floor and the peers."""
+    figures, text = part["figures"], [f"## Overhead of the path\n\n{origin(part)}\n"]
+    for mode, title in (("whole", "Not streamed, 5 tokens, load by wrk"), ("streamed", "Streamed, 20 tokens")):
+        for clients, systems in figures[mode].items():
+            rows = []
+            for name, one in systems.items():
+                ratio = one.get("forebay_to_this", {})
+                cpu = ", ".join(f"{process} {value['median']:.2f}" for process, value in one["cpu_s_per_1000"].items())
+                values = [cell(one["requests_per_s"], 0), *(cell(one[f"p{share}_ms"]) for share in (50, 95, 99)), cpu]
+                values += [cell(ratio[key], 2) if ratio else "" for key in ("requests_per_s", "p50_ms")]
+                rows.append([name, *values])
+            head = ["", "requests/s", "p50 ms", "p95 ms", "p99 ms", "CPU s a 1,000", "Forebay's requests/s ÷", "p50 ÷"]
+            text.append(f"\n### {title}: {clients} clients\n\n{table(head, rows)}")
+    ceiling = figures["ceiling"]
+    text.append(
+        f"\nThe load generators alone, against prepared bytes: wrk {ceiling['wrk_requests_per_s']:,.0f} requests/s, "
+        f"the driver {ceiling['driver_requests_per_s']:,.0f}, and {ceiling['driver_streams_per_s']:,.0f} streams/s."
+    )
+    text += [f"\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items()]
+    return "\n".join(text)
+
+
+def overload(part: dict[str, Any]) -> str:
+    """Goodput under more load than there is capacity."""
+    rows = []
+    for load, one in part["figures"]["loads"].items():
+        refused = [cell(one[key]) if key in one else "" for key in ("refused_p50_ms", "refused_p99_ms")]
+        accepted = [cell(one["accepted_p50_ms"], 0), cell(one["accepted_p99_ms"], 0)]
+        rows.append([f"{load}×", f"{one['offered_per_s']:.0f}", cell(one["goodput_per_s"]), *accepted, *refused])
+    head = ["load", "offered/s", "goodput/s", "accepted p50 ms", "p99 ms", "refused p50 ms", "p99 ms"]
+    return (
+        f"## Overload\n\n{origin(part)}\n\n![Goodput by offered load](images/bench-overload.svg)\n\n"
+        f"{table(head, rows)}\n\n"
+        f"Goodput at 4× ÷ peak: {part['figures']['goodput_at_4_to_peak']}."
+    )
+
+
+def goals(parts: Parts) -> str:
+    """The measures that have a goal, as far as their parts were run."""
+    rows: list[list[str]] = []
+    if "overhead" in parts:
+        whole = parts["overhead"]["figures"]["whole"]
+        ratio = whole["1"]["floor"]["forebay_to_this"]["p50_ms"]
+        own = cell(whole["1"]["forebay"]["p50_ms"], 2)
+        rows.append(["p50, 1 client, not streamed", "≤ 2.5× the floor, ≤ 3 ms", f"{cell(ratio, 2)}×, {own} ms"])
+        share = cell(whole["64"]["floor"]["forebay_to_this"]["requests_per_s"], 2)
+        rate = cell(whole["64"]["forebay"]["requests_per_s"], 0)
+        rows.append(["requests/s, 64 clients", "≥ 0.25 of the floor's, ≥ 970/s", f"{share}, {rate}/s"])
+        if "LiteLLM" in whole["64"]:
+            times = cell(whole["64"]["LiteLLM"]["forebay_to_this"]["requests_per_s"], 1)
+            rows.append(["the same ÷ LiteLLM's", "≥ 3", times])
+    if "goals" in parts:
+        one = parts["goals"]["figures"]
+        first, refused, memory = one["first_token_at_half_load"], one["refusals"], one["waiting_memory"]
+        rows += [
+            ["first token, 64 clients, half load, p99", "≤ 15 ms", f"{cell(first['p99'])} ms"],
+            ["relayed tokens/s, one api process", "≥ 30,000", cell(one["relayed_by_1_worker"]["tokens_per_s"], 0)],
+            [
+                "refusal, p99",
+                "≤ 10 ms at 1,000/s",
+                f"{cell(refused['p99'])} ms at {cell(refused['refusals_per_s'], 0)}/s",
+            ],
+            ["memory a waiting request, less its body", "≤ 20 KB", f"{memory['bytes_each_less_body'] / 1000:.1f} KB"],
+        ]
+    if "overload" in parts:
+        rows.append(["goodput at 4× ÷ peak", "≥ 0.95", str(parts["overload"]["figures"]["goodput_at_4_to_peak"])])
+    return f"## Goals\n\n{table(['measure', 'goal on 2 cores', 'measured'], rows)}"
+
+
+def benchmarks_page(parts: Parts) -> str:
+    """docs/benchmarks.md."""
+    intro = (
+        "# Benchmarks\n\nMade by `make bench-report` from the JSON that `make bench` writes; nothing here is written by "
+        "hand. Medians, in brackets the least and the most; a ratio is of turns of the same round. How each part "
+        "measures is in [its folder](../tests/benchmarks/README.md).\n"
+    )
+    made = [goals(parts)] if parts else []
+    made += [one(parts[name]) for name, one in (("overhead", overhead), ("overload", overload)) if name in parts]
+    return "\n\n".join([intro.rstrip(), *made]) + "\n"
+
+
+def scale_page(parts: Parts) -> str:
+    """docs/scale.md: arithmetic from measured figures."""
+    text = [
+        "# Scale\n\nReckoned by `make bench-report` from what `make bench` measured; on another machine the figures are "
+        "others, the arithmetic is the same."
+    ]
+    if "goals" in parts and "overhead" in parts:
+        wire = parts["goals"]["figures"]["wire"]
+        cpu = parts["overhead"]["figures"]["whole"]["64"]["forebay"]["cpu_s_per_1000"]
+        tokens = parts["goals"]["figures"]["relayed_by_1_worker"]["tokens_per_cpu_second_of_the_api"]["median"]
+        rows = [
+            [name, *(f"{one[key]:,.1f}" for key in ("in_msgs", "out_msgs", "in_bytes", "out_bytes"))]
+            for name, one in wire.items()
+        ]
+        head = ["a request", "messages in", "out", "bytes in", "out"]
+        text.append(
+            f"## What a request costs\n\n{origin(parts['goals'])}\n\n{table(head, rows)}\n\nWhole answers have 5 tokens, "
+            "streamed ones 20, at nats-server."
+        )
+        rows = [[name, f"{value['median']:.2f} ms", f"{1000 / value['median']:,.0f}"] for name, value in cpu.items()]
+        text.append(
+            "## What one core carries\n\n64 clients, not streamed. CPU time a request, and its reciprocal:\n\n"
+            f"{table(['process', 'CPU a request', 'requests/s of a core'], rows)}\n\nAn api process relays "
+            f"{tokens:,.0f} tokens a CPU second: {tokens / 20:,.0f} streams at 20 tokens/s each."
+        )
+        ratio = cpu["nats-server"]["median"]
+        text.append(
+            f"## The first wall\n\napi and worker processes share nothing but NATS, so more of them carry more. What does "
+            f"not divide is the one leader of the stream `INFERENCE`: at {ratio:.2f} ms of CPU a request, one core of it "
+            f"carries about {1000 / ratio:,.0f} requests/s, the states and counters included, and a file-stored stream "
+            "is written in order. With three replicas each write also waits for two others.\n\nAt the wall:\n\n"
+            "1. Leaders of different streams can sit on different nodes of a cluster: first place the states' bucket and "
+            "the counters away from `INFERENCE`.\n"
+            "2. A stream a model, or a group of models: their subjects are apart already "
+            "(`inference.requests.<model>.<type>`), and a request names one model. The limit `MAX_QUEUE_SIZE` then "
+            "holds for each stream.\n"
+            "3. Regions: a cluster each with streams of its own, joined by gateways (a super-cluster) or leaf nodes; "
+            "clients go to the nearest, since an answer's tokens should not cross regions.\n\nNone of the three is "
+            "built: below the wall they would only be more to run."
+        )
+    if "fifty_workers" in parts:
+        one = parts["fifty_workers"]["figures"]
+        idle, done, killed = one["idle"], one["completed_by_worker"], one["killed"]
+        rows = [
+            ["load", f"{one['clients']} clients, {one['slots_each']} slots a worker"],
+            ["undisturbed", f"{one['undisturbed']['outcomes']}, {one['undisturbed']['requests_per_s']}/s"],
+            ["completed by a worker", f"{done['least']} to {done['most']}, median {done['median']:g}"],
+            [f"{killed['workers']} killed under load", f"{killed['outcomes']}, longest {killed['max_s']} s"],
+            ["left in the queue", str(one["left_in_the_queue"])],
+            ["idle, all workers", f"{idle['workers_percent_of_a_core']} % of a core"],
+            ["idle, nats-server", f"{idle['nats_percent_of_a_core']} % of a core, {idle['nats_rss_mb']:.0f} MB"],
+            ["idle messages", f"{idle['messages_per_s']} a second (heartbeats, pulls)"],
+            ["a worker's own memory", f"{idle['worker_uss_mb']} MB"],
+        ]
+        text.append(
+            f"## {one['workers']} workers on one machine\n\n{origin(parts['fifty_workers'])}\n\n"
+            f"`python tests/benchmarks/fifty_workers.py`, the simulated engine:\n\n{table(['', ''], rows)}"
+        )
+    return "\n\n".join(text) + "\n"
+
+
+def plots(parts: Parts, folder: Path) -> None:
+    """The SVG files."""
+    if "overload" not in parts:
+        return
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "forebay"
+    from matplotlib import pyplot
+
+    loads = parts["overload"]["figures"]["loads"]
+    offered = [one["offered_per_s"] for one in loads.values()]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(offered, [one["goodput_per_s"]["median"] for one in loads.values()], marker="o", label="goodput")
+    axes.plot(offered, offered, linestyle=":", label="offered")
+    axes.set(
+        xlabel="offered requests/s", ylabel="answers/s", ylim=(0, 2 * parts["overload"]["figures"]["capacity_per_s"])
+    )
+    axes.set_title(f"Overload, commit {parts['overload']['stamp']['commit']}")
+    axes.legend()
+    figure.savefig(folder / "bench-overload.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def load(folder: Path) -> Parts:
+    """All results by the name of their part."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def main() -> int:
+    """Write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs")
+    options = parser.parse_args()
+    parts = load(options.results)
+    (options.docs / "images").mkdir(parents=True, exist_ok=True)
+    plots(parts, options.docs / "images")
+    (options.docs / "benchmarks.md").write_text(benchmarks_page(parts))
+    (options.docs / "scale.md").write_text(scale_page(parts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
