@@ -76,6 +76,18 @@ def overload(part: dict[str, Any]) -> str:
     )
 
 
+def backlog(part: dict[str, Any]) -> str:
+    """Admission and pull by depth of the queue."""
+    rows = []
+    for depth, one in part["figures"]["depths"].items():
+        pairs = [
+            text for name in ("publish", "pull") for text in (cell(one[name]["ms"], 2), cell(one[name]["ratio"], 2))
+        ]
+        rows.append([f"{int(depth):,}", *pairs, f"{one['nats_rss_mb']:.0f}"])
+    head = ["queued", "publish ms", "÷ empty queue's", "pull ms", "÷ empty queue's", "nats-server MB"]
+    return f"## Backlog\n\n{origin(part)}\n\n{table(head, rows)}"
+
+
 def goals(parts: Parts) -> str:
     """The measures that have a goal, as far as their parts were run."""
     rows: list[list[str]] = []
@@ -105,6 +117,10 @@ def goals(parts: Parts) -> str:
         ]
     if "overload" in parts:
         rows.append(["goodput at 4× ÷ peak", "≥ 0.95", str(parts["overload"]["figures"]["goodput_at_4_to_peak"])])
+    if "backlog" in parts:
+        depth, one = list(parts["backlog"]["figures"]["depths"].items())[-1]
+        both = f"publish {cell(one['publish']['ratio'], 2)}, pull {cell(one['pull']['ratio'], 2)}"
+        rows.append([f"{int(depth):,} queued ÷ empty queue", "≤ 1.2 (at 100,000)", both])
     return f"## Goals\n\n{table(['measure', 'goal on 2 cores', 'measured'], rows)}"
 
 
@@ -116,7 +132,11 @@ def benchmarks_page(parts: Parts) -> str:
         "measures is in [its folder](../tests/benchmarks/README.md).\n"
     )
     made = [goals(parts)] if parts else []
-    made += [one(parts[name]) for name, one in (("overhead", overhead), ("overload", overload)) if name in parts]
+    made += [
+        one(parts[name])
+        for name, one in (("overhead", overhead), ("overload", overload), ("backlog", backlog))
+        if name in parts
+    ]
     return "\n\n".join([intro.rstrip(), *made]) + "\n"
 
 
