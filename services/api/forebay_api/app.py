@@ -21,7 +21,7 @@ from forebay_api.idempotency import IdempotentRequests
 from forebay_api.key_limits import KeyLimits
 from forebay_api.middleware import REQUEST_ID_HEADER, HeadersMiddleware
 from forebay_api.models import Models
-from forebay_api.routes import completions, events, health, metrics, models, page, queue
+from forebay_api.routes import completions, docs, events, health, metrics, models, page, queue
 from forebay_api.tracing import TraceMiddleware
 from forebay_contracts import names, topology, tracing
 from forebay_contracts.connection import connected
@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 
 def create_app(context: Context) -> ASGIApp:
     """The HTTP side of a running api."""
-    app = FastAPI(title="Forebay", version=VERSION, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Forebay", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     paths = frozenset(route.path for route in completions.routes)
     errors = ErrorAnswers(context, paths)
     errors.install(app)
     app.router.routes.extend(completions.routes)
-    for module in (models, queue, events, health, metrics, page):
+    for module in (models, queue, events, health, metrics, page, docs):
         app.include_router(module.router)
     openapi.install(app)
     # Around FastAPI, not in it: what is served ahead of it has the same headers.

@@ -48,7 +48,7 @@ _ERROR_SCHEMA = {
 
 
 def install(app: FastAPI) -> None:
-    """Have `app` serve the whole document at /openapi.json and /docs."""
+    """Have `app` serve the whole document at /openapi.json."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

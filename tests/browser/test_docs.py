@@ -1,0 +1,43 @@
+from urllib.parse import urljoin
+
+from playwright.async_api import expect
+
+from support.browser import WAIT_MS, Windows
+from support.nats import NatsServer
+from support.stack import running
+
+
+async def test_swagger_ui_shows_our_operations_and_asks_nobody_else(nats_server: NatsServer, windows: Windows) -> None:
+    async with running(nats_server) as stack, windows.open(stack) as window:
+        await window.live()
+        window.asked.clear()
+        answer = await window.page.goto(urljoin(window.url, "/docs"))
+        assert answer is not None
+        document = (await stack.http.get(urljoin(window.url, "/openapi.json"))).json()
+        operations = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+        shown = window.page.locator(".opblock-summary")
+        await expect(shown).to_have_count(len(operations), timeout=WAIT_MS)
+        assert {
+            f"{await line.locator('.opblock-summary-method').inner_text()} "
+            f"{await line.locator('.opblock-summary-path').get_attribute('data-path')}"
+            for line in await shown.all()
+        } == operations
+        assert "POST /v1/chat/completions" in operations
+
+        # It runs as far as calling an operation, with nothing that the headers forbid.
+        models = window.page.locator(".opblock", has=window.page.locator("[data-path='/v1/models']"))
+        await models.locator(".opblock-summary-control").click()
+        await models.get_by_role("button", name="Try it out").click()
+        await models.get_by_role("button", name="Execute").click()
+        status = models.locator(".live-responses-table .response .response-col_status")
+        await expect(status).to_have_text("200", timeout=WAIT_MS)
+
+        assert urljoin(window.url, "/docs/swagger-ui.js") in window.asked
+        # The icons of its style sheet lie in it as data URLs.
+        assert [url for url in window.elsewhere() if not url.startswith("data:")] == []
+        assert window.complaints == []
+        assert answer.headers["content-security-policy"] == (
+            "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'; img-src 'self' data:"
+        )
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
