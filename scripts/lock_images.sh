@@ -15,7 +15,7 @@ lock() {  # lock OUTPUT CONSTRAINT OPTIONS...
         --constraint <(echo "$2") "${@:3}" --output-file "constraints/$1"
 }
 
-lock build.lock "setuptools>=77" - <<< "setuptools"
+lock build.lock "" - <<< $'setuptools>=80\nsetuptools-scm>=9'  # as in pyproject.toml
 lock api.lock "" pyproject.toml --extra api --extra tracing
 lock inference-cpu.lock "torch==$torch+cpu" pyproject.toml --extra embeddings --extra tracing --find-links "$wheels"
 lock inference-cuda.lock "torch==$torch" pyproject.toml --extra embeddings --extra tracing

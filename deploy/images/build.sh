@@ -4,12 +4,13 @@
 #   WHEELHOUSE=1   fetch the packages with this machine's pip and its configuration, and build without a network
 #   PYTHON         the Python 3.11 whose pip that is (default .venv/bin/python)
 #   DOCKER_FLAGS   further options of docker build
+#   VERSION        of Forebay (default: what git's tags say, or 0 where PYTHON has no setuptools-scm)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 PYTHON=${PYTHON:-${VENV:-.venv}/bin/python}
 revision=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
-version=$(git describe --tags --always 2> /dev/null || echo 0)
+version=${VERSION:-$("$PYTHON" -m setuptools_scm 2> /dev/null || echo 0)}
 
 wheelhouse() {  # wheelhouse LOCK: an image with every wheel of it, checked against its hashes; prints its name
     local folder name=forebay-wheels:$1

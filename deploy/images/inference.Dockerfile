@@ -26,7 +26,10 @@ RUN if [ "$VARIANT" = cpu ]; then from="--extra-index-url $TORCH_INDEX"; fi; \
 COPY pyproject.toml README.md LICENSE /src/
 COPY libs /src/libs
 COPY services /src/services
-RUN pip="/build/bin/python -m pip --no-cache-dir --disable-pip-version-check"; \
+# What `forebay --version` says: there is no .git here to ask.
+ARG VERSION=0
+RUN export SETUPTOOLS_SCM_PRETEND_VERSION_FOR_FOREBAY="$VERSION"; \
+    pip="/build/bin/python -m pip --no-cache-dir --disable-pip-version-check"; \
     $pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /dist /src && \
     $pip --python /opt/forebay/bin/python install --no-deps --no-index /dist/*.whl
 
