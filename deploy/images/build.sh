@@ -12,20 +12,22 @@ PYTHON=${PYTHON:-${VENV:-.venv}/bin/python}
 revision=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
 version=${VERSION:-$("$PYTHON" -m setuptools_scm 2> /dev/null || echo 0)}
 
-wheelhouse() {  # wheelhouse LOCK: an image with every wheel of it, checked against its hashes; prints its name
+wheelhouse() {  # wheelhouse LOCK: an image with every package of it, checked against its hashes; prints its name
     local folder name=forebay-wheels:$1
     folder=$(mktemp -d)
-    "$PYTHON" -m pip download --quiet --require-hashes --only-binary :all: --no-deps \
-        -r constraints/build.lock -r "constraints/$1.lock" -d "$folder" >&2
-    printf 'FROM scratch\nCOPY *.whl /\n' > "$folder/Dockerfile"
-    docker build --quiet -t "$name" "$folder" > /dev/null
+    "$PYTHON" -m pip download --quiet --require-hashes --only-binary :all: --no-binary nkeys --no-deps \
+        -r constraints/build.lock -r "constraints/$1.lock" -d "$folder" >&2 || return
+    printf 'FROM scratch\nCOPY . /\n' | docker build --quiet -t "$name" -f - "$folder" > /dev/null || return
     rm -rf "$folder"
     echo "$name"
 }
 
 build() {  # build NAME FILE LOCK OPTIONS...
-    local options=(--label "org.opencontainers.image.created=$(date -u +%FT%TZ)")
-    if [ -n "${WHEELHOUSE:-}" ]; then options+=(--build-arg "WHEELS=$(wheelhouse "$3")"); fi
+    local wheels options=(--label "org.opencontainers.image.created=$(date -u +%FT%TZ)")
+    if [ -n "${WHEELHOUSE:-}" ]; then
+        wheels=$(wheelhouse "$3")
+        options+=(--build-arg "WHEELS=$wheels")
+    fi
     # shellcheck disable=SC2086
     docker build ${DOCKER_FLAGS:-} --build-arg "VERSION=$version" --build-arg "REVISION=$revision" \
         "${options[@]}" "${@:4}" -t "$1" -f "deploy/images/$2.Dockerfile" .

@@ -17,12 +17,13 @@ ARG VARIANT=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY constraints/build.lock constraints/inference-${VARIANT}.lock /locks/
 ARG PIP_INDEX_URL
+# Of nkeys there is no wheel: it is built, by what build.lock holds.
 RUN if [ "$VARIANT" = cpu ]; then from="--extra-index-url $TORCH_INDEX"; fi; \
     if ls /wheels/*.whl > /dev/null 2>&1; then from="--no-index --find-links /wheels"; fi; \
     pip="/build/bin/python -m pip --no-cache-dir --disable-pip-version-check"; \
     $pip install $from --require-hashes --only-binary :all: -r /locks/build.lock && \
-    $pip --python /opt/forebay/bin/python install $from --require-hashes --only-binary :all: \
-        -r /locks/inference-${VARIANT}.lock
+    $pip wheel $from --require-hashes --only-binary :all: --no-binary nkeys --no-build-isolation \
+        --wheel-dir /dist -r /locks/inference-${VARIANT}.lock
 COPY pyproject.toml README.md LICENSE /src/
 COPY libs /src/libs
 COPY services /src/services
