@@ -70,8 +70,7 @@ async def test_a_pause_ends_by_itself(nats_server: NatsServer) -> None:
         answer = await stack.chat("[[tokens=1]]")
         assert answer.status_code == 200
         assert time.time() >= until
-        state = await stack.state(answer.headers["x-request-id"])
-        assert state is not None
+        state = await stack.reaches(answer.headers["x-request-id"], RequestStatus.COMPLETED)
         assert state.started_at is not None
         assert state.started_at >= until - 0.05
 

@@ -206,8 +206,8 @@ async def test_a_handed_over_request_stays_in_its_trace(nats_server: NatsServer,
     async with running(nats_server, drain_timeout=0, **collector.settings) as stack:
         answer = asyncio.create_task(stack.chat("[[tokens=60 delay_ms=20]]"))
         await stack.workers[0].logged(r"processing, attempt 1$")
-        await stack.worker()
         assert await stack.workers[0].stop() == 0
+        await stack.worker()
         request_id = (await answer).headers["x-request-id"]
         assert (await answer).status_code == 200
         spans = await collector.trace_of(request_id, post=1, queue=1, attempt=2, prefill=2, decode=2)
