@@ -204,10 +204,10 @@ async def test_a_failed_attempt_and_the_next_are_one_trace(nats_server: NatsServ
 
 async def test_a_handed_over_request_stays_in_its_trace(nats_server: NatsServer, collector: Collector) -> None:
     async with running(nats_server, drain_timeout=0, **collector.settings) as stack:
-        answer = asyncio.create_task(stack.chat("[[tokens=60 delay_ms=20]]"))
+        answer = asyncio.create_task(stack.chat("[[tokens=300 delay_ms=20]]"))
         await stack.workers[0].logged(r"processing, attempt 1$")
-        assert await stack.workers[0].stop() == 0
         await stack.worker()
+        assert await stack.workers[0].stop() == 0
         request_id = (await answer).headers["x-request-id"]
         assert (await answer).status_code == 200
         spans = await collector.trace_of(request_id, post=1, queue=1, attempt=2, prefill=2, decode=2)
