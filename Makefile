@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 TOOLS := build/tools
 
-.PHONY: install run test check bench bench-peers soak audit sbom check-kubernetes clean
+.PHONY: install run test test-containers images check bench bench-peers soak audit sbom check-kubernetes clean
 
 install: $(STAMP)
 
@@ -27,6 +27,15 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Of the engine that DOCKER_HOST names. WHEELHOUSE=1 where builds have no network.
+images: $(STAMP)
+	PYTHON=$(BIN)/python deploy/images/bases.sh
+	PYTHON=$(BIN)/python deploy/images/build.sh api cpu
+
+# With an engine of its own where none answers.
+test-containers: $(STAMP)
+	scripts/with_docker.sh sh -ec '$(MAKE) images; $(BIN)/python -m pytest -m containers $(ARGS) tests/containers'
 
 check: $(STAMP)
 	$(BIN)/ruff check .
