@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any, Final
 
+from pydantic_core import PydanticSerializationError, to_json
+
 from forebay_contracts.settings import Settings
 
 FIELDS: Final = (
@@ -23,9 +25,6 @@ FIELDS: Final = (
     "completion_tokens",
 )
 """What a line can carry besides its message, by logging's `extra`: the same names in every line. Times: seconds."""
-
-
-_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class JsonFormatter(logging.Formatter):
@@ -53,7 +52,10 @@ class JsonFormatter(logging.Formatter):
                 line[name] = round(value, 6) if isinstance(value, float) else value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return _encode(line)
+        try:
+            return to_json(line).decode()
+        except PydanticSerializationError:  # half a character, as the name of a file can hold one
+            return json.dumps(line)
 
 
 class TextFormatter(logging.Formatter):
