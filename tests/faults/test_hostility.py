@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forebay_contracts.messages import CompletionType, InferenceRequest
+from forebay_contracts.messages import CompletionType, InferenceRequest, RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, running
 
@@ -25,6 +25,23 @@ async def test_unreadable_message_is_removed_and_counted(nats_server: NatsServer
         await stack.idle()
         status = await stack.status()
         assert (status["total_failed"], status["total_processed"], status["active_requests"]) == (1, 1, 0)
+
+
+async def test_unreadable_state_fails_its_request_alone(nats_server: NatsServer) -> None:
+    async with running(nats_server, workers=0) as stack:
+        answer = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=50]]"))
+        request_id = (await stack.apis[0].logged(r"(\S+) queued for"))[1]
+        await stack.reaches(request_id, RequestStatus.QUEUED)
+        bucket = await stack.connection.jetstream.key_value("inference-requests")
+        await bucket.put(request_id, b'{"schema_version": 2}')
+        looked_up = await stack.http.get(f"{stack.apis[0].url}/v1/queue/request/{request_id}")
+        assert (looked_up.status_code, looked_up.json()["error"]["code"]) == (500, "state_unreadable")
+        await stack.worker()
+        assert ((await answer).status_code, (await answer).json()["error"]["code"]) == (500, "state_unreadable")
+        assert (await stack.chat("hi")).status_code == 200
+        await stack.idle()
+        status = await stack.status()
+        assert (status["total_failed"], status["total_processed"]) == (1, 1)
 
 
 async def test_request_that_nobody_waits_for_does_not_run(nats_server: NatsServer) -> None:

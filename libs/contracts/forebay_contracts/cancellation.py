@@ -7,6 +7,7 @@ from nats.errors import Error as NatsError
 
 from forebay_contracts import names
 from forebay_contracts.connection import Connection
+from forebay_contracts.errors import StateUnreadable
 from forebay_contracts.messages import RequestStatus
 from forebay_contracts.queue import RequestQueue
 from forebay_contracts.states import StateStore, finish
@@ -36,7 +37,11 @@ async def call_off(
         if stored is None or stored.state.status.final:
             return False
         sequence = stored.state.sequence
-    ended = await finish(states, request_id, outcome, reason)
+    try:
+        ended = await finish(states, request_id, outcome, reason)
+    except StateUnreadable as exc:
+        log.error("[RequestQueue] %s", exc.message)
+        ended = False
     # Whether the message waits or is out cannot be told from here: it is taken out, and whoever runs it is told.
     if sequence is not None:
         await queue.remove(sequence)

@@ -87,6 +87,12 @@ class QueueConflict(QueueError):
     code = "queue_conflict"
 
 
+class StateUnreadable(ApiError):
+    """What is stored of a request is no state that this version knows."""
+
+    code = "state_unreadable"
+
+
 class RequestError(ApiError):
     """One request ends here."""
 

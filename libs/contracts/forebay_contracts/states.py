@@ -12,10 +12,11 @@ from typing import Final, Protocol
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError, NotFoundError
+from pydantic import ValidationError
 
 from forebay_contracts import metrics, names
 from forebay_contracts.connection import Connection
-from forebay_contracts.errors import QueueConflict, QueueUnavailable
+from forebay_contracts.errors import QueueConflict, QueueUnavailable, StateUnreadable
 from forebay_contracts.messages import RequestState, RequestStatus
 
 STATE_TIMEOUT_S = 5.0
@@ -51,7 +52,7 @@ class StateStore(Protocol):
     """States by request id, and a total for each outcome. All raise QueueUnavailable without an answer."""
 
     async def get(self, request_id: str) -> Stored | None:
-        """The state, or None for an id that is unknown or forgotten."""
+        """The state, or None for an id that is unknown or forgotten. Raises StateUnreadable for one that is neither."""
         ...
 
     async def write(self, state: RequestState, revision: int) -> int:
@@ -126,7 +127,13 @@ class KeyValueStateStore:
             return None
         if not msg.data or "Nats-Sequence" not in headers:
             raise QueueUnavailable(f"the request's state cannot be read: {headers.get('Description')}")
-        return Stored(RequestState.model_validate_json(msg.data), int(headers["Nats-Sequence"]))
+        try:
+            state = RequestState.model_validate_json(msg.data)
+        except ValidationError:
+            raise StateUnreadable(
+                f"the state of request {request_id} cannot be read: a newer version or a stranger wrote it"
+            ) from None
+        return Stored(state, int(headers["Nats-Sequence"]))
 
     async def write(self, state: RequestState, revision: int) -> int:
         """Write with the expected last revision of the key."""

@@ -27,6 +27,7 @@ from forebay_contracts.errors import (
     QueueUnavailable,
     RequestError,
     RequestTimeout,
+    StateUnreadable,
 )
 from forebay_contracts.messages import InferenceRequest, RequestStatus, Resume, Usage
 from forebay_contracts.queue import Delivery
@@ -142,6 +143,12 @@ class AttemptRunner:
             await self._work(attempt)
         except EndedBefore:
             await self._ended_before(attempt)
+        except StateUnreadable as exc:
+            # It cannot be written over, so nobody can ever end this request well.
+            log.error("[RequestQueue] %s", exc.message)
+            await patiently(lambda: self._states.count(RequestStatus.FAILED, request.id))
+            await attempt.reply.fail(exc)
+            await delivery.term()
         finally:
             attempt.claim.cancel()
             attempt.measured.close()
