@@ -50,7 +50,9 @@ make_nats() {
     local folder=$scratch/nats server
     server=$(dirname "$PYTHON")/nats-server
     mkdir -p "$folder"/{bin,tmp,usr/local/bin}
-    (cd "$scratch" && apt-get -o APT::Sandbox::User=root download busybox-static > /dev/null && dpkg-deb -x busybox-static_*.deb busybox)
+    download() { (cd "$scratch" && apt-get -o APT::Sandbox::User=root download busybox-static) > /dev/null; }
+    download 2> /dev/null || { apt-get update -q > /dev/null && download; }
+    dpkg-deb -x "$scratch"/busybox-static_*.deb "$scratch/busybox"
     cp "$scratch"/busybox/bin/busybox "$folder/bin/"
     for applet in sh wget; do ln -s busybox "$folder/bin/$applet"; done
     cp "$server" "$folder/usr/local/bin/"  # a static binary

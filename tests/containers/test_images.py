@@ -1,13 +1,14 @@
 """The images: what is in them, what they may do, how soon they serve and how they end."""
 
 import os
+import statistics
 import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from support.containers import NATS_IMAGE, UNPRIVILEGED, becomes_healthy, docker, inspect, logged
+from support.containers import NATS_IMAGE, UNPRIVILEGED, becomes_healthy, docker, inspect, log, logged
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(180)]
 
@@ -62,9 +63,9 @@ def worker(network: str) -> Iterator[str]:
     yield from created(INFERENCE, network, "--env", "INFERENCE_ENGINE=simulated")
 
 
-def assert_ends_well(container: str) -> None:
+def assert_ends_well(container: str, module: str) -> None:
     """Our process is the first, gets the signal itself, and ends before it would be killed."""
-    assert docker("exec", container, "cat", "/proc/1/comm") == "forebay"
+    assert docker("exec", container, "cat", "/proc/1/cmdline").split("\0")[1:3] == ["-m", module]
     docker("stop", "--time", "20", container)
     assert inspect(container)["State"]["ExitCode"] == 0
 
@@ -84,7 +85,8 @@ def test_the_inference_image_holds_no_build_tools(capsys: pytest.CaptureFixture[
         print(f"\n{INFERENCE}: {inspect(INFERENCE)['Size'] / MB:.0f} MB")
 
 
-def test_the_api_is_ready_soon(api: str, capsys: pytest.CaptureFixture[str]) -> None:
+def seconds_until_ready(api: str) -> float:
+    """From `docker start` until its port answers that it is ready."""
     started = time.monotonic()
     docker("start", api)
     url = f"http://{docker('port', api, '8091')}/health/ready"
@@ -92,23 +94,29 @@ def test_the_api_is_ready_soon(api: str, capsys: pytest.CaptureFixture[str]) -> 
         while time.monotonic() < started + 10 * READY_WITHIN_S:
             try:
                 if client.get(url).status_code == httpx.codes.OK:
-                    break
+                    return time.monotonic() - started
             except httpx.TransportError:  # the engine's own proxy listens before the api does
                 pass
             time.sleep(READY_POLL_S)
-        else:
-            pytest.fail(f"{url} never answered 200")
-    took = time.monotonic() - started
+    pytest.fail(f"{url} never answered 200:\n{log(api)}")
+
+
+def test_the_api_is_ready_soon(api: str, capsys: pytest.CaptureFixture[str]) -> None:
+    took = []
+    for _ in range(3):
+        took.append(seconds_until_ready(api))
+        docker("stop", api)
     with capsys.disabled():
-        print(f"\n{API}: ready {took:.2f} s after docker start")
-    assert took < READY_WITHIN_S
+        print(f"\n{API}: ready {', '.join(f'{seconds:.2f}' for seconds in took)} s after docker start")
+    # The first start after a build may wait for the disk, which is the machine's business.
+    assert statistics.median(took) < READY_WITHIN_S
 
 
 def test_the_api_is_healthy_unprivileged_and_ends_well(api: str) -> None:
     docker("start", api)
     becomes_healthy(api)
     assert docker("exec", api, "id", "--user") == "10001"
-    assert_ends_well(api)
+    assert_ends_well(api, "forebay_api")
 
 
 def test_a_worker_is_healthy_unprivileged_and_ends_well(worker: str) -> None:
@@ -116,4 +124,4 @@ def test_a_worker_is_healthy_unprivileged_and_ends_well(worker: str) -> None:
     becomes_healthy(worker)
     assert docker("exec", worker, "id", "--user") == "10001"
     docker("exec", worker, "python", "-m", "forebay_contracts.probe", "9091", "/health/ready")
-    assert_ends_well(worker)
+    assert_ends_well(worker, "forebay_inference")
