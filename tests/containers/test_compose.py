@@ -1,7 +1,10 @@
 """deploy/compose.yaml on the images just built: two apis behind one port, two workers, and the loss of each."""
 
+import contextlib
 import os
+import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,15 @@ import httpx
 import openai
 import pytest
 
+from forebay_inference.model_store import ensure_model
 from support.containers import Compose, becomes_healthy, docker, inspect, log, logged
+from support.stack import data_dir
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(300)]
 
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODEL = "SmolLM2-135M-Instruct"
-SETTINGS = """\
+SIMULATED = """\
 INFERENCE_ENGINE=simulated
 MAX_CONCURRENT_REQUESTS=4
 WORKER_SLOTS=2
@@ -62,18 +68,25 @@ def _tokens(count: int) -> str:
     return " ".join(f"t{token}" for token in range(count))
 
 
-@pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    config: Path = tmp_path_factory.mktemp("compose") / "queue-config.env"
-    config.write_text(SETTINGS)
+@contextlib.contextmanager
+def _composed(config: str, folder: Path, **settings: str) -> Iterator[System]:
+    """The system with these settings; afterwards nothing of it is left."""
+    file = folder / "queue-config.env"
+    file.write_text(config)
     # Port 0: the engine takes a free one.
-    compose = Compose(f"forebay-test-{os.getpid()}", FOREBAY_CONFIG=str(config), FOREBAY_PORT="0")
+    compose = Compose(f"forebay-{folder.name}-{os.getpid()}", FOREBAY_CONFIG=str(file), FOREBAY_PORT="0", **settings)
     try:
         compose.up()
         yield System(compose)
     finally:
         compose("down", "--volumes", "--timeout", "10")
     assert compose.left() == ""
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with _composed(SIMULATED, tmp_path_factory.mktemp("simulated")) as system:
+        yield system
 
 
 def test_both_apis_answer_through_one_port(system: System) -> None:
@@ -133,3 +146,30 @@ def test_a_stopped_api_finishes_what_it_has(system: System) -> None:
     docker("start", api)
     becomes_healthy(api)
     assert system.status()["active_requests"] == 0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the default model, that belongs to nobody whom the containers know: no network brings it there."""
+    folder = tmp_path_factory.mktemp("models")
+    made = ensure_model(DEFAULT_MODEL, data_dir(), print)
+    shared = folder / "models" / made.name
+    shutil.copytree(made, shared)
+    for path in (folder, folder / "models", shared, *shared.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_the_real_model_answers(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    with _composed("", tmp_path, FOREBAY_MODELS=str(models)) as system:
+        took = time.monotonic() - started
+        answer = system.openai.chat.completions.create(
+            model=MODEL, messages=_messages("What is the capital of France?"), temperature=0, max_tokens=12
+        )
+        text = answer.choices[0].message.content or ""
+    with capsys.disabled():
+        print(f"\nwith the real model: healthy {took:.1f} s after compose up; {text!r}")
+    assert "Paris" in text
