@@ -1,9 +1,13 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from support.nats import NatsServer
+from support.nats_container import why_no_container
+
+StartNats = Callable[[Path], AbstractContextManager[NatsServer]]
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +23,29 @@ def _clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def nats_server(tmp_path: Path) -> Iterator[NatsServer]:
-    """A real nats-server, on a free port and with an empty store."""
-    server = NatsServer(tmp_path / "nats")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--nats",
+        choices=("container", "embedded"),
+        help="where the NATS of tests/integration runs (default: in a container where an engine has its image)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose once: the processes of xdist get the options as they are then."""
+    if config.getoption("nats") is None:
+        config.option.nats_reason = why_no_container()
+        config.option.nats = "embedded" if config.option.nats_reason else "container"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    reason = getattr(config.option, "nats_reason", None)
+    return f"nats of tests/integration: {config.option.nats}" + (f", since {reason}" if reason else "")
+
+
+@contextmanager
+def embedded_nats(store: Path) -> Iterator[NatsServer]:
+    server = NatsServer(store)
     server.start()
     try:
         yield server
@@ -30,15 +53,24 @@ def nats_server(tmp_path: Path) -> Iterator[NatsServer]:
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def start_nats() -> StartNats:
+    """How the fixtures below start a server; tests/integration has another way."""
+    return embedded_nats
+
+
+@pytest.fixture
+def nats_server(start_nats: StartNats, tmp_path: Path) -> Iterator[NatsServer]:
+    """A real nats-server, on a free port and with an empty store."""
+    with start_nats(tmp_path / "nats") as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
-def module_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+def module_nats(start_nats: StartNats, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
     """A real nats-server for all tests of a module, which must not disturb each other."""
     folder = tmp_path_factory.mktemp("module")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # no `.env` of the working folder reaches what is started here
-        server = NatsServer(folder / "nats")
-        server.start()
-        try:
+        with start_nats(folder / "nats") as server:
             yield server
-        finally:
-            server.stop()

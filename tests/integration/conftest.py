@@ -1,0 +1,27 @@
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from support.nats import NatsServer
+from support.nats_container import NatsContainer
+
+
+@contextmanager
+def nats_in_container(_store: Path) -> Iterator[NatsContainer]:
+    """Its store is the container's."""
+    server = NatsContainer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(scope="session")
+def start_nats(
+    request: pytest.FixtureRequest, start_nats: Callable[[Path], AbstractContextManager[NatsServer]]
+) -> Callable[[Path], AbstractContextManager[NatsServer | NatsContainer]]:
+    """In a container where `--nats` says so."""
+    return nats_in_container if request.config.getoption("nats") == "container" else start_nats
