@@ -121,7 +121,49 @@ def goals(parts: Parts) -> str:
         depth, one = list(parts["backlog"]["figures"]["depths"].items())[-1]
         both = f"publish {cell(one['publish']['ratio'], 2)}, pull {cell(one['pull']['ratio'], 2)}"
         rows.append([f"{int(depth):,} queued ÷ empty queue", "≤ 1.2 (at 100,000)", both])
+    if "tokens" in parts:
+        own = cell(parts["tokens"]["figures"]["bare"]["ratio"], 3)
+        rows.append(["the model's tokens/s ÷ bare engine, 8 clients", "≥ 0.97", own])
     return f"## Goals\n\n{table(['measure', 'goal on 2 cores', 'measured'], rows)}"
+
+
+def tokens(part: dict[str, Any]) -> str:
+    """The real model beside what would serve it otherwise."""
+    figures = part["figures"]
+    rows = []
+    for clients, systems in figures["clients"].items():
+        for name, one in systems.items():
+            values = [cell(one[key]) for key in ("tokens_per_s", "first_ms", "between_ms")]
+            ratio = cell(one["forebay_to_this"], 2) if "forebay_to_this" in one else ""
+            rows.append([clients, name, figures["weights"][name], *values, ratio])
+    head = ["clients", "", "weights", "tokens/s", "first token ms", "between tokens ms", "Forebay's tokens/s ÷"]
+    bare = figures["bare"]
+    text = (
+        f"## Tokens\n\n{origin(part)}\n\n{table(head, rows)}\n\nThe whole system ÷ the engine's class in one process, "
+        f"{bare['clients']} clients, {bare['pairs']} pairs: {cell(bare['ratio'], 3)} of its tokens/s. The worker's CPU "
+        f"time a token ÷ the bare engine's: {cell(bare['worker_cpu_to_bare'], 3)}; what is over 1 is not the engine."
+    )
+    return text + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
+
+
+def scale(part: dict[str, Any]) -> str:
+    """Three curves."""
+    text = [f"## More of everything\n\n{origin(part)}"]
+    for name, key in (("workers", "requests_per_s"), ("streams", "tokens_per_s"), ("api_processes", "requests_per_s")):
+        curve = part["figures"][name]
+        rows = [
+            [count, f"{one[key]:,.0f}", *(f"{value:,.0f}" for value in one["rss_mb"].values())]
+            for count, one in curve.items()
+        ]
+        head = [name.replace("_", " "), key.replace("_per_s", "/s"), *(f"{who} MB" for who in one_of(curve)["rss_mb"])]
+        text.append(table(head, rows))
+    return "\n\n".join(text)
+
+
+def one_of(curve: dict[str, Any]) -> dict[str, Any]:
+    """Any point of a curve."""
+    found: dict[str, Any] = next(iter(curve.values()))
+    return found
 
 
 def benchmarks_page(parts: Parts) -> str:
@@ -134,7 +176,7 @@ def benchmarks_page(parts: Parts) -> str:
     made = [goals(parts)] if parts else []
     made += [
         one(parts[name])
-        for name, one in (("overhead", overhead), ("overload", overload), ("backlog", backlog))
+        for name, one in (("overhead", overhead), ("overload", overload), ("backlog", backlog), ("tokens", tokens))
         if name in parts
     ]
     return "\n\n".join([intro.rstrip(), *made]) + "\n"
@@ -198,6 +240,8 @@ def scale_page(parts: Parts) -> str:
             f"## {one['workers']} workers on one machine\n\n{origin(parts['fifty_workers'])}\n\n"
             f"`python tests/benchmarks/fifty_workers.py`, the simulated engine:\n\n{table(['', ''], rows)}"
         )
+    if "scale" in parts:
+        text.append(scale(parts["scale"]))
     return "\n\n".join(text) + "\n"
 
 
