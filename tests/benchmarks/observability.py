@@ -19,6 +19,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,10 +30,12 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.common import RESULTS, spread, stamp
 from support.nats import NatsServer
 from support.stack import Stack, running
 
 HERE = Path(__file__).parent
+BUDGET_S = 90
 PARTS = ("metrics", "logs", "traces")
 LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
 
@@ -132,7 +135,12 @@ async def main() -> int:
         "--parts", nargs="*", choices=PARTS, default=PARTS, help="what is on; none: how equal the two systems are"
     )
     parser.add_argument("--json", type=Path, help="also write all figures here")
+    parser.add_argument("--quick", action="store_true", help="two short rounds")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of observability.json")
     options = parser.parse_args()
+    if options.quick:
+        options.seconds, options.rounds = 1, 2
+    header, began = stamp(), time.monotonic()
     collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     Thread(target=collector.serve_forever, daemon=True).start()
     visible: dict[str, Any] = {"metrics_port": 0} if "metrics" in options.parts else {"metrics": "false"}
@@ -173,6 +181,19 @@ async def main() -> int:
             for name in ("on", "off")
         }
         print(f"{process}: {used['on']:.3f} ms of CPU a request on, {used['off']:.3f} off")
+    took_s = round(time.monotonic() - began)
+    header |= {"part": "observability", "quick": options.quick, "took_s": took_s, "budget_s": BUDGET_S}
+    figures = {
+        "on": [*options.parts],
+        "sampled": options.sampled,
+        "clients": options.clients,
+        "rounds": options.rounds,
+        "requests": spread(ratios),
+        "cpu": spread(cpu),
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / "observability.json"
+    path.write_text(json.dumps({"stamp": header, "figures": figures}, indent=1) + "\n")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0

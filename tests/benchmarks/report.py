@@ -90,6 +90,8 @@ def backlog(part: dict[str, Any]) -> str:
 
 def goals(parts: Parts) -> str:
     """The measures that have a goal, as far as their parts were run."""
+    quick = [name for name, part in parts.items() if part["stamp"]["quick"]]
+    note = f"\n\nQuick runs, to be replaced: {', '.join(quick)}." if quick else ""
     rows: list[list[str]] = []
     if "overhead" in parts:
         whole = parts["overhead"]["figures"]["whole"]
@@ -124,7 +126,7 @@ def goals(parts: Parts) -> str:
     if "tokens" in parts:
         own = cell(parts["tokens"]["figures"]["bare"]["ratio"], 3)
         rows.append(["the model's tokens/s ÷ bare engine, 8 clients", "≥ 0.97", own])
-    return f"## Goals\n\n{table(['measure', 'goal on 2 cores', 'measured'], rows)}"
+    return f"## Goals\n\n{table(['measure', 'goal on 2 cores', 'measured'], rows)}{note}"
 
 
 def tokens(part: dict[str, Any]) -> str:
@@ -144,6 +146,31 @@ def tokens(part: dict[str, Any]) -> str:
         f"time a token ÷ the bare engine's: {cell(bare['worker_cpu_to_bare'], 3)}; what is over 1 is not the engine."
     )
     return text + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
+
+
+def cold(part: dict[str, Any]) -> str:
+    """Start, idle and size."""
+    one = part["figures"]
+    rows = [
+        [each["process"], f"{each['cpu_percent']:.2f} %", f"{each['rss']:,.0f}", f"{each['uss']:,.0f}"]
+        for each in one["idle"]
+    ]
+    return (
+        f"## Cold and idle\n\n{origin(part)}\n\n`forebay up` with the model there: ready after {one['ready_s']} s, "
+        f"a first answer of 4 tokens after {one['first_answer_s']} s. The virtual environment has {one['venv_mb']:,.0f} "
+        f"MB, the model {one['model_mb']:,.0f} MB. From a clone: `make install`, then `make run`. Idle for "
+        f"{one['idle_seconds']} s:\n\n{table(['process', 'CPU of a core', 'resident MB', 'own MB'], rows)}"
+    )
+
+
+def observability(part: dict[str, Any]) -> str:
+    """What it costs to be seen."""
+    one = part["figures"]
+    return (
+        f"## Cost of all observability\n\n{origin(part)}\n\n{', '.join(one['on'])} on ({one['sampled']:.0%} of the "
+        f"requests traced), {one['clients']} clients, {one['rounds']} pairs: {cell(one['requests'], 3)} of the "
+        f"requests/s without, {cell(one['cpu'], 3)} of the CPU time a request."
+    )
 
 
 def scale(part: dict[str, Any]) -> str:
@@ -166,6 +193,17 @@ def one_of(curve: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+PAGE = {
+    "overhead": overhead,
+    "overload": overload,
+    "backlog": backlog,
+    "tokens": tokens,
+    "cold": cold,
+    "observability": observability,
+}
+"""The parts of docs/benchmarks.md in their order; `scale` and `fifty_workers` are on docs/scale.md."""
+
+
 def benchmarks_page(parts: Parts) -> str:
     """docs/benchmarks.md."""
     intro = (
@@ -174,11 +212,7 @@ def benchmarks_page(parts: Parts) -> str:
         "measures is in [its folder](../tests/benchmarks/README.md).\n"
     )
     made = [goals(parts)] if parts else []
-    made += [
-        one(parts[name])
-        for name, one in (("overhead", overhead), ("overload", overload), ("backlog", backlog), ("tokens", tokens))
-        if name in parts
-    ]
+    made += [one(parts[name]) for name, one in PAGE.items() if name in parts]
     return "\n\n".join([intro.rstrip(), *made]) + "\n"
 
 
@@ -245,6 +279,21 @@ def scale_page(parts: Parts) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def readme(parts: Parts, path: Path) -> None:
+    """Put the goals, and the peers' requests/s, between the markers of README.md."""
+    text = path.read_text()
+    begin, end = "<!-- goals -->", "<!-- /goals -->"
+    if begin not in text or end not in text or not parts:
+        return
+    made = goals(parts).partition("\n\n")[2]
+    if "overhead" in parts:
+        peers = parts["overhead"]["figures"]["whole"]["64"]
+        rows = [[name, cell(one["requests_per_s"], 0)] for name, one in peers.items()]
+        made += f"\n\n{table(['64 clients, not streamed', 'requests/s'], rows)}"
+    head, rest = text.split(begin, 1)
+    path.write_text(f"{head}{begin}\n{made}\n{end}{rest.split(end, 1)[1]}")
+
+
 def plots(parts: Parts, folder: Path) -> None:
     """The SVG files."""
     if "overload" not in parts:
@@ -285,6 +334,7 @@ def main() -> int:
     plots(parts, options.docs / "images")
     (options.docs / "benchmarks.md").write_text(benchmarks_page(parts))
     (options.docs / "scale.md").write_text(scale_page(parts))
+    readme(parts, options.docs.parent / "README.md")
     return 0
 
 

@@ -34,7 +34,7 @@ async def measure(quick: bool) -> dict[str, Any]:
             row = await drive(ours.port, 64, seconds, warm_up=1, tokens=5, delay_ms=20)
             found["workers"][str(workers)] = {"requests_per_s": row["requests_per_s"], "rss_mb": memory(ours)}
         log(f"{workers} workers: {found['workers'][str(workers)]}")
-    limits = {"max_concurrent_requests": 2000, "max_queue_size": 4000}
+    limits = {"max_concurrent_requests": 2000, "max_queue_size": 4000, "llm_batch_size": 2048}
     async with systems.forebay(**limits) as (ours, stack, _):
         for streams in (1, 100) if quick else (1, 10, 100, 500, 1000, 2000):
             options = {"stream": True, "tokens": 20, "delay_ms": 250}
