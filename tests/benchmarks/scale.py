@@ -30,12 +30,13 @@ async def measure(quick: bool) -> dict[str, Any]:
     seconds = 1.5 if quick else 4
     found: dict[str, Any] = {"seconds": seconds, "workers": {}, "streams": {}, "api_processes": {}}
     for workers in (1, 2) if quick else (1, 2, 4, 8):
-        async with systems.forebay(workers=workers, max_concurrent_requests=4, max_queue_size=1000) as (ours, _, _):
+        limits = {"worker_slots": 4, "max_concurrent_requests": 4 * workers, "max_queue_size": 1000}
+        async with systems.forebay(workers=workers, **limits) as (ours, _, _):
             row = await drive(ours.port, 64, seconds, warm_up=1, tokens=5, delay_ms=20)
             found["workers"][str(workers)] = {"requests_per_s": row["requests_per_s"], "rss_mb": memory(ours)}
         log(f"{workers} workers: {found['workers'][str(workers)]}")
-    limits = {"max_concurrent_requests": 2000, "max_queue_size": 4000, "llm_batch_size": 2048}
-    async with systems.forebay(**limits) as (ours, stack, _):
+    many = {"max_concurrent_requests": 2000, "max_queue_size": 4000, "llm_batch_size": 2048}
+    async with systems.forebay(**many) as (ours, stack, _):
         for streams in (1, 100) if quick else (1, 10, 100, 500, 1000, 2000):
             options = {"stream": True, "tokens": 20, "delay_ms": 250}
             row = await drive(ours.port, streams, max(seconds, 6), warm_up=1, **options)
