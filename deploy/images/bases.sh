@@ -14,15 +14,12 @@ mirror=http://deb.debian.org/debian
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-root() {  # root PACKAGES: a Debian root folder with them, without what only an installation needs
-    local folder=$scratch/root
-    rm -rf "$folder"
-    if ! debootstrap --variant=minbase --include="$1" "$suite" "$folder" "$mirror" > "$scratch/log" 2>&1; then
-        tail -20 "$scratch/log" >&2
+root() {  # root FOLDER PACKAGES: a Debian root folder with them, without what only an installation needs
+    if ! debootstrap --variant=minbase --include="$2" "$suite" "$1" "$mirror" > "$1.log" 2>&1; then
+        tail -20 "$1.log" >&2
         return 1
     fi
-    rm -rf "$folder"/var/{cache/apt,lib/apt/lists}/* "$folder"/usr/share/{doc,man,locale,info} "$folder"/dev/*
-    echo "$folder"
+    rm -rf "$1"/var/{cache/apt,lib/apt/lists}/* "$1"/usr/share/{doc,man,locale,info} "$1"/dev/*
 }
 
 imported() {  # imported NAME FOLDER CHANGES...: the folder as an image
@@ -32,15 +29,15 @@ imported() {  # imported NAME FOLDER CHANGES...: the folder as an image
 }
 
 make_python() {
-    local folder
-    folder=$(root python3,python3-venv,ca-certificates)
+    local folder=$scratch/python
+    root "$folder" python3,python3-venv,ca-certificates
     ln -s /usr/bin/python3 "$folder/usr/local/bin/python"
     imported "$1" "$folder" 'CMD ["python"]'
 }
 
 make_haproxy() {
-    local folder
-    folder=$(root haproxy)
+    local folder=$scratch/haproxy
+    root "$folder" haproxy
     mkdir -p "$folder/usr/local/etc/haproxy"
     imported "$1" "$folder" 'USER haproxy' \
         'CMD ["haproxy", "-W", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]'
@@ -70,6 +67,8 @@ have() {  # have NAME HOW: pulled, or made by HOW
     fi
 }
 
-have python:3.11-slim-bookworm make_python
+# At the same time: mostly they wait for downloads and the disk.
+have python:3.11-slim-bookworm make_python & made=$!
+have haproxy:2.6-bookworm make_haproxy & made+=" $!"
 have nats:2.15.1-alpine make_nats
-have haproxy:2.6-bookworm make_haproxy
+for job in $made; do wait "$job"; done
