@@ -156,6 +156,7 @@ async def beside_peers(
     """Everybody's figures by clients, and who is missing."""
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
+    started: dict[str, Background] = {}
     makers = {
         "transformers serve": lambda: serve(folder),
         "transformers serve --continuous-batching": lambda: serve(folder, "--continuous-batching"),
@@ -166,14 +167,17 @@ async def beside_peers(
         for name, make in makers.items():
             try:
                 background, server = make()
-                stack.enter_context(background)
+                started[name] = stack.enter_context(background)
                 await asyncio.to_thread(
                     background.wait_for_port, int(server.url.rpartition(":")[2]), START_TIMEOUT_S / 4
                 )
-                await turn(http, server, 2, 4, 10_000)
+                async with asyncio.timeout(60):
+                    await turn(http, server, 2, 4, 10_000)
                 background.hold()
                 servers[name] = (background, server)
-            except (Unavailable, RuntimeError, httpx.HTTPError) as exc:
+            except (Unavailable, RuntimeError, TimeoutError, httpx.HTTPError) as exc:
+                if name in started:
+                    started[name].hold()
                 missing[name] = str(exc)[-500:] or type(exc).__name__
                 log(f"without {name}: {missing[name]}")
         number = 0
