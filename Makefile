@@ -33,9 +33,13 @@ images: $(STAMP)
 	PYTHON=$(BIN)/python deploy/images/bases.sh
 	PYTHON=$(BIN)/python deploy/images/build.sh api cpu
 
+# What runs against NATS in a container as well.
+IN_CONTAINER := $(patsubst %,tests/integration/test_%.py,nats_fixture queue_and_states topology)
+
 # With an engine of its own where none answers.
 test-containers: $(STAMP)
-	scripts/with_docker.sh sh -ec '$(MAKE) images; $(BIN)/python -m pytest -m containers $(ARGS) tests/containers'
+	scripts/with_docker.sh sh -ec '$(MAKE) images; $(BIN)/python -m pytest -m containers $(ARGS) tests/containers; \
+		$(BIN)/python -m pytest --nats container $(IN_CONTAINER)'
 
 check: $(STAMP)
 	$(BIN)/ruff check .

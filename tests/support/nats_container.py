@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from datetime import UTC, datetime
 from typing import Any
 
 from testcontainers.core.config import testcontainers_config
@@ -58,12 +59,13 @@ class NatsContainer:
 
     def start(self) -> None:
         """Start, and return when it says that it is ready."""
+        since = datetime.now(UTC).isoformat()  # of the engine's own StartedAt, the first lines may be older
         if self._started:
             self._container.get_wrapped_container().start()
         else:
             self._container.start()
             self._started = True
-        name, since = self._container.get_container_id(), self._state()["StartedAt"]
+        name = self._container.get_container_id()
         ready = followed("docker", "logs", "--follow", "--since", since, name, pattern="Server is ready")
         assert ready, "nats-server did not start:\n" + log(name)
 
