@@ -87,10 +87,9 @@ async def test_request_that_kills_every_worker_ends(nats_server: NatsServer) -> 
         assert response.status_code == 500
         assert response.json()["error"]["code"] == "inference_failed"
         assert response.headers["x-should-retry"] == "false"
-        state = await stack.state(response.headers["x-request-id"])
-        assert state is not None
-        assert (state.status, state.attempt) == (RequestStatus.FAILED, 3)
-        assert (await stack.status())["active_requests"] == 0
+        state = await stack.reaches(response.headers["x-request-id"], RequestStatus.FAILED)
+        assert state.attempt == 3
+        await stack.idle()
 
 
 async def test_drained_worker_hands_its_stream_over(nats_server: NatsServer) -> None:

@@ -62,7 +62,8 @@ async def fill(js: JetStreamContext) -> None:
 
 async def test_full_disk_is_a_clear_503_and_passes(tmp_path: Path) -> None:
     limits = tmp_path / "limits.conf"
-    limits.write_text("jetstream { max_file_store: 4MB }\n")
+    # Named here too: a block in a file sets the server's own default over what the command line says.
+    limits.write_text(f"jetstream {{ store_dir: '{tmp_path / 'store'}', max_file_store: 4MB }}\n")
     server = NatsServer(tmp_path / "store", "-c", str(limits))
     server.start()
     try:
