@@ -66,7 +66,8 @@ class Background:
         self.name = name
         self._command = command
         self._env = env
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed in __exit__
+        # To append, since the process shares the place in it that is read from. Closed in __exit__.
+        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
