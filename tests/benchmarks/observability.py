@@ -1,14 +1,14 @@
-"""What it costs to be seen: the same load with all of observability on and with none of it, in turns.
+"""What it costs to be seen: the same load with all of observability on and with none of it, at the same time.
 
     python tests/benchmarks/observability.py [--seconds 4] [--rounds 7] [--clients 16] [--sampled 0.1]
 
-Two systems stand beside each other on one nats-server each and are loaded one after the other, in turns and in
-changing order, so that whatever else the machine does hits both. "On" is metrics, scraped every second from both
-services, JSON log lines, and traces sent to a collector, the part `--sampled` of them; "off" is METRICS=false, no
-traces, text log lines: to have log lines is no option.
+Two systems stand beside each other on one nats-server each and are loaded at the same time, so that whatever else the
+machine does hits both alike: in turns, two equal systems differed by a quarter from one turn to the next. "On" is
+metrics, scraped every second from both services, JSON log lines, and traces sent to a collector, the part `--sampled`
+of them; "off" is METRICS=false, no traces, text log lines: to have log lines is no option.
 
 A ratio is of one round: of the requests/s, and of the CPU time that api and worker together use for a request, which
-says the same with less noise where others use the machine too.
+says the same with less noise.
 """
 
 import argparse
@@ -106,12 +106,10 @@ async def measure(on: Stack, off: Stack, options: argparse.Namespace) -> list[di
     found = []
     for number in range(options.rounds):
         figures: dict[str, Any] = {}
-        for name in ("on", "off") if number % 2 else ("off", "on"):
-            if name == "on":
-                async with scraped(on, port):
-                    figures["on"] = await load(on, options.clients, options.seconds)
-            else:
-                figures["off"] = await load(off, options.clients, options.seconds)
+        async with scraped(on, port):
+            figures["on"], figures["off"] = await asyncio.gather(
+                load(on, options.clients, options.seconds), load(off, options.clients, options.seconds)
+            )
         figures["ratio"] = figures["on"]["requests_per_s"] / figures["off"]["requests_per_s"]
         figures["cpu_ratio"] = figures["on"]["cpu_ms"] / figures["off"]["cpu_ms"]
         print(
