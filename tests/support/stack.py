@@ -108,10 +108,15 @@ class Service:
 
     async def _read(self) -> None:
         assert self.process.stderr is not None
-        async for line in self.process.stderr:
-            async with self._lines_changed:
-                self.log.append(line.decode(errors="replace").rstrip())
-                self._lines_changed.notify_all()
+        # As many lines at a time as have come: one by one they would cost as much as the service itself under load.
+        rest = b""
+        while piece := await self.process.stderr.read(2**16):
+            *lines, rest = (rest + piece).split(b"\n")
+            if lines:
+                async with self._lines_changed:
+                    self.log.extend(line.decode(errors="replace").rstrip() for line in lines)
+                    self._lines_changed.notify_all()
+        self.log.extend([rest.decode(errors="replace").rstrip()] if rest else [])
         await self.process.wait()
         async with self._lines_changed:
             self._lines_changed.notify_all()
