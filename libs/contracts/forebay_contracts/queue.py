@@ -31,8 +31,9 @@ PUBLISH_RETRY_S = 0.05
 ADMISSION_PATIENCE_S = 10.0
 """How long a request waits for a NATS that is away, being restarted or electing a leader, before its 503."""
 
-_MAX_MSGS_EXCEEDED = 10077
-_NO_LEADER = (10008, 10009)  # JetStream temporarily unavailable, cluster not available
+_STORE_FAILED = 10077
+_NOT_NOW = (10008, 10009, 10039, 10076)
+"""JetStream temporarily unavailable, cluster not available, and not enabled: it is stopping, or not up yet."""
 
 
 class Delivery(Protocol):
@@ -149,9 +150,10 @@ class JetStreamQueue:
                     subject, payload, timeout_s=PUBLISH_TIMEOUT_S, headers=headers
                 )
             except APIError as exc:
-                if exc.err_code == _MAX_MSGS_EXCEEDED:
+                # A store that is being closed fails with the same code, and says so in words alone.
+                if exc.err_code == _STORE_FAILED and "exceeded" in (exc.description or ""):
                     raise QueueFull("the queue is full, try again later") from exc
-                if exc.err_code not in _NO_LEADER:
+                if exc.err_code not in (*_NOT_NOW, _STORE_FAILED):
                     raise QueueUnavailable(f"the queue takes nothing now: {exc.description}") from exc
                 failure: Exception = exc
             except (NatsError, TimeoutError) as exc:
