@@ -28,21 +28,26 @@ def prompt(client: int, turn: int) -> str:
     return f"{turn}: write a story about a {ANIMALS[client % len(ANIMALS)]}."
 
 
+def chat(text: str, **sampling: Any) -> InferenceRequest:
+    """A request as a worker gives it to its engine, greedy."""
+    return InferenceRequest(
+        id=str(uuid.uuid4()),
+        completion_type=CompletionType.CHAT,
+        model="m",
+        created_at=0,
+        deadline=0,
+        reply_to="",
+        messages=({"role": "user", "content": text},),
+        sampling=Sampling(temperature=0, **sampling),
+    )
+
+
 async def ours(engine: TransformersEngine, clients: int, tokens: int, turn: int) -> tuple[float, float]:
     """Tokens a second over all clients, and the median time to the first token in ms."""
     first: list[float] = []
 
     async def one(client: int) -> int:
-        request = InferenceRequest(
-            id=str(uuid.uuid4()),
-            completion_type=CompletionType.CHAT,
-            model="m",
-            created_at=0,
-            deadline=0,
-            reply_to="",
-            messages=({"role": "user", "content": prompt(client, turn)},),
-            sampling=Sampling(temperature=0, max_tokens=tokens, ignore_eos=True),
-        )
+        request = chat(prompt(client, turn), max_tokens=tokens, ignore_eos=True)
         started, count = time.perf_counter(), 0
         async for event in engine.generate(request, {}):
             if isinstance(event, Tokens):

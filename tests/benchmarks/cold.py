@@ -19,8 +19,7 @@ import httpx
 import psutil
 
 from benchmarks.common import ROOT, Background, free_port, memory_mb, part_main
-from benchmarks.model import ask
-from benchmarks.tokens import Server
+from benchmarks.tokens import Server, ask
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.model_store import ensure_model
 from support.stack import data_dir

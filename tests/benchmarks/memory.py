@@ -12,16 +12,12 @@ import asyncio
 import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.nats import NatsServer
-from support.stack import Service, data_dir, running
+from benchmarks.tokens import real_worker
 
-START_TIMEOUT_S = 500
-SERVES = r"worker \S+ serves (.*)"
 BYTES_PER_CACHED_TOKEN = 23_040
 """Of the default model; see docs/engine.md."""
 
@@ -54,34 +50,17 @@ async def libraries() -> dict[str, float]:
 
 async def worker(quantization: str, slots: int, requests: int) -> dict[str, dict[str, float]]:
     """A worker when it is ready, and after `requests` requests at once."""
-    settings = {
-        "inference_engine": "transformers",
-        "model_quantization": quantization,
-        "max_concurrent_requests": slots,
-        "request_timeout": 300,
-        "data_dir": data_dir(),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        nats = NatsServer(Path(folder) / "nats")
-        nats.start()
-        try:
-            async with running(nats, workers=0, **settings) as stack:
-                service = Service("forebay_inference", SERVES, stack.env())
-                stack.workers.append(service)
-                await service.launch()
-                await service.logged(SERVES, timeout_s=START_TIMEOUT_S)
-                cached = int((await service.logged(r"KV cache for (\d+) tokens"))[1])
-                ready = memory_mb(service.process.pid)
-                questions = (stack.chat(f"{number}: tell a story.", max_tokens=48) for number in range(requests))
-                for answer in await asyncio.gather(*questions):
-                    answer.raise_for_status()
-                return {
-                    "ready": ready,
-                    "used": memory_mb(service.process.pid),
-                    "cache": {"private": cached * BYTES_PER_CACHED_TOKEN / 1e6},
-                }
-        finally:
-            nats.stop()
+    async with real_worker(quantization, slots) as (stack, service):
+        cached = int((await service.logged(r"KV cache for (\d+) tokens"))[1])
+        ready = memory_mb(service.process.pid)
+        questions = (stack.chat(f"{number}: tell a story.", max_tokens=48) for number in range(requests))
+        for answer in await asyncio.gather(*questions):
+            answer.raise_for_status()
+        return {
+            "ready": ready,
+            "used": memory_mb(service.process.pid),
+            "cache": {"private": cached * BYTES_PER_CACHED_TOKEN / 1e6},
+        }
 
 
 async def main() -> int:

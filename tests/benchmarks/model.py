@@ -9,12 +9,10 @@ Tokens are counted by the usage of an answer, where a server sends none by its p
 
 import asyncio
 import contextlib
-import json
 import os
 import statistics
 import sys
 import time
-import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,9 @@ import httpx
 import psutil
 
 from benchmarks import systems
+from benchmarks.bench_engine import chat
 from benchmarks.common import CACHE, Background, Unavailable, free_port, log, part_main, peer_python, ratios, spread
-from benchmarks.tokens import START_TIMEOUT_S, Server, prompt
-from forebay_contracts.messages import CompletionType, InferenceRequest, Sampling
+from benchmarks.tokens import START_TIMEOUT_S, Server, ask, prompt
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.protocol import Tokens
 from forebay_inference.engine.transformers import TransformersEngine
@@ -43,30 +41,6 @@ WEIGHTS = {
     "transformers serve --continuous-batching": "bf16",
     "llama-cpp-python": "GGUF, Q4_1",
 }
-
-
-async def ask(http: httpx.AsyncClient, server: Server, text: str, tokens: int) -> tuple[float, float, int]:
-    """One answer: seconds to its first and to its last piece of text, and its tokens."""
-    body = {
-        "model": server.model,
-        "messages": [{"role": "user", "content": text}],
-        "max_tokens": tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    began, times, usage = time.perf_counter(), [], None
-    async with http.stream("POST", f"{server.url}/v1/chat/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                chunk = json.loads(line.removeprefix("data: "))
-                usage = chunk.get("usage") or usage
-                if any(choice["delta"].get("content") for choice in chunk.get("choices", ())):
-                    times.append(time.perf_counter() - began)
-    if not times:
-        raise RuntimeError(f"{server.url} sent no text")
-    return times[0], times[-1], usage["completion_tokens"] if usage else len(times)
 
 
 def figures(took_s: float, answers: list[tuple[float, float, int]]) -> dict[str, float]:
@@ -90,18 +64,8 @@ async def bare_turn(engine: TransformersEngine, clients: int, tokens: int, numbe
     """The same of the engine in this process."""
 
     async def one(client: int) -> tuple[float, float, int]:
-        request = InferenceRequest(
-            id=str(uuid.uuid4()),
-            completion_type=CompletionType.CHAT,
-            model="m",
-            created_at=0,
-            deadline=0,
-            reply_to="",
-            messages=({"role": "user", "content": prompt(client, number)},),
-            sampling=Sampling(temperature=0, max_tokens=tokens),
-        )
         began, times, count = time.perf_counter(), [], 0
-        async for event in engine.generate(request, {}):
+        async for event in engine.generate(chat(prompt(client, number), max_tokens=tokens), {}):
             if isinstance(event, Tokens):
                 times.append(time.perf_counter() - began)
                 count += len(event.token_ids)

@@ -150,7 +150,7 @@ def verdicts(parts: Parts) -> list[bool]:
         met.append(one["relayed_by_1_worker"]["tokens_per_s"]["median"] >= 30_000)
         # The generator of arrivals may be a few short of 1,000.
         refused = one["refusals"]
-        met.append(refused["p99"]["median"] <= 10 and refused["refusals_per_s"]["median"] >= 950)
+        met.append(refused["p99"]["median"] <= 10 and refused["refusals_per_s"]["median"] >= 1000)
         met.append(one["waiting_memory"]["bytes_each_less_body"] <= 20_000)
     if "overload" in parts:
         met.append(parts["overload"]["figures"]["goodput_at_4_to_peak"] >= 0.95)

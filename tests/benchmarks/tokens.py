@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.model_store import ensure_model
 from support.nats import NatsServer
-from support.stack import Service, data_dir, running
+from support.stack import Service, Stack, data_dir, running
 
 START_TIMEOUT_S = 500
 PEER_QUANTIZATION = {"none": [], "nf4": ["--quantization", "bnb-4bit"], "int8": ["--quantization", "bnb-8bit"]}
@@ -65,8 +65,8 @@ def prompt(client: int, turn: int) -> str:
     return f"{turn}.{client}: write a long story about a {ANIMALS[client % len(ANIMALS)]}."
 
 
-async def ask(http: httpx.AsyncClient, server: Server, text: str, tokens: int) -> tuple[float, int]:
-    """Stream one answer: seconds to its first piece of text, and its tokens by its usage."""
+async def ask(http: httpx.AsyncClient, server: Server, text: str, tokens: int) -> tuple[float, float, int]:
+    """One answer: seconds to its first and to its last piece of text, and its tokens."""
     body = {
         "model": server.model,
         "messages": [{"role": "user", "content": text}],
@@ -75,19 +75,18 @@ async def ask(http: httpx.AsyncClient, server: Server, text: str, tokens: int) -
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    started, first, usage = time.perf_counter(), None, None
+    began, times, usage = time.perf_counter(), [], None
     async with http.stream("POST", f"{server.url}/v1/chat/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
-            usage = chunk.get("usage") or usage
-            if first is None and any(choice["delta"].get("content") for choice in chunk["choices"]):
-                first = time.perf_counter() - started
-    if first is None or usage is None:
-        raise RuntimeError(f"{server.url} sent no text or no usage")
-    return first, usage["completion_tokens"]
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                usage = chunk.get("usage") or usage
+                if any(choice["delta"].get("content") for choice in chunk.get("choices", ())):
+                    times.append(time.perf_counter() - began)
+    if not times:
+        raise RuntimeError(f"{server.url} sent no text")
+    return times[0], times[-1], usage["completion_tokens"] if usage else len(times)
 
 
 async def take_turn(http: httpx.AsyncClient, server: Server, clients: int, tokens: int, turn: int) -> Turn:
@@ -95,13 +94,13 @@ async def take_turn(http: httpx.AsyncClient, server: Server, clients: int, token
     started = time.perf_counter()
     answers = await asyncio.gather(*(ask(http, server, prompt(client, turn), tokens) for client in range(clients)))
     took_s = time.perf_counter() - started
-    total = sum(count for _, count in answers)
-    return Turn(total / took_s, 1000 * statistics.median(first for first, _ in answers), total)
+    total = sum(count for _, _, count in answers)
+    return Turn(total / took_s, 1000 * statistics.median(first for first, _, _ in answers), total)
 
 
 @asynccontextmanager
-async def forebay(quantization: str, slots: int) -> AsyncIterator[Server]:
-    """Forebay: nats-server, api and worker, each a process."""
+async def real_worker(quantization: str, slots: int) -> AsyncIterator[tuple[Stack, Service]]:
+    """A stack whose one worker has loaded the default model."""
     settings = {
         "inference_engine": "transformers",
         "model_quantization": quantization,
@@ -118,9 +117,16 @@ async def forebay(quantization: str, slots: int) -> AsyncIterator[Server]:
                 stack.workers.append(worker)
                 await worker.launch()
                 await worker.logged(SERVES, timeout_s=START_TIMEOUT_S)
-                yield Server(stack.apis[0].url, InferenceSettings(_env_file=None).served_model)
+                yield stack, worker
         finally:
             nats.stop()
+
+
+@asynccontextmanager
+async def forebay(quantization: str, slots: int) -> AsyncIterator[Server]:
+    """Forebay: nats-server, api and worker, each a process."""
+    async with real_worker(quantization, slots) as (stack, _):
+        yield Server(stack.apis[0].url, InferenceSettings(_env_file=None).served_model)
 
 
 @asynccontextmanager

@@ -22,15 +22,21 @@ async def stream(stack: Stack, begun: asyncio.Event) -> str:
     return "".join(pieces)
 
 
+async def cut_off(stack: Stack, proxy: Proxy) -> asyncio.Task[str]:
+    """A stream whose network breaks once it has begun."""
+    begun = asyncio.Event()
+    answer = asyncio.create_task(stream(stack, begun))
+    await begun.wait()
+    await proxy.cut()
+    return answer
+
+
 async def test_frames_lost_on_the_way_to_the_api_are_sent_again(nats_server: NatsServer) -> None:
     proxy = Proxy(nats_server.url)
     async with running(nats_server, apis=0) as stack:
         await proxy.start()
         api = await stack.api(nats_url=proxy.url)
-        begun = asyncio.Event()
-        answer = asyncio.create_task(stream(stack, begun))
-        await begun.wait()
-        await proxy.cut()
+        answer = await cut_off(stack, proxy)
         await api.logged("connection to NATS lost")
         await asyncio.sleep(0.5)  # frames go to nobody
         await proxy.start()
@@ -45,10 +51,7 @@ async def test_end_of_an_answer_lost_on_the_way_is_sent_again(nats_server: NatsS
     async with running(nats_server, apis=0) as stack:
         await proxy.start()
         api = await stack.api(nats_url=proxy.url)
-        begun = asyncio.Event()
-        answer = asyncio.create_task(stream(stack, begun))
-        await begun.wait()
-        await proxy.cut()
+        answer = await cut_off(stack, proxy)
         await api.logged("connection to NATS lost")
         await asyncio.sleep(3)  # the worker comes to its end, and nobody confirms it
         assert not answer.done()
@@ -62,10 +65,7 @@ async def test_worker_cut_off_loses_nothing(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0) as stack:
         await proxy.start()
         worker = await stack.worker(nats_url=proxy.url)
-        begun = asyncio.Event()
-        answer = asyncio.create_task(stream(stack, begun))
-        await begun.wait()
-        await proxy.cut()
+        answer = await cut_off(stack, proxy)
         await worker.logged("connection to NATS lost")
         await asyncio.sleep(0.5)  # what it writes goes nowhere
         await proxy.start()
@@ -104,10 +104,7 @@ async def test_the_same_worker_gets_the_request_again(nats_server: NatsServer) -
     async with running(nats_server, workers=0, max_concurrent_requests=4, ack_wait=1) as stack:
         await proxy.start()
         worker = await stack.worker(nats_url=proxy.url)
-        begun = asyncio.Event()
-        answer = asyncio.create_task(stream(stack, begun))
-        await begun.wait()
-        await proxy.cut()
+        answer = await cut_off(stack, proxy)
         await asyncio.sleep(1.5)  # longer than the ack wait: the message is given out anew
         await proxy.start()
         await worker.logged("processing, attempt 2")

@@ -9,15 +9,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import nats
 from nats.aio.client import Client
 
 from forebay_contracts.connection import Connection, _tls, connect
 from forebay_contracts.settings import Settings, load
-from forebay_contracts.states import KeyValueStateStore
 from support.nats import NatsServer
-from support.stack import Api, Service, Stack
+from support.stack import Api, Service, Stack, started
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "nats"
 ROLES = ("api", "inference", "operator", "admin")
@@ -117,22 +115,7 @@ class SecuredStack(Stack):
 @contextlib.asynccontextmanager
 async def running(site: Site, *, apis: int = 1, workers: int = 1, **settings: Any) -> AsyncIterator[SecuredStack]:
     """The topology applied by `admin`, then apis and workers; what the tests look at, they look at as `admin`."""
-    stack = SecuredStack(site, **settings)
     code, printed = await site.forebay("admin", "topology", "apply", **settings)
     assert code == 0, printed
-    async with httpx.AsyncClient(timeout=60) as stack.http:
-        try:
-            for _ in range(workers):
-                await stack.worker()
-            for _ in range(apis):
-                await stack.api()
-            stack.connection = await site.connect("admin")
-            stack.states = KeyValueStateStore(stack.connection)
-            try:
-                yield stack
-            finally:
-                await stack.connection.close()
-        finally:
-            for client in stack.clients:
-                await client.close()
-            await asyncio.gather(*(service.kill() for service in (*stack.apis, *stack.workers)))
+    async with started(SecuredStack(site, **settings), apis, workers, lambda: site.connect("admin")) as stack:
+        yield stack

@@ -7,9 +7,9 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import httpx
 import openai
@@ -243,10 +243,22 @@ class Stack:
             await self.reaches(request_id, *statuses, timeout_s=timeout_s)
 
 
+AnyStack = TypeVar("AnyStack", bound=Stack)
+
+
 @contextlib.asynccontextmanager
 async def running(nats: HasUrl, *, apis: int = 1, workers: int = 1, **settings: Any) -> AsyncIterator[Stack]:
     """A stack, ended in order when the block is left."""
-    stack = Stack(nats, **settings)
+    observer = load(Settings, nats_url=nats.url, _env_file=None)
+    async with started(Stack(nats, **settings), apis, workers, lambda: connect(observer, "forebay-tests")) as stack:
+        yield stack
+
+
+@contextlib.asynccontextmanager
+async def started(
+    stack: AnyStack, apis: int, workers: int, observer: Callable[[], Awaitable[Connection]]
+) -> AsyncIterator[AnyStack]:
+    """`stack` with so many processes, looked at over the connection of `observer`."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=60, limits=limits) as stack.http:
         try:
@@ -255,7 +267,7 @@ async def running(nats: HasUrl, *, apis: int = 1, workers: int = 1, **settings: 
             for _ in range(workers):
                 await stack.worker()
             await stack.knows_workers()
-            stack.connection = await connect(load(Settings, nats_url=nats.url, _env_file=None), "forebay-tests")
+            stack.connection = await observer()
             stack.states = KeyValueStateStore(stack.connection)
             try:
                 yield stack
