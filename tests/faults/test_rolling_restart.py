@@ -12,7 +12,11 @@ EXPECTED = " ".join(f"t{token}" for token in range(10))
 
 
 class Balancer:
-    """Chooses among ready apis as a load balancer does: by asking each whether it is ready."""
+    """Chooses among ready apis as a load balancer does: by asking each whether it is ready.
+
+    Where none is, it keeps to those that were, as a balancer's panic mode does: while NATS restarts every
+    api is unready at once, and each still takes requests and holds them until NATS is back.
+    """
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
@@ -26,7 +30,7 @@ class Balancer:
         for index, api in enumerate(self._stack.apis):
             if api.port and api.process.returncode is None and await self._is_ready(api):
                 ready.append(index)
-        self.ready = ready
+        self.ready = ready or self.ready
 
     async def probe_until(self, stop: asyncio.Event) -> None:
         """Look every 100 ms."""
