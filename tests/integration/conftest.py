@@ -28,8 +28,12 @@ def start_nats(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """While a container starts, its published port takes connections and drops them, which nats-py leaves unclosed."""
-    if config.getoption("nats") == "container":
-        for item in items:
+    """Mark what uses NATS from `start_nats`, so that `-m nats` is what `--nats` makes a difference to."""
+    here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    for item in here:
+        if "start_nats" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.nats)
+        # While a container starts, its published port takes connections and drops them, which nats-py leaves unclosed.
+        if config.getoption("nats") == "container":
             item.add_marker(pytest.mark.filterwarnings("ignore:.*StreamWriter:ResourceWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore:.*StreamWriter:pytest.PytestUnraisableExceptionWarning"))

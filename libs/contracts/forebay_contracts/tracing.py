@@ -6,12 +6,12 @@ everything else is OpenTelemetry's too: https://opentelemetry.io/docs/specs/otel
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from forebay_contracts.errors import ConfigurationError
@@ -25,7 +25,31 @@ _NOT_SAMPLED: Final = tuple("02468ace")
 
 _propagator = TraceContextTextMapPropagator()
 _tracer: trace.Tracer | None = None
+_draw: Callable[[str, SpanKind, Mapping[str, Any] | None], "_LeftOut | None"]
 _follows_parents = False
+
+
+class _LeftOut(NonRecordingSpan):
+    """The root of a trace that the sampler left out: all that is left of it is what the worker is told."""
+
+    def __init__(self, trace_id: int, span_id: int) -> None:
+        super().__init__(SpanContext(trace_id, span_id, is_remote=False))
+        self.traceparent: Final = f"00-{trace_id:032x}-{span_id:016x}-00"
+
+
+class _Within:
+    """Makes a span that is not recorded the current one: `trace.use_span` without what records its end and errors."""
+
+    __slots__ = ("_span", "_token")
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+
+    def __enter__(self) -> None:
+        self._token = context.attach(trace.set_span_in_context(self._span))
+
+    def __exit__(self, *_: object) -> None:
+        context.detach(self._token)
 
 
 def configure(service: str) -> None:
@@ -48,19 +72,38 @@ def configure(service: str) -> None:
 
 
 def _start(service: str) -> None:
-    global _tracer, _follows_parents
+    global _tracer, _draw, _follows_parents
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.sdk.trace.sampling import ParentBased
+        from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+        from opentelemetry.sdk.trace.sampling import Decision, ParentBased
     except ImportError as exc:
         raise ConfigurationError("OTEL_* ask for traces: install forebay[tracing]") from exc
-    name = os.environ.get("OTEL_SERVICE_NAME") or service
-    provider = TracerProvider(resource=Resource.create({"service.name": name, "service.version": VERSION}))
+
+    class Ids(RandomIdGenerator):
+        """Gives the SDK the id of which the sampler has been asked."""
+
+        drawn: int | None = None
+
+        def generate_trace_id(self) -> int:
+            trace_id, self.drawn = self.drawn, None
+            return super().generate_trace_id() if trace_id is None else trace_id
+
+    def draw(name: str, kind: SpanKind, attributes: Mapping[str, Any] | None) -> _LeftOut | None:
+        trace_id = ids.generate_trace_id()
+        if provider.sampler.should_sample(None, trace_id, name, kind, attributes).decision is Decision.DROP:
+            return _LeftOut(trace_id, ids.generate_span_id())
+        ids.drawn = trace_id
+        return None
+
+    name, ids = os.environ.get("OTEL_SERVICE_NAME") or service, Ids()
+    resource = Resource.create({"service.name": name, "service.version": VERSION})
+    provider = TracerProvider(resource=resource, id_generator=ids)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    _tracer = provider.get_tracer("forebay", VERSION)
+    _tracer, _draw = provider.get_tracer("forebay", VERSION), draw
     _follows_parents = isinstance(provider.sampler, ParentBased)
 
 
@@ -86,9 +129,12 @@ def start(
             return trace.INVALID_SPAN
         return _tracer.start_span(name, _propagator.extract(headers, Context()), kind, attributes)
     parent = trace.get_current_span() if within is None else within
-    # What the sampler left out is left out whole, and then costs next to nothing.
-    if (within is not None or parent.get_span_context().is_valid) and not parent.is_recording():
-        return parent
+    if not parent.is_recording():
+        # What the sampler left out is left out whole, and costs next to nothing: the SDK is asked only for the rest.
+        if within is not None or parent.get_span_context().is_valid:
+            return parent
+        if (left_out := _draw(name, kind, attributes)) is not None:
+            return left_out
     return _tracer.start_span(name, trace.set_span_in_context(parent), kind, attributes)
 
 
@@ -96,10 +142,16 @@ def current(span: Span) -> contextlib.AbstractContextManager[Any]:
     """Make `span` the parent of what begins in the block, and end it with the block."""
     if _tracer is None or span is trace.get_current_span():
         return contextlib.nullcontext()
+    if not span.is_recording():
+        return _Within(span)
     return trace.use_span(span, end_on_exit=True)
 
 
 def inject(headers: dict[str, str]) -> None:
     """Add `traceparent` (and `tracestate`) of the current span."""
-    if _tracer is not None:
+    if _tracer is None:
+        return
+    if isinstance(span := trace.get_current_span(), _LeftOut):
+        headers["traceparent"] = span.traceparent
+    else:
         _propagator.inject(headers)
