@@ -24,8 +24,8 @@ ANIMALS = ("cat", "dog", "fox", "hen", "cow", "pig", "bee", "ant")
 
 
 def prompt(client: int, turn: int) -> str:
-    """Another prompt each time, so that no round finds its prefix in the cache."""
-    return f"{turn}: write a story about a {ANIMALS[client % len(ANIMALS)]}."
+    """A question of its own for each client of each turn, so that none is found in a cache; its answer is long."""
+    return f"{turn}.{client}: write a long story about a {ANIMALS[client % len(ANIMALS)]}."
 
 
 def chat(text: str, **sampling: Any) -> InferenceRequest:

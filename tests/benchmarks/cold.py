@@ -19,9 +19,9 @@ import httpx
 import psutil
 
 from benchmarks.common import ROOT, Background, free_port, memory_mb, part_main
+from benchmarks.systems import default_model
 from benchmarks.tokens import Server, ask
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.model_store import ensure_model
 from support.stack import data_dir
 
 BUDGET_S = 60
@@ -41,7 +41,7 @@ def called(process: psutil.Process) -> str:
 async def measure(quick: bool) -> dict[str, Any]:
     """One start, one token, then nothing."""
     settings = InferenceSettings(_env_file=None)
-    model = await asyncio.to_thread(ensure_model, settings.default_model, data_dir(), lambda line: None)
+    model = await default_model()
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(Path(sys.executable).parent / "forebay"), "up", "--port", str(port)]
@@ -78,7 +78,7 @@ async def measure(quick: bool) -> dict[str, Any]:
         "idle_seconds": seconds,
         "idle": idle,
         "venv_mb": size_mb(ROOT / ".venv"),
-        "model_mb": size_mb(Path(model)),
+        "model_mb": size_mb(model),
     }
 
 

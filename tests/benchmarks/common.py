@@ -123,6 +123,15 @@ class Background:
             except OSError:
                 time.sleep(0.1)
 
+    def wait(self, timeout_s: float) -> None:
+        """Wait for its end; raises RuntimeError where that is none that it should have had."""
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{self.name} took more than {timeout_s} s:\n{self.output()[-4000:]}") from None
+        if status:
+            raise RuntimeError(f"{self.name} ended with {status}:\n{self.output()[-4000:]}")
+
     def output(self) -> str:
         """What it has printed."""
         self._log.seek(0)
@@ -245,15 +254,25 @@ def _nats_version() -> str:
     return done.stdout.strip().rpartition("v")[2]
 
 
-def part_main(part: str, budget_s: float, measure: Callable[[bool], Awaitable[dict[str, Any]]], text: str) -> int:
-    """The command line of one part: measure, write `results/PART.json`, print where."""
+def part_main(
+    part: str, budget_s: float, measure: Callable[..., Awaitable[dict[str, Any]]], text: str, **choices: Sequence[str]
+) -> int:
+    """The command line of one part: measure, write `results/PART.json`, print where.
+
+    Each of `choices` is an option as well, and an argument of `measure`. Its first value is the default; the result of
+    another is in a file with its name, as `results/PART-VALUE.json`.
+    """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short slices and few rounds: to see that it works")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0])
     options = parser.parse_args()
+    chosen = {name: getattr(options, name) for name in choices}
+    part = "-".join([part, *(value for name, value in chosen.items() if value != choices[name][0])])
     log(f"{part}: at most {budget_s:.0f} s are planned" + (" in full; this is a quick run" if options.quick else ""))
     header, began = stamp(), time.monotonic()
-    figures = asyncio.run(measure(options.quick))
+    figures = asyncio.run(measure(options.quick, **chosen))
     took_s = time.monotonic() - began
     header |= {"part": part, "quick": options.quick, "took_s": round(took_s), "budget_s": budget_s}
     options.results.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,14 @@
 
     python tests/benchmarks/driver.py PORT CLIENTS SECONDS [--stream] [--tokens 5] [--delay-ms 0] [--rate R]
 
-Closed loop: each of CLIENTS asks again as soon as it is answered. With `--rate`, open loop: requests are due at the
-times of a Poisson process, on at most CLIENTS connections, and where none is free a latency counts from when its
-request was due, so that a slow server cannot make the load wait for it. How late the driver itself was is `lag_ms`.
+Closed loop: each of CLIENTS asks again as soon as it is answered. With `--requests`, SECONDS do not matter: so many are
+sent, and what counts is the time until the last is answered. With `--rate`, open loop: requests are due at the times of
+a Poisson process, on at most CLIENTS connections, and where none is free a latency counts from when its request was
+due, so that a slow server cannot make the load wait for it. How late the driver itself was is `lag_ms`.
 
-Prints JSON: answers a second, latencies and times to first token in ms, tokens a second, answers by status, how many
-were not whole (`bad`). What was answered in the first `--warm-up` seconds counts in `requests` and `not_200` only. Run
-as a process of its own; `ceiling.py` shows how far it goes.
+Prints JSON: answers a second, latencies and times to first token in ms, of each stream the mean time between two of its
+tokens, tokens a second, answers by status, how many were not whole (`bad`). What was answered in the first `--warm-up`
+seconds counts in `requests` and `not_200` only. Run as a process of its own; `ceiling.py` shows how far it goes.
 """
 
 import argparse
@@ -49,8 +50,12 @@ class Figures:
     latencies_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
+    stream_s: list[float] = field(default_factory=list)
+    """From the first token to the end of the stream."""
     lag_s: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
+    last_at: float = 0
+    """Of the last answer that counts."""
     answered: int = 0
     refused: int = 0
     bad: int = 0
@@ -70,8 +75,10 @@ class Figures:
         self.statuses[status] += 1
         if status == 200:
             self.latencies_s.append(now - due)
+            self.last_at = now
             if first is not None:
                 self.first_s.append(first - due)
+                self.stream_s.append(now - first)
         else:
             self.refused_s.append(now - due)
 
@@ -155,10 +162,11 @@ async def connect(port: int, count: int, request: bytes, figures: Figures, free:
 
 async def closed_loop(port: int, options: argparse.Namespace, request: bytes) -> Figures:
     """Each client asks again as soon as it is answered."""
+    left = iter(range(options.requests or sys.maxsize))
 
     def again(client: Client) -> None:
         now = time.perf_counter()
-        if now < figures.until:
+        if now < figures.until and next(left, None) is not None:
             client.send(now)
         else:
             client.transport.close()
@@ -167,8 +175,10 @@ async def closed_loop(port: int, options: argparse.Namespace, request: bytes) ->
     clients = await connect(port, options.clients, request, figures, again)
     now = time.perf_counter()
     figures.counted_from, figures.until = now + options.warm_up, now + options.warm_up + options.seconds
+    if options.requests:
+        figures.until = float("inf")
     for client in clients:
-        client.send(now)
+        again(client)
     await settle(clients, figures, options)
     return figures
 
@@ -213,7 +223,8 @@ async def open_loop(port: int, options: argparse.Namespace, request: bytes) -> F
 
 async def settle(clients: list[Client], figures: Figures, options: argparse.Namespace) -> None:
     """Wait for the answers that are under way at the end."""
-    await asyncio.sleep(max(0, figures.until - time.perf_counter()))
+    if not options.requests:
+        await asyncio.sleep(max(0, figures.until - time.perf_counter()))
     _, pending = await asyncio.wait([client.closed for client in clients], timeout=options.patience)
     for client in clients:
         client.transport.abort()
@@ -238,14 +249,17 @@ def percentiles_ms(values_s: list[float]) -> dict[str, float]:
     }
 
 
-def summary(figures: Figures, seconds: float, tokens: int) -> dict[str, Any]:
+def summary(figures: Figures, options: argparse.Namespace) -> dict[str, Any]:
     """What is printed."""
-    counted = len(figures.latencies_s)
+    counted, tokens = len(figures.latencies_s), options.tokens
+    seconds = figures.last_at - figures.counted_from if options.requests else options.seconds
+    gaps_s = [stream_s / (tokens - 1) for stream_s in figures.stream_s] if options.stream and tokens > 1 else []
     return {
         "requests": figures.answered,
         "requests_per_s": round(counted / seconds, 1),
         **{f"{name}_ms": value for name, value in percentiles_ms(figures.latencies_s).items()},
         "first_token_ms": percentiles_ms(figures.first_s),
+        "between_ms": percentiles_ms(gaps_s),
         "tokens_per_s": round(counted * tokens / seconds, 1),
         "refused_ms": percentiles_ms(figures.refused_s),
         "lag_ms": percentiles_ms(figures.lag_s),
@@ -267,6 +281,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=5, help="of each answer")
     parser.add_argument("--delay-ms", type=float, default=0, help="what the simulated engine waits before each token")
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--requests", type=int, help="end once so many were answered, closed loop")
     parser.add_argument("--rate", type=float, help="requests a second, open loop")
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals")
     parser.add_argument("--patience", type=float, default=30, help="seconds for answers under way at the end")
@@ -279,7 +294,7 @@ def main() -> int:
     request = request_bytes(options.tokens, stream=options.stream, delay_ms=options.delay_ms, model=options.model)
     loop = open_loop if options.rate else closed_loop
     figures = uvloop.run(loop(options.port, options, request))
-    print(json.dumps(summary(figures, options.seconds, options.tokens)))
+    print(json.dumps(summary(figures, options)))
     return 0
 
 

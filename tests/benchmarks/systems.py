@@ -1,5 +1,6 @@
 """The systems that are compared, each ready to be loaded at a port: Forebay and its peers."""
 
+import asyncio
 import contextlib
 import shutil
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 import psutil
 
 from benchmarks.common import HERE, MODEL, Background, Unavailable, cpu_s, free_port, peer_python
+from forebay_contracts.settings import InferenceSettings
+from forebay_inference.model_store import ensure_model
 from support.nats import NatsServer
-from support.stack import Stack, running
+from support.stack import Stack, data_dir, running
 
 PEERS = HERE / "peers"
 
@@ -49,6 +52,28 @@ async def forebay(**settings: Any) -> AsyncIterator[tuple[System, Stack, NatsSer
     with nats_server() as nats:
         async with running(nats, **settings) as stack:
             yield as_system(stack, nats), stack, nats
+
+
+async def default_model() -> Path:
+    """The folder of the default model, fetched first where it is not there."""
+    name = InferenceSettings(_env_file=None).default_model
+    return await asyncio.to_thread(ensure_model, name, data_dir(), lambda line: None)
+
+
+@contextlib.asynccontextmanager
+async def real_model(quantization: str, slots: int) -> AsyncIterator[Stack]:
+    """Forebay with one worker that has the default model; ask it for `served_model`."""
+    await default_model()
+    settings = {
+        "inference_engine": "transformers",
+        "model_quantization": quantization,
+        "max_concurrent_requests": slots,
+        "request_timeout": 300,
+        "data_dir": data_dir(),
+    }
+    with nats_server() as nats:
+        async with running(nats, **settings) as stack:
+            yield stack
 
 
 def as_system(stack: Stack, nats: NatsServer) -> System:

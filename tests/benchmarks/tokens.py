@@ -1,46 +1,42 @@
-"""`make bench-peers`: Forebay through its whole path beside `transformers serve --continuous-batching`.
+"""The part `tokens`: the real model through Forebay beside what would serve it otherwise, and beside its bare engine.
 
-    python tests/benchmarks/tokens.py [--quantization none nf4] [--clients 1 8] [--tokens 48] [--pairs 5] [--json FILE]
+    python tests/benchmarks/tokens.py [--quick] [--quantization none]
 
-Both serve the same folder of weights over HTTP and are asked the same prompts in turns, greedy and streamed, so
-that whatever else the machine does hits both. Ratios are of the same pair of turns. Which of the two goes first
-changes from pair to pair, and no prompt is used in two turns, so that none is found in a cache.
-
-Both are given threads that yield and do not spin, without which the peer is several times slower beside anything
-else that runs; `--peer-as-shipped` leaves it as its users have it. `--peer-args` go to its command line.
+Streams of prompts that no other turn has, greedy, in turns; whoever has no turn is stopped. Forebay and `transformers
+serve` run the same weights, in bf16 or with `--quantization nf4` in NF4 (the peer quantizes its constants once more),
+llama-cpp-python the GGUF that they were converted from (Q4_1), which has less to read for a token. Tokens are counted
+by the usage of an answer, where a server sends none by its pieces of text. Threads of `transformers serve` are made to
+yield as Forebay's do; as shipped they spin, and it is slower beside anything else that runs.
 """
 
-import argparse
 import asyncio
+import contextlib
 import json
 import os
-import platform
-import shlex
-import socket
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the worker has it, before torch is loaded
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import httpx
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from benchmarks import systems
+from benchmarks.bench_engine import chat, prompt
+from benchmarks.common import CACHE, Background, Unavailable, free_port, log, part_main, peer_python, ratios, spread
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.model_store import ensure_model
-from support.nats import NatsServer
-from support.stack import Service, Stack, data_dir, running
+from forebay_inference.engine.protocol import Tokens
+from forebay_inference.engine.transformers import TransformersEngine
+from support.stack import data_dir
 
-START_TIMEOUT_S = 500
-PEER_QUANTIZATION = {"none": [], "nf4": ["--quantization", "bnb-4bit"], "int8": ["--quantization", "bnb-8bit"]}
-ANIMALS = ("cat", "dog", "fox", "hen", "cow", "pig", "bee", "ant")
-SERVES = r"worker \S+ serves (.*)"
+BUDGET_S = 300
+CLIENTS = (1, 4, 8, 16)
+PEER_QUANTIZATION = {"none": [], "nf4": ["--quantization", "bnb-4bit"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +45,6 @@ class Server:
 
     url: str
     model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What all clients of one turn had together."""
-
-    tokens_per_s: float
-    first_ms_p50: float
-    tokens: int
-
-
-def prompt(client: int, turn: int) -> str:
-    """A question of its own for each client of each turn; its answer is longer than what is asked for."""
-    return f"{turn}.{client}: write a long story about a {ANIMALS[client % len(ANIMALS)]}."
 
 
 async def ask(http: httpx.AsyncClient, server: Server, text: str, tokens: int) -> tuple[float, float, int]:
@@ -89,170 +71,186 @@ async def ask(http: httpx.AsyncClient, server: Server, text: str, tokens: int) -
     return times[0], times[-1], usage["completion_tokens"] if usage else len(times)
 
 
-async def take_turn(http: httpx.AsyncClient, server: Server, clients: int, tokens: int, turn: int) -> Turn:
-    """All clients at once, one question each."""
-    started = time.perf_counter()
-    answers = await asyncio.gather(*(ask(http, server, prompt(client, turn), tokens) for client in range(clients)))
-    took_s = time.perf_counter() - started
-    total = sum(count for _, _, count in answers)
-    return Turn(total / took_s, 1000 * statistics.median(first for first, _, _ in answers), total)
-
-
-@asynccontextmanager
-async def real_worker(quantization: str, slots: int) -> AsyncIterator[tuple[Stack, Service]]:
-    """A stack whose one worker has loaded the default model."""
-    settings = {
-        "inference_engine": "transformers",
-        "model_quantization": quantization,
-        "max_concurrent_requests": slots,
-        "request_timeout": 300,
-        "data_dir": data_dir(),
+def figures(took_s: float, answers: list[tuple[float, float, int]]) -> dict[str, float]:
+    """Of one turn."""
+    gaps = [(last - first) / max(1, count - 1) for first, last, count in answers]
+    return {
+        "tokens_per_s": sum(count for _, _, count in answers) / took_s,
+        "first_ms": 1000 * statistics.median(first for first, _, _ in answers),
+        "between_ms": 1000 * statistics.median(gaps),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        nats = NatsServer(Path(folder) / "nats")
-        nats.start()
-        try:
-            async with running(nats, workers=0, **settings) as stack:
-                worker = Service("forebay_inference", SERVES, stack.env())
-                stack.workers.append(worker)
-                await worker.launch()
-                await worker.logged(SERVES, timeout_s=START_TIMEOUT_S)
-                yield stack, worker
-        finally:
-            nats.stop()
 
 
-@asynccontextmanager
-async def forebay(quantization: str, slots: int) -> AsyncIterator[Server]:
-    """Forebay: nats-server, api and worker, each a process."""
-    async with real_worker(quantization, slots) as (stack, _):
-        yield Server(stack.apis[0].url, InferenceSettings(_env_file=None).served_model)
+async def turn(http: httpx.AsyncClient, server: Server, clients: int, tokens: int, number: int) -> dict[str, float]:
+    """All clients at once."""
+    began = time.perf_counter()
+    answers = await asyncio.gather(*(ask(http, server, prompt(one, number), tokens) for one in range(clients)))
+    return figures(time.perf_counter() - began, answers)
 
 
-@asynccontextmanager
-async def peer(folder: Path, quantization: str, arguments: argparse.Namespace) -> AsyncIterator[Server]:
-    """`transformers serve` on the same weights."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if not arguments.peer_as_shipped:
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
-    options = ["--continuous-batching", "--dtype", "bfloat16", "--device", "cpu", "--host", "127.0.0.1"]
-    with tempfile.TemporaryFile() as log:
-        process = await asyncio.create_subprocess_exec(
-            str(Path(sys.executable).parent / "transformers"),
-            "serve",
-            str(folder),
-            *options,
-            *PEER_QUANTIZATION[quantization],
-            "--port",
-            str(port),
-            *shlex.split(arguments.peer_args),
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            server = Server(f"http://127.0.0.1:{port}", str(folder))
-            await healthy(process, server)
-            yield server
-        except RuntimeError:
-            log.seek(0)
-            sys.stderr.write(log.read().decode(errors="replace")[-4000:])
-            raise
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+async def bare_turn(engine: TransformersEngine, clients: int, tokens: int, number: int) -> dict[str, float]:
+    """The same of the engine in this process."""
+
+    async def one(client: int) -> tuple[float, float, int]:
+        began, times, count = time.perf_counter(), [], 0
+        async for event in engine.generate(chat(prompt(client, number), max_tokens=tokens), {}):
+            if isinstance(event, Tokens):
+                times.append(time.perf_counter() - began)
+                count += len(event.token_ids)
+        return times[0], times[-1], count
+
+    began = time.perf_counter()
+    answers = await asyncio.gather(*(one(client) for client in range(clients)))
+    return figures(time.perf_counter() - began, answers)
 
 
-async def healthy(process: asyncio.subprocess.Process, server: Server) -> None:
-    """Wait until the peer answers, which leaves no other event to wait for."""
-    async with asyncio.timeout(START_TIMEOUT_S), httpx.AsyncClient() as http:
-        while True:
-            if process.returncode is not None:
-                raise RuntimeError(f"transformers serve ended with {process.returncode}")
-            try:
-                if (await http.get(f"{server.url}/health")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            await asyncio.sleep(0.1)
+def serve(folder: Path, *options: str) -> tuple[Background, Server]:
+    """`transformers serve` on the folder of weights, not started yet."""
+    port = free_port()
+    binary = str(Path(sys.executable).parent / "transformers")
+    command = [binary, "serve", str(folder), "--dtype", "bfloat16", "--device", "cpu", "--host", "127.0.0.1"]
+    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    background = Background("transformers serve", [*command, "--port", str(port), *options], env)
+    return background, Server(f"http://127.0.0.1:{port}", str(folder))
 
 
-async def measure(arguments: argparse.Namespace, quantization: str, folder: Path) -> dict[str, Any]:
-    """Pairs of turns for each number of clients; the first pair of each warms up and does not count."""
+def llama() -> tuple[Background, Server]:
+    """llama-cpp-python's server on the GGUF below `.bench/gguf`, not started yet."""
+    files = sorted((CACHE / "gguf").glob("*.gguf"))
+    if not files:
+        raise Unavailable(f"no GGUF file in {CACHE / 'gguf'}: `make bench-prepare` says why")
+    port = free_port()
+    command = [peer_python("llamacpp"), "-m", "llama_cpp.server", "--model", str(files[0]), "--host", "127.0.0.1"]
+    # It interrupts an answer when another is asked for unless told not to; it answers one at a time.
+    command += ["--port", str(port), "--n_ctx", "2048", "--interrupt_requests", "false"]
+    return Background("llama-cpp-python", command, {"PYTHONPATH": ""}), Server(f"http://127.0.0.1:{port}", "model")
+
+
+async def beside_peers(
+    http: httpx.AsyncClient, ours: Server, quantization: str, loads: tuple[int, ...], tokens: int, rounds: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Everybody's figures by clients, and who is missing."""
+    folder, quantized = await systems.default_model(), PEER_QUANTIZATION[quantization]
     found: dict[str, Any] = {}
-    async with (
-        forebay(quantization, max(arguments.clients)) as ours,
-        peer(folder, quantization, arguments) as theirs,
-        httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as http,
-    ):
-        turn = 0
-        for clients in arguments.clients:
-            pairs = []
-            for number in range(arguments.pairs + 1):
-                order = {"forebay": ours, "peer": theirs} if number % 2 else {"peer": theirs, "forebay": ours}
-                pair = {
-                    name: asdict(await take_turn(http, server, clients, arguments.tokens, turn))
-                    for name, server in order.items()
-                }
-                turn += 1
-                if number:
-                    pairs.append(pair)
-                    print(f"{quantization} {clients}: {pair}", file=sys.stderr)
-            found[str(clients)] = pairs
-    return found
+    missing: dict[str, str] = {}
+    started: dict[str, Background] = {}
+    makers = {
+        "transformers serve": lambda: serve(folder, *quantized),
+        "transformers serve --continuous-batching": lambda: serve(folder, "--continuous-batching", *quantized),
+        "llama-cpp-python": llama,
+    }
+    with contextlib.ExitStack() as stack:
+        servers: dict[str, tuple[Background | None, Server]] = {"forebay": (None, ours)}
+        for name, make in makers.items():
+            try:
+                background, server = make()
+                started[name] = stack.enter_context(background)
+                await asyncio.to_thread(background.wait_for_port, int(server.url.rpartition(":")[2]))
+                async with asyncio.timeout(60):
+                    await turn(http, server, 2, 4, 10_000)
+                background.hold()
+                servers[name] = (background, server)
+            except (Unavailable, RuntimeError, TimeoutError, httpx.HTTPError) as exc:
+                if name in started:
+                    started[name].hold()
+                missing[name] = str(exc)[-500:] or type(exc).__name__
+                log(f"without {name}: {missing[name]}")
+        number = 0
+        for clients in loads:
+            rows: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+            for shift in range(rounds):
+                names = [*servers][shift % len(servers) :] + [*servers][: shift % len(servers)]
+                for name in names:
+                    background_or_none, server = servers[name]
+                    if background_or_none:
+                        background_or_none.go_on()
+                    rows[name].append(await turn(http, server, clients, tokens, number))
+                    if background_or_none:
+                        background_or_none.hold()
+                number += 1
+            found[str(clients)] = summary(rows)
+            shown = {name: round(one["tokens_per_s"]["median"], 1) for name, one in found[str(clients)].items()}
+            log(f"{clients} clients, tokens/s: {shown}")
+    return found, missing
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Median, least and most."""
-    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
-    return f"{middle} ({low} to {high})"
+def summary(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Spreads, and Forebay's ratio to each."""
+    speeds = {name: [row["tokens_per_s"] for row in turns] for name, turns in rows.items()}
+    return {
+        name: {key: spread([row[key] for row in turns]) for key in turns[0]}
+        | ({} if name == "forebay" else {"forebay_to_this": ratios(speeds["forebay"], speeds[name])})
+        for name, turns in rows.items()
+    }
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """The figures as Markdown, medians over the pairs with the least and the most."""
-    lines = [
-        "| weights | clients | Forebay, tokens/s | `transformers serve`, tokens/s | ratio | first token p50, ms, "
-        "Forebay | `transformers serve` | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for quantization, by_clients in found.items():
-        for clients, pairs in by_clients.items():
-            cells = []
-            for field, digits in (("tokens_per_s", 1), ("first_ms_p50", 0)):
-                ours, theirs = ([pair[name][field] for pair in pairs] for name in ("forebay", "peer"))
-                ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-                cells += [spread(ours, digits), spread(theirs, digits), f"**{spread(ratios, 2).replace(' ', '** ', 1)}"]
-            lines.append(f"| `{quantization}` | {clients} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+async def beside_bare(
+    http: httpx.AsyncClient, ours: Server, worker: int, quantization: str, pairs: int, clients: int, tokens: int
+) -> dict[str, Any]:
+    """The engine's class in this process, and the whole system around it, in pairs that change their order."""
 
+    def cpu(pid: int | None = None) -> float:
+        return sum(psutil.Process(pid).cpu_times()[:2])
 
-async def main() -> int:
-    """Measure what the arguments name, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quantization", nargs="+", default=["none", "nf4"], choices=PEER_QUANTIZATION)
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--peer-as-shipped", action="store_true", help="leave the peer's threads to spin")
-    parser.add_argument("--peer-args", default="", help="more options for `transformers serve`")
-    parser.add_argument("--json", type=Path, help="also write all figures here")
-    arguments = parser.parse_args()
-    folder = ensure_model(InferenceSettings(_env_file=None).default_model, data_dir(), lambda line: None)
-    found = {quantization: await measure(arguments, quantization, folder) for quantization in arguments.quantization}
-    print(
-        f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores, {arguments.tokens} tokens, "
-        f"{arguments.pairs} pairs of turns\n"
+    settings = InferenceSettings(
+        _env_file=None, model_quantization=quantization, max_concurrent_requests=max(CLIENTS), data_dir=data_dir()
     )
-    print(table(found))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0
+    engine = TransformersEngine.from_settings(settings)
+    await engine.start(lambda line: None)
+    whole, bare = [], []
+    try:
+        for number in range(pairs + 1):
+            pair: dict[str, dict[str, float]] = {}
+            for name in ("whole", "bare") if number % 2 else ("bare", "whole"):
+                pid = worker if name == "whole" else None
+                before = cpu(pid)
+                if name == "whole":
+                    pair[name] = await turn(http, ours, clients, tokens, 20_000 + number)
+                else:
+                    pair[name] = await bare_turn(engine, clients, tokens, 20_000 + number)
+                pair[name]["cpu_ms_per_token"] = 1000 * (cpu(pid) - before) / (clients * tokens)
+            if number:  # the first pair warms up
+                whole.append(pair["whole"])
+                bare.append(pair["bare"])
+    finally:
+        await engine.close()
+    return {
+        "clients": clients,
+        "pairs": pairs,
+        "whole": {key: spread([row[key] for row in whole]) for key in whole[0]},
+        "bare": {key: spread([row[key] for row in bare]) for key in bare[0]},
+        "ratio": ratios([row["tokens_per_s"] for row in whole], [row["tokens_per_s"] for row in bare]),
+        "worker_cpu_to_bare": ratios(
+            [row["cpu_ms_per_token"] for row in whole], [row["cpu_ms_per_token"] for row in bare]
+        ),
+    }
+
+
+async def measure(quick: bool, quantization: str) -> dict[str, Any]:
+    """Both comparisons."""
+    loads, tokens, rounds, pairs = ((1, 4), 8, 1, 1) if quick else (CLIENTS, 24, 3, 5)
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        systems.real_model(quantization, max(CLIENTS)) as stack,
+        httpx.AsyncClient(timeout=300, limits=limits) as http,
+    ):
+        ours = Server(stack.apis[0].url, InferenceSettings(_env_file=None).served_model)
+        await turn(http, ours, 2, 4, 10_000)
+        worker = stack.workers[0].process.pid
+        bare = await beside_bare(http, ours, worker, quantization, pairs, 8, 8 if quick else 32)
+        log(f"whole ÷ bare: {bare['ratio']}")
+        by_clients, missing = await beside_peers(http, ours, quantization, loads, tokens, rounds)
+    names = next(iter(by_clients.values()))
+    weights = "bf16" if quantization == "none" else quantization.upper()
+    return {
+        "tokens": tokens,
+        "rounds": rounds,
+        "weights": dict.fromkeys(names, weights) | {"llama-cpp-python": "GGUF, Q4_1"},
+        "clients": by_clients,
+        "bare": bare,
+        "missing": missing,
+    }
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(part_main("tokens", BUDGET_S, measure, __doc__ or "", quantization=tuple(PEER_QUANTIZATION)))

@@ -6,12 +6,13 @@ everything else is OpenTelemetry's too: https://opentelemetry.io/docs/specs/otel
 
 import contextlib
 import os
+import random
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from opentelemetry import context, trace
 from opentelemetry.context import Context
-from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind
+from opentelemetry.trace import INVALID_SPAN_CONTEXT, NonRecordingSpan, Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from forebay_contracts.errors import ConfigurationError
@@ -32,9 +33,14 @@ _follows_parents = False
 class _LeftOut(NonRecordingSpan):
     """The root of a trace that the sampler left out: all that is left of it is what the worker is told."""
 
-    def __init__(self, trace_id: int, span_id: int) -> None:
-        super().__init__(SpanContext(trace_id, span_id, is_remote=False))
-        self.traceparent: Final = f"00-{trace_id:032x}-{span_id:016x}-00"
+    def __init__(self, trace_id: int) -> None:
+        super().__init__(INVALID_SPAN_CONTEXT)
+        self._trace_id: Final = trace_id
+
+    @property
+    def traceparent(self) -> str:
+        """With any id of a span, since none is kept: https://www.w3.org/TR/trace-context/#parent-id"""
+        return f"00-{self._trace_id:032x}-{random.getrandbits(64) or 1:016x}-00"
 
 
 class _Within:
@@ -95,7 +101,7 @@ def _start(service: str) -> None:
     def draw(name: str, kind: SpanKind, attributes: Mapping[str, Any] | None) -> _LeftOut | None:
         trace_id = ids.generate_trace_id()
         if provider.sampler.should_sample(None, trace_id, name, kind, attributes).decision is Decision.DROP:
-            return _LeftOut(trace_id, ids.generate_span_id())
+            return _LeftOut(trace_id)
         ids.drawn = trace_id
         return None
 
@@ -131,7 +137,7 @@ def start(
     parent = trace.get_current_span() if within is None else within
     if not parent.is_recording():
         # What the sampler left out is left out whole, and costs next to nothing: the SDK is asked only for the rest.
-        if within is not None or parent.get_span_context().is_valid:
+        if within is not None or isinstance(parent, _LeftOut) or parent.get_span_context().is_valid:
             return parent
         if (left_out := _draw(name, kind, attributes)) is not None:
             return left_out

@@ -21,10 +21,11 @@ class TraceMiddleware:
         if scope["type"] != "http" or scope["path"] not in self._paths:
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         span = tracing.start(
             f"{scope['method']} {scope['path']}",
             SpanKind.SERVER,
-            headers=Headers(scope=scope) if any(name == b"traceparent" for name, _ in scope["headers"]) else None,
+            headers=headers if "traceparent" in headers else None,
             attributes={
                 "http.request.method": scope["method"],
                 "url.path": scope["path"],

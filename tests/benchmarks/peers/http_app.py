@@ -28,7 +28,8 @@ def serve(port: int, whole: Whole, stream: Stream | None = None, lifespan: Lifes
         head = {"id": f"chatcmpl-{uuid.uuid4()}", "created": int(time.time()), "model": body["model"]}
         if body.get("stream"):
             assert stream is not None, "this one does not stream"
-            return StreamingResponse(events(head, stream(raw)), media_type="text/event-stream")
+            counted = bool((body.get("stream_options") or {}).get("include_usage"))
+            return StreamingResponse(events(head, stream(raw), counted), media_type="text/event-stream")
         message = {"role": "assistant", "content": await whole(raw)}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
@@ -39,9 +40,9 @@ def serve(port: int, whole: Whole, stream: Stream | None = None, lifespan: Lifes
     uvicorn.run(app, host="127.0.0.1", port=port, loop="uvloop", http="httptools", log_level="error", access_log=False)
 
 
-async def events(head: dict[str, Any], texts: AsyncIterator[str]) -> AsyncIterator[bytes]:
-    """Server-sent events of a stream."""
-    head = {**head, "object": "chat.completion.chunk"}
+async def events(head: dict[str, Any], texts: AsyncIterator[str], counted: bool) -> AsyncIterator[bytes]:
+    """Server-sent events of a stream; `counted` adds the usage as their last."""
+    head, tokens = {**head, "object": "chat.completion.chunk"}, 0
 
     def event(delta: dict[str, str], reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
@@ -49,8 +50,12 @@ async def events(head: dict[str, Any], texts: AsyncIterator[str]) -> AsyncIterat
 
     yield event({"role": "assistant", "content": ""})
     async for text in texts:
+        tokens += 1
         yield event({"content": text})
     yield event({}, "stop")
+    if counted:
+        usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1}
+        yield b"data: " + orjson.dumps({**head, "choices": [], "usage": usage}) + b"\n\n"
     yield b"data: [DONE]\n\n"
 
 
