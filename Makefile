@@ -1,4 +1,4 @@
-# install · run · test · check · bench · bench-peers · soak; `make run ARGS="--port 9000"` passes options on.
+# install · run · test · check · bench · soak; `make run ARGS="--port 9000"` passes options on.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 TOOLS := build/tools
 
-.PHONY: install run test test-containers images check bench bench-peers soak audit sbom check-kubernetes clean
+.PHONY: install run test test-containers images check bench bench-prepare bench-report soak audit sbom check-kubernetes clean
 
 install: $(STAMP)
 
@@ -50,9 +50,6 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)
-
-bench-peers: $(STAMP)
-	$(BIN)/python tests/benchmarks/tokens.py $(ARGS)
 
 bench-prepare: $(STAMP)
 	$(BIN)/python tests/benchmarks/prepare.py $(ARGS)

@@ -26,8 +26,6 @@ PARTS = {
     "observability": 120,
 }
 """Seconds planned for each; one that takes half as much again is ended."""
-SCRIPTS = {"tokens": "model"}
-"""Where a part is not in the script of its name."""
 
 
 def ended(part: "subprocess.Popen[bytes]", timeout_s: float) -> int:
@@ -49,7 +47,7 @@ def main() -> int:
     began, failed = time.monotonic(), []
     log(f"at most {sum(PARTS[part] for part in options.only) / 60:.0f} minutes are planned in full")
     for part in options.only:
-        command = [sys.executable, str(HERE / f"{SCRIPTS.get(part, part)}.py"), *(["--quick"] if options.quick else [])]
+        command = [sys.executable, str(HERE / f"{part}.py"), *(["--quick"] if options.quick else [])]
         if (status := ended(subprocess.Popen(command), 1.5 * PARTS[part])) != 0:
             log(f"{part} failed with {status}")
             failed.append(part)
