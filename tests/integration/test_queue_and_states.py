@@ -66,7 +66,7 @@ async def connected(server: NatsServer) -> AsyncIterator[Connection]:
         await connection.close()
 
 
-@pytest.fixture(params=["memory", "jetstream"])
+@pytest.fixture(params=["memory", pytest.param("jetstream", marks=pytest.mark.nats)])
 async def queue(request: pytest.FixtureRequest) -> AsyncIterator[RequestQueue]:
     if request.param == "memory":
         yield InMemoryQueue(MAX_QUEUE_SIZE, MAX_CONCURRENT)
@@ -77,7 +77,7 @@ async def queue(request: pytest.FixtureRequest) -> AsyncIterator[RequestQueue]:
         await made.stop_pulling()
 
 
-@pytest.fixture(params=["memory", "key-value"])
+@pytest.fixture(params=["memory", pytest.param("key-value", marks=pytest.mark.nats)])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[StateStore]:
     if request.param == "memory":
         yield InMemoryStateStore()
