@@ -33,13 +33,11 @@ images: $(STAMP)
 	PYTHON=$(BIN)/python deploy/images/bases.sh
 	PYTHON=$(BIN)/python deploy/images/build.sh api cpu
 
-# What runs against NATS in a container as well.
-IN_CONTAINER := $(patsubst %,tests/integration/test_%.py,nats_fixture queue_and_states topology)
-
-# With an engine of its own where none answers.
+# With an engine of its own where none answers. What runs against NATS in a container as well is all of
+# tests/integration that takes its NATS from the fixtures, but for the models: these ask the same of NATS, and take long.
 test-containers: $(STAMP)
 	scripts/with_docker.sh sh -ec '$(MAKE) images; $(BIN)/python -m pytest -m containers $(ARGS) tests/containers; \
-		$(BIN)/python -m pytest --nats container $(IN_CONTAINER)'
+		$(BIN)/python -m pytest -n 2 --dist loadfile --nats container -m "nats and not model" tests/integration'
 
 check: $(STAMP)
 	$(BIN)/ruff check .
