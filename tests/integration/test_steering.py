@@ -91,7 +91,8 @@ async def test_what_cannot_be_steered_is_said(nats_server: NatsServer) -> None:
 
 async def test_one_worker_is_drained_and_the_other_takes_over(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=2, max_concurrent_requests=2, worker_slots=1) as stack:
-        runs = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=50]]"))
+        # Longer than the command takes to start on a machine that has other work.
+        runs = asyncio.create_task(stack.chat("[[tokens=120 delay_ms=50]]"))
         await holds(stack, 1)
         (request_id,) = await ids(stack)
         state = await stack.reaches(request_id, RequestStatus.PROCESSING)
@@ -99,7 +100,7 @@ async def test_one_worker_is_drained_and_the_other_takes_over(nats_server: NatsS
         drained = await forebay(stack, "drain", busy.id)
         assert (drained.code, drained.stdout) == (0, f"{busy.id} drains: it takes nothing more, finishes 1 and ends\n")
         answer = await runs
-        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 20)
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 120)
         assert await busy.ended() == 0
         status = await stack.status()
         assert (status["workers"], status["is_running"]) == (1, True)
