@@ -29,6 +29,9 @@ def events(tokens):
         text = f"t{token}" if token == 0 else f" t{token}"
         choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
         yield b"data: " + json.dumps({"object": "chat.completion.chunk", "choices": [choice]}).encode() + b"\\n\\n"
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1}
+    last = {"object": "chat.completion.chunk", "choices": [], "usage": usage}
+    yield b"data: " + json.dumps(last).encode() + b"\\n\\n"
     yield b"data: [DONE]\\n\\n"
 
 text = json.dumps({"choices": [{"message": {"content": " ".join(f"t{token}" for token in range(5))}}]}).encode()
@@ -38,8 +41,13 @@ STREAM = b"HTTP/1.1 200 OK\\r\\ntransfer-encoding: chunked\\r\\n\\r\\n" + chunke
 class Canned(asyncio.Protocol):
     def connection_made(self, transport):
         self.transport = transport
+        self.seen = b""
     def data_received(self, data):
-        self.transport.write(STREAM if b'"stream"' in data else UNARY)
+        # A client may send head and body apart; the body ends with its brace.
+        self.seen += data
+        if data.endswith(b"}"):
+            self.transport.write(STREAM if b'"stream"' in self.seen else UNARY)
+            self.seen = b""
 
 async def main():
     server = await asyncio.get_running_loop().create_server(Canned, "127.0.0.1", int(sys.argv[1]))

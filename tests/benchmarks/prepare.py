@@ -27,6 +27,7 @@ PEERS = {
     ],
     "litellm": ["litellm[proxy]==1.108.7", "uvloop==0.23.0", "httptools"],
     "llamacpp": ["llama-cpp-python[server]"],
+    "aiperf": ["aiperf==0.13.0"],
 }
 
 

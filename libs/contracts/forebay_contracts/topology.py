@@ -39,6 +39,9 @@ DUPLICATE_WINDOW_S = 120
 COUNTER_HISTORY = 10_000
 """Increments kept for each counter, so that a repeated one is still recognised after a restart of NATS."""
 
+QUEUE_SHARE = 0.75
+"""Of what the NATS account may store, what requests may take; states, counters and kept answers have the rest."""
+
 START_PATIENCE_S = 30.0
 """How long a service waits at start for a NATS that does not answer yet."""
 
@@ -51,8 +54,11 @@ _NO_LEADER = (10005, 10008, 10009)  # no suitable peers, JetStream unavailable, 
 log = logging.getLogger(__name__)
 
 
-def stream_configs(settings: Settings) -> list[StreamConfig]:
-    """The streams that Forebay owns, the ones behind its buckets included, as `settings` want them."""
+def stream_configs(settings: Settings, queue_bytes: int | None = None) -> list[StreamConfig]:
+    """The streams that Forebay owns, the ones behind its buckets included, as `settings` want them.
+
+    `queue_bytes` bounds what requests take; None leaves it as it is.
+    """
     replicas = settings.nats_replicas
     return [
         StreamConfig(
@@ -63,6 +69,7 @@ def stream_configs(settings: Settings) -> list[StreamConfig]:
             storage=StorageType.FILE,
             discard=DiscardPolicy.NEW,
             max_msgs=settings.max_queue_size,
+            max_bytes=queue_bytes,
             duplicate_window=DUPLICATE_WINDOW_S,
             allow_msg_ttl=True,
             allow_direct=True,
@@ -124,7 +131,7 @@ async def ensure(
     give_up_at = time.monotonic() + START_PATIENCE_S
     while True:
         try:
-            changes = await _ensure_all(connection.jetstream, settings, consumer)
+            changes = await _ensure_all(connection, settings, consumer)
         except APIError as exc:
             if exc.err_code not in _NO_LEADER:
                 raise ConfigurationError(f"NATS refuses the topology: {exc.description}") from exc
@@ -141,8 +148,10 @@ async def ensure(
         await asyncio.sleep(START_RETRY_S)
 
 
-async def _ensure_all(js: JetStreamContext, settings: Settings, consumer: ConsumerConfig) -> list[str]:
-    changes = [change for config in stream_configs(settings) for change in await _ensure_stream(js, config)]
+async def _ensure_all(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> list[str]:
+    js = connection.jetstream
+    configs = stream_configs(settings, await _queue_bytes(connection, settings))
+    changes = [change for config in configs for change in await _ensure_stream(js, config)]
     return changes + await _ensure_consumer(js, consumer)
 
 
@@ -151,7 +160,7 @@ async def _expect(connection: Connection, settings: Settings, consumer: Consumer
     waiting = False
     while True:
         try:
-            missing, different = await _compare(connection.jetstream, settings, consumer)
+            missing, different = await _compare(connection, settings, consumer)
         except (NatsError, TimeoutError, OSError) as exc:
             missing, different = [f"NATS did not answer ({exc!r})"], []
         if not missing:
@@ -176,16 +185,19 @@ async def drift(connection: Connection, settings: Settings, model: str) -> list[
         QueueUnavailable: NATS does not answer.
     """
     try:
-        missing, different = await _compare(connection.jetstream, settings, consumer_config(settings, model))
+        missing, different = await _compare(connection, settings, consumer_config(settings, model))
     except (NatsError, TimeoutError, OSError) as exc:
         raise QueueUnavailable(f"the topology cannot be read: {exc!r}") from exc
     return missing + different
 
 
-async def _compare(js: JetStreamContext, settings: Settings, consumer: ConsumerConfig) -> tuple[list[str], list[str]]:
+async def _compare(
+    connection: Connection, settings: Settings, consumer: ConsumerConfig
+) -> tuple[list[str], list[str]]:
     """What is not there, and what is otherwise than wanted."""
+    js = connection.jetstream
     missing, different = [], []
-    for wanted in stream_configs(settings):
+    for wanted in stream_configs(settings, await _queue_bytes(connection, settings)):
         try:
             changes = _differences((await js.stream_info(wanted.name)).config, wanted)
         except NotFoundError:
@@ -199,6 +211,17 @@ async def _compare(js: JetStreamContext, settings: Settings, consumer: ConsumerC
     else:
         different += [f"consumer {consumer.durable_name}: {change}" for change in _consumer_differences(live, consumer)]
     return missing, different
+
+
+async def _queue_bytes(connection: Connection, settings: Settings) -> int | None:
+    """QUEUE_SHARE of what the account may store; None where that is unbounded, or not this user's to know."""
+    allowed = await permissions.own(connection)
+    if allowed is not None and not allowed.publish.permit("$JS.API.INFO"):
+        return None
+    # An account with tiers has its limits there, and none here.
+    limit: int = (await connection.jetstream.account_info()).limits.max_storage
+    # The server counts each replica.
+    return int(limit * QUEUE_SHARE) // settings.nats_replicas if limit > 0 else None
 
 
 async def consumers(connection: Connection) -> list[ConsumerInfo]:

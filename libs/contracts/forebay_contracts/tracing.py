@@ -6,13 +6,12 @@ everything else is OpenTelemetry's too: https://opentelemetry.io/docs/specs/otel
 
 import contextlib
 import os
-import random
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from opentelemetry import context, trace
+from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import INVALID_SPAN_CONTEXT, NonRecordingSpan, Span, SpanKind
+from opentelemetry.trace import Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from forebay_contracts.errors import ConfigurationError
@@ -26,36 +25,8 @@ _NOT_SAMPLED: Final = tuple("02468ace")
 
 _propagator = TraceContextTextMapPropagator()
 _tracer: trace.Tracer | None = None
-_draw: Callable[[str, SpanKind, Mapping[str, Any] | None], "_LeftOut | None"]
+_sampled: Callable[[str, Mapping[str, Any]], bool]
 _follows_parents = False
-
-
-class _LeftOut(NonRecordingSpan):
-    """The root of a trace that the sampler left out: all that is left of it is what the worker is told."""
-
-    def __init__(self, trace_id: int) -> None:
-        super().__init__(INVALID_SPAN_CONTEXT)
-        self._trace_id: Final = trace_id
-
-    @property
-    def traceparent(self) -> str:
-        """With any id of a span, since none is kept: https://www.w3.org/TR/trace-context/#parent-id"""
-        return f"00-{self._trace_id:032x}-{random.getrandbits(64) or 1:016x}-00"
-
-
-class _Within:
-    """Makes a span that is not recorded the current one: `trace.use_span` without what records its end and errors."""
-
-    __slots__ = ("_span", "_token")
-
-    def __init__(self, span: Span) -> None:
-        self._span = span
-
-    def __enter__(self) -> None:
-        self._token = context.attach(trace.set_span_in_context(self._span))
-
-    def __exit__(self, *_: object) -> None:
-        context.detach(self._token)
 
 
 def configure(service: str) -> None:
@@ -78,7 +49,7 @@ def configure(service: str) -> None:
 
 
 def _start(service: str) -> None:
-    global _tracer, _draw, _follows_parents
+    global _tracer, _sampled, _follows_parents
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -98,18 +69,19 @@ def _start(service: str) -> None:
             trace_id, self.drawn = self.drawn, None
             return super().generate_trace_id() if trace_id is None else trace_id
 
-    def draw(name: str, kind: SpanKind, attributes: Mapping[str, Any] | None) -> _LeftOut | None:
+    def sampled(name: str, attributes: Mapping[str, Any]) -> bool:
         trace_id = ids.generate_trace_id()
-        if provider.sampler.should_sample(None, trace_id, name, kind, attributes).decision is Decision.DROP:
-            return _LeftOut(trace_id)
+        found = provider.sampler.should_sample(None, trace_id, name, SpanKind.SERVER, attributes)
+        if found.decision is Decision.DROP:
+            return False
         ids.drawn = trace_id
-        return None
+        return True
 
     name, ids = os.environ.get("OTEL_SERVICE_NAME") or service, Ids()
     resource = Resource.create({"service.name": name, "service.version": VERSION})
     provider = TracerProvider(resource=resource, id_generator=ids)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    _tracer, _draw = provider.get_tracer("forebay", VERSION), draw
+    _tracer, _sampled = provider.get_tracer("forebay", VERSION), sampled
     _follows_parents = isinstance(provider.sampler, ParentBased)
 
 
@@ -118,46 +90,51 @@ def enabled() -> bool:
     return _tracer is not None
 
 
+def serve(name: str, headers: Mapping[str, str], attributes: Mapping[str, Any]) -> Span:
+    """Begin the span of an HTTP request: in the trace that its headers name, or in one of its own.
+
+    What the sampler leaves out costs next to nothing: it is asked before the SDK makes a context and a span, and
+    neither the message nor the worker hears of it.
+    """
+    if "traceparent" in headers:
+        return resume(name, headers, attributes, SpanKind.SERVER)
+    if _tracer is None or not _sampled(name, attributes):
+        return trace.INVALID_SPAN
+    return _tracer.start_span(name, Context(), SpanKind.SERVER, attributes)
+
+
+def resume(
+    name: str, headers: Mapping[str, str], attributes: Mapping[str, Any], kind: SpanKind = SpanKind.CONSUMER
+) -> Span:
+    """Begin a span in the trace that `headers` name; where they name none that is recorded, there is none."""
+    parent = headers.get("traceparent", "")
+    if _tracer is None or not parent or (_follows_parents and parent.endswith(_NOT_SAMPLED)):
+        return trace.INVALID_SPAN
+    return _tracer.start_span(name, _propagator.extract(headers, Context()), kind, attributes)
+
+
 def start(
     name: str,
     kind: SpanKind = SpanKind.INTERNAL,
     *,
-    headers: Mapping[str, str] | None = None,
     within: Span | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Span:
-    """Begin a span, to be ended by the caller; its parent is what `headers` say, the span `within`, or the current."""
+    """Begin a span, to be ended by the caller, in `within` or the current one; in one that is not recorded, none."""
     if _tracer is None:
         return trace.INVALID_SPAN
-    if headers is not None:
-        if _follows_parents and headers.get("traceparent", "").endswith(_NOT_SAMPLED):
-            # What the sampler would say too, after it has parsed the header and made a context and a span of it.
-            return trace.INVALID_SPAN
-        return _tracer.start_span(name, _propagator.extract(headers, Context()), kind, attributes)
     parent = trace.get_current_span() if within is None else within
     if not parent.is_recording():
-        # What the sampler left out is left out whole, and costs next to nothing: the SDK is asked only for the rest.
-        if within is not None or isinstance(parent, _LeftOut) or parent.get_span_context().is_valid:
-            return parent
-        if (left_out := _draw(name, kind, attributes)) is not None:
-            return left_out
+        return trace.INVALID_SPAN
     return _tracer.start_span(name, trace.set_span_in_context(parent), kind, attributes)
 
 
 def current(span: Span) -> contextlib.AbstractContextManager[Any]:
     """Make `span` the parent of what begins in the block, and end it with the block."""
-    if _tracer is None or span is trace.get_current_span():
-        return contextlib.nullcontext()
-    if not span.is_recording():
-        return _Within(span)
-    return trace.use_span(span, end_on_exit=True)
+    return trace.use_span(span, end_on_exit=True) if span.is_recording() else contextlib.nullcontext()
 
 
 def inject(headers: dict[str, str]) -> None:
-    """Add `traceparent` (and `tracestate`) of the current span."""
-    if _tracer is None:
-        return
-    if isinstance(span := trace.get_current_span(), _LeftOut):
-        headers["traceparent"] = span.traceparent
-    else:
+    """Add `traceparent` (and `tracestate`) of the current span, if it is recorded."""
+    if _tracer is not None and trace.get_current_span().is_recording():
         _propagator.inject(headers)

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import StatusCode
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,17 +21,18 @@ class TraceMiddleware:
         if scope["type"] != "http" or scope["path"] not in self._paths:
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        span = tracing.start(
+        span = tracing.serve(
             f"{scope['method']} {scope['path']}",
-            SpanKind.SERVER,
-            headers=headers if "traceparent" in headers else None,
-            attributes={
+            Headers(scope=scope),
+            {
                 "http.request.method": scope["method"],
                 "url.path": scope["path"],
                 "forebay.request_id": scope["state"]["request_id"],
             },
         )
+        if not span.is_recording():
+            await self._app(scope, receive, send)
+            return
 
         async def noting_status(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -41,4 +42,4 @@ class TraceMiddleware:
             await send(message)
 
         with tracing.current(span):
-            await self._app(scope, receive, noting_status if span.is_recording() else send)
+            await self._app(scope, receive, noting_status)

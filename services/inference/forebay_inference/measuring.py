@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, StatusCode
+from opentelemetry.trace import INVALID_SPAN, Span, StatusCode
 
 from forebay_contracts import tracing
 from forebay_contracts.messages import InferenceRequest
@@ -35,20 +35,17 @@ class Measured:
             metrics.queue_wait.observe(self.queue_wait_s)
         else:
             metrics.redeliveries.inc()
-        self._span: Span = INVALID_SPAN
-        if tracing.enabled():
-            self._span = tracing.start(
-                "attempt",
-                SpanKind.CONSUMER,
-                headers=delivery.headers,
-                attributes={
-                    "messaging.system": "nats",
-                    "forebay.request_id": request.id,
-                    "forebay.attempt": delivery.attempt,
-                    "forebay.worker": worker,
-                    "gen_ai.request.model": request.model,
-                },
-            )
+        self._span = tracing.resume(
+            "attempt",
+            delivery.headers,
+            {
+                "messaging.system": "nats",
+                "forebay.request_id": request.id,
+                "forebay.attempt": delivery.attempt,
+                "forebay.worker": worker,
+                "gen_ai.request.model": request.model,
+            },
+        )
 
     def generating(self) -> None:
         """The engine is given the request."""
