@@ -11,13 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from forebay_contracts import names
+from forebay_contracts import names, topology
 from forebay_contracts.settings import Settings, load
 from support.cluster import free_port
 from support.manifests import DEPLOY, Manifests
 from support.nats import nats_server_binary
 
 START_TIMEOUT_S = 30
+STORE_BYTES = 16 * 2**30  # MAX_STORE of site.conf
 
 
 class Server:
@@ -127,6 +128,8 @@ async def test_servers_form_what_the_job_needs(
             for account in answer.json()["account_details"]:
                 for stream in account["stream_detail"]:
                     assert stream["config"]["num_replicas"] == loaded.nats_replicas == len(found)
+                    if stream["name"] == names.STREAM:
+                        assert stream["config"]["max_bytes"] == int(STORE_BYTES * topology.QUEUE_SHARE) // len(found)
                     for consumer in stream.get("consumer_detail") or ():
                         seen.add((account["name"], stream["name"], consumer["name"]))
                         assert consumer["num_pending"] + consumer["num_ack_pending"] == 0

@@ -191,9 +191,7 @@ async def drift(connection: Connection, settings: Settings, model: str) -> list[
     return missing + different
 
 
-async def _compare(
-    connection: Connection, settings: Settings, consumer: ConsumerConfig
-) -> tuple[list[str], list[str]]:
+async def _compare(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> tuple[list[str], list[str]]:
     """What is not there, and what is otherwise than wanted."""
     js = connection.jetstream
     missing, different = [], []
