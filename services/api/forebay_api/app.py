@@ -46,7 +46,7 @@ def create_app(context: Context) -> ASGIApp:
     app.router.routes.extend(completions.routes)
     for module in (models, queue, events, health, metrics, page, docs):
         app.include_router(module.router)
-    openapi.install(app)
+    openapi.install(app, keys=bool(context.settings.api_keys or context.settings.api_keys_file))
     # Around FastAPI, not in it: what is served ahead of it has the same headers.
     served: ASGIApp = completions.Completions(app, errors)
     if tracing.enabled():

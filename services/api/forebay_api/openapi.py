@@ -47,8 +47,8 @@ _ERROR_SCHEMA = {
 }
 
 
-def install(app: FastAPI) -> None:
-    """Have `app` serve the whole document at /openapi.json."""
+def install(app: FastAPI, *, keys: bool) -> None:
+    """Have `app` serve the whole document at /openapi.json; `keys`: whether /v1 asks for one."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -64,6 +64,12 @@ def install(app: FastAPI) -> None:
             components.pop("HTTPValidationError", None)
             components.pop("ValidationError", None)
             schema["paths"] = {path: {"post": _operation(*body)} for path, body in BODIES.items()} | schema["paths"]
+            if keys:
+                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                for path, operations in schema["paths"].items():
+                    if path.startswith("/v1"):
+                        for operation in operations.values():
+                            operation["security"] = [{"key": []}]
             app.openapi_schema = schema
         return app.openapi_schema
 
