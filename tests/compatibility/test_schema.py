@@ -24,7 +24,7 @@ from forebay_contracts.messages import (
     decode_frame,
 )
 from support.nats import NatsServer
-from support.stack import MODEL, running
+from support.stack import MODEL, Stack, running
 
 FOLDER = Path(__file__).parent
 VERSIONS = sorted(path.name for path in FOLDER.glob("v*"))
@@ -112,7 +112,7 @@ async def test_old_requests_through_a_worker_of_today(nats_server: NatsServer, v
                 await msg.respond(json_of({"wanted": False, "outcome": kind} if end.done() else {}))
 
         await client.subscribe(names.reply_subjects(api["id"]), cb=answer)
-        await client.publish(names.bucket_subjects(names.APIS_BUCKET).removesuffix(">") + api["id"], json_of(api))
+        beating = asyncio.create_task(beat(stack, names.APIS_BUCKET, api))
         expected = {}
         for message in recorded(version, "requests"):
             text = json.dumps(message)
@@ -132,6 +132,15 @@ async def test_old_requests_through_a_worker_of_today(nats_server: NatsServer, v
             assert {request_id: await end for request_id, end in ends.items()} == expected
         for request_id, end in expected.items():
             await stack.reaches(request_id, RequestStatus(end))
+        beating.cancel()
+
+
+async def beat(stack: Stack, bucket: str, service: dict[str, Any]) -> None:
+    """The heartbeat of a service that is played here, for ever."""
+    while True:
+        subject = names.bucket_subjects(bucket).removesuffix(">") + service["id"]
+        await stack.connection.client.publish(subject, json_of(service))
+        await asyncio.sleep(1)
 
 
 def json_of(message: dict[str, Any]) -> bytes:
@@ -164,9 +173,7 @@ async def test_old_frames_and_states_through_an_api_of_today(
         connection = stack.connection
         wrap = newer if added else lambda message: message
         (worker,) = recorded(version, "workers")
-        await connection.client.publish(
-            names.bucket_subjects(names.WORKERS_BUCKET).removesuffix(">") + worker["id"], json_of(wrap(worker))
-        )
+        beating = asyncio.create_task(beat(stack, names.WORKERS_BUCKET, wrap(worker)))
         states = names.bucket_subjects(names.REQUESTS_BUCKET).removesuffix(">")
         for state in recorded(version, "states"):
             request_id = str(uuid.uuid4())
@@ -191,3 +198,4 @@ async def test_old_frames_and_states_through_an_api_of_today(
         assert [choice["message"]["content"] for choice in answer.json()["choices"]] == ["t0 t1 t2"] * 2
         health = await stack.http.get(f"{stack.apis[0].url}/health/ready")
         assert [one["id"] for one in health.json()["workers"]] == [worker["id"]]
+        beating.cancel()

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from forebay_contracts.messages import RequestStatus
 from support.nats import NatsServer
-from support.stack import MODEL, Stack, running
+from support.stack import MODEL, Stack, first_to_log, running
 
 
 def expected(tokens: int) -> str:
@@ -42,10 +42,10 @@ async def test_stream_goes_on_when_its_worker_is_killed(nats_server: NatsServer)
 
 async def test_whole_answer_survives_the_death_of_its_worker(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=1) as stack:
-        answer = asyncio.create_task(stack.chat("[[tokens=40 delay_ms=50]]"))
-        await stack.workers[0].logged("processing, attempt 1")
-        await asyncio.sleep(1)  # some tokens must be out: there is nothing to wait for in a whole answer
-        await stack.workers[0].kill()
+        async with stack.frames("delta") as deltas:
+            answer = asyncio.create_task(stack.chat("[[tokens=40 delay_ms=50]]"))
+            await anext(deltas)  # some tokens are out
+            await stack.workers[0].kill()
         second = await stack.worker()
         response = await answer
         assert response.status_code == 200
@@ -55,21 +55,23 @@ async def test_whole_answer_survives_the_death_of_its_worker(nats_server: NatsSe
 
 
 async def test_worker_that_was_only_slow_cannot_interfere(nats_server: NatsServer) -> None:
-    async with running(nats_server, max_concurrent_requests=2, worker_slots=1) as stack:
+    async with running(nats_server, max_concurrent_requests=2, worker_slots=1, ack_wait=6) as stack:
         slow = stack.workers[0]
         begun = asyncio.Event()
-        answer = asyncio.create_task(streamed(stack, "[[tokens=60 delay_ms=50]]", begun))
+        answer = asyncio.create_task(streamed(stack, "[[tokens=30 delay_ms=50]]", begun))
         await begun.wait()
         slow.signal(signal.SIGSTOP)
         fast = await stack.worker()
-        await fast.logged("processing, attempt 2", timeout_s=15)
-        slow.signal(signal.SIGCONT)
-        assert await answer == expected(60)
         request_id = (await fast.logged(r"\[RequestQueue\] (\S+) processing, attempt 2"))[1]
+        # The slow one comes to its end first, notices by its own write, and is of use again.
+        fast.signal(signal.SIGSTOP)
+        slow.signal(signal.SIGCONT)
+        await slow.logged(f"{request_id}: attempt 1 was replaced")
+        assert not answer.done()
+        fast.signal(signal.SIGCONT)
+        assert await answer == expected(30)
         state = await stack.reaches(request_id, RequestStatus.COMPLETED)
         assert (state.attempt, state.worker) == (2, fast.id)
-        # It notices by its own write, and is of use again.
-        await slow.logged(f"{request_id}: attempt 1 was replaced")
         assert [r.status_code for r in await asyncio.gather(*(stack.chat("hi") for _ in range(4)))] == [200] * 4
         await stack.idle()
         status = await stack.status()
@@ -93,14 +95,14 @@ async def test_request_that_kills_every_worker_ends(nats_server: NatsServer) -> 
 
 
 async def test_drained_worker_hands_its_stream_over(nats_server: NatsServer) -> None:
-    async with running(nats_server, ack_wait=30, drain_timeout=0) as stack:
+    async with running(nats_server, workers=2, ack_wait=60, drain_timeout=0) as stack:
         begun = asyncio.Event()
         answer = asyncio.create_task(streamed(stack, "[[tokens=60 delay_ms=50]]", begun))
         await begun.wait()
-        await stack.worker()
-        assert await stack.workers[0].stop() == 0
+        leaving = await first_to_log("processing, attempt 1", *stack.workers)
+        assert await leaving.stop() == 0
         # Far sooner than the ack wait: the message was given back.
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert await answer == expected(60)
 
 
@@ -131,12 +133,14 @@ async def test_rolling_restart_of_workers_fails_nothing(nats_server: NatsServer)
 
 
 async def test_handing_over_is_no_failed_attempt(nats_server: NatsServer) -> None:
-    async with running(nats_server, ack_wait=30, drain_timeout=0, max_deliveries=1) as stack:
+    async with running(nats_server, workers=3, ack_wait=60, drain_timeout=0, max_deliveries=1) as stack:
         begun = asyncio.Event()
-        answer = asyncio.create_task(streamed(stack, "[[tokens=80 delay_ms=50]]", begun))
+        answer = asyncio.create_task(streamed(stack, "[[tokens=100 delay_ms=50]]", begun))
         await begun.wait()
-        for number in (2, 3):
-            next_worker = await stack.worker()
-            assert await stack.workers[-2].stop() == 0
-            await next_worker.logged(f"processing, attempt {number}")
-        assert await answer == expected(80)
+        left = list(stack.workers)
+        for number in (1, 2):
+            leaving = await first_to_log(f"processing, attempt {number}", *left)
+            left.remove(leaving)
+            assert await leaving.stop() == 0
+        await left[0].logged("processing, attempt 3")
+        assert await answer == expected(100)

@@ -168,8 +168,8 @@ async def cases(module_nats: NatsServer, model_dir: Path) -> dict[str, Case]:
             name: await stack.reaches(one.id, RequestStatus.COMPLETED, RequestStatus.FAILED)
             for name, one in found.items()
         }
-        status = await stack.status()
-        assert (status["total_failed"], status["active_requests"]) == (0, 0)
+        await stack.idle()
+        assert (await stack.status())["total_failed"] == 0
         return {name: Case(whole[name], found[name], before[name], states[name].attempt) for name in requests}
 
 

@@ -6,26 +6,26 @@ from support.nats import NatsServer
 from support.proxy import Proxy
 from support.stack import MODEL, Stack, running
 
-ORDER = "[[tokens=80 delay_ms=30]]"
-EXPECTED = " ".join(f"t{token}" for token in range(80))
+ORDER = "[[tokens=100 delay_ms=30]]"
+EXPECTED = " ".join(f"t{token}" for token in range(100))
 
 
-async def stream(stack: Stack, begun: asyncio.Event) -> str:
+async def stream(stack: Stack, begun: asyncio.Event, pieces_before: int) -> str:
     answer = await stack.openai().chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": ORDER}], stream=True
     )
     pieces: list[str] = []
     async for chunk in answer:
         pieces.append(chunk.choices[0].delta.content or "")
-        if len(pieces) == 5:
+        if len(pieces) == pieces_before:
             begun.set()
     return "".join(pieces)
 
 
-async def cut_off(stack: Stack, proxy: Proxy) -> asyncio.Task[str]:
+async def cut_off(stack: Stack, proxy: Proxy, pieces_before: int = 5) -> asyncio.Task[str]:
     """A stream whose network breaks once it has begun."""
     begun = asyncio.Event()
-    answer = asyncio.create_task(stream(stack, begun))
+    answer = asyncio.create_task(stream(stack, begun, pieces_before))
     await begun.wait()
     await proxy.cut()
     return answer
@@ -38,10 +38,13 @@ async def test_frames_lost_on_the_way_to_the_api_are_sent_again(nats_server: Nat
         api = await stack.api(nats_url=proxy.url)
         answer = await cut_off(stack, proxy)
         await api.logged("connection to NATS lost")
-        await asyncio.sleep(0.5)  # frames go to nobody
+        async with stack.frames("delta") as deltas:
+            for _ in range(10):  # they go to nobody
+                await anext(deltas)
         await proxy.start()
         assert await answer == EXPECTED
         await api.logged("frames were lost, asking for them again")
+        await stack.idle()
         assert (await stack.status())["total_processed"] == 1
         await proxy.cut()
 
@@ -51,11 +54,13 @@ async def test_end_of_an_answer_lost_on_the_way_is_sent_again(nats_server: NatsS
     async with running(nats_server, apis=0) as stack:
         await proxy.start()
         api = await stack.api(nats_url=proxy.url)
-        answer = await cut_off(stack, proxy)
-        await api.logged("connection to NATS lost")
-        await asyncio.sleep(3)  # the worker comes to its end, and nobody confirms it
-        assert not answer.done()
-        await proxy.start()
+        async with stack.frames("completed") as ends:
+            # Late enough for the end to come before the api counts as dead.
+            answer = await cut_off(stack, proxy, pieces_before=60)
+            await api.logged("connection to NATS lost")
+            await anext(ends)  # the worker comes to its end, and nobody confirms it
+            assert not answer.done()
+            await proxy.start()
         assert await answer == EXPECTED
         await proxy.cut()
 

@@ -1,14 +1,18 @@
 """`forebay doctor`: each fault is found and its cure named."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from forebay_contracts import names
 from forebay_contracts.messages import WorkerInfo, WorkerStatus
+from forebay_contracts.presence import Heartbeat
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 
@@ -22,7 +26,7 @@ async def doctor(env: dict[str, str], data_dir: Path, **settings: object) -> tup
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "forebay_cli", "doctor", "--json", env=env | values, stdout=pipe, stderr=pipe
     )
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         stdout, stderr = await process.communicate()
     if process.returncode == 2:
         return 2, {"stderr": stderr.decode()}
@@ -47,8 +51,8 @@ async def test_a_healthy_deployment(nats_server: NatsServer, tmp_path: Path) -> 
 
 async def test_what_is_wrong_with_a_living_system(nats_server: NatsServer, tmp_path: Path) -> None:
     async with running(nats_server, workers=0) as stack:
-        await put_worker(stack, "late", heartbeat_at=time.time() - 30, status=WorkerStatus.LOADING, model="another")
-        code, found = await doctor(stack.env(), tmp_path, max_queue_size=7)
+        async with heartbeat_of(stack, "late", late_s=30, model="another"):
+            code, found = await doctor(stack.env(), tmp_path, max_queue_size=7)
         assert code == 1
         assert found["topology"]["message"] == "stream INFERENCE: max_msgs 100 → 7"
         assert "forebay topology apply" in found["topology"]["fix"]
@@ -56,8 +60,8 @@ async def test_what_is_wrong_with_a_living_system(nats_server: NatsServer, tmp_p
         assert found["clocks"]["severity"] == "problem"
         assert found["clocks"]["message"].startswith("the clock of late is 30.")
         await stack.connection.jetstream.pause_consumer("INFERENCE", CONSUMER, "2099-01-01T00:00:00Z")
-        await put_worker(stack, "early", status=WorkerStatus.LOADING, progress="fetching 3 %", version="0.0.1")
-        code, found = await doctor(stack.env(), tmp_path)
+        async with heartbeat_of(stack, "early", progress="fetching 3 %", version="0.0.1"):
+            code, found = await doctor(stack.env(), tmp_path)
         assert found["models"]["message"] == f"HuggingFaceTB/{MODEL} is paused until 2099-01-01T00:00:00Z; 0 wait"
         assert found["models"]["fix"] == f"`forebay resume HuggingFaceTB/{MODEL}`"
         assert "of version 0.0.1" in found["services"]["message"]
@@ -92,9 +96,18 @@ async def test_a_damaged_model_is_found(nats_server: NatsServer, tmp_path: Path)
     assert found["model"]["message"] == f"{tmp_path}/nowhere is not there"
 
 
-async def put_worker(stack: Stack, worker: str, **fields: Any) -> None:
-    """A heartbeat in the bucket, as a worker writes it."""
-    now = time.time()
-    given = {"version": "0.1.0", "started_at": now, "heartbeat_at": now, "model": f"HuggingFaceTB/{MODEL}"} | fields
-    info = WorkerInfo(id=worker, slots=1, engine="simulated", **given)
-    await stack.connection.jetstream.publish(f"$KV.inference-workers.{worker}", info.encode())
+@contextlib.asynccontextmanager
+async def heartbeat_of(stack: Stack, worker: str, late_s: float = 0, **fields: Any) -> AsyncIterator[None]:
+    """The heartbeat of a worker that loads, by a clock that is `late_s` late."""
+    given = {"version": "0.1.0", "model": f"HuggingFaceTB/{MODEL}", "status": WorkerStatus.LOADING} | fields
+
+    def describe() -> WorkerInfo:
+        now = time.time() - late_s
+        return WorkerInfo(id=worker, slots=1, engine="simulated", started_at=now, heartbeat_at=now, **given)
+
+    heartbeat = Heartbeat(stack.connection, names.WORKERS_BUCKET, describe)
+    await heartbeat.start()
+    try:
+        yield
+    finally:
+        await heartbeat.stop()

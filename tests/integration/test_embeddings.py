@@ -122,8 +122,8 @@ async def test_another_worker_computes_what_is_missing(nats_server: NatsServer) 
     async with running(nats_server, workers=1) as stack:
         whole = asyncio.create_task(post(stack, input=["a", "b", "[[delay_ms=3000]]", "c"]))
         request_id = (await stack.workers[0].logged(r"(\S+) processing, attempt 1"))[1]
-        await stack.worker()
         await stack.workers[0].kill()
+        await stack.worker()
         answer = await whole
         assert answer.status_code == 200
         assert [item["index"] for item in answer.json()["data"]] == [0, 1, 2, 3]
@@ -135,8 +135,8 @@ async def test_another_worker_computes_what_is_missing(nats_server: NatsServer) 
 
 
 async def test_vectors_that_were_lost_on_the_way_are_sent_again(nats_server: NatsServer) -> None:
-    texts = [f"[[delay_ms=25]] text {number}" for number in range(40)]
-    async with running(nats_server, workers=0) as stack:
+    texts = [f"[[delay_ms=50]] text {number}" for number in range(40)]
+    async with running(nats_server, workers=0, ack_wait=30) as stack:
         proxy = await Proxy(nats_server.url).start()
         worker = await stack.worker(nats_url=proxy.url)
         replies = await stack.connection.client.subscribe("inference.replies.>")

@@ -7,6 +7,7 @@ import httpx
 from forebay_contracts.messages import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
+from support.view import idle
 
 
 async def ask(
@@ -81,7 +82,7 @@ async def test_an_error_is_not_kept(nats_server: NatsServer) -> None:
     async with running(nats_server, max_deliveries=1) as stack:
         for _ in range(2):
             assert (await ask(stack, "[[tokens=1 fail]]", "k")).status_code == 500
-        assert (await stack.status())["total_failed"] == 2
+        assert (await idle(stack))["total_failed"] == 2
 
 
 async def test_another_api_takes_over_when_the_leading_one_dies(nats_server: NatsServer) -> None:

@@ -49,7 +49,7 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
         bucket = await stack.connection.jetstream.key_value("inference-requests")
         watcher = await bucket.watchall()
         before = time.time()
-        task, request_id = await submitted(stack, "one [[tokens=75 delay_ms=20]]", 1)
+        task, request_id = await submitted(stack, "one [[tokens=75 delay_ms=50]]", 1)
         await stack.reaches(request_id, RequestStatus.QUEUED)
         queued = await request_state(stack, request_id)
         assert list(queued)[:5] == ["id", "status", "completion_type", "timestamp", "error"]
@@ -288,7 +288,7 @@ async def _processing(stack: Stack, count: int) -> None:
     bucket = await stack.connection.jetstream.key_value("inference-requests")
     watcher = await bucket.watchall()
     states: dict[str, str] = {}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         async for entry in watcher:
             if entry is not None:
                 states[entry.key] = json.loads(entry.value or b"{}")["status"]
@@ -306,6 +306,7 @@ async def test_status_without_workers(nats_server: NatsServer) -> None:
         assert (ready.status_code, ready.json()["workers"]) == (200, [])
         task, _ = await submitted(stack, "[[tokens=1]]", 1)
         worker = await stack.worker()
+        await stack.knows_workers()
         assert (await task).status_code == 200
         status = await idle(stack)
         assert (status["is_running"], status["workers"], status["workers_ready"]) == (True, 1, 1)

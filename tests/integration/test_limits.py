@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -50,9 +51,9 @@ async def test_never_more_than_two_at_once(nats_server: NatsServer) -> None:
         watching = asyncio.create_task(_most_processing(bucket, 50))
         done = asyncio.Event()
         sampling = asyncio.create_task(_most_ack_pending(stack, done))
-        answers = await asyncio.gather(*(stack.chat("[[tokens=3 delay_ms=5]]") for _ in range(50)))
+        answers = await asyncio.gather(*(stack.chat("[[tokens=3 delay_ms=10]]") for _ in range(50)))
         assert [answer.json()["choices"][0]["message"]["content"] for answer in answers] == ["t0 t1 t2"] * 50
-        most_processing, workers = await asyncio.wait_for(watching, 10)
+        most_processing, workers = await asyncio.wait_for(watching, 30)
         done.set()
         most_out, samples = await sampling
         assert most_processing == 2
@@ -95,7 +96,7 @@ async def test_slots_bound_one_worker(nats_server: NatsServer) -> None:
         tasks = await waiting(stack, 4)
         first = await stack.worker()
         bucket = await stack.connection.jetstream.key_value("inference-requests")
-        most, workers = await asyncio.wait_for(_most_processing(bucket, 4), 10)
+        most, workers = await asyncio.wait_for(_most_processing(bucket, 4), 30)
         assert (most, workers) == (1, {first.id})
         assert [(await task).status_code for task in tasks] == [200] * 4
 
@@ -103,12 +104,11 @@ async def test_slots_bound_one_worker(nats_server: NatsServer) -> None:
 async def test_in_order_of_arrival(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0) as stack:
         tasks = await waiting(stack, 6)
-        order: list[int] = []
-        for nth, task in enumerate(tasks):
-            task.add_done_callback(lambda _, nth=nth: order.append(nth))
-        await stack.worker()
-        await asyncio.gather(*tasks)
-        assert order == [0, 1, 2, 3, 4, 5]
+        worker = await stack.worker()
+        ids = [(await task).headers["x-request-id"] for task in tasks]
+        await worker.logged(f"{ids[-1]} processing")
+        begun = [match[1] for line in worker.log if (match := re.search(r"(\S+) processing, attempt 1", line))]
+        assert begun == ids
 
 
 async def test_changed_limits_are_applied_to_the_live_queue(nats_server: NatsServer) -> None:
@@ -162,6 +162,7 @@ async def test_two_models(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0, max_concurrent_requests=2) as stack:
         small = await stack.worker(model_name="org/Small-1.5")
         large = await stack.worker(model_name="large", max_concurrent_requests=3, model_aliases="big")
+        await stack.knows_workers()
         client = stack.openai()
         models = [model async for model in client.models.list()]
         # The api's own default model is listed too, since requests for it would wait for its worker.
@@ -189,7 +190,7 @@ async def test_two_models(nats_server: NatsServer) -> None:
             state = await stack.reaches(raw.headers["x-request-id"], RequestStatus.COMPLETED)
             assert (state.model, state.worker) == (served, worker.id)
         # A request for the one does not wait behind those for the other.
-        blocked = [asyncio.create_task(stack.chat("[[tokens=100 delay_ms=20]]", model="large")) for _ in range(5)]
+        blocked = [asyncio.create_task(stack.chat("[[tokens=1000 delay_ms=20]]", model="large")) for _ in range(5)]
         await holds(stack, 5)
         assert (await stack.chat("hi", model="Small-1.5")).status_code == 200
         assert not any(task.done() for task in blocked)

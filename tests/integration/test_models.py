@@ -32,7 +32,7 @@ async def models(stack: Stack) -> dict[str, dict[str, Any]]:
 
 async def sees(stack: Stack, condition: Callable[[dict[str, dict[str, Any]]], bool]) -> dict[str, dict[str, Any]]:
     """Wait until the api's list of models is as wanted: a heartbeat that was heard leaves no event to wait for."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             found = await models(stack)
             if condition(found):
@@ -121,7 +121,7 @@ async def test_a_request_waits_for_a_worker_of_a_known_model(nats_server: NatsSe
             asyncio.create_task(stack.chat("[[tokens=2]]", api=api, model=name))
             for api, name in enumerate(("org/passing", "moment"))
         ]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await stack.status())["queue_size"] < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         await stack.worker(model_name="org/passing")
@@ -172,7 +172,7 @@ async def test_a_loading_worker_is_seen_and_waited_for(nats_server: NatsServer) 
         assert (shown["status"], shown["progress"]) == ("loading", "loading the weights: 40 %")
 
         waiting = asyncio.create_task(stack.chat("[[tokens=1]]"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not (await stack.status())["queue_size"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
@@ -224,7 +224,7 @@ async def forebay_status(stack: Stack) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "forebay_cli", "status", "--json", env=stack.env(), stdout=asyncio.subprocess.PIPE
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         output, _ = await process.communicate()
     assert process.returncode == 0
     found: dict[str, Any] = json.loads(output)

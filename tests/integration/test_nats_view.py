@@ -29,6 +29,22 @@ async def message(stack: Stack, stream: str, **which: Any) -> tuple[dict[str, st
     return headers, json.loads(base64.b64decode(found.get("data", ""))), found
 
 
+async def heartbeat_at_rest(stack: Stack, worker: str) -> dict[str, Any]:
+    """Wait for a worker's heartbeat that tells of no request under way."""
+    bucket = await stack.connection.jetstream.key_value("inference-workers")
+    watcher = await bucket.watch(worker)
+    try:
+        async with asyncio.timeout(20):
+            async for entry in watcher:
+                if entry is not None and entry.value:
+                    found: dict[str, Any] = json.loads(entry.value)
+                    if found["busy"] == 0:
+                        return found
+    finally:
+        await watcher.stop()
+    raise AssertionError("the watch ended")
+
+
 class Listener:
     """`nats sub`: every message on some subjects, in order."""
 
@@ -48,7 +64,7 @@ class Listener:
 
     async def until(self, subject_part: str, payload_part: bytes) -> None:
         """Wait for a message."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not any(subject_part in msg.subject and payload_part in msg.data for msg in self.heard):
                 self._changed.clear()
                 await self._changed.wait()
@@ -118,7 +134,8 @@ async def test_request_in_the_stream(nats_server: NatsServer, kind: str) -> None
         deadline = payload["deadline"]
         assert pytest.approx(deadline - payload["created_at"]) == 45
         assert before <= payload["created_at"] <= time.time()
-        assert headers.pop("Nats-TTL") in {str(math.ceil(deadline - at) + 30) for at in (before, time.time())}
+        latest, earliest = (math.ceil(deadline - at) + 30 for at in (before, time.time()))
+        assert earliest <= int(headers.pop("Nats-TTL")) <= latest
         assert headers == {
             "Nats-Msg-Id": request_id,
             "Forebay-Deadline": f"{deadline:.3f}",
@@ -152,7 +169,7 @@ async def test_request_in_the_stream(nats_server: NatsServer, kind: str) -> None
 
 async def test_processing_seen_by_consumer_info(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
-        tasks = [asyncio.create_task(stack.chat("[[tokens=75 delay_ms=20]]"))]
+        tasks = [asyncio.create_task(stack.chat("[[tokens=100 delay_ms=40]]"))]
         await stack.workers[0].logged("processing, attempt 1")
         tasks += [asyncio.create_task(stack.chat("[[tokens=1]]")) for _ in range(2)]
         await holds(stack, 3)
@@ -191,7 +208,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
         assert times["timestamp"] == times["queued_at"] < times["started_at"] < times["finished_at"] < times["deadline"]
 
         worker_id, api_id = stack.workers[0].id, stack.apis[0].id
-        _, worker, _ = await message(stack, "KV_inference-workers", last_by_subj=f"$KV.inference-workers.{worker_id}")
+        worker = await heartbeat_at_rest(stack, worker_id)
         assert time.time() - worker.pop("heartbeat_at") < 4
         assert time.time() - worker.pop("started_at") < 60
         assert isinstance(worker.pop("version"), str)
@@ -222,7 +239,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
 
 async def test_counters(nats_server: NatsServer) -> None:
     """`nats counter get`: the last message of each counter's subject."""
-    async with running(nats_server, max_deliveries=1, request_timeout=1) as stack:
+    async with running(nats_server, max_deliveries=1, request_timeout=3) as stack:
         for order in ("hi", "hi", "[[fail]]", "[[tokens=100 delay_ms=100]]"):
             await stack.chat(order)
         await idle(stack)
@@ -307,7 +324,8 @@ async def test_cancellation_is_heard(nats_server: NatsServer) -> None:
         await stack.http.delete(f"{stack.apis[0].url}/v1/queue/request/{request_id}")
         assert (await task).status_code == 499
         await listener.until(request_id, b"by DELETE")
-        assert [msg.subject for msg in listener.heard] == [f"inference.cancel.{request_id}"]
+        # By the api that was asked, and once more by the one whose client was told.
+        assert {msg.subject for msg in listener.heard} == {f"inference.cancel.{request_id}"}
         await stack.reaches(request_id, RequestStatus.CANCELLED)
         # A user may cancel by hand, too: `nats pub inference.cancel.ID reason`.
         task = asyncio.create_task(stack.chat("[[tokens=1000 delay_ms=20]]"))

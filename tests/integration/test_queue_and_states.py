@@ -21,8 +21,7 @@ from support.nats import NatsServer
 MODEL = "org/model"
 MAX_QUEUE_SIZE = 4
 MAX_CONCURRENT = 2
-
-pytestmark = pytest.mark.timeout(30)
+ACK_WAIT_S = 30
 
 
 def request(request_id: str) -> InferenceRequest:
@@ -54,9 +53,13 @@ def id_of(delivery: Delivery) -> str:
 
 
 @contextlib.asynccontextmanager
-async def connected(server: NatsServer) -> AsyncIterator[Connection]:
+async def connected(server: NatsServer, ack_wait: float = ACK_WAIT_S) -> AsyncIterator[Connection]:
     settings = load(
-        Settings, nats_url=server.url, max_queue_size=MAX_QUEUE_SIZE, max_concurrent_requests=MAX_CONCURRENT, ack_wait=1
+        Settings,
+        nats_url=server.url,
+        max_queue_size=MAX_QUEUE_SIZE,
+        max_concurrent_requests=MAX_CONCURRENT,
+        ack_wait=ack_wait,
     )
     connection = await connect(settings, "test")
     try:
@@ -197,7 +200,7 @@ async def test_no_pull_survives_the_end(queue: RequestQueue) -> None:
 
 
 async def test_a_delivery_without_a_sign_of_life_goes_to_another(nats_server: NatsServer) -> None:
-    async with connected(nats_server) as connection:
+    async with connected(nats_server, ack_wait=1) as connection:
         queue = JetStreamQueue(connection, MODEL)
         await queue.publish(request("a"))
         await queue.pull()
@@ -241,7 +244,7 @@ async def test_a_pull_outlives_a_restart_of_nats(nats_server: NatsServer) -> Non
         await asyncio.to_thread(nats_server.restart)
         await back.wait()
         await queue.publish(request("a"))
-        delivery = await asyncio.wait_for(waiting, 3)
+        delivery = await asyncio.wait_for(waiting, 5)
         assert id_of(delivery) == "a"
         await queue.stop_pulling()
 
@@ -342,6 +345,6 @@ async def test_pulls_end_without_nats_too(nats_server: NatsServer) -> None:
         waiting = asyncio.create_task(queue.pull())
         await asyncio.sleep(0.05)
         await asyncio.to_thread(nats_server.stop)
-        await asyncio.wait_for(queue.stop_pulling(), 5)
+        await asyncio.wait_for(queue.stop_pulling(), 20)
         await asyncio.gather(waiting, return_exceptions=True)
         assert waiting.cancelled()

@@ -1,5 +1,6 @@
 from support.nats import NatsServer
 from support.stack import MODEL, running
+from support.view import idle
 
 
 async def test_answers_through_the_sdk(nats_server: NatsServer) -> None:
@@ -13,4 +14,4 @@ async def test_answers_through_the_sdk(nats_server: NatsServer) -> None:
             model=MODEL, messages=[{"role": "user", "content": "[[tokens=3]]"}], stream=True
         )
         assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "t0 t1 t2"
-        assert (await stack.status())["total_processed"] == 2
+        assert (await idle(stack))["total_processed"] == 2

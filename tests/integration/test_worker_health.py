@@ -30,7 +30,7 @@ async def ask(stack: Stack, worker: Service, path: str) -> tuple[int, dict[str, 
 
 async def becomes(stack: Stack, worker: Service, path: str, status: int) -> dict[str, Any]:
     """Ask until the answer has `status`: a probe too has nothing but the next probe."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (found := await ask(stack, worker, path))[0] != status:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     return found[1]
@@ -57,7 +57,7 @@ async def test_health_is_told_without_metrics_too(nats_server: NatsServer) -> No
 async def test_one_that_drains_is_live_and_not_ready(nats_server: NatsServer) -> None:
     async with running(nats_server, metrics_port=0) as stack:
         worker = stack.workers[0]
-        under_way = asyncio.create_task(stack.chat("[[tokens=100 delay_ms=20]]"))
+        under_way = asyncio.create_task(stack.chat("[[tokens=100 delay_ms=50]]"))
         await worker.logged("processing, attempt 1")
         worker.signal(signal.SIGTERM)
         assert (await becomes(stack, worker, READY, 503))["status"] == "draining"

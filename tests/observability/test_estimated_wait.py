@@ -1,6 +1,7 @@
 """`estimated_wait_s` of a request that waits, from how fast its line has moved."""
 
 import asyncio
+import time
 from typing import Any
 
 from support.nats import NatsServer
@@ -15,17 +16,24 @@ async def look(stack: Stack, request_id: str) -> dict[str, Any]:
 
 async def test_places_before_it_at_the_speed_of_the_line(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
-        # Each takes 0.3 s, one at a time.
-        tasks = [asyncio.create_task(stack.chat("[[tokens=10 delay_ms=30]]")) for _ in range(12)]
+        # Each takes half a second or more, one at a time.
+        tasks = [asyncio.create_task(stack.chat("[[tokens=10 delay_ms=50]]")) for _ in range(12)]
         last = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 12$"))[1]
+        times = [time.monotonic()]
         first_look = await look(stack, last)
-        assert first_look["position"] >= 8
+        times.append(time.monotonic())
+        assert first_look["position"] >= 7
         assert first_look["estimated_wait_s"] is None
         ends = asyncio.as_completed(tasks)
         for _ in range(5):
             await next(ends)
+        times.append(time.monotonic())
         found = await look(stack, last)
+        times.append(time.monotonic())
         assert list(found)[list(found).index("position") + 1] == "estimated_wait_s"
-        assert 0.2 * found["position"] <= found["estimated_wait_s"] <= 1.5 * found["position"]
+        # The line has moved for as long as between the looks, each of which takes a while itself.
+        paces = found["position"] / (first_look["position"] - found["position"])
+        shortest, longest = (times[2] - times[1]) * paces, (times[3] - times[0]) * paces
+        assert shortest - 0.05 <= found["estimated_wait_s"] <= longest + 0.05
         await asyncio.gather(*tasks)
         assert (await look(stack, last))["estimated_wait_s"] is None

@@ -24,7 +24,8 @@ async def test_each_step_has_its_fields(nats_server: NatsServer) -> None:
         answer = await stack.chat(f"{PROMPT} [[tokens=3 delay_ms=20]]")
         request_id = answer.headers["x-request-id"]
         await idle(stack)
-        await stack.workers[0].logged(f"{request_id} completed")
+        for service in (stack.apis[0], stack.workers[0]):
+            await service.logged(f"{request_id} completed")
         received, queued, completed = records(stack.apis[0], request_id)
         processing, ended = records(stack.workers[0], request_id)
         every = (received, queued, completed, processing, ended)

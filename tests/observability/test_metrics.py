@@ -45,6 +45,14 @@ async def scrape(stack: Stack, service: Service, **headers: str) -> Samples:
     return Samples(answer.text, openmetrics=answer.headers["content-type"].startswith("application/openmetrics"))
 
 
+async def shows(stack: Stack, service: Service, name: str, value: float) -> Samples:
+    """Scrape until a gauge has this value, as a scraper does: it is told of nothing."""
+    async with asyncio.timeout(20):
+        while (found := await scrape(stack, service))(name) != value:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return found
+
+
 async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -> None:
     async with running(nats_server, metrics_port=0, max_queue_size=2, max_deliveries=2, api_keys="k") as stack:
         stack.http.headers["authorization"] = "Bearer k"
@@ -54,15 +62,17 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
         assert (await stack.chat("hi", model="made-up-by-a-client")).status_code == 404
         assert (await stack.chat("hi", temperature="hot")).status_code == 400
         running_one = asyncio.create_task(stack.chat("[[tokens=400 delay_ms=20]]"))
-        await stack.workers[0].logged(r"processing, attempt 1$")
+        running_id = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 5$"))[1]
+        await stack.workers[0].logged(f"{running_id} processing, attempt 1$")
+        busy_worker = await shows(stack, stack.workers[0], "forebay_engine_batch_sequences", 1)
         waiting_one = asyncio.create_task(stack.chat("hi"))
         await stack.apis[0].logged(r"queued for \S+ at 6$")
         assert (await stack.chat("hi")).status_code == 503
-        busy_api, busy_worker = await scrape(stack, stack.apis[0]), await scrape(stack, stack.workers[0])
+        busy_api = await scrape(stack, stack.apis[0])
         running_one.cancel()
         assert (await waiting_one).status_code == 200
         await idle(stack)
-        worker = await scrape(stack, stack.workers[0])
+        worker = await shows(stack, stack.workers[0], "forebay_worker_slots_busy", 0)
         # Gauges are read once a second at most; what the api counts itself is never old.
         api = await scrape(stack, stack.apis[0], accept=OPEN_METRICS)
 

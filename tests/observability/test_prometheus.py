@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,11 +13,12 @@ import httpx
 
 from support.metrics import defined
 from support.nats import NatsServer
+from support.ports import bound
 from support.stack import running
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "observability"
 DOCS = Path(__file__).parents[2] / "docs" / "observability.md"
-START_TIMEOUT_S = 20
+START_TIMEOUT_S = 60
 RECORDED = re.compile(r"forebay:\w+(?::\w+)+")
 
 
@@ -87,9 +87,8 @@ def test_docs_say_what_each_alert_means() -> None:
 @contextlib.asynccontextmanager
 async def scraping(prometheus: str, folder: Path, targets: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
     """A Prometheus that scrapes each job's target every second and knows our rules."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    held = bound()
+    port = held.getsockname()[1]
     rules = [
         path.read_text().replace("interval: 15s", "interval: 1s").replace("[5m]", "[30s]")
         for path in sorted(DEPLOY.glob("*.rules.yml"))
@@ -115,11 +114,12 @@ async def scraping(prometheus: str, folder: Path, targets: dict[str, str]) -> As
         "--log.level=error",
     )
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/api/v1", trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/api/v1", trust_env=False, timeout=60) as client:
             yield client
     finally:
         process.terminate()
         await process.wait()
+        held.close()
 
 
 async def query(client: httpx.AsyncClient, expression: str) -> list[dict[str, Any]]:

@@ -11,16 +11,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletionChunk
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
 
+from forebay_contracts.messages import RequestStatus
+from support.answers import user
 from support.nats import NatsServer
-from support.stack import Service, Stack, running
+from support.stack import MODEL, Service, Stack, running
 from support.view import idle
 
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 ERROR = 2
 """STATUS_CODE_ERROR of OTLP."""
 
@@ -202,17 +205,24 @@ async def test_a_failed_attempt_and_the_next_are_one_trace(nats_server: NatsServ
         assert spans[0].attributes["http.response.status_code"] == 500
 
 
+def of(chunk: ChatCompletionChunk) -> str:
+    """The id of the request that a piece of an answer is of."""
+    return chunk.id.removeprefix("chatcmpl-")
+
+
 async def test_a_handed_over_request_stays_in_its_trace(nats_server: NatsServer, collector: Collector) -> None:
-    async with running(nats_server, drain_timeout=0, **collector.settings) as stack:
-        answer = asyncio.create_task(stack.chat("[[tokens=300 delay_ms=20]]"))
-        await stack.workers[0].logged(r"processing, attempt 1$")
-        await stack.worker()
-        assert await stack.workers[0].stop() == 0
-        request_id = (await answer).headers["x-request-id"]
-        assert (await answer).status_code == 200
-        spans = await collector.trace_of(request_id, post=1, queue=1, attempt=2, prefill=2, decode=2)
+    async with running(nats_server, workers=2, drain_timeout=0, **collector.settings) as stack:
+        stream = await stack.openai().chat.completions.create(
+            model=MODEL, messages=user("[[tokens=100 delay_ms=20]]"), stream=True
+        )
+        async for chunk in stream:
+            if (chunk.choices[0].delta.content or "").endswith("t3"):
+                first = (await stack.reaches(of(chunk), RequestStatus.PROCESSING)).worker
+                leaving, other = sorted(stack.workers, key=lambda worker: worker.id != first)
+                assert await leaving.stop() == 0
+        spans = await collector.trace_of(of(chunk), post=1, queue=1, attempt=2, prefill=2, decode=2)
         workers = [span.attributes["forebay.worker"] for span in spans if span.name == "attempt"]
-        assert workers == [worker.id for worker in stack.workers]
+        assert workers == [leaving.id, other.id]
         outcomes = [span.attributes["forebay.outcome"] for span in spans if span.name == "attempt"]
         assert outcomes == ["handed_over", "completed"]
 

@@ -63,20 +63,26 @@ async def ask(stack: Stack, key: str, text: str = "[[tokens=1]]", api: int = 0, 
 
 
 async def unfinished(stack: Stack, key: str, count: int, api: int = 0) -> list[asyncio.Task[httpx.Response]]:
-    """So many requests that are admitted and do not end by themselves."""
+    """So many requests that a worker is at and that do not end by themselves."""
     tasks = []
     for _ in range(count):
-        before = sum("queued for" in line for line in stack.apis[api].log)
+        before = admitted(stack, api)
         tasks.append(asyncio.create_task(ask(stack, key, SLOW, api)))
-        async with asyncio.timeout(20):
-            while sum("queued for" in line for line in stack.apis[api].log) == before:  # noqa: ASYNC110
+        async with asyncio.timeout(60):
+            while not (new := admitted(stack, api) - before):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+        await stack.reaches(new.pop(), RequestStatus.PROCESSING)
     return tasks
+
+
+def admitted(stack: Stack, api: int) -> set[str]:
+    """The ids of the requests that an api has put into the queue."""
+    return {json.loads(line)["request_id"] for line in stack.apis[api].log if "queued for" in line}
 
 
 async def until(stack: Stack, key: str, status: int, api: int = 0) -> None:
     """Ask until the answer has this status: what an api learns from a file or a heartbeat leaves no event."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await ask(stack, key, api=api)).status_code != status:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 

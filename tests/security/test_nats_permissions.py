@@ -198,8 +198,8 @@ async def test_a_killed_worker_is_replaced_within_its_rights(own_site: Site) -> 
         text = ""
         async for chunk in stream:
             if not text:
-                await stack.worker()
                 await stack.workers[0].kill()
+                await stack.worker()
             text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
         assert text == " ".join(f"t{number}" for number in range(40))
     assert not [line for line in own_site.server.log if "Violation" in line]

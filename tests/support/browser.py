@@ -20,7 +20,9 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WAIT_MS = 15_000
+WAIT_MS = 30_000
+
+expect.set_options(timeout=WAIT_MS)
 
 
 @dataclass

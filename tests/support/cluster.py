@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 from support.nats import NatsServer
+from support.ports import port_of
 
 
 def free_port() -> int:
@@ -19,7 +20,7 @@ class Cluster:
     """Three servers with JetStream; `url` names them all."""
 
     def __init__(self, store: Path) -> None:
-        ports = [free_port() for _ in range(3)]
+        ports = [port_of(self) for _ in range(3)]
         routes = ",".join(f"nats://127.0.0.1:{port}" for port in ports)
         self.servers = [
             NatsServer(

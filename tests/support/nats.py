@@ -1,6 +1,5 @@
 """A real nats-server on a free port of the loopback interface, with a store of its own."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -8,10 +7,10 @@ import threading
 from collections import deque
 from pathlib import Path
 
-START_TIMEOUT_S = 20
-STOP_TIMEOUT_S = 10
+from support.ports import port_of
 
-_LISTENING = re.compile(rb"Listening for client connections on \S+:(\d+)")
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 10
 
 
 def nats_server_binary() -> str:
@@ -27,7 +26,7 @@ class NatsServer:
     def __init__(self, store: Path, *options: str) -> None:
         self._store = store
         self._options = options
-        self._port = -1
+        self._port = port_of(self)
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self.log: deque[str] = deque(maxlen=1000)
@@ -91,8 +90,6 @@ class NatsServer:
         with process.stderr:
             for line in process.stderr:
                 self.log.append(line.decode(errors="replace").rstrip())
-                if found := _LISTENING.search(line):
-                    self._port = int(found[1])
                 if b"Server is ready" in line:
                     ready.set()
         ready.set()

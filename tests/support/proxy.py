@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 from urllib.parse import urlsplit
 
+from support.ports import port_of
+
 
 class Proxy:
     """Forwards to `target` until told otherwise; `url` is what NATS_URL must be."""
@@ -12,7 +14,7 @@ class Proxy:
         parts = urlsplit(target)
         self._target = (parts.hostname, parts.port)
         self._server: asyncio.Server | None = None
-        self._port = 0
+        self._port = port_of(self)
         self._pairs: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self.swallow_answers = False
@@ -24,9 +26,8 @@ class Proxy:
         return f"nats://127.0.0.1:{self._port}"
 
     async def start(self) -> "Proxy":
-        """Listen, on the same port as before if there was one."""
+        """Listen, always on the same port."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
-        self._port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def cut(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from forebay_contracts.settings import Settings, load
 from forebay_contracts.states import KeyValueStateStore
 
 START_TIMEOUT_S = 60
-STOP_TIMEOUT_S = 20
+STOP_TIMEOUT_S = 60
 MODEL = "SmolLM2-135M-Instruct"
 
 _API_READY = re.compile(r"api (\S+) takes requests")
@@ -122,6 +123,18 @@ class Service:
             self._lines_changed.notify_all()
 
 
+async def first_to_log(pattern: str, *services: Service) -> Service:
+    """Wait until one of these has logged such a line; which one."""
+    waits = {asyncio.create_task(service.logged(pattern)): service for service in services}
+    done, late = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in late:
+        wait.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
+    first = done.pop()
+    first.result()
+    return waits[first]
+
+
 class Api(Service):
     """An api process on a port of its own, known once it has started."""
 
@@ -210,12 +223,29 @@ class Stack:
         answer = await self.http.get(f"{api.url}/health/ready")
         return {worker["id"] for worker in answer.json()["workers"] if worker["status"] == "ready"}
 
+    @contextlib.asynccontextmanager
+    async def frames(self, kind: str) -> AsyncIterator[AsyncIterator[Any]]:
+        """The frames of this type that workers send from here on, whoever waits for them."""
+
+        async def decoded() -> AsyncIterator[Any]:
+            async for msg in subscription.messages:
+                frame = json.loads(msg.data)
+                if frame.get("type") == kind:
+                    yield frame
+
+        subscription = await self.connection.client.subscribe("inference.replies.>")
+        await self.connection.client.flush()
+        try:
+            yield decoded()
+        finally:
+            await subscription.unsubscribe()
+
     async def state(self, request_id: str) -> RequestState | None:
         """The state in KV."""
         stored = await self.states.get(request_id)
         return stored.state if stored else None
 
-    async def reaches(self, request_id: str, *statuses: RequestStatus, timeout_s: float = 20) -> RequestState:
+    async def reaches(self, request_id: str, *statuses: RequestStatus, timeout_s: float = 30) -> RequestState:
         """Wait until a request has one of `statuses`, as a KV watch tells."""
         async with asyncio.timeout(timeout_s):
             bucket = await self.connection.jetstream.key_value("inference-requests")
@@ -230,14 +260,14 @@ class Stack:
                 await watcher.stop()
         raise AssertionError("the watch ended")
 
-    async def idle(self, api: int = 0, timeout_s: float = 10) -> None:
+    async def idle(self, api: int = 0, timeout_s: float = 30) -> None:
         """Wait until nothing is in the stream, and NATS there to say so: an ack leaves no event to wait for."""
         url = f"{self.apis[api].url}/v1/queue/status"
         async with asyncio.timeout(timeout_s):
             while (await self.http.get(url)).json().get("active_requests") != 0:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
-    async def all_reach(self, request_ids: list[str], *statuses: RequestStatus, timeout_s: float = 20) -> None:
+    async def all_reach(self, request_ids: list[str], *statuses: RequestStatus, timeout_s: float = 30) -> None:
         """Wait until each of the requests has one of `statuses`."""
         for request_id in request_ids:
             await self.reaches(request_id, *statuses, timeout_s=timeout_s)
@@ -272,6 +302,8 @@ async def started(
             try:
                 yield stack
             finally:
+                # Closed while it connects again, a client of NATS leaves a socket behind.
+                await stack.connection.wait_connected(10)
                 await stack.connection.close()
         finally:
             for client in stack.clients:

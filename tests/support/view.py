@@ -21,7 +21,7 @@ async def stream_state(stack: Stack, stream: str = "INFERENCE") -> dict[str, Any
     return state
 
 
-async def holds(stack: Stack, count: int, timeout_s: float = 15) -> None:
+async def holds(stack: Stack, count: int, timeout_s: float = 30) -> None:
     """Wait until the queue holds `count` requests, waiting and processing together."""
     async with asyncio.timeout(timeout_s):
         while True:

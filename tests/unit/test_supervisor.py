@@ -10,7 +10,7 @@ import pytest
 from forebay_cli import supervisor
 from forebay_cli.supervisor import ChildDied, LogFile, Supervisor
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(90)
 
 
 class Console:
@@ -30,7 +30,7 @@ async def supervising(folder: Path, console: Console) -> AsyncIterator[Superviso
         yield made
     finally:
         made.kill()
-        await made.drain(lambda child: 5)
+        await made.drain(lambda child: 30)
 
 
 def python(code: str) -> list[str]:
@@ -90,7 +90,7 @@ async def test_the_last_stage_ends_first(tmp_path: Path) -> None:
             command = python(code.format(order=str(order), name=name))
             child = await children.start(name, command, os.environ, stage=stage)
             await child.said(b"ready")
-        assert await children.drain(lambda child: 5) == []
+        assert await children.drain(lambda child: 30) == []
     assert order.read_text().split() == ["third", "second", "first"]
 
 
@@ -107,7 +107,7 @@ async def test_what_a_child_leaves_behind_is_ended(tmp_path: Path) -> None:
     async with supervising(tmp_path, Console()) as children:
         child = await children.start("it", python(code), os.environ, stage=0)
         # What is left holds the child's output open: the end of that is the end of both.
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert await child.ended == 0
 
 

@@ -71,10 +71,9 @@ async def test_a_dead_generation_thread_fails_its_requests_and_says_why(
                 pass
         outcomes = await asyncio.gather(*requests, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [EngineFault] * 3
-        for _ in range(100):
-            if (engine.fault() or "").startswith("MemoryError"):
-                break
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while not (engine.fault() or "").startswith("MemoryError"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         assert engine.fault() == "MemoryError in the generation thread"
         with pytest.raises(EngineFault, match="serves nothing"):
             await answer(engine, chat())

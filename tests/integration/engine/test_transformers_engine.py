@@ -150,12 +150,9 @@ async def test_closing_the_generator_takes_the_request_out_of_the_batch(engine: 
             break
     await generator.aclose()
     scheduler = batch._manager.batch_processor.scheduler
-    for _ in range(100):
-        if not scheduler.active_requests and not scheduler.waiting_requests:
-            break
-        await asyncio.sleep(0.01)
-    assert not scheduler.active_requests
-    assert not batch._sequences
+    async with asyncio.timeout(60):
+        while scheduler.active_requests or scheduler.waiting_requests or batch._sequences:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     assert "Paris" in (await answer(engine, chat())).text
 
 
