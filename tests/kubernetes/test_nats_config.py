@@ -13,9 +13,9 @@ import pytest
 
 from forebay_contracts import names, topology
 from forebay_contracts.settings import Settings, load
-from support.cluster import free_port
 from support.manifests import DEPLOY, Manifests
 from support.nats import nats_server_binary
+from support.ports import port_of
 
 START_TIMEOUT_S = 30
 STORE_BYTES = 16 * 2**30  # MAX_STORE of site.conf
@@ -24,9 +24,9 @@ STORE_BYTES = 16 * 2**30  # MAX_STORE of site.conf
 class Server:
     """One pod of the StatefulSet as a process of this machine."""
 
-    def __init__(self, manifests: Manifests, folder: Path, number: int, ports: dict[str, int]) -> None:
+    def __init__(self, folder: Path, number: int) -> None:
         self.name = f"nats-{number}"
-        self.ports = ports
+        self.ports = {port: port_of(self) for port in ("nats", "cluster", "monitor")}
         self.folder = folder / self.name
         (self.folder / "run").mkdir(parents=True)
 
@@ -61,10 +61,7 @@ def servers(manifests: Manifests, folder: Path) -> Iterator[tuple[list[Server], 
     subprocess.run([sys.executable, str(init), str(secrets)], check=True, capture_output=True, timeout=60)
     keys = [line.split(": ") for line in (secrets / "site.conf").read_text().splitlines() if "_KEY: " in line]
     count = manifests.one("StatefulSet", "nats")["spec"]["replicas"]
-    found = [
-        Server(manifests, folder, number, {port: free_port() for port in ("nats", "cluster", "monitor")})
-        for number in range(count)
-    ]
+    found = [Server(folder, number) for number in range(count)]
     processes = []
     for server in found:
         server.configure(manifests, secrets, {one.name: one.ports["cluster"] for one in found})

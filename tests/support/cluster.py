@@ -1,19 +1,10 @@
 """A NATS cluster of three servers on the loopback interface."""
 
 import asyncio
-import socket
 from pathlib import Path
 
 from support.nats import NatsServer
 from support.ports import port_of
-
-
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Cluster:

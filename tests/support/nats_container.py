@@ -8,8 +8,8 @@ from typing import Any
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
 
-from support.cluster import free_port
 from support.containers import NATS_IMAGE, followed, log
+from support.ports import port_of
 
 CHECK_TIMEOUT_S = 2
 STOP_TIMEOUT_S = 10
@@ -40,7 +40,7 @@ class NatsContainer:
     """One server: it keeps its port and its store over `stop` and `start`. All calls block until they are done."""
 
     def __init__(self) -> None:
-        self._port = free_port()  # the engine would choose another at every start
+        self._port = port_of(self)  # the engine would choose another at every start
         self._container = DockerContainer(NATS_IMAGE)
         self._container.with_command(["nats-server", "--jetstream", "--store_dir", "/data"])
         self._container.ports["4222/tcp"] = ("127.0.0.1", self._port)
