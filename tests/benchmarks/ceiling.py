@@ -36,7 +36,8 @@ def events(tokens):
 
 text = json.dumps({"choices": [{"message": {"content": " ".join(f"t{token}" for token in range(5))}}]}).encode()
 UNARY = b"HTTP/1.1 200 OK\\r\\ncontent-type: application/json\\r\\ncontent-length: %d\\r\\n\\r\\n" % len(text) + text
-STREAM = b"HTTP/1.1 200 OK\\r\\ntransfer-encoding: chunked\\r\\n\\r\\n" + chunked(events(int(sys.argv[2])))
+HEAD = b"HTTP/1.1 200 OK\\r\\ncontent-type: text/event-stream\\r\\ntransfer-encoding: chunked\\r\\n\\r\\n"
+STREAM = HEAD + chunked(events(int(sys.argv[2])))
 
 class Canned(asyncio.Protocol):
     def connection_made(self, transport):

@@ -9,38 +9,28 @@ No figure on those pages is written by hand.
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.curves import growth, linear
+from benchmarks.page import Parts, cell, origin, table
+from benchmarks.scale_page import scale_page
+
 HERE = Path(__file__).parent
-Parts = dict[str, dict[str, Any]]
 
 
-def cell(value: dict[str, float], digits: int = 1) -> str:
-    """Median, and in brackets the least and the most."""
-    return f"{value['median']:,.{digits}f} ({value['min']:,.{digits}f} to {value['max']:,.{digits}f})"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def origin(part: dict[str, Any]) -> str:
-    """One line: on what and when."""
-    stamp = part["stamp"]
-    note = " **A quick run: short slices and few rounds, a figure to be replaced.**" if stamp["quick"] else ""
-    versions = ", ".join(f"{name} {number}" for name, number in stamp["versions"].items())
-    return (
-        f"*Commit {stamp['commit']}, {stamp['at']}, {stamp['cores']} cores of {stamp['cpu']}, load before it "
-        f"{stamp['load_before']}; {versions}; took {stamp['took_s']} s.*{note}"
-    )
+def plot(name: str, text: str, part: dict[str, Any]) -> str:
+    """The picture of `plots.py`."""
+    return f"![{text}, commit {part['stamp']['commit']}](images/bench-{name}.svg)"
 
 
 def overhead(part: dict[str, Any]) -> str:
     """The path beside the floor and the peers."""
-    figures, text = part["figures"], [f"## Overhead of the path\n\n{origin(part)}\n"]
+    figures = part["figures"]
+    text = [f"## Overhead of the path\n\n{origin(part)}\n\n{plot('overhead', 'Requests/s and p50 by clients', part)}\n"]
     for mode, title in (("whole", "Not streamed, 5 tokens, load by wrk"), ("streamed", "Streamed, 20 tokens")):
         for clients, systems in figures[mode].items():
             rows = []
@@ -70,7 +60,7 @@ def overload(part: dict[str, Any]) -> str:
         rows.append([f"{load}×", f"{one['offered_per_s']:.0f}", cell(one["goodput_per_s"]), *accepted, *refused])
     head = ["load", "offered/s", "goodput/s", "accepted p50 ms", "p99 ms", "refused p50 ms", "p99 ms"]
     return (
-        f"## Overload\n\n{origin(part)}\n\n![Goodput by offered load](images/bench-overload.svg)\n\n"
+        f"## Overload\n\n{origin(part)}\n\n{plot('overload', 'Goodput by offered load', part)}\n\n"
         f"{table(head, rows)}\n\n"
         f"Goodput at 4× ÷ peak: {part['figures']['goodput_at_4_to_peak']}."
     )
@@ -79,13 +69,24 @@ def overload(part: dict[str, Any]) -> str:
 def backlog(part: dict[str, Any]) -> str:
     """Admission and pull by depth of the queue."""
     rows = []
-    for depth, one in part["figures"]["depths"].items():
+    depths = [(float(depth), one) for depth, one in part["figures"]["depths"].items()]
+    for depth, one in depths:
         pairs = [
             text for name in ("publish", "pull") for text in (cell(one[name]["ms"], 2), cell(one[name]["ratio"], 2))
         ]
-        rows.append([f"{int(depth):,}", *pairs, f"{one['nats_rss_mb']:.0f}"])
+        rows.append([f"{depth:,.0f}", *pairs, f"{one['nats_rss_mb']:.0f}"])
     head = ["queued", "publish ms", "÷ empty queue's", "pull ms", "÷ empty queue's", "nats-server MB"]
-    return f"## Backlog\n\n{origin(part)}\n\n{table(head, rows)}"
+    lines = [
+        growth(f"{name} by what is queued", [(depth, one[name]["ms"]["median"]) for depth, one in depths])
+        for name in ("publish", "pull")
+    ]
+    lines.append(
+        linear("nats-server by 1,000 queued", [(depth, one["nats_rss_mb"]) for depth, one in depths], 1000, "MB")
+    )
+    return (
+        f"## Backlog\n\n{origin(part)}\n\n{plot('backlog', 'Publish, pull and memory by queued requests', part)}\n\n"
+        f"{table(head, rows)}\n\n{'; '.join(lines)}."
+    )
 
 
 def goals(parts: Parts) -> str:
@@ -172,10 +173,49 @@ def tokens(part: dict[str, Any]) -> str:
             rows.append([clients, name, figures["weights"][name], *values, ratio])
     head = ["clients", "", "weights", "tokens/s", "first token ms", "between tokens ms", "Forebay's tokens/s ÷"]
     bare = figures["bare"]
+    title = "Tokens" if figures["weights"]["forebay"] == "bf16" else f"Tokens, {figures['weights']['forebay']}"
+    picture = f"{plot('tokens', 'Tokens/s by clients', part)}\n\n" if title == "Tokens" else ""
     text = (
-        f"## Tokens\n\n{origin(part)}\n\n{table(head, rows)}\n\nThe whole system ÷ the engine's class in one process, "
+        f"## {title}\n\n{origin(part)}\n\n{picture}{table(head, rows)}\n\nThe whole system ÷ the engine's class in one process, "
         f"{bare['clients']} clients, {bare['pairs']} pairs: {cell(bare['ratio'], 3)} of its tokens/s. The worker's CPU "
         f"time a token ÷ the bare engine's: {cell(bare['worker_cpu_to_bare'], 3)}; what is over 1 is not the engine."
+    )
+    if seen := figures.get("aiperf"):
+        names = {"tokens_per_s": "tokens/s", "first_ms": "first token ms", "between_ms": "between tokens ms"}
+        rows = [
+            [name, *(f"{seen[key][field]:,.2f}" for key in ("aiperf", "own", "own_to_aiperf"))]
+            for field, name in names.items()
+        ]
+        head = [f"Forebay, {seen['clients']} clients", "by AIPerf", "by this script", "ratio"]
+        text += f"\n\nThe same load, {seen['requests']} requests, as AIPerf sees it:\n\n{table(head, rows)}"
+    return text + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
+
+
+def loadgen(part: dict[str, Any]) -> str:
+    """AIPerf beside the driver."""
+    figures, ceiling = part["figures"], part["figures"]["ceiling"]
+    rows, ratios = [], []
+    for clients, systems in figures["clients"].items():
+        for name, one in systems.items():
+            for tool in ("AIPerf", "driver"):
+                values = [cell(one[tool][key]) for key in ("requests_per_s", "first_ms", "between_ms")]
+                rows.append([clients, name, tool, *values])
+            pairs = [one["driver_to_aiperf"], one.get("forebay_to_this", {})]
+            values = [
+                cell(ratio[key], 2) if ratio else ""
+                for ratio in pairs
+                for key in ("requests_per_s", "first_ms", "between_ms")
+            ]
+            ratios.append([clients, name, *values])
+    head = ["clients", "", "reported by", "requests/s", "first token p50 ms", "between tokens p50 ms"]
+    ratio_head = ["clients", "", "driver ÷ AIPerf: requests/s", "first token", "between tokens"]
+    ratio_head += ["Forebay ÷ this, by AIPerf: requests/s", "first token", "between tokens"]
+    text = (
+        f"## AIPerf and the driver\n\n{origin(part)}\n\nStreams of {figures['tokens']} tokens, one every "
+        f"{figures['delay_ms']} ms, {figures['rounds']} turns each. Is the driver of the other parts to be believed? "
+        f"The load is the same, so a ratio of 1 says that it is.\n\n{table(head, rows)}\n\n{table(ratio_head, ratios)}\n\n"
+        f"Against prepared bytes, {ceiling['clients']} clients, AIPerf takes {ceiling['aiperf_requests_per_s']:,.0f} "
+        f"streams/s, the driver {ceiling['driver_requests_per_s']:,.0f}: what AIPerf reports near the first is AIPerf's own."
     )
     return text + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
 
@@ -205,31 +245,13 @@ def observability(part: dict[str, Any]) -> str:
     )
 
 
-def scale(part: dict[str, Any]) -> str:
-    """Three curves."""
-    text = [f"## More of everything\n\n{origin(part)}"]
-    for name, key in (("workers", "requests_per_s"), ("streams", "tokens_per_s"), ("api_processes", "requests_per_s")):
-        curve = part["figures"][name]
-        rows = [
-            [count, f"{one[key]:,.0f}", *(f"{value:,.0f}" for value in one["rss_mb"].values())]
-            for count, one in curve.items()
-        ]
-        head = [name.replace("_", " "), key.replace("_per_s", "/s"), *(f"{who} MB" for who in one_of(curve)["rss_mb"])]
-        text.append(table(head, rows))
-    return "\n\n".join(text)
-
-
-def one_of(curve: dict[str, Any]) -> dict[str, Any]:
-    """Any point of a curve."""
-    found: dict[str, Any] = next(iter(curve.values()))
-    return found
-
-
 PAGE = {
     "overhead": overhead,
     "overload": overload,
     "backlog": backlog,
     "tokens": tokens,
+    "tokens-nf4": tokens,
+    "loadgen": loadgen,
     "cold": cold,
     "observability": observability,
 }
@@ -248,71 +270,10 @@ def benchmarks_page(parts: Parts) -> str:
     return "\n\n".join([intro.rstrip(), *made]) + "\n"
 
 
-def scale_page(parts: Parts) -> str:
-    """docs/scale.md: arithmetic from measured figures."""
-    text = [
-        "# Scale\n\nReckoned by `make bench-report` from what `make bench` measured; on another machine the figures are "
-        "others, the arithmetic is the same."
-    ]
-    if "goals" in parts and "overhead" in parts:
-        wire = parts["goals"]["figures"]["wire"]
-        cpu = parts["overhead"]["figures"]["whole"]["64"]["forebay"]["cpu_s_per_1000"]
-        tokens = parts["goals"]["figures"]["relayed_by_1_worker"]["tokens_per_cpu_second_of_the_api"]["median"]
-        rows = [
-            [name, *(f"{one[key]:,.1f}" for key in ("in_msgs", "out_msgs", "in_bytes", "out_bytes"))]
-            for name, one in wire.items()
-        ]
-        head = ["a request", "messages in", "out", "bytes in", "out"]
-        text.append(
-            f"## What a request costs\n\n{origin(parts['goals'])}\n\n{table(head, rows)}\n\nWhole answers have 5 tokens, "
-            "streamed ones 20, at nats-server."
-        )
-        rows = [[name, f"{value['median']:.2f} ms", f"{1000 / value['median']:,.0f}"] for name, value in cpu.items()]
-        text.append(
-            "## What one core carries\n\n64 clients, not streamed. CPU time a request, and its reciprocal:\n\n"
-            f"{table(['process', 'CPU a request', 'requests/s of a core'], rows)}\n\nAn api process relays "
-            f"{tokens:,.0f} tokens a CPU second: {tokens / 20:,.0f} streams at 20 tokens/s each."
-        )
-        ratio = cpu["nats-server"]["median"]
-        text.append(
-            f"## The first wall\n\napi and worker processes share nothing but NATS, so more of them carry more. What does "
-            f"not divide is the one leader of the stream `INFERENCE`: at {ratio:.2f} ms of CPU a request, one core of it "
-            f"carries about {1000 / ratio:,.0f} requests/s, the states and counters included, and a file-stored stream "
-            "is written in order. With three replicas each write also waits for two others.\n\nAt the wall:\n\n"
-            "1. Leaders of different streams can sit on different nodes of a cluster: first place the states' bucket and "
-            "the counters away from `INFERENCE`.\n"
-            "2. A stream a model, or a group of models: their subjects are apart already "
-            "(`inference.requests.<model>.<type>`), and a request names one model. The limit `MAX_QUEUE_SIZE` then "
-            "holds for each stream.\n"
-            "3. Regions: a cluster each with streams of its own, joined by gateways (a super-cluster) or leaf nodes; "
-            "clients go to the nearest, since an answer's tokens should not cross regions.\n\nNone of the three is "
-            "built: below the wall they would only be more to run."
-        )
-    if "fifty_workers" in parts:
-        one = parts["fifty_workers"]["figures"]
-        idle, done, killed = one["idle"], one["completed_by_worker"], one["killed"]
-        rows = [
-            ["load", f"{one['clients']} clients, {one['slots_each']} slots a worker"],
-            ["undisturbed", f"{one['undisturbed']['outcomes']}, {one['undisturbed']['requests_per_s']}/s"],
-            ["completed by a worker", f"{done['least']} to {done['most']}, median {done['median']:g}"],
-            [f"{killed['workers']} killed under load", f"{killed['outcomes']}, longest {killed['max_s']} s"],
-            ["left in the queue", str(one["left_in_the_queue"])],
-            ["idle, all workers", f"{idle['workers_percent_of_a_core']} % of a core"],
-            ["idle, nats-server", f"{idle['nats_percent_of_a_core']} % of a core, {idle['nats_rss_mb']:.0f} MB"],
-            ["idle messages", f"{idle['messages_per_s']} a second (heartbeats, pulls)"],
-            ["a worker's own memory", f"{idle['worker_uss_mb']} MB"],
-        ]
-        text.append(
-            f"## {one['workers']} workers on one machine\n\n{origin(parts['fifty_workers'])}\n\n"
-            f"`python tests/benchmarks/fifty_workers.py`, the simulated engine:\n\n{table(['', ''], rows)}"
-        )
-    if "scale" in parts:
-        text.append(scale(parts["scale"]))
-    return "\n\n".join(text) + "\n"
-
-
 def readme(parts: Parts, path: Path) -> None:
     """Put the goals, and the peers' requests/s, between the markers of README.md."""
+    if not path.is_file():
+        return
     text = path.read_text()
     begin, end = "<!-- goals -->", "<!-- /goals -->"
     if begin not in text or end not in text or not parts:
@@ -324,30 +285,6 @@ def readme(parts: Parts, path: Path) -> None:
         made += f"\n\n{table(['64 clients, not streamed', 'requests/s'], rows)}"
     head, rest = text.split(begin, 1)
     path.write_text(f"{head}{begin}\n{made}\n{end}{rest.split(end, 1)[1]}")
-
-
-def plots(parts: Parts, folder: Path) -> None:
-    """The SVG files."""
-    if "overload" not in parts:
-        return
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "forebay"
-    from matplotlib import pyplot
-
-    loads = parts["overload"]["figures"]["loads"]
-    offered = [one["offered_per_s"] for one in loads.values()]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(offered, [one["goodput_per_s"]["median"] for one in loads.values()], marker="o", label="goodput")
-    axes.plot(offered, offered, linestyle=":", label="offered")
-    axes.set(
-        xlabel="offered requests/s", ylabel="answers/s", ylim=(0, 2 * parts["overload"]["figures"]["capacity_per_s"])
-    )
-    axes.set_title(f"Overload, commit {parts['overload']['stamp']['commit']}")
-    axes.legend()
-    figure.savefig(folder / "bench-overload.svg", metadata={"Date": None})
-    pyplot.close(figure)
 
 
 def load(folder: Path) -> Parts:
@@ -363,7 +300,12 @@ def main() -> int:
     options = parser.parse_args()
     parts = load(options.results)
     (options.docs / "images").mkdir(parents=True, exist_ok=True)
-    plots(parts, options.docs / "images")
+    if find_spec("matplotlib"):
+        from benchmarks import plots
+
+        plots.draw(parts, options.docs / "images")
+    else:
+        print("the plots stay as they are: they need the extra `bench`", file=sys.stderr)
     (options.docs / "benchmarks.md").write_text(benchmarks_page(parts))
     (options.docs / "scale.md").write_text(scale_page(parts))
     readme(parts, options.docs.parent / "README.md")

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/scale.py [--quick]
 
-Workers have 4 slots and take 100 ms for an answer, so that there is something that more of them can do.
+Workers have 16 slots and take 100 ms for an answer, at most 160 answers a second each: something that more of them can
+do, up to where the processors are full.
 """
 
 import sys
@@ -15,6 +16,7 @@ from benchmarks import systems
 from benchmarks.common import drive, log, memory_mb, part_main
 
 BUDGET_S = 150
+SLOTS = 16
 
 
 def memory(ours: systems.System) -> dict[str, float]:
@@ -30,9 +32,9 @@ async def measure(quick: bool) -> dict[str, Any]:
     seconds = 1.5 if quick else 4
     found: dict[str, Any] = {"seconds": seconds, "workers": {}, "streams": {}, "api_processes": {}}
     for workers in (1, 2) if quick else (1, 2, 4, 8):
-        limits = {"worker_slots": 4, "max_concurrent_requests": 4 * workers, "max_queue_size": 1000}
+        limits = {"worker_slots": SLOTS, "max_concurrent_requests": SLOTS * workers, "max_queue_size": 1000}
         async with systems.forebay(workers=workers, **limits) as (ours, _, _):
-            row = await drive(ours.port, 64, seconds, warm_up=1, tokens=5, delay_ms=20)
+            row = await drive(ours.port, 2 * SLOTS * workers, seconds, warm_up=1, tokens=5, delay_ms=20)
             found["workers"][str(workers)] = {"requests_per_s": row["requests_per_s"], "rss_mb": memory(ours)}
         log(f"{workers} workers: {found['workers'][str(workers)]}")
     many = {"max_concurrent_requests": 2000, "max_queue_size": 4000, "llm_batch_size": 2048}

@@ -29,12 +29,13 @@ import psutil
 from benchmarks import systems
 from benchmarks.bench_engine import chat, prompt
 from benchmarks.common import CACHE, Background, Unavailable, free_port, log, part_main, peer_python, ratios, spread
+from benchmarks.loadgen import aiperf
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.protocol import Tokens
 from forebay_inference.engine.transformers import TransformersEngine
 from support.stack import data_dir
 
-BUDGET_S = 300
+BUDGET_S = 330
 CLIENTS = (1, 4, 8, 16)
 PEER_QUANTIZATION = {"none": [], "nf4": ["--quantization", "bnb-4bit"]}
 
@@ -226,6 +227,27 @@ async def beside_bare(
     }
 
 
+async def beside_aiperf(
+    http: httpx.AsyncClient, ours: Server, clients: int, tokens: int, turns: int
+) -> dict[str, Any] | None:
+    """The same load of Forebay as AIPerf sees it and as this script does; None where AIPerf is not installed."""
+    texts = [prompt(client, 30_000 + number) for number in range(turns) for client in range(clients)]
+    try:
+        seen = await aiperf(ours.url, ours.model, texts, {clients: len(texts)}, tokens, temperature=0)
+    except Unavailable as exc:
+        log(str(exc))
+        return None
+    rows = [await turn(http, ours, clients, tokens, 40_000 + number) for number in range(turns)]
+    own = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    return {
+        "clients": clients,
+        "requests": len(texts),
+        "aiperf": {key: round(seen[clients][key], 2) for key in own},
+        "own": {key: round(value, 2) for key, value in own.items()},
+        "own_to_aiperf": {key: round(value / seen[clients][key], 3) for key, value in own.items()},
+    }
+
+
 async def measure(quick: bool, quantization: str) -> dict[str, Any]:
     """Both comparisons."""
     loads, tokens, rounds, pairs = ((1, 4), 8, 1, 1) if quick else (CLIENTS, 24, 3, 5)
@@ -240,6 +262,8 @@ async def measure(quick: bool, quantization: str) -> dict[str, Any]:
         bare = await beside_bare(http, ours, worker, quantization, pairs, 8, 8 if quick else 32)
         log(f"whole ÷ bare: {bare['ratio']}")
         by_clients, missing = await beside_peers(http, ours, quantization, loads, tokens, rounds)
+        seen = await beside_aiperf(http, ours, 8, tokens, 1 if quick else 4)
+        log(f"by AIPerf: {seen}")
     names = next(iter(by_clients.values()))
     weights = "bf16" if quantization == "none" else quantization.upper()
     return {
@@ -248,6 +272,7 @@ async def measure(quick: bool, quantization: str) -> dict[str, Any]:
         "weights": dict.fromkeys(names, weights) | {"llama-cpp-python": "GGUF, Q4_1"},
         "clients": by_clients,
         "bare": bare,
+        "aiperf": seen,
         "missing": missing,
     }
 
