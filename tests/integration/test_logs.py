@@ -90,8 +90,9 @@ async def test_lines_of_bad_ends(nats_server: NatsServer) -> None:
             # By the one that wrote the state.
             await first_to_log(rf"\[RequestQueue\] {request_id} {outcome}", api, worker)
         # One line an end: each request's total in the counters has its line.
-        assert not [line for line in api.log if f"{full} queued" in line]
-        assert not [line for line in (*api.log, *worker.log) if "Traceback" in line]
+        for service in (api, worker):
+            lines = await service.whole_log()
+            assert not [line for line in lines if f"{full} queued" in line or "Traceback" in line]
 
 
 async def test_queue_lines(nats_server: NatsServer) -> None:
@@ -115,7 +116,7 @@ async def test_no_prompt_and_no_key_in_any_line(nats_server: NatsServer, log_for
     async with running(nats_server, max_request_bytes=2000, request_timeout=1, **settings) as stack:
         await _everything_that_can_happen(stack)
         for service in (*stack.apis, *stack.workers):
-            log = list(service.log)
+            log = await service.whole_log()
             assert len(log) > 5
             for secret in (PROMPT, KEY, WRONG_KEY, "t0 t1"):
                 assert not [line for line in log if secret in line]

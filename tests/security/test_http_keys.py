@@ -122,10 +122,11 @@ async def test_names_are_told_and_keys_are_not(nats_server: NatsServer, tmp_path
             ("key-1", "admitted"): 1,
         }
         assert counted(text, "forebay_requests_rejected_total")[("key_limit_reached",)] == 1
-        lines = [json.loads(line) for line in stack.apis[0].log]
+        logs = [await service.whole_log() for service in (stack.apis[0], stack.workers[0])]
+        lines = [json.loads(line) for line in logs[0]]
         assert {line["key"] for line in lines if "received" in line["message"]} == {"alice", "key-1"}
         assert [line["key"] for line in lines if line.get("code") == "rate_limit_exceeded"] == ["alice"]
-        seen = "\n".join([*stack.apis[0].log, *stack.workers[0].log, text])
+        seen = "\n".join([*logs[0], *logs[1], text])
         for secret in (ALICE, BOB, OPS, "a-plain-key-of-old", "fb-somebody-elses-key", keys.digest(ALICE.encode())):
             assert secret not in seen
 
@@ -193,7 +194,7 @@ async def test_keys_are_changed_without_a_restart(nats_server: NatsServer, tmp_p
         replace(file, keys.written("bob", BOB, max_requests=None, operator=False))
         await until(stack, BOB, 200)
         assert (await ask(stack, new)).status_code == 401
-        assert ALICE not in "\n".join(stack.apis[0].log)
+        assert ALICE not in "\n".join(await stack.apis[0].whole_log())
 
 
 def replace(file: Path, text: str) -> None:

@@ -93,6 +93,11 @@ class Service:
             self.process.terminate()
         return await self.ended()
 
+    async def whole_log(self) -> list[str]:
+        """All its lines: it is stopped first, since the newest wait a moment before they are written."""
+        await self.stop()
+        return list(self.log)
+
     async def kill(self) -> None:
         """SIGKILL."""
         if self.process.returncode is None:
