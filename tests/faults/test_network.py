@@ -2,9 +2,12 @@
 
 import asyncio
 
+from forebay_contracts.messages import RequestStatus
+from support.answers import error_of, summary
 from support.nats import NatsServer
 from support.proxy import Proxy
 from support.stack import MODEL, Stack, running
+from support.view import holds
 
 ORDER = "[[tokens=100 delay_ms=30]]"
 EXPECTED = " ".join(f"t{token}" for token in range(100))
@@ -62,6 +65,30 @@ async def test_end_of_an_answer_lost_on_the_way_is_sent_again(nats_server: NatsS
             assert not answer.done()
             await proxy.start()
         assert await answer == EXPECTED
+        await proxy.cut()
+
+
+async def test_api_cut_off_for_so_long_that_it_counts_as_dead_tells_its_clients(nats_server: NatsServer) -> None:
+    proxy = Proxy(nats_server.url)
+    async with running(nats_server, apis=0, max_concurrent_requests=2) as stack:
+        await proxy.start()
+        api = await stack.api(nats_url=proxy.url)
+        await stack.knows_workers()
+        asked = [asyncio.create_task(stack.chat(f"[[tokens={tokens} delay_ms=50]]")) for tokens in (20, 2000)]
+        for nth in (1, 2):
+            request_id = (await api.logged(rf"(\S+) queued for \S+ at {nth}$"))[1]
+            await stack.reaches(request_id, RequestStatus.PROCESSING)
+        await proxy.cut()
+        await holds(stack, 0)  # the one is done and the other called off, which is said to nobody
+        assert not any(answer.done() for answer in asked)
+        await proxy.start()
+        done, called_off = [await answer for answer in asked]
+        assert summary(done) == (500, "server_error", "inference_failed", "false")
+        assert error_of(done)["message"] == "the end of the answer was lost"
+        assert summary(called_off) == (499, "invalid_request_error", "request_cancelled", None)
+        assert error_of(called_off)["message"] == "the request was cancelled: the api that took it is gone"
+        status = await stack.status()
+        assert (status["total_processed"], status["total_cancelled"], status["total_failed"]) == (1, 1, 0)
         await proxy.cut()
 
 

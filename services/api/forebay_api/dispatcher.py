@@ -19,7 +19,7 @@ from forebay_api.replies import CalledOff, ClientLeft, Reply, SlowReader
 from forebay_contracts import names, tracing
 from forebay_contracts.cancellation import call_off
 from forebay_contracts.connection import Connection
-from forebay_contracts.errors import ForebayError, QueueConflict, RequestTimeout
+from forebay_contracts.errors import ForebayError, InferenceFailed, QueueConflict, RequestTimeout
 from forebay_contracts.messages import (
     InferenceRequest,
     RequestState,
@@ -31,6 +31,7 @@ from forebay_contracts.messages import (
 from forebay_contracts.metrics import bound
 from forebay_contracts.queue import RequestQueue
 from forebay_contracts.states import QUEUED_AFTER_S, StateStore
+from forebay_contracts.topology import HEARTBEAT_TTL_S
 
 REMEMBERED_OUTCOMES = 10_000
 """Ended requests of which a late attempt can still be told how they ended."""
@@ -77,6 +78,7 @@ class Dispatcher:
             pending_bytes_limit=REPLY_PENDING_BYTES,
         )
         await client.subscribe(names.cancel_subject("*"), cb=self._cancelled)
+        self._connection.on_reconnect.append(self._reconnected)
 
     async def close(self) -> None:
         """Finish what goes on in the background."""
@@ -192,6 +194,27 @@ class Dispatcher:
             )
 
         self._background(after_registration())
+
+    async def _reconnected(self) -> None:
+        """Find out, once every worker has heard of this api again, what has ended unheard.
+
+        One that was away for longer counts as dead: nobody says anything more to it.
+        """
+        asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._end_what_has_ended)
+
+    def _end_what_has_ended(self) -> None:
+        for reply in self._waiting.values():
+            if reply.sequence is not None and not reply.done:
+                self._background(self._end_if_it_has_ended(reply))
+
+    async def _end_if_it_has_ended(self, reply: Reply) -> None:
+        stored = await self._states.get(reply.request.id)
+        if stored is None or not stored.state.status.final:
+            return
+        if stored.state.status is RequestStatus.CANCELLED:
+            reply.fail(CalledOff(stored.state.error or "while the api was away"))
+        else:
+            reply.fail(InferenceFailed("the end of the answer was lost"))
 
     def _forget(self, reply: Reply, outcome: RequestStatus | None) -> None:
         self._waiting.pop(reply.request.id, None)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from forebay_contracts.errors import ApiError, RequestCancelled, RequestTimeout
+from forebay_contracts.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
 from forebay_contracts.messages import (
     Completed,
     Delta,
@@ -100,7 +100,7 @@ class Reply:
             return RequestStatus.COMPLETED
         if self.error is None:
             return None
-        if isinstance(self.error, WorkerError):
+        if isinstance(self.error, WorkerError | InferenceFailed):
             return RequestStatus.FAILED
         return RequestStatus.TIMED_OUT if isinstance(self.error, RequestTimeout) else RequestStatus.CANCELLED
 
