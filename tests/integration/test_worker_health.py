@@ -97,7 +97,7 @@ async def test_a_stuck_engine_is_not_live_and_its_request_goes_to_another_worker
         under_way = asyncio.create_task(stack.chat("[[tokens=2 delay_ms=900000]]"))
         await first.logged("processing, attempt 1")
         assert await first.ended() == 1
-        assert "the engine broke: no step in 1 s with requests in the batch" in first.log[-1]
+        assert [line for line in first.log if "the engine broke: no step in 1 s with requests in the batch" in line]
         # It may be the request that the engine is stuck at: it counts as an attempt and is not tried for ever.
         second = await stack.worker()
         await second.logged("processing, attempt 2")

@@ -23,6 +23,8 @@ from support.stack import MODEL, Stack, running
 
 ALICE, BOB, OPS = (f"fb-{name}-key-of-more-than-sixteen" for name in ("alice", "bob", "ops"))
 SLOW = "[[tokens=2000 delay_ms=500]]"
+KNOWN: set[str] = set()
+"""The ids of requests that were answered, or that do not end by themselves."""
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -57,21 +59,24 @@ def counted(text: str, name: str) -> dict[tuple[str, ...], float]:
 
 
 async def ask(stack: Stack, key: str, text: str = "[[tokens=1]]", api: int = 0, **headers: str) -> httpx.Response:
-    return await stack.http.post(
+    answer = await stack.http.post(
         f"{stack.apis[api].url}/v1/chat/completions", json=chat_body(text), headers=bearer(key) | headers
     )
+    KNOWN.add(answer.headers["x-request-id"])
+    return answer
 
 
 async def unfinished(stack: Stack, key: str, count: int, api: int = 0) -> list[asyncio.Task[httpx.Response]]:
     """So many requests that a worker is at and that do not end by themselves."""
     tasks = []
     for _ in range(count):
-        before = admitted(stack, api)
         tasks.append(asyncio.create_task(ask(stack, key, SLOW, api)))
         async with asyncio.timeout(60):
-            while not (new := admitted(stack, api) - before):  # noqa: ASYNC110
+            while not (new := admitted(stack, api) - KNOWN):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-        await stack.reaches(new.pop(), RequestStatus.PROCESSING)
+        (request_id,) = new
+        KNOWN.add(request_id)
+        await stack.reaches(request_id, RequestStatus.PROCESSING)
     return tasks
 
 
