@@ -35,9 +35,12 @@ AIPERF_TIMEOUT_S = 120
 
 
 async def aiperf(
-    url: str, model: str, texts: Sequence[str], loads: Mapping[int, int], tokens: int, **extra: Any
+    url: str, model: str, texts: Sequence[str], loads: Mapping[int, int], tokens: int, warm_up: int = 0, **extra: Any
 ) -> dict[int, dict[str, float]]:
     """What AIPerf reports of each load, that is of so many clients so many requests; they ask `texts` in turn.
+
+    `warm_up` requests at once come before them and do not count: they open the connections, as the driver does before
+    its load begins. `extra` are fields of each request.
 
     Raises:
         Unavailable: AIPerf is not installed.
@@ -53,9 +56,11 @@ async def aiperf(
             "dataset": {"type": "file", "format": "single_turn", "sampling": "sequential", "records": records},
             "tokenizer": {"name": str(await systems.default_model())},
             "phases": [
-                {"name": f"c{clients}", "kind": "profiling", "type": "concurrency"}
-                | {"concurrency": clients, "requests": requests}
-                for clients, requests in loads.items()
+                {"name": name, "kind": kind, "type": "concurrency", "concurrency": clients, "requests": requests}
+                for name, kind, clients, requests in (
+                    *((("warmup", "warmup", warm_up, warm_up),) if warm_up else ()),
+                    *((f"c{clients}", "profiling", clients, requests) for clients, requests in loads.items()),
+                )
             ],
             "artifacts": {"dir": f"{folder}/found", "summary": ["json"], "records": False},
             "runtime": {"ui": "none", "workers": 1, "recordProcessors": 1},
@@ -69,7 +74,7 @@ async def aiperf(
             await asyncio.to_thread(tool.wait, AIPERF_TIMEOUT_S)
         found = {}
         for clients, requests in loads.items():
-            # Each phase has a folder of its own, unless it is the only one.
+            # Each load has a folder of its own, unless it is the only one.
             place = Path(folder) / "found" / (f"phases/c{clients}" if len(loads) > 1 else ".")
             report = json.loads((place / "profile_export_aiperf.json").read_text())
             if report["request_count"]["avg"] != requests:
@@ -91,7 +96,7 @@ async def both(system: System, clients: Sequence[int], waves: int, driver_first:
     for name in ("driver", "AIPerf") if driver_first else ("AIPerf", "driver"):
         if name == "AIPerf":
             text = f"[[tokens={TOKENS} delay_ms={DELAY_MS}]]"
-            figures = await aiperf(f"http://127.0.0.1:{system.port}", MODEL, [text], loads, TOKENS)
+            figures = await aiperf(f"http://127.0.0.1:{system.port}", MODEL, [text], loads, TOKENS, max(loads))
             for count, one in figures.items():
                 found[count][name] = one
             continue
@@ -129,7 +134,7 @@ def summary(turns: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]] | No
 async def ceiling(clients: int, requests: int) -> dict[str, Any]:
     """What both can do at most."""
     with canned(TOKENS) as port:
-        tool = await aiperf(f"http://127.0.0.1:{port}", MODEL, ["Say something."], {clients: requests}, TOKENS)
+        tool = await aiperf(f"http://127.0.0.1:{port}", MODEL, ["Say something."], {clients: requests}, TOKENS, clients)
         driver = await drive(port, clients, 0, requests=20 * requests, stream=True, tokens=TOKENS)
     return {
         "clients": clients,
@@ -140,7 +145,7 @@ async def ceiling(clients: int, requests: int) -> dict[str, Any]:
 
 async def measure(quick: bool) -> dict[str, Any]:
     """All systems in turns, then the ceiling."""
-    rounds, waves = (1, 2) if quick else (5, 4)
+    rounds, waves = (1, 2) if quick else (5, 3)
     peer_python("aiperf")
     found: dict[str, Any] = {"rounds": rounds, "tokens": TOKENS, "delay_ms": DELAY_MS, "clients": {}, "missing": {}}
     turns: dict[str, list[dict[int, dict[str, Any]]]] = {}

@@ -215,7 +215,9 @@ def loadgen(part: dict[str, Any]) -> str:
         f"{figures['delay_ms']} ms, {figures['rounds']} turns each. Is the driver of the other parts to be believed? "
         f"The load is the same, so a ratio of 1 says that it is.\n\n{table(head, rows)}\n\n{table(ratio_head, ratios)}\n\n"
         f"Against prepared bytes, {ceiling['clients']} clients, AIPerf takes {ceiling['aiperf_requests_per_s']:,.0f} "
-        f"streams/s, the driver {ceiling['driver_requests_per_s']:,.0f}: what AIPerf reports near the first is AIPerf's own."
+        f"streams/s, the driver {ceiling['driver_requests_per_s']:,.0f}: what AIPerf reports near "
+        "the first is AIPerf's own, and so is a wait for the first token that it sees with every system and the driver "
+        "does not."
     )
     return text + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
 
