@@ -50,7 +50,7 @@ async def test_a_worker_that_serves_is_live_and_ready(nats_server: NatsServer) -
 async def test_health_is_told_without_metrics_too(nats_server: NatsServer) -> None:
     async with running(nats_server, metrics="false", metrics_port=0) as stack:
         worker = stack.workers[0]
-        assert (await ask(stack, worker, READY))[0] == 200
+        await becomes(stack, worker, READY, 200)
         assert (await stack.http.get(f"http://127.0.0.1:{await port_of(worker)}/metrics")).status_code == 404
 
 
