@@ -3,6 +3,7 @@
 import asyncio
 import resource
 
+import httpx
 import pytest
 
 from support.nats import NatsServer
@@ -28,6 +29,9 @@ async def test_idle_connections_are_in_nobodys_way(nats_server: NatsServer, many
         for _ in range(many_files // 500):
             some = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", port) for _ in range(500)))
             opened += [writer for _, writer in some]
+            # In the order in which they came: after this one the api has taken them.
+            async with httpx.AsyncClient(timeout=60) as another:
+                assert (await another.get(f"{stack.apis[0].url}/health/live")).status_code == 200
         answers = await asyncio.gather(*(stack.chat("[[tokens=3]]") for _ in range(20)))
         assert [answer.status_code for answer in answers] == [200] * 20
         for writer in opened:
