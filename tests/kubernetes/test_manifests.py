@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from forebay_contracts import names
 from forebay_contracts.settings import ApiSettings, InferenceSettings, Settings, load
+from support.containers import NATS_IMAGE
 from support.manifests import DEPLOY, Manifests, probes
 
 SERVICES = {"forebay-api": ApiSettings, "forebay-inference": InferenceSettings, "forebay-topology": Settings}
@@ -101,6 +103,27 @@ def test_no_secret_is_rendered_and_each_is_documented(manifests: Manifests) -> N
     wanted = set(re.findall(r"\bforebay-(?:nats-(?:api|admin|inference|tls|keys)|api-keys)\b", manifests.text))
     assert len(wanted) == 6
     assert all(name in DOCS.read_text() or name.rpartition("-")[0] + "-$role" in DOCS.read_text() for name in wanted)
+
+
+def test_hashed_keys_are_mounted_where_the_api_reads_them(manifests: Manifests) -> None:
+    api = manifests.workload("forebay-api")
+    assert "API_KEYS" not in {one["name"] for one in api.container["env"]}
+    file = PurePosixPath(manifests.environment("forebay-api")["API_KEYS_FILE"])
+    (mount,) = (mount for mount in api.container["volumeMounts"] if mount["mountPath"] == str(file.parent))
+    assert "subPath" not in mount  # it would not follow a changed Secret
+    (volume,) = (volume for volume in api.pod["volumes"] if volume["name"] == mount["name"])
+    assert volume["secret"]["secretName"] == "forebay-api-keys"
+    # `--from-file` names an entry as the file is called.
+    assert re.search(
+        rf"generic forebay-api-keys --from-file=\S+/{re.escape(file.name)}$", DOCS.read_text(), re.MULTILINE
+    )
+
+
+def test_images_are_those_of_the_overlays_one_list(manifests: Manifests) -> None:
+    listed = yaml.safe_load((DEPLOY / "overlays" / manifests.overlay / "kustomization.yaml").read_text())["images"]
+    named = {f"{image['name']}:{image['newTag']}" for image in listed}
+    assert {workload.container["image"] for workload in manifests.workloads()} == named
+    assert NATS_IMAGE in named  # the one that all tests and the compose file use
 
 
 def test_autoscalers_fit_the_settings(production: Manifests, monkeypatch: pytest.MonkeyPatch) -> None:

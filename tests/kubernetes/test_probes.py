@@ -6,13 +6,23 @@ from support.manifests import Manifests, probes
 from support.nats import NatsServer
 from support.stack import running
 
-LOCAL = {"NATS_URL", "NATS_TLS_CA", "NATS_NKEY_SEED", "NATS_REPLICAS", "API_HOST", "API_PORT", "DATA_DIR"}
+CLUSTER = {
+    "NATS_URL",
+    "NATS_TLS_CA",
+    "NATS_NKEY_SEED",
+    "NATS_REPLICAS",
+    "API_HOST",
+    "API_PORT",
+    "API_KEYS_FILE",
+    "DATA_DIR",
+}
+"""Settings that only fit a cluster."""
 
 
 def settings(manifests: Manifests, workload: str) -> dict[str, str]:
-    """What the container gets, without what only fits a cluster."""
+    """What the container gets, without CLUSTER."""
     found = manifests.environment(workload)
-    return {name.lower(): value for name, value in found.items() if name not in LOCAL} | {"log_format": "text"}
+    return {name.lower(): value for name, value in found.items() if name not in CLUSTER} | {"log_format": "text"}
 
 
 async def test_probes_ask_for_what_is_there(manifests: Manifests, nats_server: NatsServer) -> None:
