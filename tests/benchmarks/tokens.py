@@ -147,7 +147,7 @@ async def beside_peers(
                 background, server = make()
                 started[name] = stack.enter_context(background)
                 await asyncio.to_thread(background.wait_for_port, int(server.url.rpartition(":")[2]))
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(120):
                     await turn(http, server, 2, 4, 10_000)
                 background.hold()
                 servers[name] = (background, server)
