@@ -12,9 +12,11 @@ PYTHON=${PYTHON:-${VENV:-.venv}/bin/python}
 revision=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
 version=${VERSION:-$("$PYTHON" -m setuptools_scm 2> /dev/null || echo 0)}
 
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
 wheelhouse() {  # wheelhouse LOCK: an image with every package of it, checked against its hashes; prints its name
-    local folder name=forebay-wheels:$1
-    folder=$(mktemp -d)
+    local folder=$scratch/$1 name=forebay-wheels:$1
     "$PYTHON" -m pip download --quiet --require-hashes --only-binary :all: --no-binary nkeys --no-deps \
         -r constraints/build.lock -r "constraints/$1.lock" -d "$folder" >&2 || return
     printf 'FROM scratch\nCOPY . /\n' | docker build --quiet -t "$name" -f - "$folder" > /dev/null || return
