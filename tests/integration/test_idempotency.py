@@ -1,6 +1,7 @@
 """`Idempotency-Key`: asked again, answered once."""
 
 import asyncio
+from dataclasses import replace
 
 import httpx
 
@@ -96,3 +97,14 @@ async def test_another_api_takes_over_when_the_leading_one_dies(nats_server: Nat
         (failure,) = await asyncio.gather(first, return_exceptions=True)
         assert isinstance(failure, httpx.HTTPError)
         assert content(await second) == " ".join(f"t{n}" for n in range(100))
+
+
+async def test_an_answer_without_room_to_be_kept_is_given_all_the_same(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        js = stack.connection.jetstream
+        bucket = (await js.stream_info("KV_inference-answers")).config
+        await js.update_stream(replace(bucket, max_bytes=2000))
+        for runs in (1, 2):
+            assert content(await ask(stack, "[[tokens=200]]", "k")) == " ".join(f"t{n}" for n in range(200))
+            assert (await idle(stack))["total_processed"] == runs
+        await stack.apis[0].logged("the answer is not kept for its key")

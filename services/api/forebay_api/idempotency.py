@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from typing import Literal
 
 from nats.errors import Error as NatsError
-from nats.errors import MaxPayloadError
 from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 
@@ -143,9 +142,12 @@ class IdempotentRequests:
                 completed = reply.completed
             assert completed is not None
             kept = mine.model_copy(update={"deltas": tuple(recording.deltas), "completed": completed})
-            with contextlib.suppress(MaxPayloadError, KeyWrongLastSequenceError):
+            try:
                 await bucket.update(key, kept.encode(), last=revision)
                 revision = 0
+            except (NatsError, TimeoutError) as exc:
+                # Too large, no room in the store, NATS is away: it is an answer all the same.
+                log.warning("[RequestQueue] %s: the answer is not kept for its key: %r", request.id, exc)
             recording.finish(completed)
         finally:
             # Neither an error nor an answer too large to be kept must stand in the way of another try.
