@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from support.nats import NatsServer
-from support.stack import MODEL, Api, Stack, running
+from support.stack import Api, Stack, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -61,6 +61,16 @@ async def test_headers_too_large(stack: Stack) -> None:
         refused(await send(api, head), 431)
     fits = GET + b"x-large: " + b"y" * 30_000 + b"\r\nconnection: close\r\n\r\n"
     assert (await send(api, fits)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_head_and_body_leave_together(stack: Stack) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", stack.apis[0].port)
+    async with asyncio.timeout(30):
+        writer.write(GET + b"\r\n")
+        head, _, body = (await reader.read(65536)).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert json.loads(body)["object"] == "list"
 
 
 async def test_trailers_without_an_end(stack: Stack) -> None:

@@ -1,10 +1,11 @@
 """uvicorn's HTTP on httptools, with bounds on what a client sends before there is a request to answer.
 
-httptools itself takes headers without an end, and uvicorn waits for them for ever.
+httptools itself takes headers without an end, and uvicorn waits for them for ever. It also writes an answer in pieces,
+each of which is a system call and a packet: here they leave together.
 """
 
 import json
-from asyncio import TimerHandle, Transport
+from asyncio import AbstractEventLoop, TimerHandle, Transport
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -16,6 +17,38 @@ MAX_HEADERS: Final = 100
 
 HEAD_TIMEOUT_S: Final = 10.0
 """How long a client may take over a request's line and headers, from its first byte or its connection on."""
+
+
+class GatheringTransport:
+    """Writes what one turn of the event loop has for a connection at once: head and body, many tokens of a stream."""
+
+    __slots__ = ("_loop", "_parts", "_transport")
+
+    def __init__(self, transport: Transport, loop: AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] | None = None
+
+    def write(self, data: bytes) -> None:
+        """See asyncio.WriteTransport; written at the end of this turn."""
+        if self._parts is None:
+            self._parts = [data]
+            self._loop.call_soon(self._flush)
+        else:
+            self._parts.append(data)
+
+    def close(self) -> None:
+        """See asyncio.BaseTransport: what was written before is sent."""
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _flush(self) -> None:
+        parts, self._parts = self._parts, None
+        if parts is not None and not self._transport.is_closing():
+            self._transport.writelines(parts)
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -35,7 +68,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
-        super().connection_made(transport)
+        super().connection_made(GatheringTransport(transport, self.loop))  # type: ignore[arg-type]
         self._arm(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
