@@ -3,8 +3,8 @@
     python tests/benchmarks/overhead.py [--quick]
 
 HTTP → JetStream → worker → reply → states, streamed (20 tokens) and not (5 tokens). In each round every system has its
-turn with the same load, in an order that changes; who has no turn is stopped, and ratios are of the same round. What is
-not streamed is loaded by wrk, streams by `driver.py`; `ceiling.py` shows what both could do.
+turn with the same load, in an order that changes; who has no turn is stopped, or not there yet, and ratios are of the
+same round. What is not streamed is loaded by wrk, streams by `driver.py`; `ceiling.py` shows what both could do.
 """
 
 import asyncio
@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import ceiling, systems
 from benchmarks.common import HERE, Unavailable, cpu_s, drive, log, part_main, ratios, run_json, spread, wrk
 from benchmarks.systems import System
+from support.nats import NatsServer
+from support.stack import Stack
 
 BUDGET_S = 540
 FULL = (1, 16, 64, 256)
@@ -38,6 +40,9 @@ WHO: dict[str, dict[str, tuple[int, ...]]] = {
 }
 """With how many clients each is measured. Some have so few answers a second that 256 clients would wait longer than a
 turn lasts."""
+COMPANIES = (("bare HTTP", "core NATS", "LiteLLM"), ("taskiq, NATS", "taskiq, Redis", "Celery, Redis"))
+"""Who is there at the same time. Those of the second cannot be stopped while others have their turn."""
+TURN_S = 1
 TOKENS = {"whole": 5, "streamed": 20}
 SLOW_S = 5
 """A turn of one that has some fifty answers a second, where many wait for it."""
@@ -99,53 +104,63 @@ def summary(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 async def measure(quick: bool) -> dict[str, Any]:
     """All systems, all loads."""
-    rounds, whole_s, streamed_s = (1, 1, 1) if quick else (5, 1, 1)
-    found: dict[str, Any] = {"rounds": rounds, "seconds": {"whole": whole_s, "streamed": streamed_s}, "missing": {}}
+    rounds = 1 if quick else 5
+    found: dict[str, Any] = {"rounds": rounds, "seconds": TURN_S, "missing": {}}
+    found |= {mode: {str(clients): {} for clients in FULL} for mode in WHO}
     found["ceiling"] = await ceiling.measure(1 if quick else 2)
-    async with contextlib.AsyncExitStack() as stack:
-        ours, running, nats = await stack.enter_async_context(systems.forebay(log_level="INFO", **LIMITS))
-        nats_process = psutil.Process(nats.pid)
-        peers: dict[str, System] = {}
-        for name, start in systems.ALL.items():
-            try:
-                peers[name] = stack.enter_context(start())
-            except Unavailable as exc:
-                found["missing"][name] = str(exc)
-                log(f"without {name}: {exc}")
-                continue
-            await turn(peers[name], "whole", 16, 1)
+    async with systems.forebay(log_level="INFO", **LIMITS) as (ours, running, nats):
         await turn(ours, "whole", 16, 1)
-        for mode, who in WHO.items():
-            found[mode] = {}
-            for clients in FULL:
-                names = [name for name, loads in who.items() if clients in loads and name not in found["missing"]]
-                turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-                for number in range(rounds):
-                    for name in names[number % len(names) :] + names[: number % len(names)]:
-                        if name in found["missing"]:
-                            continue
-                        seconds = whole_s if mode == "whole" else streamed_s
-                        if name == "LiteLLM" and clients >= 64:
-                            seconds = SLOW_S
-                        if name == "floor":
-                            turns[name].append(await floor(nats.url, nats_process, clients, seconds))
-                            continue
-                        try:
-                            turns[name].append(await turn(peers.get(name, ours), mode, clients, seconds))
-                        except RuntimeError as exc:
-                            if name == "forebay":
-                                raise
-                            found["missing"][name] = f"{mode}, {clients} clients: {exc}"
-                            log(f"from here on without {name}: {exc}")
-                            turns.pop(name)
-                        if name == "forebay":
-                            await running.idle()
-                found[mode][str(clients)] = summary(turns)
-                shown = {
-                    name: round(one["requests_per_s"]["median"]) for name, one in found[mode][str(clients)].items()
-                }
-                log(f"{mode}, {clients} clients, requests/s: {shown}")
+        for company in COMPANIES:
+            with contextlib.ExitStack() as stack:
+                there: dict[str, System] = {"forebay": ours}
+                for name in company:
+                    try:
+                        there[name] = stack.enter_context(systems.ALL[name]())
+                    except Unavailable as exc:
+                        found["missing"][name] = str(exc)
+                        log(f"without {name}: {exc}")
+                        continue
+                    await turn(there[name], "whole", 16, 1)
+                await _rounds(there, running, nats, rounds, found)
     return found
+
+
+async def _rounds(
+    there: dict[str, System], running: Stack, nats: NatsServer, rounds: int, found: dict[str, Any]
+) -> None:
+    """All loads of those that are there and have not been measured before; the floor where nobody else can run."""
+    nats_process = psutil.Process(nats.pid)
+    for mode, who in WHO.items():
+        for clients in FULL:
+            names = [name for name, loads in who.items() if clients in loads and name in there]
+            if names == ["forebay"]:
+                continue
+            into = found[mode][str(clients)]
+            if "floor" in who and not into:
+                names.append("floor")
+            turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+            for number in range(rounds):
+                for name in names[number % len(names) :] + names[: number % len(names)]:
+                    if name not in turns:
+                        continue
+                    seconds = SLOW_S if name == "LiteLLM" and clients >= 64 else TURN_S
+                    if name == "floor":
+                        turns[name].append(await floor(nats.url, nats_process, clients, seconds))
+                        continue
+                    try:
+                        turns[name].append(await turn(there[name], mode, clients, seconds))
+                    except RuntimeError as exc:
+                        if name == "forebay":
+                            raise
+                        found["missing"][name] = f"{mode}, {clients} clients: {exc}"
+                        log(f"from here on without {name}: {exc}")
+                        del turns[name], there[name]
+                    if name == "forebay":
+                        await running.idle()
+            # Forebay's own figures are those with nobody beside it.
+            into |= summary(turns) | into
+            shown = {name: round(one["requests_per_s"]["median"]) for name, one in into.items()}
+            log(f"{mode}, {clients} clients, requests/s: {shown}")
 
 
 if __name__ == "__main__":
