@@ -10,7 +10,7 @@ from playwright.async_api import expect
 from forebay_contracts.messages import RequestStatus
 from support.browser import Window, Windows
 from support.nats import NatsServer
-from support.ports import bound
+from support.ports import port_of
 from support.stack import Stack, running
 from support.view import holds
 
@@ -103,21 +103,20 @@ async def test_a_request_is_looked_up_and_cancelled(nats_server: NatsServer, win
 
 
 async def test_it_recovers_after_the_api_restarts(nats_server: NatsServer, windows: Windows) -> None:
-    with bound() as held:
-        port = held.getsockname()[1]
-        async with running(nats_server, apis=0, drain_timeout=20) as stack:
-            first = await stack.api(api_port=port)
-            async with windows.open(stack) as window:
-                await window.live()
-                # A page that is open does not hold the api's end up.
-                async with asyncio.timeout(15):
-                    assert await first.stop() == 0
-                await window.page.locator("#connection.bad").wait_for()
-                await stack.api(api_port=port)
-                await window.live()
-                assert (await stack.chat("[[tokens=2]]", api=1)).status_code == 200
-                await window.page.locator("#requests .state-completed").wait_for()
-                assert all("Failed to load resource" in told for told in window.complaints), window.complaints
+    port = port_of(windows)
+    async with running(nats_server, apis=0, drain_timeout=20) as stack:
+        first = await stack.api(api_port=port)
+        async with windows.open(stack) as window:
+            await window.live()
+            # A page that is open does not hold the api's end up.
+            async with asyncio.timeout(15):
+                assert await first.stop() == 0
+            await window.page.locator("#connection.bad").wait_for()
+            await stack.api(api_port=port)
+            await window.live()
+            assert (await stack.chat("[[tokens=2]]", api=1)).status_code == 200
+            await window.page.locator("#requests .state-completed").wait_for()
+            assert all("Failed to load resource" in told for told in window.complaints), window.complaints
 
 
 async def test_it_works_with_an_api_key(nats_server: NatsServer, windows: Windows) -> None:

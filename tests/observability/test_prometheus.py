@@ -13,7 +13,7 @@ import httpx
 
 from support.metrics import defined
 from support.nats import NatsServer
-from support.ports import bound
+from support.ports import port_of
 from support.stack import running
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "observability"
@@ -87,8 +87,7 @@ def test_docs_say_what_each_alert_means() -> None:
 @contextlib.asynccontextmanager
 async def scraping(prometheus: str, folder: Path, targets: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
     """A Prometheus that scrapes each job's target every second and knows our rules."""
-    held = bound()
-    port = held.getsockname()[1]
+    port = port_of(asyncio.current_task())
     rules = [
         path.read_text().replace("interval: 15s", "interval: 1s").replace("[5m]", "[30s]")
         for path in sorted(DEPLOY.glob("*.rules.yml"))
@@ -115,11 +114,21 @@ async def scraping(prometheus: str, folder: Path, targets: dict[str, str]) -> As
     )
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/api/v1", trust_env=False, timeout=60) as client:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while not await is_ready(client, port):  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
             yield client
     finally:
         process.terminate()
         await process.wait()
-        held.close()
+
+
+async def is_ready(client: httpx.AsyncClient, port: int) -> bool:
+    """Whether it answers queries, which it refuses while it reads its store."""
+    try:
+        return (await client.get(f"http://127.0.0.1:{port}/-/ready")).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 async def query(client: httpx.AsyncClient, expression: str) -> list[dict[str, Any]]:
@@ -132,11 +141,9 @@ async def query(client: httpx.AsyncClient, expression: str) -> list[dict[str, An
 async def appears(client: httpx.AsyncClient, expression: str) -> list[dict[str, Any]]:
     """Wait until a query has an answer: Prometheus tells nobody when it has scraped."""
     async with asyncio.timeout(START_TIMEOUT_S):
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if found := await query(client, expression):
-                    return found
+        while not (found := await query(client, expression)):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
+    return found
 
 
 async def test_prometheus_scrapes_both_services(nats_server: NatsServer, prometheus: str, tmp_path: Path) -> None:
