@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from support.nats import NatsServer
-from support.stack import Api, Stack, running
+from support.stack import MODEL, Api, Stack, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
