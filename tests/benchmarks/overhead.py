@@ -120,7 +120,7 @@ async def measure(quick: bool) -> dict[str, Any]:
                         found["missing"][name] = str(exc)
                         log(f"without {name}: {exc}")
                         continue
-                    await turn(there[name], "whole", 16, 1)
+                    await turn(there[name], "whole", 16, SLOW_S)
                 await _rounds(there, running, nats, rounds, found)
     return found
 
