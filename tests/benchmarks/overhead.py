@@ -116,11 +116,11 @@ async def measure(quick: bool) -> dict[str, Any]:
                 for name in company:
                     try:
                         there[name] = stack.enter_context(systems.ALL[name]())
-                    except Unavailable as exc:
+                        await turn(there[name], "whole", 16, SLOW_S if name == "LiteLLM" else TURN_S)
+                    except (Unavailable, RuntimeError) as exc:
                         found["missing"][name] = str(exc)
                         log(f"without {name}: {exc}")
-                        continue
-                    await turn(there[name], "whole", 16, SLOW_S)
+                        there.pop(name, None)
                 await _rounds(there, running, nats, rounds, found)
     return found
 
