@@ -33,6 +33,9 @@ from forebay_contracts.queue import RequestQueue
 from forebay_contracts.states import QUEUED_AFTER_S, StateStore
 from forebay_contracts.topology import HEARTBEAT_TTL_S
 
+FRAME_PATIENCE_S = 1.0
+"""How long the frame that ends a request may come later than its state says so."""
+
 REMEMBERED_OUTCOMES = 10_000
 """Ended requests of which a late attempt can still be told how they ended."""
 
@@ -211,6 +214,7 @@ class Dispatcher:
         stored = await self._states.get(reply.request.id)
         if stored is None or not stored.state.status.final:
             return
+        await asyncio.sleep(FRAME_PATIENCE_S)
         if stored.state.status is RequestStatus.CANCELLED:
             reply.fail(CalledOff(stored.state.error or "while the api was away"))
         else:

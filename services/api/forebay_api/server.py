@@ -142,6 +142,7 @@ def _guarded(settings: ApiSettings, listener: socket.socket) -> int:
 
 
 def _report(error: ForebayError) -> int:
+    logging.shutdown()  # what it said before comes before
     print(f"forebay api: {error}", file=sys.stderr)
     return 2 if isinstance(error, ConfigurationError) else 1
 
