@@ -151,6 +151,7 @@ class AttemptRunner:
             await delivery.term()
         finally:
             attempt.claim.cancel()
+            attempt.reply.close()
             attempt.measured.close()
 
     async def _claim(self, attempt: Attempt) -> None:

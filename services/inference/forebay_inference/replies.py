@@ -37,6 +37,9 @@ RETRY_S = 0.25
 RESEND_PAUSE_S = 0.01
 """Pause between sending what was missed and asking again whether all is there."""
 
+ANNOUNCE_AFTER_S = 0.02
+"""An answer that is no stream and ends sooner is not announced: its end says all."""
+
 UNARY_FLUSH_S = 0.25
 """A client that wants no stream needs no token at once: they are sent together, so often that a next attempt
 has little to do again."""
@@ -58,6 +61,8 @@ class ReplyStream:
         self._api_alive = api_alive
         self._lengths: dict[int, int] = {}
         self._sent: list[Delta] = []
+        self._announcing: asyncio.TimerHandle | None = None
+        self._announcement: asyncio.Task[None] | None = None
         self._held: list[Delta] = []
         self._tails: list[Delta] = []
         self._flushed_at = time.monotonic()
@@ -74,7 +79,10 @@ class ReplyStream:
         """
         frame = Started(attempt=self._attempt, worker=worker)
         if self._attempt == 1:
-            await self._publish(frame.encode())
+            if self._request.stream:
+                await self._publish(frame.encode())
+            else:
+                self._announce_soon(frame.encode())
             return Resume()
         resume = await self._ask(frame.encode())
         self._lengths = {choice.index: len(choice.tokens) for choice in resume.choices}
@@ -111,8 +119,14 @@ class ReplyStream:
         self._lengths[vector.index] = 1
         await self._deliver(Delta(attempt=self._attempt, index=vector.index, tokens=(0,), embedding=values))
 
+    def close(self) -> None:
+        """Announce nothing any more."""
+        if self._announcing is not None:
+            self._announcing.cancel()
+
     async def complete(self, finish_reasons: dict[int, str], usage: Usage) -> Resume:
         """Send the end until the api has every token of the answer, or nobody waits for it."""
+        self.close()
         choices = tuple(
             FinishedChoice(index=index, finish_reason=reason, tokens=self._lengths.get(index, 0))
             for index, reason in sorted(finish_reasons.items())
@@ -127,6 +141,7 @@ class ReplyStream:
 
     async def fail(self, error: ApiError) -> None:
         """Send the error that ends the request, until the api has it."""
+        self.close()
         await self._ask(failed(self._attempt, error).encode())
 
     async def resend(self, have: Resume) -> None:
@@ -135,6 +150,14 @@ class ReplyStream:
         for delta in self._sent:
             if delta.offset >= lengths.get(delta.index, 0):
                 await self._publish(delta.encode())
+
+    def _announce_soon(self, frame: bytes) -> None:
+        loop = asyncio.get_running_loop()
+
+        def announce() -> None:
+            self._announcement = loop.create_task(self._publish(frame))
+
+        self._announcing = loop.call_later(ANNOUNCE_AFTER_S, announce)
 
     async def _deliver(self, delta: Delta) -> None:
         self._sent.append(delta)
