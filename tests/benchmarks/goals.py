@@ -22,17 +22,28 @@ LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
 
 
 async def first_token(rounds: int, seconds: float) -> dict[str, Any]:
-    """Time to first token of 64 clients at half of what 64 clients can have; the engine costs nothing."""
+    """Time to first token of 64 clients at half of what 64 clients can have; the engine costs nothing.
+
+    In turns with that engine behind HTTP alone, at the same arrivals: what is left of the time without the queue.
+    """
     async with systems.forebay(**LIMITS) as (ours, stack, _):
         full = [await drive(ours.port, 64, 2, warm_up=0.5, stream=True, tokens=20) for _ in range(min(rounds, 3))]
         capacity = spread([row["requests_per_s"] for row in full])
-        rows = []
-        for number in range(rounds):
-            options = {"stream": True, "tokens": 20, "rate": capacity["median"] / 2, "seed": number + 1}
-            rows.append(await drive(ours.port, 64, seconds, warm_up=0.5, **options))
-            await stack.idle()
-    found = {name: spread([row["first_token_ms"][name] for row in rows]) for name in ("p50", "p99")}
-    return {"capacity_streams_per_s": capacity, **found}
+        rows, bare = [], []
+        with systems.ALL["bare HTTP"]() as engine:
+            for number in range(rounds):
+                options = {"stream": True, "tokens": 20, "rate": capacity["median"] / 2, "seed": number + 1}
+                bare.append(await drive(engine.port, 64, seconds, warm_up=0.5, **options))
+                engine.hold()
+                rows.append(await drive(ours.port, 64, seconds, warm_up=0.5, **options))
+                await stack.idle()
+                engine.go_on()
+
+    def figures(turns: list[dict[str, Any]]) -> dict[str, Any]:
+        found = {name: spread([row["first_token_ms"][name] for row in turns]) for name in ("p50", "p99")}
+        return found | {"driver_lag_p99": spread([row["lag_ms"]["p99"] for row in turns])}
+
+    return {"capacity_streams_per_s": capacity, **figures(rows), "bare_http": figures(bare)}
 
 
 async def relayed(rounds: int, seconds: float, workers: int) -> dict[str, Any]:

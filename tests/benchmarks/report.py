@@ -90,76 +90,75 @@ def backlog(part: dict[str, Any]) -> str:
 
 
 def goals(parts: Parts) -> str:
-    """The measures that have a goal, as far as their parts were run."""
+    """The measures that have a goal, as far as their parts were run; a median decides."""
     quick = [name for name, part in parts.items() if part["stamp"]["quick"]]
     note = f"\n\nQuick runs, to be replaced: {', '.join(quick)}." if quick else ""
     rows: list[list[str]] = []
+
+    def row(measure: str, goal: str, measured: str, met: bool) -> None:
+        rows.append([measure, goal, measured, "met" if met else "missed"])
+
     if "overhead" in parts:
         whole = parts["overhead"]["figures"]["whole"]
-        ratio = whole["1"]["floor"]["forebay_to_this"]["p50_ms"]
-        own = cell(whole["1"]["forebay"]["p50_ms"], 2)
-        rows.append(["p50, 1 client, not streamed", "≤ 2.5× the floor, ≤ 3 ms", f"{cell(ratio, 2)}×, {own} ms"])
-        share = cell(whole["64"]["floor"]["forebay_to_this"]["requests_per_s"], 2)
-        rate = cell(whole["64"]["forebay"]["requests_per_s"], 0)
-        rows.append(["requests/s, 64 clients", "≥ 0.25 of the floor's, ≥ 970/s", f"{share}, {rate}/s"])
+        ratio, own = whole["1"]["floor"]["forebay_to_this"]["p50_ms"], whole["1"]["forebay"]["p50_ms"]
+        row(
+            "p50, 1 client, not streamed",
+            "≤ 2.5× the floor, ≤ 3 ms",
+            f"{cell(ratio, 2)}×, {cell(own, 2)} ms",
+            ratio["median"] <= 2.5 and own["median"] <= 3,
+        )
+        share, rate = (
+            whole["64"]["floor"]["forebay_to_this"]["requests_per_s"],
+            whole["64"]["forebay"]["requests_per_s"],
+        )
+        row(
+            "requests/s, 64 clients",
+            "≥ 0.25 of the floor's, ≥ 970/s",
+            f"{cell(share, 2)}, {cell(rate, 0)}/s",
+            share["median"] >= 0.25 and rate["median"] >= 970,
+        )
         if "LiteLLM" in whole["64"]:
-            times = cell(whole["64"]["LiteLLM"]["forebay_to_this"]["requests_per_s"], 1)
-            rows.append(["the same ÷ LiteLLM's", "≥ 3", times])
+            times = whole["64"]["LiteLLM"]["forebay_to_this"]["requests_per_s"]
+            row("the same ÷ LiteLLM's", "≥ 3", cell(times, 1), times["median"] >= 3)
     if "goals" in parts:
         one = parts["goals"]["figures"]
-        first, refused, memory = one["first_token_at_half_load"], one["refusals"], one["waiting_memory"]
-        rows += [
-            ["first token, 64 clients, half load, p99", "≤ 15 ms", f"{cell(first['p99'])} ms"],
-            ["relayed tokens/s, one api process", "≥ 30,000", cell(one["relayed_by_1_worker"]["tokens_per_s"], 0)],
-            [
-                "refusal, p99",
-                "≤ 10 ms at 1,000/s",
-                f"{cell(refused['p99'])} ms at {cell(refused['refusals_per_s'], 0)}/s",
-            ],
-            ["memory a waiting request, less its body", "≤ 20 KB", f"{memory['bytes_each_less_body'] / 1000:.1f} KB"],
-        ]
+        first, bare = one["first_token_at_half_load"]["p99"], one["first_token_at_half_load"]["bare_http"]["p99"]
+        row(
+            "first token, 64 clients, half load, p99",
+            "≤ 15 ms",
+            f"{cell(first)} ms; of the engine behind HTTP alone {cell(bare)} ms",
+            first["median"] <= 15,
+        )
+        relayed = one["relayed_by_1_worker"]["tokens_per_s"]
+        row("relayed tokens/s, one api process", "≥ 30,000", cell(relayed, 0), relayed["median"] >= 30_000)
+        refused, rate = one["refusals"]["p99"], one["refusals"]["refusals_per_s"]
+        row(
+            "refusal, p99",
+            "≤ 10 ms at 1,000/s",
+            f"{cell(refused)} ms at {cell(rate, 0)}/s",
+            refused["median"] <= 10 and rate["median"] >= 1000,
+        )
+        each = one["waiting_memory"]["bytes_each_less_body"]
+        row("memory a waiting request, less its body", "≤ 20 KB", f"{each / 1000:.1f} KB", each <= 20_000)
     if "overload" in parts:
-        rows.append(["goodput at 4× ÷ peak", "≥ 0.95", str(parts["overload"]["figures"]["goodput_at_4_to_peak"])])
-    if "backlog" in parts:
-        depth, one = list(parts["backlog"]["figures"]["depths"].items())[-1]
-        both = f"publish {cell(one['publish']['ratio'], 2)}, pull {cell(one['pull']['ratio'], 2)}"
-        rows.append([f"{int(depth):,} queued ÷ empty queue", "≤ 1.2 (at 100,000)", both])
-    for row, met in zip(rows, verdicts(parts), strict=True):
-        row.append("met" if met else "missed")
-    if "tokens" in parts:
-        met = parts["tokens"]["figures"]["bare"]["ratio"]["median"] >= 0.97
-        own = cell(parts["tokens"]["figures"]["bare"]["ratio"], 3)
-        rows.append(["the model's tokens/s ÷ bare engine, 8 clients", "≥ 0.97", own, "met" if met else "missed"])
-    return f"## Goals\n\n{table(['measure', 'goal on 2 cores', 'measured', ''], rows)}{note}"
-
-
-def verdicts(parts: Parts) -> list[bool]:
-    """Whether the median meets the goal, for each row of `goals` but the model's."""
-    met: list[bool] = []
-    if "overhead" in parts:
-        whole = parts["overhead"]["figures"]["whole"]
-        near, many = whole["1"], whole["64"]
-        ratio = near["floor"]["forebay_to_this"]["p50_ms"]["median"]
-        met.append(ratio <= 2.5 and near["forebay"]["p50_ms"]["median"] <= 3)
-        share = many["floor"]["forebay_to_this"]["requests_per_s"]["median"]
-        met.append(share >= 0.25 and many["forebay"]["requests_per_s"]["median"] >= 970)
-        if "LiteLLM" in many:
-            met.append(many["LiteLLM"]["forebay_to_this"]["requests_per_s"]["median"] >= 3)
-    if "goals" in parts:
-        one = parts["goals"]["figures"]
-        met.append(one["first_token_at_half_load"]["p99"]["median"] <= 15)
-        met.append(one["relayed_by_1_worker"]["tokens_per_s"]["median"] >= 30_000)
-        # The generator of arrivals may be a few short of 1,000.
-        refused = one["refusals"]
-        met.append(refused["p99"]["median"] <= 10 and refused["refusals_per_s"]["median"] >= 1000)
-        met.append(one["waiting_memory"]["bytes_each_less_body"] <= 20_000)
-    if "overload" in parts:
-        met.append(parts["overload"]["figures"]["goodput_at_4_to_peak"] >= 0.95)
+        kept = parts["overload"]["figures"]["goodput_at_4_to_peak"]
+        row("goodput at 4× ÷ peak", "≥ 0.95", str(kept), kept >= 0.95)
     if "backlog" in parts:
         depth, last = list(parts["backlog"]["figures"]["depths"].items())[-1]
-        medians = [last[name]["ratio"]["median"] for name in ("publish", "pull")]
-        met.append(int(depth) >= 100_000 and max(medians) <= 1.2)
-    return met
+        publish, pull = last["publish"]["ratio"], last["pull"]["ratio"]
+        row(
+            f"{int(depth):,} queued ÷ empty queue",
+            "≤ 1.2 (at 100,000)",
+            f"publish {cell(publish, 2)}, pull {cell(pull, 2)}",
+            int(depth) >= 100_000 and max(publish["median"], pull["median"]) <= 1.2,
+        )
+    if "tokens" in parts:
+        ratio = parts["tokens"]["figures"]["bare"]["ratio"]
+        row("the model's tokens/s ÷ bare engine, 8 clients", "≥ 0.97", cell(ratio, 3), ratio["median"] >= 0.97)
+    if "observability" in parts:
+        ratio = parts["observability"]["figures"]["requests"]
+        row("requests/s with all observability ÷ without", "≥ 0.95", cell(ratio, 3), ratio["median"] >= 0.95)
+    return f"## Goals\n\n{table(['measure', 'goal on 2 cores', 'measured', ''], rows)}{note}"
 
 
 def tokens(part: dict[str, Any]) -> str:

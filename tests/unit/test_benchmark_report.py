@@ -90,7 +90,7 @@ def _goals() -> dict[str, Any]:
     wire = dict.fromkeys(("in_msgs", "out_msgs", "in_bytes", "out_bytes"), 9.0)
     points = [(1000.0 * number, {"uss": 40 + 20.0 * number}) for number in range(6)]
     return _part(
-        first_token_at_half_load={"p99": _spread(10)},
+        first_token_at_half_load={"p99": _spread(10), "bare_http": {"p99": _spread(2)}},
         relayed_by_1_worker={"tokens_per_s": _spread(4e4), "tokens_per_cpu_second_of_the_api": _spread(4e4)},
         refusals={"p99": _spread(5), "refusals_per_s": _spread(1000)},
         waiting_memory={"points": points, "bytes_each_less_body": 19_900},
