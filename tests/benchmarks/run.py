@@ -20,7 +20,7 @@ PARTS = {
     "overload": 150,
     "backlog": 150,
     "fifty_workers": 150,
-    "tokens": 330,
+    "tokens": 370,
     "loadgen": 240,
     "scale": 150,
     "cold": 60,

@@ -35,7 +35,7 @@ from forebay_inference.engine.protocol import Tokens
 from forebay_inference.engine.transformers import TransformersEngine
 from support.stack import data_dir
 
-BUDGET_S = 330
+BUDGET_S = 370
 CLIENTS = (1, 4, 8, 16)
 PEER_QUANTIZATION = {"none": [], "nf4": ["--quantization", "bnb-4bit"]}
 
@@ -259,7 +259,7 @@ async def measure(quick: bool, quantization: str) -> dict[str, Any]:
         ours = Server(stack.apis[0].url, InferenceSettings(_env_file=None).served_model)
         await turn(http, ours, 2, 4, 10_000)
         worker = stack.workers[0].process.pid
-        bare = await beside_bare(http, ours, worker, quantization, pairs, 8, 8 if quick else 32)
+        bare = await beside_bare(http, ours, worker, quantization, pairs, 8, 8 if quick else 64)
         log(f"whole ÷ bare: {bare['ratio']}")
         by_clients, missing = await beside_peers(http, ours, quantization, loads, tokens, rounds)
         seen = await beside_aiperf(http, ours, 8, tokens, 1 if quick else 4)
