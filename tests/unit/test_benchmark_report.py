@@ -163,7 +163,6 @@ def test_orders_and_knees() -> None:
 
 
 def test_plots_name_their_commit_and_are_the_same_each_time(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
     from benchmarks import plots
 
     parts = report.load(_results(tmp_path))
