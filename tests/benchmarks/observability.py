@@ -1,6 +1,6 @@
 """What it costs to be seen: the same load with all of observability on and with none of it, at the same time.
 
-    python tests/benchmarks/observability.py [--seconds 4] [--rounds 7] [--clients 16] [--sampled 0.1]
+    python tests/benchmarks/observability.py [--seconds 4] [--rounds 7] [--clients 16] [--sampled 0.01]
 
 Two systems stand beside each other on one nats-server each and are loaded at the same time, so that whatever else the
 machine does hits both alike: in turns, two equal systems differed by a quarter from one turn to the next. "On" is
@@ -130,7 +130,7 @@ async def main() -> int:
     parser.add_argument("--seconds", type=float, default=4, help="of load at a time")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--sampled", type=float, default=0.1, help="part of the requests that is traced")
+    parser.add_argument("--sampled", type=float, default=0.01, help="part of the requests that is traced")
     parser.add_argument(
         "--parts", nargs="*", choices=PARTS, default=PARTS, help="what is on; none: how equal the two systems are"
     )
