@@ -1,15 +1,14 @@
-"""What it costs to be seen: the same load with all of observability on and with none of it, at the same time.
+"""What it costs to be seen: the same load with all of observability on and with none of it, in turns.
 
-    python tests/benchmarks/observability.py [--seconds 4] [--rounds 7] [--clients 16] [--sampled 0.01]
+    python tests/benchmarks/observability.py [--seconds 1] [--rounds 30] [--clients 16] [--sampled 0.01]
 
-Two systems stand beside each other on one nats-server each and are loaded at the same time, so that whatever else the
-machine does hits both alike: in turns, two equal systems differed by a quarter from one turn to the next. "On" is
-metrics, scraped from both services every five seconds (deploy/observability does every fifteen), JSON log lines, and
-traces sent to a collector, the part `--sampled` of them; "off" is METRICS=false, no traces, text log lines: to have
-log lines is no option.
+Two systems stand beside each other on one nats-server each and take short turns, so many that what else the machine
+does hits both alike. Not at the same time: they would compete, and the one that is a little slower lose its share of
+the cores. "On" is metrics, scraped from both services once in each turn (deploy/observability does it every fifteen
+seconds), JSON log lines, and traces sent to a collector, the part `--sampled` of them; "off" is METRICS=false, no
+traces, text log lines: to have log lines is no option.
 
-A ratio is of one round: of the requests/s, and of the CPU time that api and worker together use for a request, which
-says the same with less noise.
+A ratio is of one round: of the requests/s, and of the CPU time that api and worker together use for a request.
 """
 
 import argparse
@@ -37,7 +36,6 @@ from support.stack import Stack, running
 
 HERE = Path(__file__).parent
 BUDGET_S = 90
-SCRAPE_S = 5.0
 PARTS = ("metrics", "logs", "traces")
 LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
 
@@ -82,21 +80,16 @@ async def load(stack: Stack, clients: int, seconds: float) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def scraped(stack: Stack, port: str | None) -> AsyncIterator[None]:
-    """Both services, the worker's on `port`, scraped every SCRAPE_S."""
+    """Both services, the worker's on `port`, scraped once meanwhile."""
 
     async def scrape() -> None:
-        while port is not None:
-            for url in (f"{stack.apis[0].url}/metrics", f"http://127.0.0.1:{port}/metrics"):
-                (await stack.http.get(url)).raise_for_status()
-            await asyncio.sleep(SCRAPE_S)
+        for url in (f"{stack.apis[0].url}/metrics", f"http://127.0.0.1:{port}/metrics"):
+            (await stack.http.get(url)).raise_for_status()
 
-    scraping = asyncio.create_task(scrape())
-    try:
-        yield
-    finally:
-        scraping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await scraping
+    scraping = asyncio.create_task(scrape()) if port is not None else None
+    yield
+    if scraping is not None:
+        await scraping
 
 
 async def measure(on: Stack, off: Stack, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -108,10 +101,12 @@ async def measure(on: Stack, off: Stack, options: argparse.Namespace) -> list[di
     found = []
     for number in range(options.rounds):
         figures: dict[str, Any] = {}
-        async with scraped(on, port):
-            figures["on"], figures["off"] = await asyncio.gather(
-                load(on, options.clients, options.seconds), load(off, options.clients, options.seconds)
-            )
+        for name in ("on", "off") if number % 2 else ("off", "on"):
+            if name == "on":
+                async with scraped(on, port):
+                    figures[name] = await load(on, options.clients, options.seconds)
+            else:
+                figures[name] = await load(off, options.clients, options.seconds)
         figures["ratio"] = figures["on"]["requests_per_s"] / figures["off"]["requests_per_s"]
         figures["cpu_ratio"] = figures["on"]["cpu_ms"] / figures["off"]["cpu_ms"]
         print(
@@ -127,8 +122,8 @@ async def measure(on: Stack, off: Stack, options: argparse.Namespace) -> list[di
 async def main() -> int:
     """Start both, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4, help="of load at a time")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--sampled", type=float, default=0.01, help="part of the requests that is traced")
     parser.add_argument(
@@ -139,7 +134,7 @@ async def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of observability.json")
     options = parser.parse_args()
     if options.quick:
-        options.seconds, options.rounds = 1, 2
+        options.seconds, options.rounds = 0.5, 3
     header, began = stamp(), time.monotonic()
     collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     Thread(target=collector.serve_forever, daemon=True).start()

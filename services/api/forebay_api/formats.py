@@ -5,8 +5,9 @@ A whole answer is a fold over the stream, so the two cannot differ.
 """
 
 import codecs
+import functools
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import orjson
 
@@ -63,14 +64,21 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 class _Stream:
     """What chunks of both formats have in common."""
 
-    def __init__(self, request: InferenceRequest, *, prefix: str, chunk_object: str, include_usage: bool) -> None:
+    _prefix: ClassVar[str]
+    _chunk_object: ClassVar[str]
+
+    def __init__(self, request: InferenceRequest, *, include_usage: bool) -> None:
         self._request = request
         self._include_usage = include_usage
-        self._head: dict[str, Any] = {
-            "id": f"{prefix}-{request.id}",
-            "object": chunk_object,
-            "created": int(request.created_at),
-            "model": request.model,
+
+    @functools.cached_property
+    def _head(self) -> dict[str, Any]:
+        # Made when it is sent: a request that waits does without.
+        return {
+            "id": f"{self._prefix}-{self._request.id}",
+            "object": self._chunk_object,
+            "created": int(self._request.created_at),
+            "model": self._request.model,
         }
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
@@ -93,8 +101,8 @@ class _Stream:
 class ChatFormat(_Stream):
     """`chat.completion` and `chat.completion.chunk`."""
 
-    def __init__(self, request: InferenceRequest, *, include_usage: bool) -> None:
-        super().__init__(request, prefix="chatcmpl", chunk_object="chat.completion.chunk", include_usage=include_usage)
+    _prefix = "chatcmpl"
+    _chunk_object = "chat.completion.chunk"
 
     def opening(self) -> bytes:
         """One role delta for each choice."""
@@ -154,8 +162,11 @@ class ChatFormat(_Stream):
 class CompletionFormat(_Stream):
     """`text_completion`, streamed and whole."""
 
+    _prefix = "cmpl"
+    _chunk_object = "text_completion"
+
     def __init__(self, request: InferenceRequest, *, include_usage: bool) -> None:
-        super().__init__(request, prefix="cmpl", chunk_object="text_completion", include_usage=include_usage)
+        super().__init__(request, include_usage=include_usage)
         self._logprobs: dict[int, _CompletionLogprobs] = {}
 
     def opening(self) -> bytes:
