@@ -121,9 +121,9 @@ def scale_page(parts: Parts) -> str:
         idle, done, killed = one["idle"], one["completed_by_worker"], one["killed"]
         rows = [
             ["load", f"{one['clients']} clients, {one['slots_each']} slots a worker"],
-            ["undisturbed", f"{one['undisturbed']['outcomes']}, {one['undisturbed']['requests_per_s']}/s"],
+            ["undisturbed", f"{_ends(one['undisturbed'])}, {one['undisturbed']['requests_per_s']}/s"],
             ["completed by a worker", f"{done['least']} to {done['most']}, median {done['median']:g}"],
-            [f"{killed['workers']} killed under load", f"{killed['outcomes']}, longest {killed['max_s']} s"],
+            [f"{killed['workers']} killed under load", f"{_ends(killed)}, longest {killed['max_s']} s"],
             ["left in the queue", str(one["left_in_the_queue"])],
             ["idle, all workers", f"{idle['workers_percent_of_a_core']} % of a core"],
             ["idle, nats-server", f"{idle['nats_percent_of_a_core']} % of a core, {idle['nats_rss_mb']:.0f} MB"],
@@ -139,3 +139,7 @@ def scale_page(parts: Parts) -> str:
     if "scale" in parts:
         text.append(scale(parts["scale"]))
     return "\n\n".join(text) + "\n"
+
+
+def _ends(one: dict[str, Any]) -> str:
+    return f"{one['outcomes']['whole']:,} answers whole, {one['outcomes']['not 200']:,} not 200"
