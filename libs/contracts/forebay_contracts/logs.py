@@ -81,9 +81,8 @@ class TextFormatter(logging.Formatter):
 class GatheringHandler(logging.StreamHandler[TextIO]):
     """Formats and writes the lines of an event loop together, FLUSH_S after the first of them.
 
-    Under load a write a line is a fifth of what a request costs an api, and a formatter costs half where it runs many
-    times in a row. Warnings, and what is said where no event loop runs, are written at once, with all that came before.
-    A process that is killed takes what waits with it.
+    Under load a system call a line would be a good part of what a request costs. Warnings, and what is said where no
+    event loop runs, are written at once, with all that came before. A process that is killed takes what waits with it.
     """
 
     def __init__(self, stream: TextIO) -> None:
