@@ -47,3 +47,20 @@ async def test_who_said_good_bye_is_gone_at_once(nats_server: NatsServer) -> Non
         await connection.client.flush()
         assert not presence.is_alive("a")
         await presence.stop()
+
+
+async def test_who_is_there_already_is_heard_where_the_bucket_cannot_be_read_yet(nats_server: NatsServer) -> None:
+    settings = load(Settings, nats_url=nats_server.url, _env_file=None)
+    async with connected(settings, "test") as connection:
+        presence = Presence(connection, names.APIS_BUCKET, ApiInfo)
+        await presence.start()
+        assert presence.alive() == []
+        await ensure(connection, settings, settings.served_model)
+        heartbeat = Heartbeat(
+            connection, names.APIS_BUCKET, lambda: ApiInfo(id="a", version="1", started_at=0, heartbeat_at=0)
+        )
+        await heartbeat.start()
+        await connection.client.flush()
+        assert [info.id for info in presence.alive()] == ["a"]
+        await heartbeat.stop()
+        await presence.stop()

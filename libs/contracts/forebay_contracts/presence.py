@@ -95,11 +95,15 @@ class Presence(Generic[Info]):
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Subscribe, and read who is there already."""
+        """Subscribe, and read who is there already.
+
+        A cluster that has only just made the bucket may not answer for it yet: everyone is heard soon all the same.
+        """
         await self._connection.client.subscribe(names.bucket_subjects(self._bucket), cb=self._heard)
         self._task = asyncio.create_task(self._stay_attentive())
-        for info in await read(self._connection, self._bucket, self._kind):
-            self._seen.setdefault(info.id, (time.monotonic(), info))
+        with contextlib.suppress(NatsError, TimeoutError):
+            for info in await read(self._connection, self._bucket, self._kind):
+                self._seen.setdefault(info.id, (time.monotonic(), info))
 
     async def stop(self) -> None:
         """Look away."""

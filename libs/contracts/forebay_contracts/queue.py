@@ -32,8 +32,10 @@ ADMISSION_PATIENCE_S = 10.0
 """How long a request waits for a NATS that is away, being restarted or electing a leader, before its 503."""
 
 _STORE_FAILED = 10077
-_NOT_NOW = (10008, 10009, 10039, 10076)
-"""JetStream temporarily unavailable, cluster not available, and not enabled: it is stopping, or not up yet."""
+_NO_RESOURCES = 10023
+_NOT_NOW = (409, 429, 503)
+"""Codes of answers that another try may better: an earlier try is still being agreed on by the cluster (409), its
+queue of proposals is long (429), JetStream is stopping, not up yet, or no longer the leader (503)."""
 
 
 class Delivery(Protocol):
@@ -153,7 +155,7 @@ class JetStreamQueue:
                 # A store that is being closed fails with the same code, and says so in words alone.
                 if exc.err_code == _STORE_FAILED and "exceeded" in (exc.description or ""):
                     raise QueueFull("the queue is full, try again later") from exc
-                if exc.err_code not in (*_NOT_NOW, _STORE_FAILED):
+                if exc.code not in _NOT_NOW or exc.err_code == _NO_RESOURCES:
                     raise QueueUnavailable(f"the queue takes nothing now: {exc.description}") from exc
                 failure: Exception = exc
             except (NatsError, TimeoutError) as exc:

@@ -28,6 +28,12 @@ QUEUED_AFTER_S = 0.05
 MAX_CONFLICTS = 20
 """How often a change is tried anew when somebody else wrote first."""
 
+CONFLICT_PAUSE_S = 0.001
+"""Pause before the second such try, doubled each time up to CONFLICT_PAUSE_MAX_S: a replica that a state is read
+from may lag behind the leader that it is written to."""
+
+CONFLICT_PAUSE_MAX_S = 0.25
+
 OUTCOMES: Final = (
     RequestStatus.COMPLETED,
     RequestStatus.FAILED,
@@ -76,7 +82,9 @@ async def change(
     `to` gets the present state (None: there is none) and returns the next one, or None to leave it. A final
     state is never offered to it.
     """
-    for _ in range(MAX_CONFLICTS):
+    for conflicts in range(MAX_CONFLICTS):
+        if conflicts > 1:
+            await asyncio.sleep(min(CONFLICT_PAUSE_S * 2**conflicts, CONFLICT_PAUSE_MAX_S))
         stored = await store.get(request_id)
         if stored is not None and stored.state.status.final:
             return None

@@ -77,7 +77,7 @@ class Record:
             }
         )
         try:
-            await patiently(lambda: self._states.write(state, claimed.revision))
+            await patiently(lambda: self._write_over(claimed, state))
         except QueueConflict:
             raise Superseded(self._replaced) from None
 
@@ -94,7 +94,7 @@ class Record:
             update={"status": status, "error": error, "usage": usage, "finished_at": time.time()}
         )
         try:
-            await patiently(lambda: self._states.write(state, claimed.revision))
+            await patiently(lambda: self._write_over(claimed, state))
         except QueueConflict:
             stored = await patiently(lambda: self._states.get(self._request.id))
             if stored is None or not stored.state.status.final:
@@ -108,6 +108,16 @@ class Record:
         stored = await patiently(lambda: self._states.get(self._request.id))
         if stored is not None:
             await patiently(lambda: self._states.count(stored.state.status, self._request.id))
+
+    async def _write_over(self, claimed: Stored, state: RequestState) -> None:
+        try:
+            await self._states.write(state, claimed.revision)
+        except QueueConflict:
+            stored = await self._states.get(self._request.id)
+            if stored is not None and stored.revision == claimed.revision:
+                # Of this attempt still: an earlier try is being agreed on by the cluster, or a replica that lags told.
+                raise QueueUnavailable("the request's state is being written") from None
+            raise
 
     def _processing(self, state: RequestState | None) -> RequestState:
         request, number = self._request, self._delivery.attempt
