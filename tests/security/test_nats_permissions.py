@@ -17,7 +17,7 @@ from forebay_contracts.messages import RequestState, RequestStatus
 from forebay_contracts.permissions import covers
 from forebay_contracts.settings import Settings, load
 from support.nats import NatsServer
-from support.secured import ROLES, Site, init, running
+from support.secured import DEPLOY, ROLES, Site, init, running
 from support.stack import MODEL
 
 CONSUMER = f"HuggingFaceTB-{MODEL}"
@@ -64,6 +64,12 @@ ACTIONS: dict[str, tuple[str, str, set[str]]] = {
     "ask-the-server": ("publish", "$SYS.REQ.SERVER.PING", set()),
 }
 """What can be done, as the server sees it, and who may."""
+
+
+def within(role: str, subject: str) -> str:
+    """What the server makes of a subject in the account of this role."""
+    return subject if role == "admin" else subject.replace(JS, "$JS.FOREBAY.")
+
 
 CELLS = [(role, action) for action in ACTIONS for role in ROLES]
 
@@ -115,7 +121,8 @@ async def test_who_may_do_what(site: Site, role: str, action: str) -> None:
         else:
             await client.subscribe(subject)
         word = "publish" if kind == "publish" else "subscription"
-        expected = [] if role in allowed else [f'nats: permissions violation for {word} to "{subject.lower()}"']
+        refused = within(role, subject).lower()
+        expected = [] if role in allowed else [f'nats: permissions violation for {word} to "{refused}"']
         # The server answers in order: what nobody may comes last, and everything that is refused before it.
         await client.publish("what.nobody.may", b"")
         async with asyncio.timeout(10):
@@ -125,6 +132,44 @@ async def test_who_may_do_what(site: Site, role: str, action: str) -> None:
         assert refusals[:-1] == expected
     if role not in allowed:
         assert await everything(site) == before
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if role != "admin"])
+async def test_no_answer_goes_where_its_asker_may_not_send(own_site: Site, role: str) -> None:
+    denied = [subject for kind, subject, allowed in ACTIONS.values() if kind == "publish" and role not in allowed]
+    async with running(own_site, apis=0, workers=0) as stack, own_site.client("api") as (api, _, _):
+        js = stack.connection.jetstream
+        await js.publish("$KV.inference-requests.some-id", b"{}")
+        await api.request(f"inference.requests.{CONSUMER}.chat", b"{}")
+        heard = await stack.connection.client.subscribe("inference.>")
+        await stack.connection.client.flush()
+        before = await everything(own_site)
+        async with own_site.client(role) as (client, _, _):
+            read = f"{JS}DIRECT.GET.KV_inference-requests.$KV.inference-requests.some-id"
+            for subject in denied:
+                # The answer is `{}`, which JetStream takes for an order without options.
+                await client.publish(read, b"", reply=subject)
+                await client.publish(read, b"", reply=within(role, subject))
+            assert (await client.request(read, b"")).data == b"{}"
+        assert await everything(own_site) == before
+        assert heard.pending_msgs == 0
+
+
+def test_permissions_and_imports_say_the_same() -> None:
+    conf = (DEPLOY / "forebay.conf").read_text()
+    for account in ("API", "INFERENCE", "OPERATOR"):
+        rights = re.search(rf"^{account}_MAY: {{(.*?)^}}", conf, re.M | re.S)
+        section = re.search(rf"^    {account}: {{(.*?)^    }}", conf, re.M | re.S)
+        assert rights is not None
+        assert section is not None
+        may = set(re.findall(r'"([^"]+)"', rights[1].split("subscribe:")[0])) - {"$SYS.REQ.USER.INFO", "_R_.>"}
+        imported = {
+            (to or subject).replace("$JS.FOREBAY.", "$JS.*.")
+            for subject, to in re.findall(r'{ service: {[^}]*subject: "([^"]+)" }(?:, to: "([^"]+)")? }', section[1])
+        }
+        heard_by_others = set(re.findall(r'{ stream: "([^"]+)", accounts', section[1]))
+        assert imported <= may
+        assert may - imported <= heard_by_others, account
 
 
 def test_the_table_in_the_documentation_is_this_one() -> None:

@@ -1,6 +1,7 @@
 """A NATS cluster of three servers on the loopback interface."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 from support.nats import NatsServer
@@ -8,9 +9,9 @@ from support.ports import port_of
 
 
 class Cluster:
-    """Three servers with JetStream; `url` names them all."""
+    """Three servers with JetStream, each with the further options for its name; `url` names them all."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, options: Callable[[str], tuple[str, ...]] = lambda name: ()) -> None:
         ports = [port_of(self) for _ in range(3)]
         routes = ",".join(f"nats://127.0.0.1:{port}" for port in ports)
         self.servers = [
@@ -24,6 +25,7 @@ class Cluster:
                 f"nats://127.0.0.1:{port}",
                 "--routes",
                 routes,
+                *options(f"n{number}"),
             )
             for number, port in enumerate(ports)
         ]

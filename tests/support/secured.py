@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from nats.aio.client import Client
 
 from forebay_contracts.connection import Connection, _tls, connect
 from forebay_contracts.settings import Settings, load
+from support.cluster import Cluster
 from support.nats import NatsServer
 from support.stack import Api, Service, Stack, started
 
@@ -96,6 +98,27 @@ class Site:
         async with asyncio.timeout(60):
             printed, _ = await process.communicate()
         return process.returncode, printed.decode()
+
+
+class ClusteredSite(Site):
+    """The same configuration on each server of `cluster`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.cluster = Cluster(folder, self._options)
+
+    def _options(self, name: str) -> tuple[str, ...]:
+        own = self.folder / name
+        own.mkdir()
+        shutil.copy(self.folder / "forebay.conf", own)
+        site = (self.folder / "site.conf").read_text()
+        (own / "site.conf").write_text(site.replace(f'"{self.folder}/store"', f'"{own}/store"'))
+        return "-c", str(own / "forebay.conf")
+
+    @property
+    def url(self) -> str:
+        """All servers."""
+        return self.cluster.url.replace("nats://127.0.0.1", "tls://localhost")
 
 
 class SecuredStack(Stack):
