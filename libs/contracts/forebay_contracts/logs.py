@@ -6,35 +6,41 @@ import json
 import logging
 import sys
 import time
-from typing import Any, Final, TextIO
+from typing import Any, Final, TextIO, TypedDict, Unpack
 
 from pydantic_core import PydanticSerializationError, to_json
 
 from forebay_contracts.settings import Settings
 
-FIELDS: Final = (
-    "request_id",
-    "key",
-    "model",
-    "type",
-    "attempt",
-    "outcome",
-    "code",
-    "queue_wait_s",
-    "time_to_first_token_s",
-    "total_s",
-    "prompt_tokens",
-    "completion_tokens",
-)
-"""What a line can carry besides its message, by logging's `extra`: the same names in every line. Times: seconds."""
-
 FLUSH_S: Final = 0.02
 """How long a line waits for others to be written with."""
 
 
+class Fields(TypedDict, total=False):
+    """What a line can carry besides its message: the same names in every line. Times: seconds; None is left out."""
+
+    request_id: str
+    key: str | None
+    model: str
+    type: str
+    attempt: int
+    outcome: str | None
+    code: str | None
+    queue_wait_s: float | None
+    time_to_first_token_s: float | None
+    total_s: float
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def fields(**values: Unpack[Fields]) -> dict[str, Fields]:
+    """For `extra` of a log line."""
+    return {"fields": values}
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, then those of FIELDS that it has,
-    and `exception` if any."""
+    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, then its Fields, and
+    `exception` if any."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,16 +51,15 @@ class JsonFormatter(logging.Formatter):
         """The record as JSON."""
         if (second := int(record.created)) != self._second:
             self._second, self._time = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        known = record.__dict__
         line: dict[str, Any] = {
             "time": f"{self._time}.{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
-        for name in FIELDS:
-            if (value := known.get(name)) is not None:
-                line[name] = round(value, 6) if isinstance(value, float) else value
+        for name, value in record.__dict__.get("fields", {}).items():
+            if value is not None:
+                line[name] = round(value, 6) if value.__class__ is float else value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         try:

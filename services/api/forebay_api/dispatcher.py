@@ -20,6 +20,7 @@ from forebay_contracts import names, tracing
 from forebay_contracts.cancellation import call_off
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import ForebayError, InferenceFailed, QueueConflict, RequestTimeout
+from forebay_contracts.logs import fields
 from forebay_contracts.messages import (
     InferenceRequest,
     RequestState,
@@ -110,7 +111,7 @@ class Dispatcher:
                 request.id,
                 request.model,
                 reply.sequence,
-                extra={"request_id": request.id, "model": request.model, "type": request.completion_type.value},
+                extra=fields(request_id=request.id, model=request.model, type=request.completion_type.value),
             )
             loop = asyncio.get_running_loop()
             timers = (

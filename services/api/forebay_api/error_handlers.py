@@ -24,6 +24,7 @@ from forebay_contracts.errors import (
     QueueFull,
     RequestTimeout,
 )
+from forebay_contracts.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class ErrorAnswers:
             request.state.request_id,
             exc.status,
             code,
-            extra={"request_id": request.state.request_id, "code": code, "key": _key(request)},
+            extra=fields(request_id=request.state.request_id, code=code, key=_key(request)),
         )
         if request.url.path in self._paths:
             metrics.rejected(exc)

@@ -370,15 +370,14 @@ class AttemptRunner:
         await attempt.claim
         status = await attempt.record.finish(status, error=error, usage=usage)
         attempt.measured.ended(status.value, (code or status.value) if error else None)
-        fields = attempt.measured.fields(outcome=status.value, code=code)
         log.info(
             "[RequestQueue] %s %s after %.3f s, attempt %d%s",
             attempt.request.id,
             status.value.replace("_", " "),
-            fields["total_s"],
+            attempt.measured.total_s,
             attempt.delivery.attempt,
             f": {code or error}" if error else "",
-            extra=fields,
+            extra=attempt.measured.fields(status.value, code),
         )
 
 

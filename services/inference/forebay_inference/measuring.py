@@ -1,12 +1,11 @@
 """What is noticed of one attempt: its metrics, its spans, and the durations that its log lines carry."""
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from opentelemetry.trace import INVALID_SPAN, Span, StatusCode
 
 from forebay_contracts import tracing
+from forebay_contracts.logs import Fields, fields
 from forebay_contracts.messages import InferenceRequest
 from forebay_contracts.queue import Delivery
 from forebay_inference.engine.protocol import Tokens
@@ -91,15 +90,21 @@ class Measured:
         """Nothing more comes."""
         self._span.end()
 
-    def fields(self, **more: Any) -> Mapping[str, Any]:
+    @property
+    def total_s(self) -> float:
+        """Time since the request arrived."""
+        return time.time() - self._request.created_at
+
+    def fields(self, outcome: str | None = None, code: str | None = None) -> dict[str, Fields]:
         """For `extra` of a log line."""
-        return {
-            "request_id": self._request.id,
-            "model": self._request.model,
-            "type": self._request.completion_type.value,
-            "attempt": self._attempt,
-            "queue_wait_s": self.queue_wait_s,
-            "time_to_first_token_s": self.first_token_s,
-            "total_s": time.time() - self._request.created_at,
-            **more,
-        }
+        return fields(
+            request_id=self._request.id,
+            model=self._request.model,
+            type=self._request.completion_type.value,
+            attempt=self._attempt,
+            outcome=outcome,
+            code=code,
+            queue_wait_s=self.queue_wait_s,
+            time_to_first_token_s=self.first_token_s,
+            total_s=self.total_s,
+        )

@@ -25,6 +25,7 @@ from forebay_api.replies import ClientLeft, Reply, SlowReader
 from forebay_api.schemas import ChatCompletionBody, CompletionBody
 from forebay_contracts import names
 from forebay_contracts.errors import ApiError
+from forebay_contracts.logs import fields
 from forebay_contracts.messages import Completed, CompletionType, InferenceRequest
 
 LOG_PREFIX = {
@@ -93,7 +94,7 @@ async def _taken(
         request_id,
         model,
         f" from {client.name}" if client.name else "",
-        extra={"request_id": request_id, "model": model, "type": body.completion_type.value, "key": client.name},
+        extra=fields(request_id=request_id, model=model, type=body.completion_type.value, key=client.name),
     )
     if context.settings.log_prompts:
         log.info(
@@ -184,7 +185,7 @@ class EventStream(Response):
                 LOG_PREFIX[self._queued.completion_type],
                 self._queued.id,
                 exc.code or exc.type,
-                extra={"request_id": self._queued.id, "code": exc.code or exc.type},
+                extra=fields(request_id=self._queued.id, code=exc.code or exc.type),
             )
             await write(error_event(exc))
             return
@@ -238,15 +239,15 @@ def _log_end(queued: InferenceRequest, completed: Completed) -> None:
         usage.prompt_tokens,
         usage.completion_tokens,
         completed.attempt,
-        extra={
-            "request_id": queued.id,
-            "model": queued.model,
-            "type": queued.completion_type.value,
-            "attempt": completed.attempt,
-            "total_s": total_s,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-        },
+        extra=fields(
+            request_id=queued.id,
+            model=queued.model,
+            type=queued.completion_type.value,
+            attempt=completed.attempt,
+            total_s=total_s,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+        ),
     )
 
 
