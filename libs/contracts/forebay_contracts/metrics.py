@@ -1,17 +1,41 @@
 """What is measured: the registry of this process, switched on or off once, and what both services measure.
 
+What is counted and observed is kept for GATHER_S and recorded together: one by one, each between other work, it costs
+several times as much.
+
 Each service defines its metrics in a module `metrics` of its own. Labels take few values: names of models that are
 served, types, outcomes and reasons, never anything that a client makes up.
 """
 
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
 
 from forebay_contracts.settings import Settings
 
+GATHER_S: Final = 0.02
+"""How long it takes until another process of the same api shows what was measured; a scrape of this one waits for
+nothing."""
+
+_measured: Final[deque[tuple[Callable[[float], None], float]]] = deque()
+
+
+class _Recorder(Collector):
+    """The first collector of the registry: nothing of its own, and the others complete."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Record what has been gathered."""
+        record()
+        return ()
+
+
 REGISTRY: Final = CollectorRegistry()
+REGISTRY.register(_Recorder())
 ProcessCollector(registry=REGISTRY)
 
 FAST_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -31,6 +55,39 @@ STATE_WRITE: Final = Histogram(
 )
 
 _on = True
+
+
+def record() -> None:
+    """Record what has been gathered; from any thread."""
+    while _measured:
+        try:
+            to, amount = _measured.popleft()
+        except IndexError:  # another thread was faster
+            return
+        to(amount)
+
+
+class Gathered:
+    """Stands in for a counter or a histogram."""
+
+    __slots__ = ("_record",)
+
+    def __init__(self, record: Callable[[float], None]) -> None:
+        self._record = record
+
+    def inc(self, amount: float = 1) -> None:
+        """Count."""
+        self.observe(amount)
+
+    def observe(self, amount: float) -> None:
+        """Observe."""
+        first = not _measured
+        _measured.append((self._record, amount))
+        if first:
+            try:
+                asyncio.get_running_loop().call_later(GATHER_S, record)
+            except RuntimeError:
+                record()
 
 
 class Nothing:
@@ -59,4 +116,7 @@ def bound(metric: MetricWrapperBase, *labels: str) -> Any:
     """The child of `metric` for `labels`, to be kept by who uses it often."""
     if not _on:
         return NOTHING
-    return metric.labels(*labels) if labels else metric
+    child: Any = metric.labels(*labels) if labels else metric
+    if isinstance(child, Gauge):
+        return child
+    return Gathered(child.inc if isinstance(child, Counter) else child.observe)
