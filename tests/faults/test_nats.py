@@ -12,7 +12,7 @@ from support.stack import running
 
 
 async def test_restart_of_nats_loses_nothing(nats_server: NatsServer) -> None:
-    async with running(nats_server, max_concurrent_requests=4, max_queue_size=200) as stack:
+    async with running(nats_server, max_concurrent_requests=4, max_queue_size=200, admission_patience=60) as stack:
         answers = [asyncio.create_task(stack.chat("[[tokens=10 delay_ms=5]]")) for _ in range(100)]
         await stack.apis[0].logged(r"queued for \S+ at 100")
         await asyncio.to_thread(nats_server.restart)
@@ -39,7 +39,7 @@ async def test_streams_go_on_over_a_restart_of_nats(nats_server: NatsServer) -> 
 
 
 async def test_refused_while_nats_is_away_never_runs(nats_server: NatsServer) -> None:
-    async with running(nats_server) as stack:
+    async with running(nats_server, admission_patience=1) as stack:
         assert (await stack.chat("hi")).status_code == 200
         await asyncio.to_thread(nats_server.stop)
         refused = await stack.chat("[[tokens=7]]")

@@ -55,7 +55,7 @@ class Balancer:
 
 async def test_rolling_restart_of_everything_fails_nothing(nats_server: NatsServer) -> None:
     limits = {"max_concurrent_requests": 16, "worker_slots": 8}
-    async with running(nats_server, apis=2, workers=2, shutdown_delay=3, **limits) as stack:
+    async with running(nats_server, apis=2, workers=2, shutdown_delay=3, admission_patience=60, **limits) as stack:
         balancer, stop = Balancer(stack), asyncio.Event()
         await balancer.probe()
         probing = asyncio.create_task(balancer.probe_until(stop))

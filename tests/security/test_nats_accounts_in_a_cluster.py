@@ -21,7 +21,8 @@ async def site(tmp_path: Path) -> AsyncIterator[ClusteredSite]:
 
 
 async def test_a_stream_and_a_backlog_outlive_a_worker_and_a_server(site: ClusteredSite) -> None:
-    limits = {"max_concurrent_requests": 8, "max_queue_size": 200, "nats_replicas": 3}
+    # How long an election takes is the machine's to say.
+    limits = {"max_concurrent_requests": 8, "max_queue_size": 200, "nats_replicas": 3, "admission_patience": 60}
     async with running(site, apis=2, workers=2, **limits) as stack:
         stream = await stack.openai().chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": "[[tokens=60 delay_ms=50]]"}], stream=True

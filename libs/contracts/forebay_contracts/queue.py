@@ -28,9 +28,6 @@ ACK_TIMEOUT_S = 1.0
 PUBLISH_RETRY_S = 0.05
 """Pause between such tries."""
 
-ADMISSION_PATIENCE_S = 10.0
-"""How long a request waits for a NATS that is away, being restarted or electing a leader, before its 503."""
-
 _STORE_FAILED = 10077
 _NO_RESOURCES = 10023
 _NOT_NOW = (409, 429, 503)
@@ -120,18 +117,22 @@ class JetStreamDelivery:
 
 
 class JetStreamQueue:
-    """The stream `INFERENCE`; with `model`, also its consumer."""
+    """The stream `INFERENCE`; with `model`, also its consumer.
 
-    def __init__(self, connection: Connection, model: str | None = None) -> None:
+    A publish waits `patience_s` for a NATS that is away, being restarted or electing a leader.
+    """
+
+    def __init__(self, connection: Connection, model: str | None = None, *, patience_s: float = 0) -> None:
         self._connection = connection
+        self._patience_s = patience_s
         self._pulls = Pulls(connection, model) if model is not None else None
 
     async def publish(self, request: InferenceRequest) -> int:
         """Admit through the stream; see `RequestQueue.publish`.
 
         A publish that stays without an answer (the ack was lost, the stream has no leader just now, NATS is
-        away) is repeated for ADMISSION_PATIENCE_S with the same Nats-Msg-Id, which tells whether an earlier one
-        was stored. Where the outcome stays unknown, QueueUnavailable is raised, and should the message have
+        away) is repeated for `patience_s` with the same Nats-Msg-Id, which tells whether an earlier one was
+        stored. Where the outcome stays unknown, QueueUnavailable is raised, and should the message have
         been stored all the same, nobody waits for it: the worker is told so when it starts.
         """
         subject = names.request_subject(request.model, request.completion_type)
@@ -143,7 +144,7 @@ class JetStreamQueue:
         tracing.inject(headers)
         payload = request.encode()
         # A request that would only time out is not waited for.
-        give_up_at = time.monotonic() + min(ADMISSION_PATIENCE_S, request.deadline - time.time())
+        give_up_at = time.monotonic() + min(self._patience_s, request.deadline - time.time())
         while True:
             ttl_s = math.ceil(request.deadline - time.time()) + TTL_GRACE_S
             try:

@@ -176,6 +176,9 @@ class ApiSettings(Settings):
     body_timeout: float = Field(
         60, ge=1, le=3600, description="Seconds that a client has to send a request's body, once its headers are there"
     )
+    admission_patience: float = Field(
+        10, ge=0, le=3600, description="Seconds that a new request waits for NATS, away or electing, before its 503"
+    )
     shutdown_delay: float = Field(
         0, ge=0, le=600, description="Seconds after SIGTERM of still serving while not ready, for balancers to notice"
     )

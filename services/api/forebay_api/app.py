@@ -73,7 +73,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         states = KeyValueStateStore(connection)
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
         limits = KeyLimits(keys, lambda: (api for api in apis.alive() if api.id != dispatcher.instance))
-        dispatcher = Dispatcher(connection, JetStreamQueue(connection), states, limits.one_more)
+        queue = JetStreamQueue(connection, patience_s=settings.admission_patience)
+        dispatcher = Dispatcher(connection, queue, states, limits.one_more)
         workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
         started_at = time.time()
 
