@@ -15,6 +15,7 @@ from forebay_contracts.connection import connect
 from forebay_contracts.errors import ConfigurationError, QueueUnavailable
 from forebay_contracts.messages import RequestState, RequestStatus
 from forebay_contracts.permissions import covers
+from forebay_contracts.pulls import PULL_EXPIRES_S, PULL_GRACE_S
 from forebay_contracts.settings import Settings, load
 from support.nats import NatsServer
 from support.secured import DEPLOY, ROLES, Site, init, running
@@ -170,6 +171,12 @@ def test_permissions_and_imports_say_the_same() -> None:
         heard_by_others = set(re.findall(r'{ stream: "([^"]+)", accounts', section[1]))
         assert imported <= may
         assert may - imported <= heard_by_others, account
+
+
+def test_a_pull_is_remembered_across_accounts_for_longer_than_it_lasts() -> None:
+    conf = (DEPLOY / "forebay.conf").read_text()
+    (threshold,) = set(re.findall(r'response: stream, threshold: "(\d+)s"', conf))
+    assert int(threshold) >= 2 * (PULL_EXPIRES_S + PULL_GRACE_S)
 
 
 def test_the_table_in_the_documentation_is_this_one() -> None:
