@@ -35,7 +35,7 @@ async def test_each_step_has_its_fields(nats_server: NatsServer) -> None:
         assert ended["outcome"] == "completed"
         assert "code" not in ended
         assert 0 <= ended["queue_wait_s"] < ended["time_to_first_token_s"] < ended["total_s"]
-        assert 0.06 <= ended["total_s"] < 10
+        assert 0.05 <= ended["total_s"] < 10  # a timer of uvloop may end up to a millisecond early
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -171,8 +171,9 @@ async def test_one_trace_from_http_to_the_last_token(nats_server: NatsServer, co
         assert prefill.attributes["gen_ai.usage.input_tokens"] == 4
         assert decode.attributes["gen_ai.usage.output_tokens"] == 4
         assert attempt.begin_ns <= prefill.begin_ns <= prefill.end_ns <= decode.begin_ns <= decode.end_ns
-        assert decode.end_ns - decode.begin_ns >= 3 * 5_000_000
-        assert http.end_ns - http.begin_ns >= 4 * 5_000_000
+        # A timer of uvloop may end up to a millisecond early.
+        assert decode.end_ns - decode.begin_ns >= 3 * 4_000_000
+        assert http.end_ns - http.begin_ns >= 4 * 4_000_000
         assert not any("one two" in str(value) for span in spans for value in span.attributes.values())
 
 

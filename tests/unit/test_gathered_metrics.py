@@ -48,7 +48,7 @@ async def test_a_scrape_misses_nothing_that_was_measured_before_it(counter: Coun
 
 async def test_without_a_scrape_it_is_recorded_soon() -> None:
     amounts: asyncio.Queue[float] = asyncio.Queue()
-    seen = metrics.Gathered(amounts.put_nowait)
+    seen = metrics.Gathered(amounts.put_nowait, sums=False)
     seen.inc()
     seen.inc(2)
     assert amounts.empty()

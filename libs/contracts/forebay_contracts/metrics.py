@@ -8,6 +8,7 @@ served, types, outcomes and reasons, never anything that a client makes up.
 """
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -22,7 +23,8 @@ GATHER_S: Final = 0.02
 """How long it takes until another process of the same api shows what was measured; a scrape of this one waits for
 nothing."""
 
-_measured: Final[deque[tuple[Callable[[float], None], float]]] = deque()
+_measured: Final[deque[tuple["Gathered", float]]] = deque()
+_recording: Final = threading.Lock()
 
 
 class _Recorder(Collector):
@@ -59,21 +61,26 @@ _on = True
 
 def record() -> None:
     """Record what has been gathered; from any thread."""
-    while _measured:
-        try:
+    counted: dict[Gathered, float] = {}
+    with _recording:
+        while _measured:
             to, amount = _measured.popleft()
-        except IndexError:  # another thread was faster
-            return
-        to(amount)
+            if to.sums:
+                counted[to] = counted.get(to, 0) + amount
+            else:
+                to.record(amount)
+        for to, total in counted.items():
+            to.record(total)
 
 
 class Gathered:
-    """Stands in for a counter or a histogram."""
+    """Stands in for a counter, whose amounts are summed up (`sums`), or for a histogram."""
 
-    __slots__ = ("_record",)
+    __slots__ = ("record", "sums")
 
-    def __init__(self, record: Callable[[float], None]) -> None:
-        self._record = record
+    def __init__(self, record: Callable[[float], None], *, sums: bool) -> None:
+        self.record = record
+        self.sums = sums
 
     def inc(self, amount: float = 1) -> None:
         """Count."""
@@ -82,7 +89,7 @@ class Gathered:
     def observe(self, amount: float) -> None:
         """Observe."""
         first = not _measured
-        _measured.append((self._record, amount))
+        _measured.append((self, amount))
         if first:
             try:
                 asyncio.get_running_loop().call_later(GATHER_S, record)
@@ -119,4 +126,6 @@ def bound(metric: MetricWrapperBase, *labels: str) -> Any:
     child: Any = metric.labels(*labels) if labels else metric
     if isinstance(child, Gauge):
         return child
-    return Gathered(child.inc if isinstance(child, Counter) else child.observe)
+    if isinstance(child, Counter):
+        return Gathered(child.inc, sums=True)
+    return Gathered(child.observe, sums=False)

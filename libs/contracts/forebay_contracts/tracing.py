@@ -70,14 +70,14 @@ def _start(service: str) -> None:
             return super().generate_trace_id() if trace_id is None else trace_id
 
     def sampled(name: str, attributes: Mapping[str, Any]) -> bool:
-        trace_id = ids.generate_trace_id()
+        trace_id = draw()
         found = provider.sampler.should_sample(None, trace_id, name, SpanKind.SERVER, attributes)
         if found.decision is Decision.DROP:
             return False
         ids.drawn = trace_id
         return True
 
-    name, ids = os.environ.get("OTEL_SERVICE_NAME") or service, Ids()
+    name, ids, draw = os.environ.get("OTEL_SERVICE_NAME") or service, Ids(), RandomIdGenerator().generate_trace_id
     resource = Resource.create({"service.name": name, "service.version": VERSION})
     provider = TracerProvider(resource=resource, id_generator=ids)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
