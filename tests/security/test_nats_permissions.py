@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,28 +72,6 @@ def within(role: str, subject: str) -> str:
 
 
 CELLS = [(role, action) for action in ACTIONS for role in ROLES]
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A server for the tests that change nothing of it."""
-    site = Site(tmp_path_factory.mktemp("site"))
-    site.server.start()
-    try:
-        yield site
-    finally:
-        site.server.stop()
-
-
-@pytest.fixture
-def own_site(tmp_path: Path) -> Iterator[Site]:
-    """A server for one test alone."""
-    site = Site(tmp_path / "site")
-    site.server.start()
-    try:
-        yield site
-    finally:
-        site.server.stop()
 
 
 async def everything(site: Site) -> list[Any]:
@@ -194,145 +171,6 @@ async def test_a_value_cannot_take_out_the_others(own_site: Site) -> None:
         with pytest.raises(Exception, match="rollup"):
             await js.publish("$KV.inference-requests.two", b"{}", headers={"Nats-Rollup": "all"})
         assert (await stack.connection.jetstream.stream_info("KV_inference-requests")).state.messages == 1
-
-
-async def test_the_whole_system_works_within_its_rights(own_site: Site) -> None:
-    async with running(own_site, apis=2, workers=1, max_concurrent_requests=2, api_keys="") as stack:
-        # Whole, streamed, idempotent over two apis.
-        assert (await stack.chat("[[tokens=3]]")).json()["choices"][0]["message"]["content"] == "t0 t1 t2"
-        chunks = [
-            chunk.choices[0].delta.content or ""
-            async for chunk in await stack.openai().chat.completions.create(
-                model=MODEL, messages=[{"role": "user", "content": "[[tokens=5]]"}], stream=True
-            )
-            if chunk.choices
-        ]
-        assert "".join(chunks) == "t0 t1 t2 t3 t4"
-        bodies = []
-        for api in stack.apis:
-            answer = await stack.http.post(
-                f"{api.url}/v1/chat/completions",
-                json={"model": MODEL, "messages": [{"role": "user", "content": "[[tokens=2]]"}]},
-                headers={"Idempotency-Key": "once"},
-            )
-            bodies.append(answer.json()["choices"][0]["message"]["content"])
-        assert bodies == ["t0 t1", "t0 t1"]
-        # Looked at and called off over the other api, while it runs.
-        running_one = asyncio.create_task(stack.chat("[[tokens=500 delay_ms=50]]"))
-        async with asyncio.timeout(20), stack.http.stream("GET", f"{stack.apis[1].url}/v1/queue/events") as events:
-            request_id = ""
-            async for line in events.aiter_lines():
-                told = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {"requests": []}
-                if found := [request["id"] for request in told["requests"] if request["status"] == "processing"]:
-                    request_id = found[0]
-                    break
-        other = stack.apis[1].url
-        assert (await stack.http.get(f"{other}/v1/queue/request/{request_id}")).json()["status"] == "processing"
-        assert (await stack.http.delete(f"{other}/v1/queue/request/{request_id}")).json()["cancelled"] is True
-        assert (await running_one).status_code >= 400
-        await stack.idle()
-        status = await stack.status()
-        assert (status["total_processed"], status["total_cancelled"], status["workers_ready"]) == (3, 1, 1)
-        assert "forebay_queue_up 1.0" in (await stack.http.get(f"{other}/metrics")).text
-        for service in (*stack.apis, *stack.workers):
-            assert not [line for line in service.log if "ermissions" in line]
-        # In order to its end: the heartbeat is taken out, what is kept is closed.
-        assert await stack.workers[0].stop() == 0
-        assert await stack.apis[1].stop() == 0
-    assert not [line for line in own_site.server.log if "Violation" in line]
-
-
-async def test_a_killed_worker_is_replaced_within_its_rights(own_site: Site) -> None:
-    async with running(own_site, ack_wait=1) as stack:
-        stream = await stack.openai().chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": "[[tokens=40 delay_ms=50]]"}], stream=True
-        )
-        text = ""
-        async for chunk in stream:
-            if not text:
-                await stack.workers[0].kill()
-                await stack.worker()
-            text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
-        assert text == " ".join(f"t{number}" for number in range(40))
-    assert not [line for line in own_site.server.log if "Violation" in line]
-
-
-async def test_operators_look_and_admins_steer(own_site: Site) -> None:
-    async with running(own_site) as stack:
-        await stack.chat("[[tokens=1]]")
-        for look in (["status"], ["requests"], ["topology", "show"]):
-            code, printed = await own_site.forebay("operator", *look)
-            assert code == 0, printed
-        for steer in (["pause", MODEL], ["resume", MODEL], ["drain", stack.workers[0].id]):
-            code, printed = await own_site.forebay("operator", *steer)
-            assert code == 1, printed
-            assert "permissions violation" in printed.lower()
-        assert not (await stack.connection.jetstream.consumer_info("INFERENCE", CONSUMER)).paused
-        for steer in (["pause", MODEL], ["resume", MODEL], ["drain", stack.workers[0].id]):
-            code, printed = await own_site.forebay("admin", *steer)
-            assert code == 0, printed
-        assert await stack.workers[0].ended() == 0
-
-
-async def test_an_admin_calls_a_request_off(own_site: Site) -> None:
-    async with running(own_site) as stack:
-        waiting = asyncio.create_task(stack.chat("[[tokens=500 delay_ms=50]]"))
-        received = await stack.apis[0].logged(r"\[RequestQueue\] (\S+) queued for")
-        request_id = received[1]
-        await stack.reaches(request_id, RequestStatus.PROCESSING)
-        assert (await own_site.forebay("operator", "cancel", request_id))[0] == 1
-        code, printed = await own_site.forebay("admin", "cancel", request_id)
-        assert code == 0, printed
-        assert (await waiting).status_code >= 400
-        assert (await stack.reaches(request_id, RequestStatus.CANCELLED)).error == "cancelled by the operator"
-
-
-async def test_a_service_waits_for_a_topology_that_it_may_not_make(own_site: Site) -> None:
-    env = load(Settings, **own_site.settings("inference"), _env_file=None)
-    link = await own_site.connect("inference")
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(topology, "START_PATIENCE_S", 0.5)
-            with pytest.raises(ConfigurationError, match=r"stream INFERENCE is not there.*forebay topology apply"):
-                await topology.ensure(link, env, env.served_model)
-        waits = asyncio.create_task(topology.ensure(link, env, env.served_model, env.served_aliases))
-        assert (await own_site.forebay("admin", "topology", "apply"))[0] == 0
-        assert await waits == []
-    finally:
-        await link.close()
-
-
-async def test_a_service_says_what_differs_and_goes_on(own_site: Site) -> None:
-    async with running(own_site) as stack:
-        api = await stack.api(max_queue_size=7)
-        await api.logged("max_msgs 100 → 7 is wanted here: `forebay topology apply` makes it so")
-        assert (await stack.status(1))["max_queue_size"] == 100
-        assert (await stack.chat("[[tokens=1]]", api=1)).status_code == 200
-
-
-async def test_doctor_says_what_a_user_may_and_what_it_lacks(own_site: Site) -> None:
-    async def found() -> dict[str, list[dict[str, str]]]:
-        by_role = {}
-        for role in ROLES:
-            inboxes = role if role in ("api", "inference") else "cli"
-            _, printed = await own_site.forebay(role, "doctor", "--role", inboxes, "--json")
-            findings, _ = json.JSONDecoder().raw_decode(printed, printed.index("[\n"))
-            by_role[role] = [finding for finding in findings if finding["check"] == "permissions"]
-        return by_role
-
-    async with running(own_site, apis=0, workers=0):
-        for role, findings in (await found()).items():
-            assert findings[0]["severity"] == "ok"
-            assert role in findings[0]["message"]
-        conf = own_site.folder / "forebay.conf"
-        text = conf.read_text()
-        assert text.count('"inference.resend.*", "inference.cancel.*"') == 1
-        conf.write_text(text.replace('"inference.resend.*", "inference.cancel.*"', '"inference.cancel.*"'))
-        own_site.server.restart()
-        findings = (await found())["api"]
-        assert findings[0]["severity"] == "problem"
-        assert findings[0]["message"] == "as api, this user may not publish to inference.resend.*"
-        assert "API_MAY of deploy/nats/forebay.conf" in findings[0]["fix"]
 
 
 async def test_who_is_not_known_is_refused(site: Site, tmp_path: Path) -> None:

@@ -20,6 +20,16 @@ async def watching(connection: Connection, settings: Settings) -> Presence[ApiIn
     return presence
 
 
+async def beating(connection: Connection) -> Heartbeat[ApiInfo]:
+    """The heartbeat of an api `a`, that everybody has heard."""
+    heartbeat = Heartbeat(
+        connection, names.APIS_BUCKET, lambda: ApiInfo(id="a", version="1", started_at=0, heartbeat_at=0)
+    )
+    await heartbeat.start()
+    await connection.client.flush()
+    return heartbeat
+
+
 async def test_a_stranger_may_still_be_heard_of(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(Settings, nats_url=nats_server.url, _env_file=None)
     async with connected(settings, "test") as connection:
@@ -37,11 +47,7 @@ async def test_who_said_good_bye_is_gone_at_once(nats_server: NatsServer) -> Non
     settings = load(Settings, nats_url=nats_server.url, _env_file=None)
     async with connected(settings, "test") as connection:
         presence = await watching(connection, settings)
-        heartbeat = Heartbeat(
-            connection, names.APIS_BUCKET, lambda: ApiInfo(id="a", version="1", started_at=0, heartbeat_at=0)
-        )
-        await heartbeat.start()
-        await connection.client.flush()
+        heartbeat = await beating(connection)
         assert [info.id for info in presence.alive()] == ["a"]
         await heartbeat.stop()
         await connection.client.flush()
@@ -56,11 +62,7 @@ async def test_who_is_there_already_is_heard_where_the_bucket_cannot_be_read_yet
         await presence.start()
         assert presence.alive() == []
         await ensure(connection, settings, settings.served_model)
-        heartbeat = Heartbeat(
-            connection, names.APIS_BUCKET, lambda: ApiInfo(id="a", version="1", started_at=0, heartbeat_at=0)
-        )
-        await heartbeat.start()
-        await connection.client.flush()
+        heartbeat = await beating(connection)
         assert [info.id for info in presence.alive()] == ["a"]
         await heartbeat.stop()
         await presence.stop()
