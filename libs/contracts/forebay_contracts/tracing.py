@@ -23,6 +23,8 @@ _PROTOCOL: Final = "http/protobuf"
 _NOT_SAMPLED: Final = tuple("02468ace")
 """How a `traceparent` ends whose trace is not recorded: https://www.w3.org/TR/trace-context/#sampled-flag"""
 
+_NO_PARENT: Final = Context()
+
 _propagator = TraceContextTextMapPropagator()
 _tracer: trace.Tracer | None = None
 _sampled: Callable[[str, Mapping[str, Any]], bool]
@@ -71,7 +73,7 @@ def _start(service: str) -> None:
 
     def sampled(name: str, attributes: Mapping[str, Any]) -> bool:
         trace_id = draw()
-        found = provider.sampler.should_sample(None, trace_id, name, SpanKind.SERVER, attributes)
+        found = provider.sampler.should_sample(_NO_PARENT, trace_id, name, SpanKind.SERVER, attributes)
         if found.decision is Decision.DROP:
             return False
         ids.drawn = trace_id
@@ -100,7 +102,7 @@ def serve(name: str, headers: Mapping[str, str], attributes: Mapping[str, Any]) 
         return resume(name, headers, attributes, SpanKind.SERVER)
     if _tracer is None or not _sampled(name, attributes):
         return trace.INVALID_SPAN
-    return _tracer.start_span(name, Context(), SpanKind.SERVER, attributes)
+    return _tracer.start_span(name, _NO_PARENT, SpanKind.SERVER, attributes)
 
 
 def resume(

@@ -1,12 +1,14 @@
 """The span of an HTTP request: an ASGI middleware, there only where traces are sent."""
 
+from collections.abc import Awaitable
 from typing import Final
 
-from opentelemetry.trace import StatusCode
-from starlette.datastructures import Headers
+from opentelemetry.trace import Span, StatusCode
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forebay_contracts import tracing
+
+_CONTEXT: Final = {b"traceparent": "traceparent", b"tracestate": "tracestate"}
 
 
 class TraceMiddleware:
@@ -16,14 +18,13 @@ class TraceMiddleware:
         self._app: Final = app
         self._paths: Final = paths
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI call."""
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """The ASGI call; it stands in between only where a span is recorded."""
         if scope["type"] != "http" or scope["path"] not in self._paths:
-            await self._app(scope, receive, send)
-            return
+            return self._app(scope, receive, send)
         span = tracing.serve(
             f"{scope['method']} {scope['path']}",
-            Headers(scope=scope),
+            {_CONTEXT[name]: value.decode("latin-1") for name, value in scope["headers"] if name in _CONTEXT},
             {
                 "http.request.method": scope["method"],
                 "url.path": scope["path"],
@@ -31,9 +32,10 @@ class TraceMiddleware:
             },
         )
         if not span.is_recording():
-            await self._app(scope, receive, send)
-            return
+            return self._app(scope, receive, send)
+        return self._recorded(span, scope, receive, send)
 
+    async def _recorded(self, span: Span, scope: Scope, receive: Receive, send: Send) -> None:
         async def noting_status(message: Message) -> None:
             if message["type"] == "http.response.start":
                 span.set_attribute("http.response.status_code", message["status"])
