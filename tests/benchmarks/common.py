@@ -271,12 +271,19 @@ def part_main(
     chosen = {name: getattr(options, name) for name in choices}
     part = "-".join([part, *(value for name, value in chosen.items() if value != choices[name][0])])
     log(f"{part}: at most {budget_s:.0f} s are planned" + (" in full; this is a quick run" if options.quick else ""))
+    return write_part(
+        part, budget_s, options.quick, options.results, lambda: asyncio.run(measure(options.quick, **chosen))
+    )
+
+
+def write_part(part: str, budget_s: float, quick: bool, results: Path, measure: Callable[[], dict[str, Any]]) -> int:
+    """Measure, write `PART.json` in the folder `results` with a stamp, say where."""
     header, began = stamp(), time.monotonic()
-    figures = asyncio.run(measure(options.quick, **chosen))
+    figures = measure()
     took_s = time.monotonic() - began
-    header |= {"part": part, "quick": options.quick, "took_s": round(took_s), "budget_s": budget_s}
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{part}.json"
+    header |= {"part": part, "quick": quick, "took_s": round(took_s), "budget_s": budget_s}
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{part}.json"
     path.write_text(json.dumps({"stamp": header, "figures": figures}, indent=1) + "\n")
     log(f"{part}: {took_s:.0f} s, {path}")
     return 0

@@ -9,17 +9,21 @@ due, so that a slow server cannot make the load wait for it. How late the driver
 
 Prints JSON: answers a second, latencies and times to first token in ms, of each stream the mean time between two of its
 tokens, tokens a second, answers by status, how many were not whole (`bad`). What was answered in the first `--warm-up`
-seconds counts in `requests` and `not_200` only. Run as a process of its own; `ceiling.py` shows how far it goes.
+seconds counts in `requests` and `not_200` only. With `--tally FILE`, of 16 bytes, it holds how many answers were whole so
+far and how many were anything else, for somebody who stops and continues all of it. Run as a process of its own;
+`ceiling.py` shows how far it goes.
 """
 
 import argparse
 import asyncio
 import json
+import mmap
 import random
 import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -47,6 +51,9 @@ class Figures:
     last: bytes
     """How the text of a whole answer ends."""
 
+    tally: memoryview
+    """Whole answers, and others, so far."""
+
     latencies_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
@@ -64,9 +71,11 @@ class Figures:
     def take(self, status: int, due: float, first: float | None, answer: bytes) -> None:
         """Count one answer."""
         now = time.perf_counter()
+        whole = status == 200 and self.last in answer
+        self.tally[0 if whole else 1] += 1
         if status == 200:
             self.answered += 1
-            if self.last not in answer:
+            if not whole:
                 self.broken(answer)
         else:
             self.refused += 1
@@ -171,7 +180,7 @@ async def closed_loop(port: int, options: argparse.Namespace, request: bytes) ->
         else:
             client.transport.close()
 
-    figures = Figures(0, float("inf"), last_mark(options.tokens))
+    figures = Figures(0, float("inf"), last_mark(options.tokens), tally(options.tally))
     clients = await connect(port, options.clients, request, figures, again)
     now = time.perf_counter()
     figures.counted_from, figures.until = now + options.warm_up, now + options.warm_up + options.seconds
@@ -194,7 +203,7 @@ async def open_loop(port: int, options: argparse.Namespace, request: bytes) -> F
         else:
             free.append(client)
 
-    figures = Figures(0, float("inf"), last_mark(options.tokens))
+    figures = Figures(0, float("inf"), last_mark(options.tokens), tally(options.tally))
     clients = await connect(port, options.clients, request, figures, idle)
     free.extend(clients)
     chance = random.Random(options.seed)
@@ -231,6 +240,14 @@ async def settle(clients: list[Client], figures: Figures, options: argparse.Name
     if pending:
         figures.bad += len(pending)
         figures.example = figures.example or "not answered"
+
+
+def tally(path: Path | None) -> memoryview:
+    """Two 64-bit numbers, in a file that others read where there is one."""
+    if path is None:
+        return memoryview(bytearray(16)).cast("Q")
+    with path.open("r+b") as file:
+        return memoryview(mmap.mmap(file.fileno(), 16)).cast("Q")
 
 
 def last_mark(tokens: int) -> bytes:
@@ -285,6 +302,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="requests a second, open loop")
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals")
     parser.add_argument("--patience", type=float, default=30, help="seconds for answers under way at the end")
+    parser.add_argument("--tally", type=Path, help="file of 16 bytes, kept up to date")
     return parser.parse_args()
 
 

@@ -1,26 +1,32 @@
 """What it costs to be seen: the same load with all of observability on and with none of it, in turns.
 
-    python tests/benchmarks/observability.py [--seconds 1] [--rounds 30] [--clients 16] [--sampled 0.01]
+    python tests/benchmarks/observability.py [--blocks 8] [--pairs 40] [--clients 16] [--sampled 0.01] [--parts ...]
 
-Two systems stand beside each other on one nats-server each and take short turns, so many that what else the machine
-does hits both alike. Not at the same time: they would compete, and the one that is a little slower lose its share of
-the cores. "On" is metrics, scraped from both services once in each turn (deploy/observability does it every fifteen
-seconds), JSON log lines, and traces sent to a collector, the part `--sampled` of them; "off" is METRICS=false, no
-traces, text log lines: to have log lines is no option.
+Two systems stand beside each other, each with a nats-server and a load of its own, and one of them runs at a time: the
+other is stopped, the load too, in the middle of whatever it does. So what a system leaves for later is done in its own
+time, and turns can be short, TURN_S. They have to be: what else the machine does changes its speed by a tenth from one
+second to the next, and by a third within minutes, which only turns much shorter than that share fairly. A block is one
+such pair of systems; the next has new ones, since two equal systems may differ by a few percent for as long as they
+live. `--parts` without any shows how equal they are.
 
-A ratio is of one round: of the requests/s, and of the CPU time that api and worker together use for a request.
+"On" is metrics, scraped from both services every SCRAPE_S of its own time (deploy/observability: 15), a JSON log line
+for each step of a request, and traces sent to a collector, the part `--sampled` of them. "Off" is METRICS=false, no
+traces, and no log lines below warnings; with `--off-lines` it has lines as they are by default, in text.
+
+A ratio is of one block: of the requests/s, and of the CPU time that api and worker together use for a request.
 """
 
 import argparse
 import asyncio
 import contextlib
-import json
-import platform
+import os
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -30,14 +36,20 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import RESULTS, spread, stamp
+from benchmarks.common import RESULTS, log, spread, write_part
+from benchmarks.driver import tally
 from support.nats import NatsServer
 from support.stack import Stack, running
 
 HERE = Path(__file__).parent
-BUDGET_S = 90
+BUDGET_S = 300
+TURN_S = 0.2
+WARM_UP_PAIRS = 8
+SCRAPE_S = 5.0
 PARTS = ("metrics", "logs", "traces")
 LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
+FOREVER_S = 3600
+"""What the driver is told: it is ended with its block."""
 
 
 class Collector(BaseHTTPRequestHandler):
@@ -54,145 +66,217 @@ class Collector(BaseHTTPRequestHandler):
         """No line."""
 
 
-def cpu_s(stack: Stack) -> dict[str, float]:
-    """CPU seconds of api and worker so far."""
-    services = {"api": stack.apis[0], "worker": stack.workers[0]}
-    return {name: sum(psutil.Process(one.process.pid).cpu_times()[:2]) for name, one in services.items()}
+@contextlib.contextmanager
+def collector() -> Iterator[str]:
+    """Where one listens."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
-async def load(stack: Stack, clients: int, seconds: float) -> dict[str, Any]:
-    """The driver's figures for one turn."""
-    command = (str(HERE / "driver.py"), str(stack.apis[0].port), str(clients), str(seconds))
-    before = cpu_s(stack)
-    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
-    output, _ = await process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"the driver ended with {process.returncode}")
-    await stack.idle()
-    figures: dict[str, Any] = json.loads(output)
-    used = {name: after - before[name] for name, after in cpu_s(stack).items()}
-    figures["cpu_ms_by_process"] = {name: 1000 * one / figures["requests"] for name, one in used.items()}
-    figures["cpu_ms"] = sum(figures["cpu_ms_by_process"].values())
-    if figures["not_200"]:
-        raise RuntimeError(f"{figures['not_200']} answers were not 200")
-    return figures
+@dataclass
+class System:
+    """A stack under load that runs only in its turns."""
+
+    stack: Stack
+    command: tuple[str, ...]
+    """What loads it."""
+    answers: memoryview
+    """Whole ones, and others, that its load has had."""
+    services: tuple[int, ...]
+    """All other processes of it."""
+    metrics: tuple[str, ...]
+    """What is scraped."""
+    requests: int = 0
+    seconds: float = 0
+    scraped_at: float = 0
+    scraping: asyncio.Task[None] | None = None
+    driver: asyncio.subprocess.Process | None = None
+
+    async def begin(self) -> None:
+        """Load it until it has answered something, then stop it."""
+        self.driver = await asyncio.create_subprocess_exec(*self.command)
+        async with asyncio.timeout(30):
+            while not self.answers[0]:  # noqa: ASYNC110 -- written by another process
+                await asyncio.sleep(0.01)
+        self.send(signal.SIGSTOP)
+
+    async def end(self) -> None:
+        """End its load; it may run again."""
+        if self.driver is None:
+            return
+        self.send(signal.SIGCONT)
+        self.driver.kill()
+        await self.driver.wait()
+        if self.scraping is not None:
+            await self.scraping
+
+    async def turn(self) -> None:
+        """Run for TURN_S; another system's work is no part of it."""
+        if self.metrics and self.seconds >= self.scraped_at:
+            self.scraped_at += SCRAPE_S
+            self.scraping = asyncio.create_task(self._scrape())
+        before, began = self.answers[0], time.perf_counter()
+        self.send(signal.SIGCONT)
+        await asyncio.sleep(TURN_S)
+        self.send(signal.SIGSTOP)
+        self.seconds += time.perf_counter() - began
+        self.requests += self.answers[0] - before
+        if self.answers[1]:
+            raise RuntimeError(f"{self.answers[1]} answers were not 200 or not whole")
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to all of it."""
+        assert self.driver is not None
+        for pid in (self.driver.pid, *self.services):
+            os.kill(pid, number)
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds of api and worker so far."""
+        services = {"api": self.stack.apis[0], "worker": self.stack.workers[0]}
+        return {name: sum(psutil.Process(one.process.pid).cpu_times()[:2]) for name, one in services.items()}
+
+    async def _scrape(self) -> None:
+        for url in self.metrics:
+            (await self.stack.http.get(url)).raise_for_status()
 
 
 @contextlib.asynccontextmanager
-async def scraped(stack: Stack, port: str | None) -> AsyncIterator[None]:
-    """Both services, the worker's on `port`, scraped once meanwhile."""
+async def loaded(clients: int, settings: dict[str, Any]) -> AsyncIterator[System]:
+    """A system under the load of so many clients."""
+    with tempfile.TemporaryDirectory(prefix="forebay-bench-") as folder:
+        nats, counts = NatsServer(Path(folder) / "nats"), Path(folder) / "tally"
+        counts.write_bytes(bytes(16))
+        nats.start()
+        try:
+            async with running(nats, **LIMITS, **settings) as stack:
+                metrics: tuple[str, ...] = ()
+                if settings["metrics"] == "true":
+                    # Looked for before there are many lines.
+                    port = (await stack.workers[0].logged(r"metrics on \S+:(\d+)"))[1]
+                    metrics = (f"{stack.apis[0].url}/metrics", f"http://127.0.0.1:{port}/metrics")
+                driver = (sys.executable, str(HERE / "driver.py"), str(stack.apis[0].port), str(clients))
+                services = (stack.apis[0].process.pid, stack.workers[0].process.pid, nats.pid)
+                system = System(stack, (*driver, str(FOREVER_S), "--tally", str(counts)), tally(counts), services, metrics)
+                try:
+                    yield system
+                finally:
+                    await system.end()
+        finally:
+            nats.stop()
 
-    async def scrape() -> None:
-        for url in (f"{stack.apis[0].url}/metrics", f"http://127.0.0.1:{port}/metrics"):
-            (await stack.http.get(url)).raise_for_status()
 
-    scraping = asyncio.create_task(scrape()) if port is not None else None
-    yield
-    if scraping is not None:
-        await scraping
-
-
-async def measure(on: Stack, off: Stack, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rounds."""
-    # Looked for before there are many lines.
-    port = (await on.workers[0].logged(r"metrics on \S+:(\d+)"))[1] if "metrics" in options.parts else None
-    for stack in (on, off):
-        await load(stack, options.clients, 1)
-    found = []
-    for number in range(options.rounds):
-        figures: dict[str, Any] = {}
-        for name in ("on", "off") if number % 2 else ("off", "on"):
-            if name == "on":
-                async with scraped(on, port):
-                    figures[name] = await load(on, options.clients, options.seconds)
-            else:
-                figures[name] = await load(off, options.clients, options.seconds)
-        figures["ratio"] = figures["on"]["requests_per_s"] / figures["off"]["requests_per_s"]
-        figures["cpu_ratio"] = figures["on"]["cpu_ms"] / figures["off"]["cpu_ms"]
-        print(
-            f"round {number + 1}: on {figures['on']['requests_per_s']:.0f}, "
-            f"off {figures['off']['requests_per_s']:.0f} requests/s, ratio {figures['ratio']:.3f}; "
-            f"CPU on {figures['on']['cpu_ms']:.2f}, off {figures['off']['cpu_ms']:.2f} ms a request",
-            flush=True,
-        )
-        found.append(figures)
+async def block(number: int, pairs: int, clients: int, on: dict[str, Any], off: dict[str, Any]) -> dict[str, Any]:
+    """What one pair of systems did. Which is made first, and has the first turn, changes from block to block."""
+    order = [("on", on), ("off", off)][:: 1 if number % 2 else -1]
+    async with contextlib.AsyncExitStack() as entered:
+        systems = {name: await entered.enter_async_context(loaded(clients, settings)) for name, settings in order}
+        for system in systems.values():
+            await system.begin()
+        for _ in range(WARM_UP_PAIRS):
+            for system in systems.values():
+                await system.turn()
+        cpu = {name: system.cpu_s() for name, system in systems.items()}
+        for system in systems.values():
+            system.requests, system.seconds, system.scraped_at = 0, 0, 0
+        for _ in range(pairs):
+            for system in systems.values():
+                await system.turn()
+        found: dict[str, Any] = {}
+        for name, system in systems.items():
+            used = {
+                process: 1000 * (after - cpu[name][process]) / system.requests
+                for process, after in system.cpu_s().items()
+            }
+            found[name] = {
+                "requests_per_s": system.requests / system.seconds,
+                "cpu_ms_by_process": used,
+                "cpu_ms": sum(used.values()),
+            }
     return found
 
 
-async def main() -> int:
-    """Start both, measure, print."""
+async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All blocks."""
+    off = {"metrics": "false"} | ({} if options.off_lines or "logs" not in options.parts else {"log_level": "WARNING"})
+    found = []
+    with collector() as endpoint:
+        on: dict[str, Any] = {"metrics": "false"}
+        if "metrics" in options.parts:
+            on |= {"metrics": "true", "metrics_port": 0}
+        if "logs" in options.parts:
+            on["log_format"] = "json"
+        if "traces" in options.parts:
+            on |= {
+                "otel_exporter_otlp_endpoint": endpoint,
+                "otel_traces_sampler": "parentbased_traceidratio",
+                "otel_traces_sampler_arg": options.sampled,
+            }
+        for number in range(options.blocks):
+            figures = await block(number, options.pairs, options.clients, on, off)
+            figures["ratio"] = figures["on"]["requests_per_s"] / figures["off"]["requests_per_s"]
+            figures["cpu_ratio"] = figures["on"]["cpu_ms"] / figures["off"]["cpu_ms"]
+            log(
+                f"block {number + 1}: on {figures['on']['requests_per_s']:.0f}, "
+                f"off {figures['off']['requests_per_s']:.0f} requests/s, ratio {figures['ratio']:.3f}; "
+                f"CPU on {figures['on']['cpu_ms']:.3f}, off {figures['off']['cpu_ms']:.3f} ms a request"
+            )
+            found.append(figures)
+    return found
+
+
+def summary(found: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of all blocks."""
+    return {
+        "on": [*options.parts],
+        "off_lines": options.off_lines,
+        "sampled": options.sampled,
+        "clients": options.clients,
+        "blocks": options.blocks,
+        "pairs": options.pairs,
+        "turn_s": TURN_S,
+        "scrape_s": SCRAPE_S,
+        "requests": spread([figures["ratio"] for figures in found]),
+        "cpu": spread([figures["cpu_ratio"] for figures in found]),
+        "requests_per_s": {
+            name: spread([figures[name]["requests_per_s"] for figures in found], 0) for name in ("on", "off")
+        },
+        "cpu_ms": {
+            process: {
+                name: round(statistics.median(figures[name]["cpu_ms_by_process"][process] for figures in found), 4)
+                for name in ("on", "off")
+            }
+            for process in ("api", "worker")
+        },
+    }
+
+
+def main() -> int:
+    """Measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=40, help="turns of each system in a block")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--sampled", type=float, default=0.01, help="part of the requests that is traced")
-    parser.add_argument(
-        "--parts", nargs="*", choices=PARTS, default=PARTS, help="what is on; none: how equal the two systems are"
-    )
-    parser.add_argument("--json", type=Path, help="also write all figures here")
-    parser.add_argument("--quick", action="store_true", help="two short rounds")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what is on")
+    parser.add_argument("--off-lines", action="store_true", help="off has text log lines: what JSON costs more")
+    parser.add_argument("--quick", action="store_true", help="one short block")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of observability.json")
     options = parser.parse_args()
     if options.quick:
-        options.seconds, options.rounds = 0.5, 3
-    header, began = stamp(), time.monotonic()
-    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
-    Thread(target=collector.serve_forever, daemon=True).start()
-    visible: dict[str, Any] = {"metrics_port": 0} if "metrics" in options.parts else {"metrics": "false"}
-    if "logs" in options.parts:
-        visible["log_format"] = "json"
-    if "traces" in options.parts:
-        visible |= {
-            "otel_exporter_otlp_endpoint": f"http://127.0.0.1:{collector.server_port}",
-            "otel_traces_sampler": "parentbased_traceidratio",
-            "otel_traces_sampler_arg": options.sampled,
-        }
-    with tempfile.TemporaryDirectory() as folder:
-        servers = [NatsServer(Path(folder) / name) for name in ("on", "off")]
-        for server in servers:
-            server.start()
-        try:
-            async with (
-                running(servers[0], **LIMITS, **visible) as on,
-                running(servers[1], **LIMITS, metrics="false") as off,
-            ):
-                found = await measure(on, off, options)
-        finally:
-            for server in servers:
-                server.stop()
-            collector.shutdown()
-    ratios = [figures["ratio"] for figures in found]
-    cpu = [figures["cpu_ratio"] for figures in found]
-    machine = f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores, {options.clients} clients"
-    traced = f" ({options.sampled:.0%} of the requests)" if "traces" in options.parts else ""
-    print(
-        f"{machine}; on: {', '.join(options.parts) or 'nothing'}{traced}: {statistics.median(ratios):.3f} of the "
-        f"requests/s of off ({min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(cpu):.3f} of its CPU time "
-        f"a request ({min(cpu):.3f} to {max(cpu):.3f})"
+        options.blocks, options.pairs = 1, 10
+    return write_part(
+        "observability",
+        BUDGET_S,
+        options.quick,
+        options.results,
+        lambda: summary(asyncio.run(measure(options)), options),
     )
-    for process in ("api", "worker"):
-        used = {
-            name: statistics.median(figures[name]["cpu_ms_by_process"][process] for figures in found)
-            for name in ("on", "off")
-        }
-        print(f"{process}: {used['on']:.3f} ms of CPU a request on, {used['off']:.3f} off")
-    took_s = round(time.monotonic() - began)
-    header |= {"part": "observability", "quick": options.quick, "took_s": took_s, "budget_s": BUDGET_S}
-    figures = {
-        "on": [*options.parts],
-        "sampled": options.sampled,
-        "clients": options.clients,
-        "rounds": options.rounds,
-        "requests": spread(ratios),
-        "cpu": spread(cpu),
-    }
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / "observability.json"
-    path.write_text(json.dumps({"stamp": header, "figures": figures}, indent=1) + "\n")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(main())
