@@ -9,8 +9,8 @@ due, so that a slow server cannot make the load wait for it. How late the driver
 
 Prints JSON: answers a second, latencies and times to first token in ms, of each stream the mean time between two of its
 tokens, tokens a second, answers by status, how many were not whole (`bad`). What was answered in the first `--warm-up`
-seconds counts in `requests` and `not_200` only. With `--tally FILE`, of 16 bytes, it holds how many answers were whole so
-far and how many were anything else, for somebody who stops and continues all of it. Run as a process of its own;
+seconds counts in `requests` and `not_200` only. The file of `--tally`, of 16 bytes, holds how many answers were whole
+so far and how many were anything else, for somebody who stops and continues all of it. Run as a process of its own;
 `ceiling.py` shows how far it goes.
 """
 

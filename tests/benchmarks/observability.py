@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import statistics
 import sys
@@ -32,14 +33,15 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import RESULTS, log, spread, write_part
+from benchmarks.common import RESULTS, START_TIMEOUT_S, free_port, log, spread, write_part
 from benchmarks.driver import tally
 from support.nats import NatsServer
-from support.stack import Stack, running
+from support.stack import Api, Service, Stack, running
 
 HERE = Path(__file__).parent
 BUDGET_S = 300
@@ -48,6 +50,9 @@ WARM_UP_PAIRS = 8
 SCRAPE_S = 5.0
 PARTS = ("metrics", "logs", "traces")
 LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
+SILENT = re.compile("")
+"""Any first line will do; none comes."""
+
 FOREVER_S = 3600
 """What the driver is told: it is ended with its block."""
 
@@ -145,6 +150,28 @@ class System:
             (await self.stack.http.get(url)).raise_for_status()
 
 
+async def start(stack: Stack) -> None:
+    """An api and a worker that say nothing: they are asked until they serve."""
+    api = Api("forebay_api", SILENT, stack.env(api_port=(port := free_port())))
+    worker = Service("forebay_inference", SILENT, stack.env())
+    api.port = port
+    stack.apis.append(api)
+    stack.workers.append(worker)
+    await asyncio.gather(api.launch(), worker.launch())
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while not await serves(stack):  # noqa: ASYNC110 -- no event says so
+            await asyncio.sleep(0.05)
+
+
+async def serves(stack: Stack) -> bool:
+    """Whether the api answers and knows a worker that is ready."""
+    try:
+        answer = await stack.http.get(f"{stack.apis[0].url}/health/ready")
+    except httpx.TransportError:
+        return False
+    return any(worker["status"] == "ready" for worker in answer.json()["workers"])
+
+
 @contextlib.asynccontextmanager
 async def loaded(clients: int, settings: dict[str, Any]) -> AsyncIterator[System]:
     """A system under the load of so many clients."""
@@ -153,15 +180,20 @@ async def loaded(clients: int, settings: dict[str, Any]) -> AsyncIterator[System
         counts.write_bytes(bytes(16))
         nats.start()
         try:
-            async with running(nats, **LIMITS, **settings) as stack:
+            silent = settings.get("log_level") == "WARNING"
+            services = {"apis": 0, "workers": 0} if silent else {}
+            async with running(nats, **services, **LIMITS, **settings) as stack:
+                if silent:
+                    await start(stack)
                 metrics: tuple[str, ...] = ()
                 if settings["metrics"] == "true":
                     # Looked for before there are many lines.
                     port = (await stack.workers[0].logged(r"metrics on \S+:(\d+)"))[1]
                     metrics = (f"{stack.apis[0].url}/metrics", f"http://127.0.0.1:{port}/metrics")
                 driver = (sys.executable, str(HERE / "driver.py"), str(stack.apis[0].port), str(clients))
-                services = (stack.apis[0].process.pid, stack.workers[0].process.pid, nats.pid)
-                system = System(stack, (*driver, str(FOREVER_S), "--tally", str(counts)), tally(counts), services, metrics)
+                pids = (stack.apis[0].process.pid, stack.workers[0].process.pid, nats.pid)
+                command = (*driver, str(FOREVER_S), "--tally", str(counts))
+                system = System(stack, command, tally(counts), pids, metrics)
                 try:
                     yield system
                 finally:

@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import prometheus_client
 import pytest
-from prometheus_client import Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from forebay_contracts import metrics
+from forebay_contracts.metrics import Histogram
 
 
 @pytest.fixture
@@ -47,13 +49,34 @@ async def test_a_scrape_misses_nothing_that_was_measured_before_it(counter: Coun
 
 
 async def test_without_a_scrape_it_is_recorded_soon() -> None:
-    amounts: asyncio.Queue[float] = asyncio.Queue()
-    seen = metrics.Gathered(amounts.put_nowait, sums=False)
-    seen.inc()
-    seen.inc(2)
-    assert amounts.empty()
-    async with asyncio.timeout(5):
-        assert [await amounts.get(), await amounts.get()] == [1, 2]
+    recorded: asyncio.Queue[Sequence[float]] = asyncio.Queue()
+    seen = metrics.Gathered(recorded.put_nowait)
+    for _ in range(2):
+        seen.inc()
+        seen.inc(2)
+        assert recorded.empty()
+        async with asyncio.timeout(5):
+            assert await recorded.get() == [1, 2]
+
+
+def test_many_observations_in_one_step_are_as_good_as_one_by_one() -> None:
+    amounts = (-1, 0, 0.5, 1, 1.0001, 2, 2, 3, float("inf"))
+    registries = []
+    for kind in (Histogram, prometheus_client.Histogram):
+        registries.append(registry := CollectorRegistry())
+        child = kind("seconds", "Of tests", ("model",), buckets=(1, 2), registry=registry).labels("m")
+        if isinstance(child, Histogram):
+            child.observe_many(amounts)
+        else:
+            for amount in amounts:
+                child.observe(amount)
+    ours, theirs = (generate_latest(registry).decode() for registry in registries)
+    assert without_created(ours) == without_created(theirs)
+
+
+def without_created(exposition: str) -> list[str]:
+    """All but the time when the metric was made."""
+    return [line for line in exposition.splitlines() if "seconds_created" not in line]
 
 
 def test_without_an_event_loop_it_is_recorded_at_once(counter: Counter) -> None:

@@ -1,19 +1,21 @@
 """What is measured: the registry of this process, switched on or off once, and what both services measure.
 
-What is counted and observed is kept for GATHER_S and recorded together: one by one, each between other work, it costs
-several times as much.
+What is counted and observed is kept for GATHER_S and recorded together, a sum to each counter and a number to each
+bucket: one by one, each between other work, it costs several times as much.
 
 Each service defines its metrics in a module `metrics` of its own. Labels take few values: names of models that are
 served, types, outcomes and reasons, never anything that a client makes up.
 """
 
 import asyncio
+import collections
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, ProcessCollector
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
@@ -23,8 +25,20 @@ GATHER_S: Final = 0.02
 """How long it takes until another process of the same api shows what was measured; a scrape of this one waits for
 nothing."""
 
-_measured: Final[deque[tuple["Gathered", float]]] = deque()
+_gathered: Final[list["Gathered"]] = []
+"""All there are: one for each metric and its labels."""
 _recording: Final = threading.Lock()
+_scheduled = False
+
+
+class Histogram(prometheus_client.Histogram):
+    """Its like, that takes many observations in one step."""
+
+    def observe_many(self, amounts: Sequence[float]) -> None:
+        """Observe each."""
+        self._sum.inc(sum(amounts))
+        for bucket, count in collections.Counter(bisect_left(self._upper_bounds, amount) for amount in amounts).items():
+            self._buckets[bucket].inc(count)
 
 
 class _Recorder(Collector):
@@ -61,40 +75,48 @@ _on = True
 
 def record() -> None:
     """Record what has been gathered; from any thread."""
-    counted: dict[Gathered, float] = {}
+    global _scheduled
+    # First: what is measured from here on may ask for another time.
+    _scheduled = False
     with _recording:
-        while _measured:
-            to, amount = _measured.popleft()
-            if to.sums:
-                counted[to] = counted.get(to, 0) + amount
-            else:
-                to.record(amount)
-        for to, total in counted.items():
-            to.record(total)
+        for one in _gathered:
+            one.record()
+
+
+def _schedule() -> None:
+    global _scheduled
+    try:
+        asyncio.get_running_loop().call_later(GATHER_S, record)
+    except RuntimeError:
+        record()
+    else:
+        _scheduled = True
 
 
 class Gathered:
-    """Stands in for a counter, whose amounts are summed up (`sums`), or for a histogram."""
+    """Stands in for a counter or a histogram and gives what it takes to `many`, all of GATHER_S at a time."""
 
-    __slots__ = ("record", "sums")
+    __slots__ = ("_amounts", "_many")
 
-    def __init__(self, record: Callable[[float], None], *, sums: bool) -> None:
-        self.record = record
-        self.sums = sums
+    def __init__(self, many: Callable[[Sequence[float]], Any]) -> None:
+        self._many = many
+        self._amounts: list[float] = []
+        with _recording:
+            _gathered.append(self)
 
-    def inc(self, amount: float = 1) -> None:
-        """Count."""
-        self.observe(amount)
-
-    def observe(self, amount: float) -> None:
+    def observe(self, amount: float = 1) -> None:
         """Observe."""
-        first = not _measured
-        _measured.append((self, amount))
-        if first:
-            try:
-                asyncio.get_running_loop().call_later(GATHER_S, record)
-            except RuntimeError:
-                record()
+        self._amounts.append(amount)
+        if not _scheduled:
+            _schedule()
+
+    inc = observe
+
+    def record(self) -> None:
+        """Give it on; by one thread at a time, while others may observe."""
+        if amounts := self._amounts[:]:
+            del self._amounts[: len(amounts)]
+            self._many(amounts)
 
 
 class Nothing:
@@ -127,5 +149,5 @@ def bound(metric: MetricWrapperBase, *labels: str) -> Any:
     if isinstance(child, Gauge):
         return child
     if isinstance(child, Counter):
-        return Gathered(child.inc, sums=True)
-    return Gathered(child.observe, sums=False)
+        return Gathered(lambda amounts: child.inc(sum(amounts)))
+    return Gathered(child.observe_many)

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 
 from forebay_contracts.errors import (
     ApiError,
@@ -18,7 +18,7 @@ from forebay_contracts.errors import (
     RequestTooLarge,
 )
 from forebay_contracts.messages import RequestStatus
-from forebay_contracts.metrics import FAST_S, REGISTRY, WAIT_S, bound
+from forebay_contracts.metrics import FAST_S, REGISTRY, WAIT_S, Histogram, bound
 from forebay_contracts.states import OUTCOMES
 
 ADMITTED: Final = Counter(
