@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import time
 
 from nats.errors import Error as NatsError
 
 from forebay_contracts import names
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import StateUnreadable
+from forebay_contracts.logs import fields
 from forebay_contracts.messages import RequestStatus
 from forebay_contracts.queue import RequestQueue
 from forebay_contracts.states import StateStore, finish
@@ -41,12 +43,26 @@ async def call_off(
         ended = await finish(states, request_id, outcome, reason)
     except StateUnreadable as exc:
         log.error("[RequestQueue] %s", exc.message)
-        ended = False
+        ended = None
     # Whether the message waits or is out cannot be told from here: it is taken out, and whoever runs it is told.
     if sequence is not None:
         await queue.remove(sequence)
     with contextlib.suppress(NatsError):
         await connection.client.publish(names.cancel_subject(request_id), reason.encode())
-    if ended:
-        log.info("[RequestQueue] %s %s: %s", request_id, outcome.value.replace("_", " "), reason)
-    return ended
+    if ended is None:
+        return False
+    log.info(
+        "[RequestQueue] %s %s: %s",
+        request_id,
+        outcome.value.replace("_", " "),
+        reason,
+        extra=fields(
+            request_id=request_id,
+            model=ended.model,
+            type=ended.completion_type,
+            attempt=ended.attempt,
+            outcome=outcome.value,
+            total_s=time.time() - ended.queued_at,
+        ),
+    )
+    return True

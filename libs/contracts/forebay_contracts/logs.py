@@ -46,13 +46,17 @@ class JsonFormatter(logging.Formatter):
         super().__init__()
         self._second = -1
         self._time = ""
-        self._origins: dict[tuple[str, str], str] = {}
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON."""
         if (second := int(record.created)) != self._second:
             self._second, self._time = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        line: dict[str, Any] = {"message": record.getMessage()}
+        line: dict[str, Any] = {
+            "time": f"{self._time}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
         for name, value in record.__dict__.get("fields", {}).items():
             if value is not None:
                 # Whole microseconds: what follows is noise. round() takes several times as long.
@@ -60,19 +64,9 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         try:
-            said = orjson.dumps(line).decode()
+            return orjson.dumps(line).decode()
         except TypeError:  # half a character, as the name of a file can hold one
-            said = json.dumps(line)
-        return f'{{"time":"{self._time}.{int(record.msecs):03d}Z",{self._origin(record)},{said[1:]}'
-
-    def _origin(self, record: logging.LogRecord) -> str:
-        origin = (record.levelname, record.name)
-        if (text := self._origins.get(origin)) is None:
-            # As many as there are modules that log, times levels.
-            text = self._origins[origin] = json.dumps({"level": origin[0], "logger": origin[1]}, separators=(",", ":"))[
-                1:-1
-            ]
-        return text
+            return json.dumps(line)
 
 
 class TextFormatter(logging.Formatter):

@@ -249,7 +249,11 @@ class Resume(Message):
 
 
 class RequestState(Message):
-    """The value in the KV bucket `inference-requests`, its key the request id. Times: seconds since the epoch."""
+    """The value in the KV bucket `inference-requests`, its key the request id. Times: seconds since the epoch.
+
+    `error` is what the client was told. `fault` is what went wrong at the latest attempt that failed, with its number
+    and its worker, for who runs the system; it quotes no request. `started_at` is when the first attempt began.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     id: str
@@ -257,6 +261,7 @@ class RequestState(Message):
     completion_type: str
     timestamp: float
     error: str | None = None
+    fault: str | None = None
     model: str
     attempt: int = 0
     queued_at: float

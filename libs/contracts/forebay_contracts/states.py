@@ -99,18 +99,18 @@ async def change(
     raise QueueConflict(f"request {request_id}: its state changed {MAX_CONFLICTS} times in a row")
 
 
-async def finish(store: StateStore, request_id: str, outcome: RequestStatus, error: str | None) -> bool:
-    """End a known request as `outcome` and count it; False if it had ended before, or is unknown."""
+async def finish(store: StateStore, request_id: str, outcome: RequestStatus, error: str | None) -> RequestState | None:
+    """End a known request as `outcome` and count it; its last state, or None if it had ended before, or is unknown."""
 
     def to(state: RequestState | None) -> RequestState | None:
         if state is None:
             return None
         return state.model_copy(update={"status": outcome, "error": error, "finished_at": time.time()})
 
-    if await change(store, request_id, to) is None:
-        return False
+    if (stored := await change(store, request_id, to)) is None:
+        return None
     await store.count(outcome, request_id)
-    return True
+    return stored.state
 
 
 class KeyValueStateStore:

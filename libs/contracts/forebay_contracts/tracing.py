@@ -92,7 +92,7 @@ def enabled() -> bool:
     return _tracer is not None
 
 
-def serve(name: str, headers: Mapping[str, str], attributes: Mapping[str, Any]) -> Span:
+def serve(name: str, attributes: Mapping[str, Any], headers: Mapping[str, str]) -> Span:
     """Begin the span of an HTTP request: in the trace that its headers name, or in one of its own.
 
     What the sampler leaves out costs next to nothing: it is asked before the SDK makes a context and a span, and

@@ -16,23 +16,21 @@ class TraceMiddleware:
 
     def __init__(self, app: ASGIApp, paths: frozenset[str]) -> None:
         self._app: Final = app
-        self._paths: Final = paths
+        # Names and attributes of the spans: made once, since the sampler is asked with them for each request.
+        self._spans: Final = {
+            path: (f"POST {path}", {"http.request.method": "POST", "url.path": path}) for path in paths
+        }
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """The ASGI call; it stands in between only where a span is recorded."""
-        if scope["type"] != "http" or scope["path"] not in self._paths:
+        served = self._spans.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if served is None:
             return self._app(scope, receive, send)
-        span = tracing.serve(
-            f"{scope['method']} {scope['path']}",
-            {_CONTEXT[name]: value.decode("latin-1") for name, value in scope["headers"] if name in _CONTEXT},
-            {
-                "http.request.method": scope["method"],
-                "url.path": scope["path"],
-                "forebay.request_id": scope["state"]["request_id"],
-            },
-        )
+        context = {_CONTEXT[name]: value.decode("latin-1") for name, value in scope["headers"] if name in _CONTEXT}
+        span = tracing.serve(*served, context)
         if not span.is_recording():
             return self._app(scope, receive, send)
+        span.set_attribute("forebay.request_id", scope["state"]["request_id"])
         return self._recorded(span, scope, receive, send)
 
     async def _recorded(self, span: Span, scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,12 +8,10 @@ import asyncio
 import contextlib
 import logging
 import time
-import traceback
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from pathlib import Path
 from typing import Any
 
 from nats.errors import Error as NatsError
@@ -40,6 +38,7 @@ from forebay_inference.engine.protocol import (
     ResumeTokens,
     Tokens,
     Vector,
+    reason_of,
     require_served,
 )
 from forebay_inference.measuring import Measured
@@ -318,16 +317,16 @@ class AttemptRunner:
 
     async def _engine_failed(self, attempt: Attempt, error: BaseException) -> None:
         await attempt.claim
-        number = attempt.delivery.attempt
-        expected = isinstance(error, EngineFault)
+        number, reason = attempt.delivery.attempt, reason_of(error)
         log.error(
             "[RequestQueue] %s attempt %d failed: %s",
             attempt.request.id,
             number,
-            error if expected else _traced(error),
+            reason,
             extra=attempt.measured.fields(code="engine_fault"),
         )
         attempt.measured.ended("engine_fault", "engine_fault")
+        await attempt.record.failed(reason)
         if self._attempts_are_spent(attempt, before=number):
             await self._fail(attempt, InferenceFailed("the generation failed"))
         else:
@@ -379,10 +378,3 @@ class AttemptRunner:
             f": {code or error}" if error else "",
             extra=attempt.measured.fields(status.value, code),
         )
-
-
-def _traced(error: BaseException) -> str:
-    """What an unexpected error was and where it came from; not its message, which may quote a request."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
-    return f"{type(error).__name__} at {places}"

@@ -16,6 +16,11 @@ STORE_RETRY_S = 0.5
 STORE_PATIENCE_S = 60.0
 """How long such a write is tried; then the attempt is given up, and the message comes again."""
 
+MAX_REASON = 500
+"""Characters of what went wrong that are kept."""
+
+LOST = "it ended without a word: the worker was killed, or cut off from NATS for longer than ACK_WAIT"
+
 T = TypeVar("T")
 
 
@@ -81,6 +86,19 @@ class Record:
         except QueueConflict:
             raise Superseded(self._replaced) from None
 
+    async def failed(self, reason: str) -> None:
+        """Keep why this attempt failed, whether there will be another or not.
+
+        Raises:
+            Superseded: a newer attempt has claimed it.
+        """
+        claimed = self._own
+        state = claimed.state.model_copy(update={"fault": _attempt(claimed.state) + reason[:MAX_REASON]})
+        try:
+            self._claimed = Stored(state, await patiently(lambda: self._write_over(claimed, state)))
+        except QueueConflict:
+            raise Superseded(self._replaced) from None
+
     async def finish(
         self, status: RequestStatus, *, error: str | None = None, usage: Usage | None = None
     ) -> RequestStatus:
@@ -109,9 +127,9 @@ class Record:
         if stored is not None:
             await patiently(lambda: self._states.count(stored.state.status, self._request.id))
 
-    async def _write_over(self, claimed: Stored, state: RequestState) -> None:
+    async def _write_over(self, claimed: Stored, state: RequestState) -> int:
         try:
-            await self._states.write(state, claimed.revision)
+            return await self._states.write(state, claimed.revision)
         except QueueConflict:
             stored = await self._states.get(self._request.id)
             if stored is not None and stored.revision == claimed.revision:
@@ -128,10 +146,11 @@ class Record:
             status=RequestStatus.PROCESSING,
             completion_type=request.completion_type.value,
             timestamp=request.created_at,
+            fault=None if state is None else _fault(state),
             model=request.model,
             attempt=number,
             queued_at=request.created_at,
-            started_at=time.time(),
+            started_at=time.time() if state is None or state.started_at is None else state.started_at,
             deadline=request.deadline,
             worker=self._worker,
             sequence=self._delivery.sequence,
@@ -147,6 +166,16 @@ class Record:
     @property
     def _replaced(self) -> str:
         return f"{self._request.id}: attempt {self._delivery.attempt} was replaced"
+
+
+def _attempt(state: RequestState) -> str:
+    return f"attempt {state.attempt} on worker {state.worker}: "
+
+
+def _fault(before: RequestState) -> str | None:
+    """What the attempts until now have failed of. One that ended without a word has not said so itself."""
+    silent = before.status is RequestStatus.PROCESSING and not (before.fault or "").startswith(_attempt(before))
+    return _attempt(before) + LOST if silent else before.fault
 
 
 async def patiently(write: Callable[[], Awaitable[T]]) -> T:

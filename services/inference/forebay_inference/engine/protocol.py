@@ -1,7 +1,9 @@
 """The engine seam: what a worker needs of whatever generates tokens."""
 
+import traceback
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from forebay_contracts.errors import UnsupportedByModel
@@ -77,7 +79,17 @@ ResumeTokens = Mapping[int, Sequence[int]]
 
 
 class EngineFault(Exception):
-    """The engine could not serve a request that was in order; another attempt may. The message holds no secrets."""
+    """The engine could not serve a request that was in order; another attempt may. The message quotes no request."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, for logs and states: of what is no EngineFault the kind and the place, since its message may
+    quote a request."""
+    if isinstance(error, EngineFault):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    return f"{type(error).__name__} at {places}"
 
 
 class Engine(Protocol):

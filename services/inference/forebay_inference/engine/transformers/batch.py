@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
+from forebay_inference.engine.protocol import reason_of
 from forebay_inference.engine.transformers import attention
 from forebay_inference.engine.transformers.memory import CachePlan
 from forebay_inference.engine.transformers.sampling import ChosenLogprob, TokenChooser, choose
@@ -174,7 +175,7 @@ class Batch:
             for token in tokens:
                 sequence.chooser.accept(token)
         except Exception as exc:  # one sequence's trouble must not end the thread that all share
-            return str(exc)
+            return reason_of(exc)
         return None
 
     def _watch_prefixes(self, cache: Any) -> None:

@@ -1,7 +1,6 @@
 """The real engine: a Transformers model behind the engine seam."""
 
 import asyncio
-import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,6 @@ from forebay_inference.engine.transformers.loading import give_back_memory, load
 from forebay_inference.engine.transformers.memory import plan_cache
 from forebay_inference.engine.transformers.serving import Serving
 from forebay_inference.model_store import ensure_model, recommended_sampling
-
-_log = logging.getLogger(__name__)
 
 
 class TransformersEngine:
@@ -150,8 +147,7 @@ class TransformersEngine:
                 if choice.finish_reason is not None:
                     continue
                 if step.fault is not None:
-                    _log.error("request %s failed in the engine: %s", request.id, step.fault)
-                    raise EngineFault("generation failed")
+                    raise EngineFault(step.fault)
                 event = choice.advance(step)
                 if event is not None:
                     yield event

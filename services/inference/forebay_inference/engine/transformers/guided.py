@@ -29,7 +29,7 @@ class Guide:
         """Forbid in `scores`, shape [vocabulary], every token that the grammar does not allow next, in place."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            raise EngineFault(f"the grammar failed: {self._matcher.get_error()}")
+            raise EngineFault("the grammar of the answer failed")  # what it says quotes schema and answer
         allowed = torch.from_numpy(np.unpackbits(packed, count=self._vocabulary, bitorder="little"))
         scores.masked_fill_(allowed.to(scores.device) == 0, -torch.inf)
 
@@ -40,7 +40,7 @@ class Guide:
             EngineFault: the grammar does not allow them.
         """
         if tokens and not self._matcher.consume_tokens(list(tokens)):
-            raise EngineFault(f"the tokens leave the grammar: {self._matcher.get_error()}")
+            raise EngineFault("the tokens leave the grammar of the answer")
 
 
 class Grammars:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from forebay_contracts.messages import Sampling
+from forebay_inference.engine.protocol import reason_of
 from forebay_inference.engine.transformers.guided import Guide
 
 _TEMPERATURE_FLOOR = 1e-5
@@ -141,7 +142,7 @@ def choose(rows: Sequence[tuple[int, TokenChooser]], scores: torch.Tensor) -> No
             try:
                 chooser.adjust(scores[row])
             except Exception as exc:  # one sequence's trouble must not end the thread that all share
-                chooser.fault = str(exc)
+                chooser.fault = reason_of(exc)
     sampled = [(row, chooser) for row, chooser in busy if not chooser.greedy]
     if sampled:
         for row, chooser in sampled:
