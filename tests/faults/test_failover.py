@@ -91,6 +91,8 @@ async def test_request_that_kills_every_worker_ends(nats_server: NatsServer) -> 
         assert response.headers["x-should-retry"] == "false"
         state = await stack.reaches(response.headers["x-request-id"], RequestStatus.FAILED)
         assert state.attempt == 3
+        assert state.fault is not None
+        assert state.fault.startswith(f"attempt 2 on worker {worker.id}: it ended without a word")
         await stack.idle()
 
 

@@ -60,8 +60,10 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
             "completion_type": "chat",
             "timestamp": queued["timestamp"],
             "error": None,
+            "fault": None,
             "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "attempt": 0,
+            "worker": None,
             "queued_at": queued["timestamp"],
             "started_at": None,
             "finished_at": None,
@@ -69,13 +71,14 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
             "estimated_wait_s": None,
             "usage": None,
         }
-        await stack.worker()
+        worker = await stack.worker()
         await stack.reaches(request_id, RequestStatus.PROCESSING)
         processing = await request_state(stack, request_id)
         assert queued["queued_at"] <= processing["started_at"] <= time.time()
         assert processing == queued | {
             "status": "processing",
             "attempt": 1,
+            "worker": worker.id,
             "started_at": processing["started_at"],
             "position": None,
             "estimated_wait_s": None,
@@ -148,7 +151,8 @@ async def test_retry_goes_back_to_processing(nats_server: NatsServer) -> None:
                 if state["status"] == "failed":
                     break
         await watcher.stop()
-        assert seen[-3:] == [("processing", 1), ("processing", 2), ("failed", 2)]
+        # The first attempt's once more, with what it failed of.
+        assert seen[-4:] == [("processing", 1), ("processing", 1), ("processing", 2), ("failed", 2)]
         assert (await task).status_code == 500
 
 

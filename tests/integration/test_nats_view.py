@@ -197,6 +197,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "status": "completed",
             "completion_type": "chat",
             "error": None,
+            "fault": None,
             "model": f"HuggingFaceTB/{MODEL}",
             "attempt": 1,
             "worker": stack.workers[0].id,

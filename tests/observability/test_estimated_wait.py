@@ -37,3 +37,16 @@ async def test_places_before_it_at_the_speed_of_the_line(nats_server: NatsServer
         assert shortest - 0.05 <= found["estimated_wait_s"] <= longest + 0.05
         await asyncio.gather(*tasks)
         assert (await look(stack, last))["estimated_wait_s"] is None
+
+
+async def test_whoever_looks_at_the_queue_has_its_lines_measured(nats_server: NatsServer) -> None:
+    """Each api for itself: by its status, its metrics, its page, so that a first look has an answer too."""
+    async with running(nats_server, apis=2) as stack:
+        tasks = [asyncio.create_task(stack.chat("[[tokens=10 delay_ms=50]]", api=0)) for _ in range(10)]
+        last = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 10$"))[1]
+        await stack.status(api=1)
+        await next(asyncio.as_completed(tasks))
+        (await stack.http.get(f"{stack.apis[1].url}/metrics")).raise_for_status()
+        answer = await stack.http.get(f"{stack.apis[1].url}/v1/queue/request/{last}")
+        assert 0 < answer.json()["estimated_wait_s"] < 60
+        await asyncio.gather(*tasks)

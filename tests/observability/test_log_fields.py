@@ -1,5 +1,6 @@
 """JSON lines carry what is known as fields; prompts are in them only where LOG_PROMPTS asks for it."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -36,6 +37,46 @@ async def test_each_step_has_its_fields(nats_server: NatsServer) -> None:
         assert "code" not in ended
         assert 0 <= ended["queue_wait_s"] < ended["time_to_first_token_s"] < ended["total_s"]
         assert 0.05 <= ended["total_s"] < 10  # a timer of uvloop may end up to a millisecond early
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_each_end_has_its_fields(nats_server: NatsServer, stream: bool) -> None:
+    """Whoever ends a request, and whether it ran or waited: one line says what became of it and after how long."""
+    limits = {"max_concurrent_requests": 1, "max_deliveries": 1, "request_timeout": 2}
+    async with running(nats_server, log_format="json", **limits) as stack:
+        failed = await stack.chat("[[tokens=2 fail]]", stream=stream)
+        slow = [asyncio.create_task(stack.chat("[[tokens=90 delay_ms=50]]", stream=stream)) for _ in range(2)]
+        ran, waited = [(await stack.apis[0].logged(rf"(\S+) queued for \S+ at {nth}"))[1] for nth in (2, 3)]
+        left = asyncio.create_task(stack.chat("[[tokens=1]]", stream=stream))
+        cancelled = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 4"))[1]
+        await stack.http.delete(f"{stack.apis[0].url}/v1/queue/request/{cancelled}")
+        answers = [failed, *await asyncio.gather(*slow, left)]
+        ids = [failed.headers["x-request-id"], ran, waited, cancelled]
+        await idle(stack)
+        for service in (*stack.apis, *stack.workers):
+            await service.stop()
+        ended = [
+            [one for service in (stack.apis[0], stack.workers[0]) for one in records(service, id) if "outcome" in one]
+            for id in ids
+        ]
+        outcomes = ["failed", "timed_out", "timed_out", "cancelled"]
+        for request_id, outcome, lines in zip(ids, outcomes, ended, strict=True):
+            assert {line["outcome"] for line in lines} == {outcome}, lines
+            for line in lines:
+                assert (line["request_id"], line["model"], line["type"]) == (request_id, NAME, "chat")
+                assert line["attempt"] in (0, 1)
+                assert line["total_s"] >= 0
+        # What the clients were answered is a line of the api's, with its code.
+        for request_id, answer in zip(ids, answers, strict=True):
+            (told,) = [
+                one
+                for one in records(stack.apis[0], request_id)
+                if "answered" in one["message"] or "broke" in one["message"]
+            ]
+            assert told["model"] == NAME
+            assert told["total_s"] >= 0
+            assert answer.status_code == (200 if "broke" in told["message"] else int(told["message"].split()[-2]))
+            assert told["code"] in ("inference_failed", "request_timeout", "request_cancelled")
 
 
 @pytest.mark.parametrize("stream", [False, True])

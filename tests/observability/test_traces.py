@@ -228,6 +228,34 @@ async def test_a_handed_over_request_stays_in_its_trace(nats_server: NatsServer,
         assert outcomes == ["handed_over", "completed"]
 
 
+async def test_a_stream_that_breaks_off_is_a_failed_trace(nats_server: NatsServer, collector: Collector) -> None:
+    """Its HTTP status was sent before, and was 200."""
+    async with running(nats_server, request_timeout=1, **collector.settings) as stack:
+        answer = await stack.chat("[[tokens=90 delay_ms=50]]", stream=True)
+        assert answer.status_code == 200
+        http, *_ = await collector.trace_of(
+            answer.headers["x-request-id"], post=1, queue=1, attempt=1, prefill=1, decode=1
+        )
+        assert http.failed
+        assert http.attributes["error.type"] == "request_timeout"
+
+
+async def test_a_killed_worker_leaves_its_request_in_one_trace(nats_server: NatsServer, collector: Collector) -> None:
+    """It takes its own spans along; those of the attempt after it are in the trace that the message carries."""
+    async with running(nats_server, max_concurrent_requests=1, **collector.settings) as stack:
+        asked = asyncio.create_task(stack.chat("[[tokens=40 delay_ms=50]]"))
+        request_id = (await stack.apis[0].logged(r"(\S+) queued for"))[1]
+        await stack.reaches(request_id, RequestStatus.PROCESSING)
+        await stack.workers[0].kill()
+        second = await stack.worker()
+        assert (await asked).status_code == 200
+        spans = await collector.trace_of(request_id, post=1, queue=1, attempt=1, prefill=1, decode=1)
+        (attempt,) = (span for span in spans if span.name == "attempt")
+        assert (attempt.attributes["forebay.attempt"], attempt.attributes["forebay.worker"]) == (2, second.id)
+        assert attempt.parent == next(span.id for span in spans if span.name == "queue publish")
+        assert len({span.trace for span in spans}) == 1
+
+
 async def test_a_request_that_is_refused_has_no_attempt(nats_server: NatsServer, collector: Collector) -> None:
     async with running(nats_server, **collector.settings) as stack:
         answer = await stack.chat("hi", model="none-such")

@@ -67,3 +67,17 @@ def test_any_number_of_looks_takes_little_memory(at: Callable[[float], None]) ->
     rate = sampled(at, *((number / 100, number) for number in range(20_000)))
     assert len(rate._samples) <= WINDOW_S + 2
     assert rate.wait_s(100) == pytest.approx(1, rel=0.05)
+
+
+def test_time_without_work_says_nothing_of_the_rate(at: Callable[[float], None]) -> None:
+    rate = DrainRate()
+    for seconds, left, busy in [(0, 1000, False), (30, 1000, False), (58, 1000, True), (60, 1002, True)]:
+        at(seconds)
+        rate.sample(left, busy=busy)
+    assert rate.wait_s(1) == pytest.approx(1)
+    at(61.5)
+    rate.sample(1002, busy=False)
+    assert rate.wait_s(1) == pytest.approx(1.75)
+    at(90)
+    rate.sample(1002, busy=True)
+    assert rate.wait_s(1) == pytest.approx(1.75)

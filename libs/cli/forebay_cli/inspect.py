@@ -81,7 +81,7 @@ class Filter:
 
 
 async def requests(wanted: Filter, *, limit: int, as_json: bool) -> None:
-    """Print the newest requests, newest first.
+    """Print the newest requests, newest first; one that is asked for by its id with all that is known of it.
 
     Raises:
         RequestNotFound: one was asked for by its id, and is not known (any more).
@@ -94,6 +94,9 @@ async def requests(wanted: Filter, *, limit: int, as_json: bool) -> None:
             found = [await _one(link, wanted.request_id)]
     if as_json:
         console.print_json([state.model_dump(mode="json") for state in found])
+        return
+    if wanted.request_id is not None:
+        console.print_table(console.table(f"Request {wanted.request_id}", ("", ""), _request_lines(found[0])))
         return
     columns = ("id", "status", "type", "model", "queued", "waited", "ran", "attempt", "tokens", "error")
     console.print_table(console.table("Requests", columns, [_request_row(state) for state in found]))
@@ -162,7 +165,7 @@ def _status_json(numbers: QueueStatus, workers: list[WorkerInfo]) -> dict[str, A
 
 
 def _status_tables(numbers: QueueStatus, workers: list[WorkerInfo]) -> list[Table]:
-    columns = ("id", "model", "status", "progress", "busy/slots", "quantization", "device")
+    columns = ("id", "model", "status", "progress", "busy/slots", "quantization", "device", "engine", "version")
     rows = [
         (
             w.id,
@@ -194,26 +197,43 @@ async def _one(link: Connection, request_id: str) -> RequestState:
     # An id goes into subjects: what cannot be one goes no further.
     stored = await KeyValueStateStore(link).get(request_id) if names.is_request_id(request_id) else None
     if stored is None:
-        raise RequestNotFound(f"no request {request_id} is known")
+        raise RequestNotFound(
+            f"no request {request_id} is known: it was refused before it was queued, which the api's log line "
+            f"`{request_id} answered` tells, or it is older than REQUEST_STATE_TTL"
+        )
     return stored.state
 
 
-def _request_row(state: RequestState) -> tuple[object, ...]:
-    now = time.time()
-    started = state.started_at
+def _durations(state: RequestState) -> tuple[str, str | None]:
+    """How long it waited for its first attempt, and how long it has run since, other attempts included."""
+    now, started = time.time(), state.started_at
     waited = (started or state.finished_at or now) - state.queued_at
-    ran = None if started is None else (state.finished_at or now) - started
+    return f"{waited:.2f} s", None if started is None else f"{(state.finished_at or now) - started:.2f} s"
+
+
+def _request_lines(state: RequestState) -> list[tuple[object, ...]]:
+    waited, ran = _durations(state)
+    known = state.model_dump(mode="json", exclude={"schema_version", "id", "timestamp", "usage"}, exclude_none=True)
+    for name in ("queued_at", "started_at", "finished_at", "deadline"):
+        if name in known:
+            known[name] = time.strftime("%F %T", time.localtime(known[name]))
+    usage = {} if state.usage is None else state.usage.model_dump()
+    return [*(known | {"waited": waited} | ({"ran": ran} if ran else {}) | usage).items()]
+
+
+def _request_row(state: RequestState) -> tuple[object, ...]:
+    waited, ran = _durations(state)
     return (
         state.id,
         state.status.value,
         state.completion_type,
         state.model,
         time.strftime("%H:%M:%S", time.localtime(state.queued_at)),
-        f"{waited:.2f} s",
-        None if ran is None else f"{ran:.2f} s",
+        waited,
+        ran,
         state.attempt,
         state.usage.completion_tokens if state.usage else None,
-        state.error,
+        state.error if state.fault is None else f"{state.error or ''} ({state.fault})".strip(),
     )
 
 

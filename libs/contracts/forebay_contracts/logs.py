@@ -131,6 +131,12 @@ class GatheringHandler(logging.StreamHandler[TextIO]):
             return ""
 
 
+def write_out() -> None:
+    """Write all lines that wait: for those that must not be lost, whatever happens next."""
+    for handler in logging.root.handlers:
+        handler.flush()
+
+
 def configure(settings: Settings) -> None:
     """Send all log lines to stderr, as LOG_LEVEL and LOG_FORMAT say."""
     # No line tells these, and to find them out is half of what a line costs:

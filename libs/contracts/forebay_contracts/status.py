@@ -18,7 +18,8 @@ from forebay_contracts.states import StateStore
 
 
 class ModelQueue(BaseModel):
-    """The line of one model. `paused_until` is set while its consumer is paused, in seconds since the epoch."""
+    """The line of one model. `paused_until` is set while its consumer is paused, in seconds since the epoch;
+    `delivered` counts what workers have ever been given of it, redeliveries too."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,6 +28,7 @@ class ModelQueue(BaseModel):
     waiting: int
     processing: int
     max_concurrent: int
+    delivered: int
     paused_until: float | None
 
 
@@ -96,11 +98,12 @@ async def queue_status(
         total_cancelled=totals[RequestStatus.CANCELLED],
         workers=len(alive),
         workers_ready=ready,
-        models=tuple(sorted((_model_queue(consumer) for consumer in consumers), key=lambda line: line.model)),
+        models=tuple(sorted(map(model_queue, consumers), key=lambda line: line.model)),
     )
 
 
-def _model_queue(consumer: ConsumerInfo) -> ModelQueue:
+def model_queue(consumer: ConsumerInfo) -> ModelQueue:
+    """The line that a consumer is."""
     config = consumer.config
     until = datetime.fromisoformat(config.pause_until).timestamp() if consumer.paused and config.pause_until else None
     return ModelQueue(
@@ -109,5 +112,6 @@ def _model_queue(consumer: ConsumerInfo) -> ModelQueue:
         waiting=consumer.num_pending or 0,
         processing=consumer.num_ack_pending or 0,
         max_concurrent=config.max_ack_pending or 0,
+        delivered=consumer.delivered.consumer_seq if consumer.delivered else 0,
         paused_until=until,
     )

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from forebay_contracts.errors import ConfigurationError
@@ -134,6 +134,14 @@ def start(
 def current(span: Span) -> contextlib.AbstractContextManager[Any]:
     """Make `span` the parent of what begins in the block, and end it with the block."""
     return trace.use_span(span, end_on_exit=True) if span.is_recording() else contextlib.nullcontext()
+
+
+def fail(code: str) -> None:
+    """The current span, if it is recorded, ends badly: what its HTTP status, sent long ago, does not say."""
+    span = trace.get_current_span()
+    if span.is_recording():
+        span.set_attribute("error.type", code)
+        span.set_status(StatusCode.ERROR)
 
 
 def inject(headers: dict[str, str]) -> None:

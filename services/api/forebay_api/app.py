@@ -13,7 +13,7 @@ from forebay_api import openapi
 from forebay_api.auth import ApiKeys
 from forebay_api.context import Context
 from forebay_api.dispatcher import Dispatcher
-from forebay_api.drain_rate import DrainRate
+from forebay_api.drain_rate import Rates
 from forebay_api.error_handlers import ErrorAnswers
 from forebay_api.exposition import Exposition
 from forebay_api.feed import Feed
@@ -76,6 +76,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         queue = JetStreamQueue(connection, patience_s=settings.admission_patience)
         dispatcher = Dispatcher(connection, queue, states, limits.one_more)
         workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
+        rates = Rates()
         started_at = time.time()
 
         def describe() -> ApiInfo:
@@ -88,7 +89,9 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             )
 
         async def numbers() -> QueueStatus:
-            return await queue_status(connection, states, settings, workers.alive())
+            status = await queue_status(connection, states, settings, workers.alive())
+            rates.sample(status.total_queued - status.active_requests, status.active_requests, status.models)
+            return status
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
         await workers.start()
@@ -97,7 +100,6 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await heartbeat.start()
         log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
         idempotent = IdempotentRequests(connection, dispatcher, apis)
-        drain_rate = DrainRate()
         try:
             yield Context(
                 settings=settings,
@@ -108,8 +110,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 workers=workers,
                 models=Models(settings, workers.alive, lambda: topology.known_models(connection)),
                 keys=keys,
-                drain_rate=drain_rate,
-                exposition=Exposition(connection, workers.alive, drain_rate) if settings.metrics else None,
+                rates=rates,
+                exposition=Exposition(connection, workers.alive, rates) if settings.metrics else None,
                 feed=Feed(connection, numbers, workers.alive),
             )
         finally:

@@ -1,14 +1,13 @@
 """What the routes work with: built by `app`, reached as `request.app.state.context`."""
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from forebay_api.auth import ApiKeys, Client
 from forebay_api.dispatcher import Dispatcher
-from forebay_api.drain_rate import DrainRate
+from forebay_api.drain_rate import Rates
 from forebay_api.exposition import Exposition
 from forebay_api.feed import Feed
 from forebay_api.idempotency import IdempotentRequests
@@ -32,11 +31,9 @@ class Context:
     workers: Presence[WorkerInfo]
     models: Models
     keys: ApiKeys
-    drain_rate: DrainRate
+    rates: Rates
     feed: Feed
     exposition: Exposition | None
-    lines: defaultdict[str, DrainRate] = field(default_factory=lambda: defaultdict(DrainRate))
-    """How fast each model's line moves."""
     draining: bool = False
 
 

@@ -164,7 +164,7 @@ class Dispatcher:
             reply.registered, reply.registration = True, None
 
         if reply.registration is None:
-            reply.registration = self._background(self._create_state(reply.request, reply.sequence))
+            reply.registration = self._background(reply, self._create_state(reply.request, reply.sequence))
             reply.registration.add_done_callback(registered)
         return reply.registration
 
@@ -197,7 +197,7 @@ class Dispatcher:
                 self._connection, self._queue, self._states, reply.request.id, outcome, reason, reply.sequence
             )
 
-        self._background(after_registration())
+        self._background(reply, after_registration())
 
     async def _reconnected(self) -> None:
         """Find out, once every worker has heard of this api again, what has ended unheard.
@@ -209,7 +209,7 @@ class Dispatcher:
     def _end_what_has_ended(self) -> None:
         for reply in self._waiting.values():
             if reply.sequence is not None and not reply.done:
-                self._background(self._end_if_it_has_ended(reply))
+                self._background(reply, self._end_if_it_has_ended(reply))
 
     async def _end_if_it_has_ended(self, reply: Reply) -> None:
         stored = await self._states.get(reply.request.id)
@@ -227,12 +227,12 @@ class Dispatcher:
         if len(self._ended) > REMEMBERED_OUTCOMES:
             self._ended.popitem(last=False)
 
-    def _background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
+    def _background(self, reply: Reply, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
         async def run() -> None:
             try:
                 await work
             except ForebayError as exc:
-                log.warning("[RequestQueue] %s", exc)
+                log.warning("[RequestQueue] %s: %s", reply.request.id, exc, extra=fields(request_id=reply.request.id))
 
         task = asyncio.create_task(run())
         self._tasks.add(task)
@@ -245,7 +245,10 @@ class Dispatcher:
             frame = decode_frame(msg.data)
         except ValidationError as exc:
             log.warning(
-                "[RequestQueue] %s: a reply that cannot be read was dropped (%d faults)", request_id, len(exc.errors())
+                "[RequestQueue] %s: a reply that cannot be read was dropped (%d faults)",
+                request_id,
+                len(exc.errors()),
+                extra=fields(request_id=request_id),
             )
             return
         reply = self._waiting.get(request_id)
@@ -256,12 +259,20 @@ class Dispatcher:
             had_gap, was_done = reply.gap, reply.done
             reply.receive(frame)
             if isinstance(reply.error, SlowReader) and not was_done:
-                log.warning("[RequestQueue] %s called off: the client does not read its stream", request_id)
+                log.warning(
+                    "[RequestQueue] %s called off: the client does not read its stream",
+                    request_id,
+                    extra=fields(request_id=request_id, attempt=reply.attempt),
+                )
                 self._call_off(reply, RequestStatus.CANCELLED, "the client did not read its stream")
             if msg.reply:
                 await msg.respond(reply.have(frame.attempt).encode())
             elif reply.gap and not had_gap:
-                log.warning("[RequestQueue] %s: frames were lost, asking for them again", request_id)
+                log.warning(
+                    "[RequestQueue] %s: frames were lost, asking for them again",
+                    request_id,
+                    extra=fields(request_id=request_id, attempt=reply.attempt),
+                )
                 await self._connection.client.publish(
                     names.resend_subject(request_id), reply.have(frame.attempt).encode()
                 )

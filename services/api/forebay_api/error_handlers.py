@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from typing import Any
+import time
+from typing import Any, Unpack
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -24,7 +25,8 @@ from forebay_contracts.errors import (
     QueueFull,
     RequestTimeout,
 )
-from forebay_contracts.logs import fields
+from forebay_contracts.logs import Fields, fields
+from forebay_contracts.messages import InferenceRequest
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,17 @@ def error_response(error: ApiError, drain_rate: DrainRate) -> Response:
     ):
         headers["x-should-retry"] = "false"
     return JSONResponse(error.body(), error.status, headers)
+
+
+def about(queued: InferenceRequest, **more: Unpack[Fields]) -> dict[str, Fields]:
+    """For `extra` of a log line about the end of a request that was taken."""
+    known = Fields(
+        request_id=queued.id,
+        model=queued.model,
+        type=queued.completion_type.value,
+        total_s=time.time() - queued.created_at,
+    )
+    return {"fields": known | more}
 
 
 def _key(request: Request) -> str | None:
@@ -74,25 +87,25 @@ class ErrorAnswers:
         if not isinstance(exc, ApiError):
             return await self._unexpected(request, exc)
         code = exc.code or exc.type
-        log.info(
-            "[RequestQueue] %s answered %d %s",
-            request.state.request_id,
-            exc.status,
-            code,
-            extra=fields(request_id=request.state.request_id, code=code, key=_key(request)),
+        request_id, key = request.state.request_id, _key(request)
+        queued: InferenceRequest | None = getattr(request.state, "queued", None)
+        known = (
+            fields(request_id=request_id, code=code, key=key) if queued is None else about(queued, code=code, key=key)
         )
+        log.info("[RequestQueue] %s answered %d %s", request_id, exc.status, code, extra=known)
         if request.url.path in self._paths:
             metrics.rejected(exc)
         if isinstance(exc, QueueFull):
             await self._sample_drain_rate()
-        return error_response(exc, self._context.drain_rate)
+        return error_response(exc, self._context.rates.queue)
 
     async def _sample_drain_rate(self) -> None:
-        if not self._context.drain_rate.due():
+        rate = self._context.rates.queue
+        if not rate.due():
             return
         with contextlib.suppress(Exception):  # only Retry-After depends on it
             state = (await self._context.connection.jetstream.stream_info(names.STREAM)).state
-            self._context.drain_rate.sample(state.last_seq - state.messages)
+            rate.sample(state.last_seq - state.messages, busy=state.messages > 0)
 
     async def _http_error(self, request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)

@@ -14,11 +14,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from forebay_api.drain_rate import DrainRate
+from forebay_api.drain_rate import Rates
 from forebay_contracts import names, topology
 from forebay_contracts.connection import Connection
 from forebay_contracts.messages import WorkerInfo, WorkerStatus
 from forebay_contracts.metrics import REGISTRY
+from forebay_contracts.status import ModelQueue, model_queue
 
 REFRESH_S = 1.0
 """Scrapes within so long of each other are given the same gauges: no number of them makes NATS busier."""
@@ -28,21 +29,11 @@ MULTIPROCESS_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """The line of one model."""
-
-    model: str
-    waiting: int
-    processing: int
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
 class Reading:
     """The queue as NATS had it; `max_size` None: NATS does not answer."""
 
     max_size: int | None = None
-    lines: Sequence[Line] = ()
+    lines: Sequence[ModelQueue] = ()
     workers: Sequence[WorkerInfo] = ()
 
 
@@ -65,7 +56,7 @@ class QueueGauges(Collector):
         for line in reading.lines:
             families["waiting"].add_metric([line.model], line.waiting)
             families["processing"].add_metric([line.model], line.processing)
-            families["max_concurrent"].add_metric([line.model], line.limit)
+            families["max_concurrent"].add_metric([line.model], line.max_concurrent)
         models = {line.model for line in reading.lines} | {worker.model for worker in reading.workers}
         for model in sorted(models):
             for status in WorkerStatus:
@@ -91,12 +82,10 @@ class QueueGauges(Collector):
 class Exposition:
     """Renders `/metrics`, reading the queue at most every REFRESH_S."""
 
-    def __init__(
-        self, connection: Connection, workers: Callable[[], Iterable[WorkerInfo]], drain_rate: DrainRate
-    ) -> None:
+    def __init__(self, connection: Connection, workers: Callable[[], Iterable[WorkerInfo]], rates: Rates) -> None:
         self._connection = connection
         self._workers = workers
-        self._drain_rate = drain_rate
+        self._rates = rates
         self._gauges = QueueGauges()
         self._read_at = -REFRESH_S
         self._reading = asyncio.Lock()
@@ -126,14 +115,6 @@ class Exposition:
             )
         except (NatsError, TimeoutError, OSError):
             return Reading(workers=workers)
-        self._drain_rate.sample(stream.state.last_seq - stream.state.messages)
-        lines = [
-            Line(
-                (consumer.config.metadata or {}).get(names.MODEL_METADATA, consumer.name),
-                consumer.num_pending or 0,
-                consumer.num_ack_pending or 0,
-                consumer.config.max_ack_pending or 0,
-            )
-            for consumer in consumers
-        ]
+        lines = [model_queue(consumer) for consumer in consumers]
+        self._rates.sample(stream.state.last_seq - stream.state.messages, stream.state.messages, lines)
         return Reading(stream.config.max_msgs or 0, lines, workers)

@@ -27,6 +27,7 @@ from forebay_contracts.errors import (
     RequestTimeout,
     StateUnreadable,
 )
+from forebay_contracts.logs import fields
 from forebay_contracts.messages import InferenceRequest, RequestStatus, Resume, Usage
 from forebay_contracts.queue import Delivery
 from forebay_contracts.states import StateStore, finish
@@ -112,17 +113,20 @@ class AttemptRunner:
         try:
             request = InferenceRequest.model_validate_json(delivery.data)
         except ValidationError as exc:
-            await self._guarded(delivery, self._poisoned(delivery, exc))
+            request_id = delivery.headers.get(names.HEADER_MSG_ID, "")
+            request_id = request_id if names.is_request_id(request_id) else f"message {delivery.sequence}"
+            await self._guarded(request_id, delivery, self._poisoned(request_id, delivery, exc))
             return
-        await self._guarded(delivery, self._attempt(request, delivery))
+        await self._guarded(request.id, delivery, self._attempt(request, delivery))
 
-    async def _guarded(self, delivery: Delivery, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, request_id: str, delivery: Delivery, work: Coroutine[Any, Any, None]) -> None:
+        known = fields(request_id=request_id, attempt=delivery.attempt)
         try:
             await work
         except Superseded as exc:
-            log.info("[RequestQueue] %s", exc)
+            log.info("[RequestQueue] %s", exc, extra=known)
         except (QueueUnavailable, NatsError, TimeoutError) as exc:
-            log.warning("[RequestQueue] attempt at message %d given up: %s", delivery.sequence, exc)
+            log.warning("[RequestQueue] %s attempt %d given up: %s", request_id, delivery.attempt, exc, extra=known)
 
     async def _attempt(self, request: InferenceRequest, delivery: Delivery) -> None:
         api = names.api_of(request.reply_to)
@@ -144,7 +148,7 @@ class AttemptRunner:
             await self._ended_before(attempt)
         except StateUnreadable as exc:
             # It cannot be written over, so nobody can ever end this request well.
-            log.error("[RequestQueue] %s", exc.message)
+            log.error("[RequestQueue] %s", exc.message, extra=attempt.measured.fields())
             await patiently(lambda: self._states.count(RequestStatus.FAILED, request.id))
             await attempt.reply.fail(exc)
             await delivery.term()
@@ -164,20 +168,20 @@ class AttemptRunner:
             "[RequestQueue] %s processing, attempt %d", attempt.request.id, number, extra=attempt.measured.fields()
         )
 
-    async def _poisoned(self, delivery: Delivery, error: ValidationError) -> None:
+    async def _poisoned(self, request_id: str, delivery: Delivery, error: ValidationError) -> None:
         """A message that this worker cannot read: out with it, counted once, and said to the api that its headers name.
 
         An honest one is of an api with a newer schema. Another worker might read it, but none may be there.
         """
         log.error(
-            "[RequestQueue] message %d cannot be read and was removed: %d faults, the first in %s: %s",
-            delivery.sequence,
+            "[RequestQueue] %s cannot be read and was removed: %d faults, the first in %s: %s",
+            request_id,
             error.error_count(),
             ".".join(str(part) for part in error.errors()[0]["loc"]) or "the JSON itself",
             error.errors()[0]["type"],
+            extra=fields(request_id=request_id, attempt=delivery.attempt),
         )
         reply_to = delivery.headers.get(names.HEADER_REPLY_TO, "")
-        request_id = delivery.headers.get(names.HEADER_MSG_ID, "")
         reason = InferenceFailed("a worker could not read the request: it may be older than the api")
         if names.is_request_id(request_id) and await patiently(lambda: self._states.get(request_id)) is not None:
             await patiently(lambda: finish(self._states, request_id, RequestStatus.FAILED, reason.message))
@@ -193,7 +197,9 @@ class AttemptRunner:
             # Should the api still wait, it lost the end together with the worker that sent it.
             await attempt.reply.fail(InferenceFailed("the end of the answer was lost"))
         await attempt.delivery.term()
-        log.info("[RequestQueue] %s had ended before it was pulled", attempt.request.id)
+        log.info(
+            "[RequestQueue] %s had ended before it was pulled", attempt.request.id, extra=attempt.measured.fields()
+        )
 
     async def _work(self, attempt: Attempt) -> None:
         request = attempt.request
@@ -307,10 +313,12 @@ class AttemptRunner:
         await finishing
         await attempt.delivery.ack()
 
-    async def _fail(self, attempt: Attempt, error: ApiError) -> None:
+    async def _fail(self, attempt: Attempt, error: ApiError, *, fault: str | None = None) -> None:
         # What is wrong with a request may quote it: that goes to its client and its state, not into a log.
         code = (error.code or error.type) if error.status < 500 else None
-        finishing = asyncio.create_task(self._finish(attempt, RequestStatus.FAILED, error=error.message, code=code))
+        finishing = asyncio.create_task(
+            self._finish(attempt, RequestStatus.FAILED, error=error.message, code=code, fault=fault)
+        )
         await attempt.reply.fail(error)
         await finishing
         await attempt.delivery.term()
@@ -326,10 +334,10 @@ class AttemptRunner:
             extra=attempt.measured.fields(code="engine_fault"),
         )
         attempt.measured.ended("engine_fault", "engine_fault")
-        await attempt.record.failed(reason)
         if self._attempts_are_spent(attempt, before=number):
-            await self._fail(attempt, InferenceFailed("the generation failed"))
+            await self._fail(attempt, InferenceFailed("the generation failed"), fault=reason)
         else:
+            await attempt.record.failed(reason)
             await attempt.delivery.nak(NAK_DELAY_S)
 
     async def _time_out(self, attempt: Attempt) -> None:
@@ -363,11 +371,12 @@ class AttemptRunner:
         *,
         error: str | None = None,
         code: str | None = None,
+        fault: str | None = None,
         usage: Usage | None = None,
     ) -> None:
         """Record how this attempt's request ended; where there is a `code`, it is logged instead of the `error`."""
         await attempt.claim
-        status = await attempt.record.finish(status, error=error, usage=usage)
+        status = await attempt.record.finish(status, error=error, fault=fault, usage=usage)
         attempt.measured.ended(status.value, (code or status.value) if error else None)
         log.info(
             "[RequestQueue] %s %s after %.3f s, attempt %d%s",

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from forebay_contracts.errors import QueueConflict, QueueUnavailable
 from forebay_contracts.messages import InferenceRequest, RequestState, RequestStatus, Usage
@@ -87,30 +87,38 @@ class Record:
             raise Superseded(self._replaced) from None
 
     async def failed(self, reason: str) -> None:
-        """Keep why this attempt failed, whether there will be another or not.
+        """Keep why this attempt failed, for there will be another.
 
         Raises:
             Superseded: a newer attempt has claimed it.
         """
         claimed = self._own
-        state = claimed.state.model_copy(update={"fault": _attempt(claimed.state) + reason[:MAX_REASON]})
+        state = claimed.state.model_copy(update={"fault": _fault(claimed.state, reason)})
         try:
-            self._claimed = Stored(state, await patiently(lambda: self._write_over(claimed, state)))
+            await patiently(lambda: self._write_over(claimed, state))
         except QueueConflict:
             raise Superseded(self._replaced) from None
 
     async def finish(
-        self, status: RequestStatus, *, error: str | None = None, usage: Usage | None = None
+        self,
+        status: RequestStatus,
+        *,
+        error: str | None = None,
+        fault: str | None = None,
+        usage: Usage | None = None,
     ) -> RequestStatus:
         """Write how the request ended and count it; how it ended, which somebody else may have written before.
+
+        `fault` is why this attempt failed, `error` what the client is told.
 
         Raises:
             Superseded: a newer attempt has claimed it.
         """
         claimed = self._own
-        state = claimed.state.model_copy(
-            update={"status": status, "error": error, "usage": usage, "finished_at": time.time()}
-        )
+        change: dict[str, Any] = {"status": status, "error": error, "usage": usage, "finished_at": time.time()}
+        if fault is not None:
+            change["fault"] = _fault(claimed.state, fault)
+        state = claimed.state.model_copy(update=change)
         try:
             await patiently(lambda: self._write_over(claimed, state))
         except QueueConflict:
@@ -127,9 +135,9 @@ class Record:
         if stored is not None:
             await patiently(lambda: self._states.count(stored.state.status, self._request.id))
 
-    async def _write_over(self, claimed: Stored, state: RequestState) -> int:
+    async def _write_over(self, claimed: Stored, state: RequestState) -> None:
         try:
-            return await self._states.write(state, claimed.revision)
+            await self._states.write(state, claimed.revision)
         except QueueConflict:
             stored = await self._states.get(self._request.id)
             if stored is not None and stored.revision == claimed.revision:
@@ -146,7 +154,7 @@ class Record:
             status=RequestStatus.PROCESSING,
             completion_type=request.completion_type.value,
             timestamp=request.created_at,
-            fault=None if state is None else _fault(state),
+            fault=None if state is None else _fault_before(state),
             model=request.model,
             attempt=number,
             queued_at=request.created_at,
@@ -168,14 +176,14 @@ class Record:
         return f"{self._request.id}: attempt {self._delivery.attempt} was replaced"
 
 
-def _attempt(state: RequestState) -> str:
-    return f"attempt {state.attempt} on worker {state.worker}: "
+def _fault(state: RequestState, reason: str) -> str:
+    return f"attempt {state.attempt} on worker {state.worker}: {reason[:MAX_REASON]}"
 
 
-def _fault(before: RequestState) -> str | None:
-    """What the attempts until now have failed of. One that ended without a word has not said so itself."""
-    silent = before.status is RequestStatus.PROCESSING and not (before.fault or "").startswith(_attempt(before))
-    return _attempt(before) + LOST if silent else before.fault
+def _fault_before(state: RequestState) -> str | None:
+    """What the latest attempt until now failed of. One that ended without a word has not said so itself."""
+    silent = state.status is RequestStatus.PROCESSING and not (state.fault or "").startswith(_fault(state, ""))
+    return _fault(state, LOST) if silent else state.fault
 
 
 async def patiently(write: Callable[[], Awaitable[T]]) -> T:

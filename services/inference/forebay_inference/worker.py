@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
-from forebay_contracts import names, topology
+from forebay_contracts import logs, names, topology
 from forebay_contracts.connection import Connection
 from forebay_contracts.errors import InferenceFailed
 from forebay_contracts.lifetime import calm_collector
@@ -119,6 +119,7 @@ class Worker:
             self._model.device,
             self._settings.slots,
         )
+        logs.write_out()  # the first request may be one that kills it
         return True
 
     async def _serve(self, stop: asyncio.Event) -> None:

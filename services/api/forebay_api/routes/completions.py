@@ -17,16 +17,16 @@ from forebay_api.auth import Client
 from forebay_api.bodies import read_body
 from forebay_api.context import Context, authorized
 from forebay_api.embeddings import EmbeddingBody, EmbeddingFormat
-from forebay_api.error_handlers import ErrorAnswers
+from forebay_api.error_handlers import ErrorAnswers, about
 from forebay_api.formats import ChatFormat, CompletionFormat, Format, WholeFormat, error_event
 from forebay_api.idempotency import HEADER, scoped_key
 from forebay_api.recording import View
 from forebay_api.replies import ClientLeft, Reply, SlowReader
 from forebay_api.schemas import ChatCompletionBody, CompletionBody
-from forebay_contracts import names
+from forebay_contracts import names, tracing
 from forebay_contracts.errors import ApiError
 from forebay_contracts.logs import fields
-from forebay_contracts.messages import Completed, CompletionType, InferenceRequest
+from forebay_contracts.messages import Completed, CompletionType, InferenceRequest, RequestStatus
 
 LOG_PREFIX = {
     CompletionType.CHAT: "[Chat Completions]",
@@ -108,6 +108,7 @@ async def _taken(
         reply_to=names.reply_subject(context.dispatcher.instance, request_id),
         key=client.name,
     )
+    request.state.queued = queued
     return queued, answer(queued, body)
 
 
@@ -180,13 +181,14 @@ class EventStream(Response):
             raise
         except ApiError as exc:
             # Not the message: it may quote the request.
+            code = exc.code or exc.type
+            known = about(self._queued, code=code)
+            if isinstance(reply, Reply):
+                known["fields"]["attempt"] = reply.attempt
             log.info(
-                "%s %s broke off: %s",
-                LOG_PREFIX[self._queued.completion_type],
-                self._queued.id,
-                exc.code or exc.type,
-                extra=fields(request_id=self._queued.id, code=exc.code or exc.type),
+                "%s %s broke off: %s", LOG_PREFIX[self._queued.completion_type], self._queued.id, code, extra=known
             )
+            tracing.fail(code)
             await write(error_event(exc))
             return
         assert reply.completed is not None
@@ -230,21 +232,19 @@ class _Watching:
 
 
 def _log_end(queued: InferenceRequest, completed: Completed) -> None:
-    total_s, usage = time.time() - queued.created_at, completed.usage
+    usage = completed.usage
     log.info(
         "%s %s completed in %.3f s: %d + %d tokens, attempt %d",
         LOG_PREFIX[queued.completion_type],
         queued.id,
-        total_s,
+        time.time() - queued.created_at,
         usage.prompt_tokens,
         usage.completion_tokens,
         completed.attempt,
-        extra=fields(
-            request_id=queued.id,
-            model=queued.model,
-            type=queued.completion_type.value,
+        extra=about(
+            queued,
             attempt=completed.attempt,
-            total_s=total_s,
+            outcome=RequestStatus.COMPLETED.value,
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
         ),

@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/queue", tags=["queue"])
 async def get_queue_status(context: Authorized) -> QueueStatus:
     """The queue's numbers, over all api replicas and since the system was first started."""
     status = await queue_status(context.connection, context.states, context.settings, context.workers.alive())
-    context.drain_rate.sample(status.total_queued - status.active_requests)
+    context.rates.sample(status.total_queued - status.active_requests, status.active_requests, status.models)
     return status
 
 
@@ -32,7 +32,7 @@ async def get_request(request_id: str, context: Authorized, caller: Caller) -> d
     if state.status is RequestStatus.QUEUED and state.sequence is not None:
         place = await waiting_place(context.connection, state.model, state.sequence)
         if place is not None:
-            line = context.lines[state.model]
+            line = context.rates.lines[state.model]
             line.sample(place.moved)
             position, wait_s = place.position, line.wait_s(place.position)
             estimated_wait_s = None if wait_s is None else round(wait_s, 1)
