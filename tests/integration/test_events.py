@@ -4,25 +4,33 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from forebay_api import feed
+from forebay_api.auth import ANYBODY, Client
 from forebay_api.feed import Feed
+from forebay_contracts import keys
 from forebay_contracts.connection import connect
-from forebay_contracts.errors import TooManyListeners
+from forebay_contracts.errors import QueueConflict, TooManyListeners
+from forebay_contracts.messages import RequestState, RequestStatus
 from forebay_contracts.settings import Settings, load
+from forebay_contracts.states import KeyValueStateStore
 from forebay_contracts.status import queue_status
 from support.nats import NatsServer
-from support.stack import Stack, running
+from support.proxy import Proxy
+from support.stack import MODEL, Stack, running
 from support.view import holds
+
+ALICE, OPS = (f"fb-{name}-key-of-more-than-sixteen" for name in ("alice", "ops"))
 
 
 @contextlib.asynccontextmanager
-async def listening(stack: Stack) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+async def listening(stack: Stack, key: str | None = None) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
     """The events of the first api, decoded."""
 
     async def events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
@@ -30,10 +38,49 @@ async def listening(stack: Stack) -> AsyncIterator[AsyncIterator[dict[str, Any]]
             if line.startswith("data: "):
                 yield json.loads(line[6:])
 
-    async with stack.http.stream("GET", stack.apis[0].url + "/v1/queue/events") as answer:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async with stack.http.stream("GET", stack.apis[0].url + "/v1/queue/events", headers=headers) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
         yield events(answer)
+
+
+@contextlib.asynccontextmanager
+async def feeding(stack: Stack, url: str = "") -> AsyncIterator[Feed]:
+    """A feed of the test's own, whose bounds it may have changed."""
+    settings = load(Settings, nats_url=url or stack.nats.url, _env_file=None)
+    connection = await connect(settings, "test")
+    try:
+        yield Feed(connection, lambda: queue_status(connection, stack.states, settings, ()), lambda: ())
+    finally:
+        await connection.close()
+
+
+async def told(events: AsyncGenerator[bytes, None]) -> dict[str, Any]:
+    """The next event of a feed of the test's own."""
+    async with asyncio.timeout(30):
+        message: dict[str, Any] = json.loads((await anext(events)).removeprefix(b"event: queue\ndata: "))
+    return message
+
+
+def state(number: int, status: RequestStatus = RequestStatus.COMPLETED, **fields: Any) -> RequestState:
+    """A request that was queued as the `number`-th."""
+    now = time.time()
+    times = {"timestamp": now, "queued_at": now - 5 + number / 1000, "deadline": now + 60}
+    return RequestState(
+        **{"id": f"request-{number}", "status": status, "completion_type": "chat", "model": MODEL, **times, **fields}
+    )
+
+
+async def write(stack: Stack, *states: RequestState) -> list[int]:
+    """Write first states, in this order; their revisions."""
+    store: KeyValueStateStore = stack.states
+    return [await store.write(one, 0) for one in states]
+
+
+def shown(message: dict[str, Any], page: dict[str, str]) -> dict[str, str]:
+    """What a page shows after this message that showed `page` before."""
+    return ({} if message["reset"] else page) | {one["id"]: one["status"] for one in message["requests"]}
 
 
 async def test_each_change_is_told_once_and_not_more_often_than_four_times_a_second(nats_server: NatsServer) -> None:
@@ -42,6 +89,7 @@ async def test_each_change_is_told_once_and_not_more_often_than_four_times_a_sec
         begun = time.monotonic()
         async with listening(stack) as events, asyncio.timeout(60):
             first = await anext(events)
+            assert first["reset"] is True
             assert [state["id"] for state in first["requests"]] == [before.headers["x-request-id"]]
             assert first["connected"] is True
             assert first["status"]["models"][0]["paused_until"] is None
@@ -51,6 +99,7 @@ async def test_each_change_is_told_once_and_not_more_often_than_four_times_a_sec
             told: dict[str, str] = {}
             while len(told) < 40 or set(told.values()) != {"completed"}:
                 event = await anext(events)
+                assert event["reset"] is False
                 messages += 1
                 changed = {state["id"]: state["status"] for state in event["requests"]}
                 assert before.headers["x-request-id"] not in changed
@@ -89,30 +138,213 @@ async def test_listeners_are_bounded_and_share_one_subscription(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "MAX_LISTENERS", 3)
-    async with running(nats_server) as stack:
-        settings = load(Settings, nats_url=nats_server.url, _env_file=None)
-        connection = await connect(settings, "test")
-        try:
-            shared = Feed(connection, lambda: queue_status(connection, stack.states, settings, ()), lambda: ())
-            before = connection.client._sid
-            listeners = [shared.listen(lambda _: True) for _ in range(3)]
-            for listener in listeners:
-                assert (await anext(listener)).startswith(b"event: queue\ndata: {")
-            assert shared.listeners == 3
-            with pytest.raises(TooManyListeners):
-                await anext(shared.listen(lambda _: True))
-            # One for the changes; reading what there was takes one that is gone again.
-            assert connection.client._sid - before <= 2
-            for listener in listeners:
-                await listener.aclose()
-            assert shared.listeners == 0
-            again = shared.listen(lambda _: True)
-            assert await anext(again)
-            await shared.close()
-            with pytest.raises(StopAsyncIteration):
-                await anext(again)
-        finally:
-            await connection.close()
+    monkeypatch.setattr(feed, "OPERATORS_LISTENERS", 0)
+    async with running(nats_server) as stack, feeding(stack) as shared:
+        client = shared._connection.client
+        before = client._sid
+        listeners = [shared.listen(lambda: ANYBODY) for _ in range(3)]
+        for listener in listeners:
+            assert (await anext(listener)).startswith(b"event: queue\ndata: {")
+        assert shared.listeners == 3
+        with pytest.raises(TooManyListeners):
+            await anext(shared.listen(lambda: ANYBODY))
+        # One for the changes; reading what there was takes one that is gone again.
+        assert client._sid - before <= 2
+        for listener in listeners:
+            await listener.aclose()
+        assert shared.listeners == 0
+        again = shared.listen(lambda: ANYBODY)
+        assert await anext(again)
+        await shared.close()
+        with pytest.raises(StopAsyncIteration):
+            await anext(again)
+
+
+async def test_no_key_takes_the_places_of_others(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MAX_LISTENERS", 5)
+    monkeypatch.setattr(feed, "MAX_LISTENERS_OF_KEY", 2)
+    monkeypatch.setattr(feed, "OPERATORS_LISTENERS", 1)
+    async with running(nats_server, workers=0) as stack, feeding(stack) as shared, contextlib.AsyncExitStack() as open_:
+
+        async def one_more(client: Client) -> None:
+            await anext(await open_.enter_async_context(contextlib.aclosing(shared.listen(lambda: client))))
+
+        alice, bob, carol, ops = (Client(name, operator=name == "ops") for name in ("alice", "bob", "carol", "ops"))
+        for client in (alice, alice, bob, bob):
+            await one_more(client)
+        with pytest.raises(TooManyListeners, match="4 listeners watch"):
+            await one_more(carol)
+        await one_more(ops)
+        monkeypatch.setattr(feed, "MAX_LISTENERS", 9)
+        with pytest.raises(TooManyListeners, match="2 listeners with this key"):
+            await one_more(alice)
+        await one_more(carol)
+
+
+async def test_a_listener_is_told_the_newest_requests_that_it_may_see(nats_server: NatsServer) -> None:
+    """Though others' requests have changed a thousand times since."""
+    mine = [state(number, key="alice", fault="attempt 1 on worker w: out of memory") for number in range(60)]
+    others = [state(number, key="bob") for number in range(100, 500)]
+    async with running(nats_server, workers=0) as stack, feeding(stack) as shared:
+        revisions = await write(stack, *mine, *others)
+        for one, revision in zip(others[:200], revisions[60:], strict=False):
+            await stack.states.write(one, revision)
+        for client, expected in (
+            (Client("alice"), mine[10:]),
+            (Client("carol"), []),
+            (Client("ops", operator=True), others[350:]),
+        ):
+            async with contextlib.aclosing(shared.listen(lambda client=client: client)) as events:  # type: ignore[misc]
+                first = await told(events)
+                assert first["reset"] is True
+                assert [one["id"] for one in first["requests"]] == [one.id for one in reversed(expected)]
+                # What went wrong inside is not for whoever asks.
+                assert {one["fault"] for one in first["requests"]} <= {None}
+        async with contextlib.aclosing(shared.listen(lambda: Client("alice", operator=True))) as events:
+            await told(events)
+            await write(stack, mine[0].model_copy(update={"id": "one-more", "queued_at": time.time()}))
+            while not (changed := (await told(events))["requests"]):
+                pass
+            assert [one["fault"] for one in changed] == ["attempt 1 on worker w: out of memory"]
+
+
+async def test_unfinished_requests_are_kept_longer_than_others(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "MAX_KEPT", 20)
+    async with running(nats_server, workers=0) as stack, feeding(stack) as shared:
+        await write(stack, *(state(1000 + number, RequestStatus.PROCESSING) for number in range(15)))
+        async with contextlib.aclosing(shared.listen(lambda: ANYBODY)) as events:
+            page = shown(await told(events), {})
+            assert set(page.values()) == {"processing"}
+            last = await write(stack, *(state(2000 + number, queued_at=time.time()) for number in range(100)))
+            assert last
+            while "request-2099" not in page:
+                page = shown(await told(events), page)
+            kept = {one.request_id for one in (*shared._unfinished.values(), *shared._ended.values())}
+            assert kept == {f"request-{number}" for number in (*range(1000, 1015), *range(2095, 2100))}
+
+
+async def test_more_changes_than_a_message_holds_leave_nothing_out(nats_server: NatsServer) -> None:
+    """Whoever merges messages has what the bucket has, of the newest requests, however many change at once."""
+    async with (
+        running(nats_server, max_concurrent_requests=64, max_queue_size=500) as stack,
+        listening(stack) as events,
+        asyncio.timeout(60),
+    ):
+        page = shown(await anext(events), {})
+        finished = asyncio.gather(*(stack.chat("[[tokens=3 delay_ms=100]]") for _ in range(150)))
+        resets = 0
+        while not finished.done() or "processing" in page.values() or "queued" in page.values():
+            message = await anext(events)
+            assert len(message["requests"]) <= feed.MAX_REQUESTS
+            resets += message["reset"]
+            page = shown(message, page)
+        assert resets
+        assert len(page) >= feed.MAX_REQUESTS
+        for request_id in page:
+            written = await stack.state(request_id)
+            assert written is not None
+            assert page[request_id] == written.status
+
+
+async def test_what_changed_while_nats_was_away_is_told(nats_server: NatsServer) -> None:
+    proxy = await Proxy(nats_server.url).start()
+    async with running(nats_server, workers=0) as stack, feeding(stack, proxy.url) as shared, asyncio.timeout(60):
+        running_ones = [state(number, RequestStatus.PROCESSING) for number in range(120)]
+        revisions = await write(stack, *running_ones)
+        async with contextlib.aclosing(shared.listen(lambda: ANYBODY)) as events:
+            page = shown(await told(events), {})
+            assert set(page.values()) == {"processing"}
+            await proxy.cut()
+            while (message := await told(events))["connected"]:
+                page = shown(message, page)
+            for one, revision in zip(running_ones, revisions, strict=True):
+                await stack.states.write(one.model_copy(update={"status": RequestStatus.COMPLETED}), revision)
+            await proxy.start()
+            while "processing" in page.values():
+                page = shown(await told(events), page)
+            assert page == {f"request-{number}": "completed" for number in range(70, 120)}
+    await proxy.cut()
+
+
+async def test_writes_that_lose_are_not_told(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first write and a later one, of requests that are kept, kept no more, and were never heard of."""
+    monkeypatch.setattr(feed, "MAX_KEPT", 2)
+    monkeypatch.setattr(feed, "LOADED_CHANGES", 1)
+    now = time.time()
+    old, gone, kept = (
+        state(number, RequestStatus.PROCESSING, id=name, queued_at=at)
+        for number, (name, at) in enumerate({"old": now - 60, "gone": now, "kept": now}.items())
+    )
+    async with running(nats_server, workers=0) as stack, feeding(stack) as shared:
+        await write(stack, old, state(5, id="another"))
+        async with contextlib.aclosing(shared.listen(lambda: ANYBODY)) as events:
+            assert shown(await told(events), {}) == {"another": "completed"}
+            revisions = dict(zip(("gone", "kept"), await write(stack, gone, kept), strict=True))
+            for one in (gone, kept):
+                await stack.states.write(one.model_copy(update={"status": RequestStatus.COMPLETED}), revisions[one.id])
+            await write(stack, state(9, id="filler", queued_at=now))
+            for one in (old, gone, kept):
+                for revision in (0, revisions.get(one.id, 0)):
+                    with pytest.raises(QueueConflict):
+                        await stack.states.write(one.model_copy(update={"status": RequestStatus.QUEUED}), revision)
+            await write(stack, state(10, id="last", queued_at=now))
+            seen: dict[str, set[str]] = {}
+            while "last" not in seen:
+                for one in (await told(events))["requests"]:
+                    seen.setdefault(one["id"], set()).add(one["status"])
+            assert "old" not in seen
+            assert all("queued" not in statuses for statuses in seen.values())
+            # The next write that is good is believed again.
+            revision = (await stack.states.get("old")).revision  # type: ignore[union-attr]
+            await stack.states.write(old.model_copy(update={"status": RequestStatus.FAILED}), revision)
+            while "old" not in seen:
+                seen |= {one["id"]: {one["status"]} for one in (await told(events))["requests"]}
+            assert seen["old"] == {"failed"}
+
+
+async def test_a_key_that_is_taken_away_ends_its_feed(nats_server: NatsServer, tmp_path: Path) -> None:
+    def entries(*names: str, operator: bool = True) -> str:
+        return "\n".join(
+            keys.written(name, key, max_requests=None, operator=operator and name == "ops")
+            for name, key in (("alice", ALICE), ("ops", OPS))
+            if name in names
+        )
+
+    file = tmp_path / "keys.toml"
+    file.write_text(entries("alice", "ops"))
+    async with running(nats_server, workers=0, api_keys_file=file) as stack:
+        await write(stack, state(1, key="alice"), state(2, key="ops"), state(3, key="bob"))
+        async with (
+            listening(stack, ALICE) as alices,
+            listening(stack, OPS) as events,
+            asyncio.timeout(30),
+        ):
+            assert set(shown(await anext(alices), {})) == {"request-1"}
+            page = shown(await anext(events), {})
+            assert set(page) == {"request-1", "request-2", "request-3"}
+
+            # No operator any more: it is told its own requests, and to forget the others.
+            file.write_text(entries("alice", "ops", operator=False))
+            while len(page) != 1:
+                page = shown(await anext(events), page)
+            assert set(page) == {"request-2"}
+            await write(stack, state(4, key="alice"), state(5, key="ops"))
+            while "request-5" not in page:
+                page = shown(await anext(events), page)
+            assert set(page) == {"request-2", "request-5"}
+
+            file.write_text(entries("alice"))
+            async for message in events:
+                page = shown(message, page)
+            assert set(page) == {"request-2", "request-5"}
+            # The other one goes on.
+            assert (await anext(alices))["connected"]
+        refused = await stack.http.get(
+            stack.apis[0].url + "/v1/queue/events", headers={"authorization": f"Bearer {OPS}"}
+        )
+        assert refused.status_code == 401
 
 
 async def test_it_goes_on_after_nats_was_away(nats_server: NatsServer) -> None:
@@ -121,13 +353,16 @@ async def test_it_goes_on_after_nats_was_away(nats_server: NatsServer) -> None:
         await asyncio.to_thread(nats_server.stop)
         while (await anext(events))["connected"]:
             pass
+        heard = time.monotonic()
+        await anext(events)
+        assert time.monotonic() - heard < 3
         await asyncio.to_thread(nats_server.start)
         while not (event := await anext(events))["connected"] or event["status"] is None:
             pass
         answer = await stack.chat("[[tokens=1]]")
-        told: set[str] = set()
-        while answer.headers["x-request-id"] not in told:
-            told |= {state["id"] for state in (await anext(events))["requests"]}
+        page: dict[str, str] = {}
+        while answer.headers["x-request-id"] not in page:
+            page = shown(await anext(events), page)
 
 
 async def test_a_stream_that_is_asked_for_early_tells_its_id_while_it_waits(nats_server: NatsServer) -> None:

@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from forebay_api.auth import Client
-from forebay_api.context import Authorized, Caller
+from forebay_api.context import Authorized
 from forebay_api.feed import Feed
 
 MAX_WRITE_STALL_S = 30.0
@@ -18,13 +20,13 @@ router = APIRouter(prefix="/v1/queue", tags=["queue"])
 
 
 class QueueEvents(Response):
-    """A listener of the feed, until it leaves, does not read, or the api stops."""
+    """A listener of the feed, until it leaves, does not read, its key is taken away, or the api stops."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, feed: Feed, client: Client) -> None:
+    def __init__(self, feed: Feed, caller: Callable[[], Client]) -> None:
         self._feed = feed
-        self._client = client
+        self._caller = caller
         self.background = None
         self.status_code = 200
         self.body = b""
@@ -37,7 +39,7 @@ class QueueEvents(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
         leaving = asyncio.create_task(_left(receive))
-        events = self._feed.listen(self._client.may_see)
+        events = self._feed.listen(self._caller)
         started = False
         try:
             async for event in events:
@@ -59,14 +61,15 @@ class QueueEvents(Response):
 
 
 @router.get("/events", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
-async def get_queue_events(context: Authorized, caller: Caller) -> Response:
+async def get_queue_events(request: Request, context: Authorized) -> Response:
     """Numbers, workers and the newest requests, then each change of them, at most four messages a second.
 
     `event: queue`, its data a JSON object of `at`, `connected`, `status` (as `/v1/queue/status`; null while NATS is
-    away), `workers`, and `requests`: those that have changed since the message before. A key that is no operator's is
-    told of its own requests alone.
+    away), `workers`, `requests`: those that have changed since the message before, and `reset`: whether they are the
+    newest ones instead, and all that is known else is to be forgotten. A key that is no operator's is told of its own
+    requests alone, and not of what went wrong inside (`fault`); one that is taken away ends the stream.
     """
-    return QueueEvents(context.feed, caller)
+    return QueueEvents(context.feed, lambda: context.keys.check(request))
 
 
 async def _left(receive: Receive) -> None:
