@@ -151,8 +151,8 @@ async def test_retry_goes_back_to_processing(nats_server: NatsServer) -> None:
                 if state["status"] == "failed":
                     break
         await watcher.stop()
-        # The first attempt's once more, with what it failed of.
-        assert seen[-4:] == [("processing", 1), ("processing", 1), ("processing", 2), ("failed", 2)]
+        # A state is written once more with what an attempt failed of.
+        assert [*dict.fromkeys(seen)][-3:] == [("processing", 1), ("processing", 2), ("failed", 2)]
         assert (await task).status_code == 500
 
 

@@ -42,7 +42,11 @@ class DrainRate:
 
     def due(self) -> bool:
         """Whether the newest sample is old enough for another to be worth its cost."""
-        return not self._samples or time.monotonic() - self._samples[-1][0] >= SAMPLE_INTERVAL_S
+        if not self._samples:
+            return True
+        at, _, busy = self._samples[-1]
+        # The first of a burst is when the measurement begins.
+        return not busy or time.monotonic() - at >= SAMPLE_INTERVAL_S
 
     def wait_s(self, places: int) -> float | None:
         """Seconds until `places` more have left, or None where nothing has left lately."""

@@ -114,7 +114,6 @@ class AttemptRunner:
             request = InferenceRequest.model_validate_json(delivery.data)
         except ValidationError as exc:
             request_id = delivery.headers.get(names.HEADER_MSG_ID, "")
-            request_id = request_id if names.is_request_id(request_id) else f"message {delivery.sequence}"
             await self._guarded(request_id, delivery, self._poisoned(request_id, delivery, exc))
             return
         await self._guarded(request.id, delivery, self._attempt(request, delivery))
@@ -173,17 +172,19 @@ class AttemptRunner:
 
         An honest one is of an api with a newer schema. Another worker might read it, but none may be there.
         """
+        known = names.is_request_id(request_id)
         log.error(
-            "[RequestQueue] %s cannot be read and was removed: %d faults, the first in %s: %s",
-            request_id,
+            "[RequestQueue] message %d cannot be read and was removed: %d faults, the first in %s: %s%s",
+            delivery.sequence,
             error.error_count(),
             ".".join(str(part) for part in error.errors()[0]["loc"]) or "the JSON itself",
             error.errors()[0]["type"],
+            f" (request {request_id})" if known else "",
             extra=fields(request_id=request_id, attempt=delivery.attempt),
         )
         reply_to = delivery.headers.get(names.HEADER_REPLY_TO, "")
         reason = InferenceFailed("a worker could not read the request: it may be older than the api")
-        if names.is_request_id(request_id) and await patiently(lambda: self._states.get(request_id)) is not None:
+        if known and await patiently(lambda: self._states.get(request_id)) is not None:
             await patiently(lambda: finish(self._states, request_id, RequestStatus.FAILED, reason.message))
         else:
             await patiently(lambda: self._states.count(RequestStatus.FAILED, f"unreadable-{delivery.sequence}"))
