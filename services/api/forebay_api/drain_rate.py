@@ -32,7 +32,8 @@ class DrainRate:
         apart are kept as one."""
         now = time.monotonic()
         if len(self._samples) > 1 and self._samples[-1][0] - self._samples[-2][0] < SAMPLE_INTERVAL_S:
-            self._samples.pop()
+            # Of the two the one that work began with; what was idle before it counts for nothing.
+            del self._samples[-1 if self._samples[-2][2] else -2]
         # The count begins anew where the stream was made anew.
         if self._samples and left < self._samples[-1][1]:
             self._samples.clear()
