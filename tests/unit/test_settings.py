@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from forebay_contracts import tracing
 from forebay_contracts.errors import ConfigurationError
 from forebay_contracts.settings import ApiSettings, InferenceSettings, Settings, load
 
@@ -152,3 +153,16 @@ def test_a_number_of_a_choice_is_read_from_the_environment(monkeypatch: pytest.M
 def test_keys_are_not_shown() -> None:
     overrides: dict[str, Any] = {"api_keys": "very-secret"}
     assert "very-secret" not in repr(load(ApiSettings, **overrides))
+
+
+def test_settings_of_opentelemetry_come_from_the_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OTEL_TRACES_EXPORTER", "OTEL_SDK_DISABLED"):
+        monkeypatch.setenv(name, "")  # what is set from here on is undone
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("OTEL_TRACES_EXPORTER=zipkin\nOTEL_SDK_DISABLED=\n")
+    with pytest.raises(ConfigurationError, match="OTEL_TRACES_EXPORTER='zipkin'"):
+        tracing.configure("tests")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    tracing.configure("tests")
+    assert not tracing.enabled()

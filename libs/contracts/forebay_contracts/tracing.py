@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from dotenv import dotenv_values
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.settings import ENV_FILE
 from forebay_contracts.version import VERSION
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -37,6 +39,10 @@ def configure(service: str) -> None:
     Raises:
         ConfigurationError: they ask for what is not there.
     """
+    # OpenTelemetry reads the environment alone; here settings come from .env too.
+    for name, value in dotenv_values(ENV_FILE).items():
+        if name.startswith("OTEL_") and value:
+            os.environ.setdefault(name, value)
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "").strip()
     endpoint = any(os.environ.get(name) for name in _ENDPOINTS)
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
