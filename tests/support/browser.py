@@ -42,6 +42,18 @@ class Window:
         """Wait until an element, named by a CSS selector, holds this text."""
         await expect(self.page.locator(element)).to_have_text(text, timeout=WAIT_MS)
 
+    async def table(self, body: str) -> list[list[str]]:
+        """The texts of a table's cells, row by row."""
+        rows: list[list[str]] = await self.page.evaluate(
+            "id => [...document.getElementById(id).rows].map(row => [...row.cells].map(cell => cell.innerText.trim()))",
+            body,
+        )
+        return rows
+
+    async def focused(self, selector: str) -> None:
+        """Wait until the focus is on this element."""
+        await expect(self.page.locator(selector)).to_be_focused(timeout=WAIT_MS)
+
     async def live(self) -> None:
         """Wait until the page says that it is fed."""
         await self.shows("#connection", "live")

@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 from starlette.responses import Response
 
 HEADERS = {
@@ -15,6 +15,17 @@ HEADERS = {
 }
 """The page runs its own script alone, and no other page may hold it in a frame."""
 
+PARTS = {
+    "app.js": "text/javascript",
+    "common.js": "text/javascript",
+    "queue.js": "text/javascript",
+    "requests.js": "text/javascript",
+    "chat.js": "text/javascript",
+    "style.css": "text/css",
+    "icon.svg": "image/svg+xml",
+}
+"""The files that the page is made of, and nothing else of its folder."""
+
 router = APIRouter(include_in_schema=False)
 
 
@@ -24,22 +35,12 @@ async def index() -> Response:
     return _file("index.html", "text/html")
 
 
-@router.get("/page/app.js")
-async def script() -> Response:
-    """Its script."""
-    return _file("app.js", "text/javascript")
-
-
-@router.get("/page/style.css")
-async def style() -> Response:
-    """Its looks."""
-    return _file("style.css", "text/css")
-
-
-@router.get("/page/icon.svg")
-async def icon() -> Response:
-    """Its icon."""
-    return _file("icon.svg", "image/svg+xml")
+@router.get("/page/{name}")
+async def part(name: str) -> Response:
+    """Its scripts, looks and icon."""
+    if name not in PARTS:
+        raise HTTPException(404, "there is no such file")
+    return _file(name, PARTS[name])
 
 
 def _file(name: str, media_type: str) -> Response:
