@@ -14,6 +14,7 @@ from jsonschema import validate
 from transformers import AutoTokenizer
 
 from forebay_contracts.messages import Sampling
+from forebay_inference.engine.protocol import EngineFault
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose
 from forebay_inference.model_store import ensure_model
@@ -60,3 +61,14 @@ def test_every_answer_validates(parts: tuple[Any, Grammars], block: int) -> None
         wanted = schema(random.Random(number))
         text = written_at_random(*parts, wanted, number)
         validate(json.loads(text), wanted)
+
+
+def test_a_fault_quotes_neither_schema_nor_answer(parts: tuple[Any, Grammars]) -> None:
+    """It goes into logs and states, where no prompt and no answer is."""
+    tokenizer, grammars = parts
+    wanted = {"type": "object", "properties": {"xyzzy": {"enum": ["plugh"]}}, "required": ["xyzzy"]}
+    grammar = grammars.grammar({"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}, None)
+    assert grammar is not None
+    with pytest.raises(EngineFault) as caught:
+        grammars.guide(grammar).accept(tokenizer.encode('{"xyzzy": "plover'))
+    assert not [word for word in ("xyzzy", "plugh", "plover", "object") if word in str(caught.value)]
