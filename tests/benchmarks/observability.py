@@ -1,6 +1,6 @@
 """What it costs to be seen: the same load with all of observability on and with none of it, in turns.
 
-    python tests/benchmarks/observability.py [--blocks 8] [--pairs 40] [--clients 16] [--sampled 0.01] [--parts ...]
+    python tests/benchmarks/observability.py [--blocks 10] [--pairs 40] [--clients 16] [--sampled 0.01] [--silent]
 
 Two systems stand beside each other, each with a nats-server and a load of its own, and one of them runs at a time: the
 other is stopped, the load too, in the middle of whatever it does. So what a system leaves for later is done in its own
@@ -11,7 +11,7 @@ live. `--parts` without any shows how equal they are.
 
 "On" is metrics, scraped from both services every SCRAPE_S of its own time (deploy/observability: 15), a JSON log line
 for each step of a request, and traces sent to a collector, the part `--sampled` of them. "Off" is METRICS=false, no
-traces, and no log lines below warnings; with `--off-lines` it has lines as they are by default, in text.
+traces, and log lines in text, as they come; with `--silent` it has none below warnings (LOG_LEVEL=WARNING).
 
 A ratio is of one block: of the requests/s, and of the CPU time that api and worker together use for a request.
 """
@@ -234,7 +234,7 @@ async def block(number: int, pairs: int, clients: int, on: dict[str, Any], off: 
 
 async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All blocks."""
-    off = {"metrics": "false"} | ({} if options.off_lines or "logs" not in options.parts else {"log_level": "WARNING"})
+    off = {"metrics": "false"} | ({"log_level": "WARNING"} if options.silent else {})
     found = []
     with collector() as endpoint:
         on: dict[str, Any] = {"metrics": "false"}
@@ -265,7 +265,7 @@ def summary(found: list[dict[str, Any]], options: argparse.Namespace) -> dict[st
     """The figures of all blocks."""
     return {
         "on": [*options.parts],
-        "off_lines": options.off_lines,
+        "silent": options.silent,
         "sampled": options.sampled,
         "clients": options.clients,
         "blocks": options.blocks,
@@ -290,19 +290,19 @@ def summary(found: list[dict[str, Any]], options: argparse.Namespace) -> dict[st
 def main() -> int:
     """Measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=40, help="turns of each system in a block")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--sampled", type=float, default=0.01, help="part of the requests that is traced")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what is on")
-    parser.add_argument("--off-lines", action="store_true", help="off has text log lines: what JSON costs more")
+    parser.add_argument("--silent", action="store_true", help="off has no log lines: what they cost at all")
     parser.add_argument("--quick", action="store_true", help="one short block")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of observability.json")
     options = parser.parse_args()
     if options.quick:
         options.blocks, options.pairs = 1, 10
     return write_part(
-        "observability",
+        "observability-silent" if options.silent else "observability",
         BUDGET_S,
         options.quick,
         options.results,

@@ -240,9 +240,12 @@ def observability(part: dict[str, Any]) -> str:
     """What it costs to be seen."""
     one = part["figures"]
     return (
-        f"## Cost of all observability\n\n{origin(part)}\n\n{', '.join(one['on'])} on ({one['sampled']:.0%} of the "
-        f"requests traced), {one['clients']} clients, {one['rounds']} pairs: {cell(one['requests'], 3)} of the "
-        f"requests/s without, {cell(one['cpu'], 3)} of the CPU time a request."
+        f"## Cost of all observability{', against silence' if one['silent'] else ''}\n\n{origin(part)}\n\n"
+        f"{', '.join(one['on'])} on (JSON lines, {one['sampled']:.0%} of the requests traced, a scrape every "
+        f"{one['scrape_s']:g} s), against no metrics, no traces and "
+        f"{'no lines below warnings' if one['silent'] else 'text lines'}; {one['clients']} clients, {one['blocks']} "
+        f"pairs of systems that took {one['pairs']} turns of {one['turn_s']:g} s each: {cell(one['requests'], 3)} of "
+        f"the requests/s, {cell(one['cpu'], 3)} of the CPU time a request of api and worker."
     )
 
 
@@ -255,6 +258,7 @@ PAGE = {
     "loadgen": loadgen,
     "cold": cold,
     "observability": observability,
+    "observability-silent": observability,
 }
 """The parts of docs/benchmarks.md in their order; `scale` and `fifty_workers` are on docs/scale.md."""
 

@@ -24,7 +24,7 @@ PARTS = {
     "loadgen": 240,
     "scale": 150,
     "cold": 60,
-    "observability": 120,
+    "observability": 300,
 }
 """Seconds planned for each; one that takes half as much again is ended."""
 
