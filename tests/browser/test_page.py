@@ -122,14 +122,14 @@ async def test_it_moves_while_a_load_runs(nats_server: NatsServer, windows: Wind
         model = (await stack.status())["models"][0]["model"]
         assert await window.table("models") == [[model, "4", "2 of 2", "", "1 ready"]]
         await expect(window.page.locator("#models .sparkline")).to_have_attribute(
-            "aria-label", "4 waiting, at most 4; 2 processing, at most 2 in the last 60 s"
+            "aria-label", re.compile(r"^4 waiting, at most 4; 2 processing, at most 2 in the last \d+ s$")
         )
         await window.shows("#workers td:nth-child(4)", "2 of 2")
         assert await window.table("workers") == [
             [stack.workers[0].id, model, "ready", "2 of 2", "", "none", "simulated"]
         ]
         await expect(window.page.locator("#workers .sparkline")).to_have_attribute(
-            "aria-label", "2 busy, at most 2 in the last 60 s"
+            "aria-label", re.compile(r"^2 busy, at most 2 in the last \d+ s$")
         )
         await leave(*sent)
         await holds(stack, 0)
@@ -171,6 +171,16 @@ async def test_a_page_opened_later_shows_why_a_request_failed(nats_server: NatsS
             await window.page.get_by_label("Id", exact=True).fill("of-nobody")
             await window.page.keyboard.press("Enter")
             await window.shows("#look-result", re.compile("never admitted.*api's log.*REQUEST_STATE_TTL"))
+
+            # Handed over, it waits again, since it was queued.
+            now = time.time()
+            given_back = state.model_copy(
+                update={"id": "again", "status": RequestStatus.QUEUED, "queued_at": now - 3, "started_at": now - 2}
+            )
+            await stack.states.write(given_back, 0)
+            row = window.page.locator("#requests tr", has=window.page.locator(".state-queued"))
+            await expect(row.locator("td.waited")).to_have_text(re.compile(r"^[3-9]\.\d\d s$"))
+            await expect(row.locator("td.ran")).to_have_text("")
 
 
 async def test_a_request_is_looked_up_and_cancelled(nats_server: NatsServer, windows: Windows) -> None:
@@ -476,6 +486,8 @@ async def test_it_can_be_read(nats_server: NatsServer, windows: Windows, scheme:
         sent = load(stack, 2, FOR_EVER)
         await expect(window.page.locator("#requests tr")).to_have_count(3)
         assert await window.page.evaluate(CONTRASTS) == []
+        await window.page.set_viewport_size({"width": 390, "height": 800})
+        assert await window.page.evaluate("document.documentElement.scrollWidth") == 390
         await expect(window.page.get_by_role("log", name="Conversation")).to_have_attribute("aria-live", "polite")
         await leave(*sent)
 
@@ -509,21 +521,35 @@ CONTRASTS = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_screenshots_for_the_docs(nats_server: NatsServer, windows: Windows, scheme: str, tmp_path: Path) -> None:
-    """Under load; into docs/images where UPDATE_SCREENSHOTS is set."""
+    """Under load, with each end that a request can have; into docs/images where UPDATE_SCREENSHOTS is set."""
     async with (
         running(nats_server, max_concurrent_requests=4, worker_slots=2, workers=2) as stack,
         windows.open(stack, scheme) as window,
     ):
+        await window.page.set_viewport_size({"width": 1440, "height": 900})
+        await stack.worker(model_name="Qwen/Qwen3-4B", default_model="Qwen/Qwen3-4B")
         await window.live()
-        await stack.chat("[[fail]]")
-        sent = load(stack, 30, "[[tokens=8 delay_ms=60]]")
-        await window.page.get_by_label("Message").fill("[[tokens=12 delay_ms=20]]")
+        await window.page.get_by_label("Message").fill("What is a forebay? [[tokens=12 delay_ms=20]]")
         await window.page.keyboard.press("Enter")
-        await window.shows("#total_processed", re.compile("^(1[6-9]|[23].)$"))
+        await stack.chat("[[tokens=3 fail]]")
+        early = load(stack, 7, "[[tokens=10 delay_ms=150]]")
+        await window.shows("#queue_size", "3")
+        await window.page.get_by_role("button", name=f"Cancel {await newest_id(window, 'queued')}").click()
+        await window.page.mouse.move(0, 0)
+        await asyncio.gather(*early)
+        late = load(stack, 6, "[[tokens=20 delay_ms=200]]")
+        await window.shows("#queue_size", "2")
+        await window.page.get_by_label("Id", exact=True).fill(await newest_id(window, "failed"))
+        await window.page.keyboard.press("Enter")
+        await window.page.locator("#look-result dl").wait_for()
+        await window.page.evaluate("document.activeElement.blur()")
+        # The heartbeats tell of it too, and the picture has moved a little.
+        await expect(window.page.locator("#workers tr", has_text="2 of 2")).to_have_count(2)
+        await window.shows("#chart-span", re.compile(r"^the last ([89]|\d\d) s$"))
         folder = IMAGES if os.environ.get("UPDATE_SCREENSHOTS") else tmp_path
-        image = await window.page.screenshot(path=folder / f"page-{scheme}.png", animations="disabled")
-        assert 20_000 < len(image) < 300_000
+        image = await window.page.screenshot(path=folder / f"page-{scheme}.png", animations="disabled", full_page=True)
+        assert 20_000 < len(image) < 400_000
         ground = await window.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert ground == {"light": "rgb(245, 247, 249)", "dark": "rgb(16, 23, 29)"}[scheme]
-        await asyncio.gather(*sent)
+        await leave(*late)
         assert window.complaints == []

@@ -3,8 +3,8 @@
 import { $, element, put } from "./common.js";
 
 const CHART_S = 120;
-const LEAST_CHART_S = 5;
 const SPARKLINE_S = 60;
+const LEAST_SPAN_S = 5; // of a picture that has just begun
 const MAX_SAMPLES = 240; // of the chart, and of each model and worker
 const RATE_S = 10;
 const YEAR_S = 365 * 86_400;
@@ -23,7 +23,7 @@ export function showQueue({ at, status, workers }) {
   const since = chart.find((sample) => sample.at >= at - RATE_S);
   const rate = at > since.at ? (status.total_processed - since.completed) / (at - since.at) : 0;
   put($("rate"), rate ? `${rate.toFixed(1)}/s` : "");
-  drawChart(at);
+  drawChart();
   showModels(at, status.models, workers);
 }
 
@@ -46,6 +46,7 @@ function record(samples, sample, span) {
   while (samples[1]?.at < sample.at - span) samples.shift();
 }
 
+const spanOf = (samples, most) => Math.min(Math.max(samples.at(-1).at - samples[0].at, LEAST_SPAN_S), most);
 const peak = (samples, name) => Math.max(...samples.map((sample) => sample[name]));
 
 function shape(name, attributes) {
@@ -74,8 +75,8 @@ function roundTop(value) {
   return [1, 1.2, 1.6, 2, 3, 4, 6, 8, 10].map((factor) => factor * unit).find((top) => top >= Math.max(value, 4));
 }
 
-function drawChart(at) {
-  const size = { width: 600, height: 140, span: Math.min(Math.max(at - chart[0].at, LEAST_CHART_S), CHART_S) };
+function drawChart() {
+  const size = { width: 600, height: 140, span: spanOf(chart, CHART_S) };
   const peaks = { waiting: peak(chart, "waiting"), processing: peak(chart, "processing") };
   size.top = roundTop(Math.max(peaks.waiting, peaks.processing));
   const grid = shape("path", { class: "grid", d: `M0 ${size.height / 2}H${size.width}M0 1H${size.width}` });
@@ -93,11 +94,12 @@ function sparkline(key, sample, top = 1) {
   series.set(key, samples);
   record(samples, sample, SPARKLINE_S);
   const names = Object.keys(sample).filter((name) => name !== "at");
-  const size = { width: 100, height: 20, span: SPARKLINE_S, top: Math.max(top, ...names.map((name) => peak(samples, name))) };
+  const span = spanOf(samples, SPARKLINE_S);
+  const size = { width: 100, height: 20, span, top: Math.max(top, ...names.map((name) => peak(samples, name))) };
   const told = names.map((name) => `${sample[name]} ${name}, at most ${peak(samples, name)}`).join("; ");
   const picture = shape("svg", {
     class: "sparkline", viewBox: "0 0 100 20", preserveAspectRatio: "none", role: "img",
-    "aria-label": `${told} in the last ${SPARKLINE_S} s`,
+    "aria-label": `${told} in the last ${Math.round(span)} s`,
   });
   picture.append(...lines(samples, names, size));
   return picture;
@@ -115,7 +117,7 @@ function showModels(at, models, workers) {
     paused_until ? element("span", "state-paused", `paused${until(paused_until, at)}`) : readiness(model, workers),
   )));
   $("workers").replaceChildren(...workers.map(({ id, model, status, progress, busy, slots, device, engine }) => row(
-    element("span", "id", id), model, element("span", `state-${status}`, progress ?? status), `${busy} of ${slots}`,
+    element("span", "id", id), modelCell(model), element("span", `state-${status}`, progress ?? status), `${busy} of ${slots}`,
     sparkline(`worker ${id}`, { at, busy }, slots), device, engine,
   )));
 }
@@ -129,4 +131,10 @@ function readiness(model, workers) {
   return element("span", `state-${counts[0][1]}`, counts.map(([count, status]) => `${count} ${status}`).join(", "));
 }
 
-const row = (...cells) => element("tr", "", ...cells.map((cell) => element("td", "", cell ?? "")));
+const row = (...cells) => element("tr", "", ...cells.map((cell) => (cell?.tagName === "TD" ? cell : element("td", "", cell ?? ""))));
+
+function modelCell(model) {
+  const cell = element("td", "model", model);
+  cell.title = model; // where it is cut off
+  return cell;
+}

@@ -15,7 +15,7 @@ let looking = null; // AbortController of the look-up that is waited for
 
 export const say = (text) => put($("message"), text);
 
-const clock = (at) => new Date(at * 1000).toLocaleTimeString();
+const clock = (at) => new Date(at * 1000).toLocaleTimeString([], { hourCycle: "h23" });
 const spaced = (name) => name.replaceAll("_", " ");
 
 function times({ status, queued_at, started_at, finished_at }) {
@@ -79,6 +79,9 @@ function addRow(state) {
   cancel.addEventListener("click", () => cancelRequest(state.id));
   cells.action.append(cancel);
   cells.error.append(element("div"), element("div", "quiet"));
+  // Where they are cut off.
+  cells.id.title = state.id;
+  cells.model.title = state.model;
   cells.row = element("tr", "", ...Object.values(cells));
   cells.row.tabIndex = -1;
   rows.set(state.id, cells);
