@@ -259,7 +259,7 @@ async def test_it_recovers_after_the_api_was_killed(nats_server: NatsServer, win
         await stack.api()
         async with windows.open(stack) as window:
             await window.live()
-            sent = [asyncio.create_task(stack.chat("[[tokens=60 delay_ms=50]]", api=1)) for _ in range(60)]
+            sent = [asyncio.create_task(stack.chat("[[tokens=100 delay_ms=50]]", api=1)) for _ in range(60)]
             await expect(window.page.locator("#requests .state-processing")).to_have_count(50)
             await first.kill()
             await window.shows("#connection", re.compile("^no connection to the api"))
@@ -548,7 +548,7 @@ async def test_screenshots_for_the_docs(nats_server: NatsServer, windows: Window
         await window.shows("#chart-span", re.compile(r"^the last ([89]|\d\d) s$"))
         folder = IMAGES if os.environ.get("UPDATE_SCREENSHOTS") else tmp_path
         image = await window.page.screenshot(path=folder / f"page-{scheme}.png", animations="disabled", full_page=True)
-        assert 20_000 < len(image) < 400_000
+        assert 20_000 < len(image) < 800_000
         ground = await window.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert ground == {"light": "rgb(245, 247, 249)", "dark": "rgb(16, 23, 29)"}[scheme]
         await leave(*late)
