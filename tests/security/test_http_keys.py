@@ -43,7 +43,8 @@ def entries(**limits: int | None) -> str:
 async def with_keys(nats: NatsServer, folder: Path, text: str, **settings: Any) -> AsyncIterator[tuple[Stack, Path]]:
     file = folder / "keys.toml"
     file.write_text(text)
-    async with running(nats, api_keys_file=file, log_format="json", max_concurrent_requests=8, **settings) as stack:
+    settings = {"max_concurrent_requests": 8, **settings}
+    async with running(nats, api_keys_file=file, log_format="json", **settings) as stack:
         yield stack, file
 
 
@@ -134,6 +135,16 @@ async def test_names_are_told_and_keys_are_not(nats_server: NatsServer, tmp_path
         seen = "\n".join([*logs[0], *logs[1], text])
         for secret in (ALICE, BOB, OPS, "a-plain-key-of-old", "fb-somebody-elses-key", keys.digest(ALICE.encode())):
             assert secret not in seen
+
+
+async def test_only_what_the_queue_took_counts_as_admitted(nats_server: NatsServer, tmp_path: Path) -> None:
+    async with with_keys(nats_server, tmp_path, entries(), max_queue_size=1, max_concurrent_requests=1) as (stack, _):
+        tasks = await unfinished(stack, ALICE, 1)
+        for key in (ALICE, BOB):
+            assert summary(await ask(stack, key))[::2] == (503, "queue_full")
+        text = (await stack.http.get(f"{stack.apis[0].url}/metrics")).text
+        assert counted(text, "forebay_key_requests_total") == {("alice", "admitted"): 1}
+        await end(*tasks)
 
 
 async def test_one_key_cannot_take_the_whole_queue(nats_server: NatsServer, tmp_path: Path) -> None:

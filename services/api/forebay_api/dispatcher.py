@@ -106,6 +106,8 @@ class Dispatcher:
                 raise
             measured = metrics.of(request.model, request.completion_type.value)
             measured.admitted.inc()
+            if request.key is not None:
+                metrics.key_requests(request.key, "admitted").inc()
             log.info(
                 "[RequestQueue] %s queued for %s at %d",
                 request.id,

@@ -48,7 +48,6 @@ class KeyLimits:
         if client is not None and client.max_requests is not None:
             self._check(name, here, client.max_requests)
         self.unfinished[name] = here + 1
-        metrics.key_requests(name, "admitted").inc()
         try:
             yield
         finally:
