@@ -1,13 +1,23 @@
 """`/metrics` of both services: the numbers against what was done, over real processes."""
 
 import asyncio
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as prometheus_text
 
+from forebay_contracts import keys
+from forebay_contracts.connection import connected
+from forebay_contracts.errors import QueueUnavailable
+from forebay_contracts.messages import RequestState, RequestStatus
+from forebay_contracts.metrics import REGISTRY
+from forebay_contracts.settings import Settings, load
+from forebay_contracts.states import KeyValueStateStore
+from support.answers import chat_body
 from support.metrics import defined
 from support.nats import NatsServer
 from support.stack import MODEL, Api, Service, Stack, running
@@ -16,12 +26,16 @@ from support.view import idle
 DOCS = Path(__file__).parents[2] / "docs" / "observability.md"
 NAME = f"HuggingFaceTB/{MODEL}"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
+MADE_UP = "made-up-by-a-client"
+LABELS = {"model", "type", "outcome", "reason", "key", "result", "operation", "status", "direction"}
+"""All that there are: each takes few values, and none that a client can make up."""
 
 
 class Samples:
     """What one scrape held."""
 
     def __init__(self, text: str, *, openmetrics: bool = False) -> None:
+        self.text = text
         parse = open_metrics if openmetrics else prometheus_text
         self._values = {
             (sample.name, frozenset(sample.labels.items())): sample.value
@@ -30,12 +44,14 @@ class Samples:
         }
 
     def __call__(self, name: str, **labels: str) -> float:
-        """The value of one series, 0 where there is none."""
-        return self._values.get((name, frozenset(labels.items())), 0.0)
+        """The value of one series, which must be there: a misspelt one is none that is 0."""
+        key = (name, frozenset(labels.items()))
+        assert key in self._values, f"no series {name} {labels}"
+        return self._values[key]
 
-    def labels(self, name: str) -> set[str]:
-        """The names of the labels that any series of `name` has."""
-        return {label for found, labels in self._values if found == name for label, _ in labels}
+    def absent(self, name: str) -> bool:
+        """Whether there is no series of this name at all."""
+        return all(found != name for found, _ in self._values)
 
 
 async def scrape(stack: Stack, service: Service, **headers: str) -> Samples:
@@ -45,10 +61,10 @@ async def scrape(stack: Stack, service: Service, **headers: str) -> Samples:
     return Samples(answer.text, openmetrics=answer.headers["content-type"].startswith("application/openmetrics"))
 
 
-async def shows(stack: Stack, service: Service, name: str, value: float) -> Samples:
+async def shows(stack: Stack, service: Service, name: str, value: float, **labels: str) -> Samples:
     """Scrape until a gauge has this value, as a scraper does: it is told of nothing."""
     async with asyncio.timeout(20):
-        while (found := await scrape(stack, service))(name) != value:  # noqa: ASYNC110
+        while (found := await scrape(stack, service))(name, **labels) != value:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return found
 
@@ -59,7 +75,7 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
         for _ in range(3):
             assert (await stack.chat("one two [[tokens=4]]")).status_code == 200
         assert (await stack.chat("[[fail]]")).status_code == 500
-        assert (await stack.chat("hi", model="made-up-by-a-client")).status_code == 404
+        assert (await stack.chat("hi", model=MADE_UP)).status_code == 404
         assert (await stack.chat("hi", temperature="hot")).status_code == 400
         running_one = asyncio.create_task(stack.chat("[[tokens=400 delay_ms=20]]"))
         running_id = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 5$"))[1]
@@ -86,16 +102,25 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
         assert busy_worker("forebay_worker_slots") == busy_worker("forebay_worker_slots_busy") == 1
         assert busy_worker("forebay_engine_batch_sequences") == 1
         assert worker("forebay_worker_slots_busy") == worker("forebay_engine_batch_sequences") == 0
+        # The simulated engine has no cache.
+        assert math.isnan(worker("forebay_engine_kv_cache_usage_ratio"))
 
         assert api("forebay_requests_admitted_total", **chat) == 6
         outcomes = {"completed": 4, "failed": 1, "cancelled": 1, "timed_out": 0}
         for outcome, count in outcomes.items():
             assert api("forebay_requests_finished_total", **chat, outcome=outcome) == count
-        assert api("forebay_request_seconds_count", **chat) == 6
+            assert api("forebay_request_seconds_count", **chat, outcome=outcome) == count
+        assert api("forebay_key_requests_total", key="key-1", result="admitted") == 6
         for reason in ("queue_full", "model_not_found", "invalid_request"):
             assert api("forebay_requests_rejected_total", reason=reason) == 1
         assert api("forebay_publish_seconds_count") == 7
-        assert api("forebay_state_write_seconds_count") >= 1
+        assert api("forebay_state_seconds_count", operation="write") >= 1
+        # Five ended at the worker; the api called off the sixth.
+        for operation, least in {"read": 1, "write": 5, "count": 5}.items():
+            assert worker("forebay_state_seconds_count", operation=operation) >= least
+        for found in (api, worker):
+            assert NAME in found.text
+            assert MADE_UP not in found.text
 
         assert worker("forebay_queue_wait_seconds_count", model=NAME) == 6
         assert worker("forebay_request_redeliveries_total", model=NAME) == 1
@@ -118,18 +143,103 @@ async def test_processes_of_one_api_are_counted_together(nats_server: NatsServer
         for _ in range(5):
             found = await scrape(stack, stack.apis[0])
             assert found("forebay_requests_admitted_total", model=NAME, type="chat") == 12
-            assert found("forebay_request_seconds_count", model=NAME, type="chat") == 12
+            assert found("forebay_request_seconds_count", model=NAME, type="chat", outcome="completed") == 12
             assert found("forebay_queue_up") == 1
 
 
 async def test_gauges_outlive_nats_only_as_absent(nats_server: NatsServer) -> None:
-    async with running(nats_server, workers=0) as stack:
+    async with running(nats_server) as stack:
+        found = await scrape(stack, stack.apis[0])
+        assert not found.absent("forebay_queue_waiting")
+        assert not found.absent("forebay_queue_max_size")
         await asyncio.to_thread(nats_server.stop)
         await stack.apis[0].logged("connection to NATS lost")
+        found = await shows(stack, stack.apis[0], "forebay_queue_up", 0)
+        assert found.absent("forebay_queue_waiting")
+        assert found.absent("forebay_queue_max_size")
+        assert (await stack.chat("hi")).status_code == 503
         found = await scrape(stack, stack.apis[0])
-        assert found("forebay_queue_up") == 0
-        assert not found.labels("forebay_queue_waiting")
+        assert found("forebay_requests_rejected_total", reason="queue_unavailable") == 1
         await asyncio.to_thread(nats_server.start)
+
+
+async def test_every_reason_to_reject_is_counted(nats_server: NatsServer, tmp_path: Path) -> None:
+    """But queue_unavailable: the test before."""
+    key = keys.make()
+    file = tmp_path / "keys.toml"
+    file.write_text(keys.written("alice", key, max_requests=1, operator=False))
+    settings = {
+        "api_keys_file": file,
+        "api_keys": "a-key-without-a-bound",
+        "max_queue_size": 1,
+        "max_request_bytes": 4096,
+        "no_worker_policy": "refuse",
+    }
+    async with running(nats_server, **settings) as stack:
+
+        async def answered(text: str, with_key: str = "a-key-without-a-bound", **fields: Any) -> int:
+            answer = await stack.http.post(
+                f"{stack.apis[0].url}/v1/chat/completions",
+                json=chat_body(text) | fields,
+                headers={"authorization": f"Bearer {with_key}"},
+            )
+            return answer.status_code
+
+        assert await answered("hi", with_key=MADE_UP) == 401
+        assert await answered("hi", model=MADE_UP) == 404
+        assert await answered("x" * 5000) == 413
+        assert await answered("hi", temperature="hot") == 400
+        slow = asyncio.create_task(answered("[[tokens=2000 delay_ms=500]]", with_key=key))
+        await stack.workers[0].logged("processing, attempt 1$")
+        assert await answered("hi", with_key=key) == 429
+        assert await answered("hi") == 503
+        slow.cancel()
+        await stack.workers[0].stop()
+        await shows(stack, stack.apis[0], "forebay_workers", 0, model=NAME, status="ready")
+        assert await answered("hi") == 503
+        found = await scrape(stack, stack.apis[0])
+        for reason in (
+            "queue_full",
+            "model_unavailable",
+            "model_not_found",
+            "invalid_api_key",
+            "request_too_large",
+            "key_limit_reached",
+            "invalid_request",
+        ):
+            assert found("forebay_requests_rejected_total", reason=reason) == 1, reason
+        assert MADE_UP not in found.text
+
+
+async def test_what_times_out_is_counted_so(nats_server: NatsServer) -> None:
+    async with running(nats_server, request_timeout=1) as stack:
+        assert (await stack.chat("[[tokens=2000 delay_ms=500]]")).status_code == 408
+        found = await scrape(stack, stack.apis[0])
+        ended = {"model": NAME, "type": "chat", "outcome": "timed_out"}
+        assert found("forebay_requests_finished_total", **ended) == 1
+        assert found("forebay_request_seconds_sum", **ended) >= 1
+
+
+async def test_what_nats_does_not_answer_takes_its_time_too(nats_server: NatsServer) -> None:
+    state = RequestState(
+        id="a", status=RequestStatus.QUEUED, completion_type="chat", timestamp=1, model=NAME, queued_at=1, deadline=2
+    )
+    # Nobody has made the bucket and the counters.
+    async with connected(load(Settings, nats_url=nats_server.url, _env_file=None), "forebay-tests") as connection:
+        store = KeyValueStateStore(connection)
+        before = state_operations()
+        for operation in (store.get("a"), store.write(state, 0), store.count(RequestStatus.FAILED, "a")):
+            with pytest.raises(QueueUnavailable):
+                await operation
+        assert [after - count for after, count in zip(state_operations(), before, strict=True)] == [1, 1, 1]
+
+
+def state_operations() -> list[float]:
+    """How many reads, writes and counts this process has measured."""
+    return [
+        REGISTRY.get_sample_value("forebay_state_seconds_count", {"operation": operation}) or 0
+        for operation in ("read", "write", "count")
+    ]
 
 
 @pytest.mark.parametrize("where", ["api", "worker"])
@@ -152,13 +262,15 @@ async def test_a_taken_port_is_refused_at_start(nats_server: NatsServer) -> None
 
 
 def test_the_docs_hold_every_metric() -> None:
-    documented = set(re.findall(r"^\| `(forebay_\w+)`", DOCS.read_text(), re.MULTILINE))
-    assert documented == set(defined())
+    rows = re.findall(r"^\| `(forebay_\w+)` \| ([\w, ]*) ?\|", DOCS.read_text(), re.MULTILINE)
+    documented = {name: set(re.findall(r"\w+", labels)) for name, labels in rows}
+    assert documented == {name: metric.labels for name, metric in defined().items()}
 
 
 def test_names_and_labels_keep_to_the_conventions() -> None:
-    for name, family in defined().items():
+    for name, metric in defined().items():
         assert re.fullmatch(r"[a-z][a-z_]+", name)
-        assert family.documentation
-        if family.type == "histogram":
+        assert metric.documentation
+        assert metric.labels <= LABELS
+        if metric.type == "histogram":
             assert name.endswith("_seconds")

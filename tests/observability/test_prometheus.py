@@ -51,6 +51,14 @@ def expressions() -> list[str]:
     ]
 
 
+def rule_inputs() -> list[str]:
+    """What the recording rules record, and each series that an alert looks at: alerts themselves find nothing."""
+    recorded = re.findall(r"record: (\S+)", (DEPLOY / "recording.rules.yml").read_text())
+    alerts = re.findall(r"expr: (.*?)(?:for|labels):", (DEPLOY / "alerts.rules.yml").read_text(), re.DOTALL)
+    series = re.compile(r"\b(?:up|forebay[_:][\w:]+)\b(?:\{[^}]*\})?")
+    return [*recorded, *sorted(set(series.findall(" ".join(alerts))))]
+
+
 def metric_names(text: str) -> set[str]:
     names = set(re.findall(r"\bforebay_[a-z_]+", text))
     return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
@@ -140,32 +148,37 @@ async def query(client: httpx.AsyncClient, expression: str) -> list[dict[str, An
 
 async def appears(client: httpx.AsyncClient, expression: str) -> list[dict[str, Any]]:
     """Wait until a query has an answer: Prometheus tells nobody when it has scraped."""
-    async with asyncio.timeout(START_TIMEOUT_S):
-        while not (found := await query(client, expression)):  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not (found := await query(client, expression)):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise AssertionError(f"no result: {expression}") from None
     return found
 
 
 async def test_prometheus_scrapes_both_services(nats_server: NatsServer, prometheus: str, tmp_path: Path) -> None:
     folder = tmp_path / "prometheus"
     folder.mkdir()
-    async with running(nats_server, metrics_port=0) as stack:
+    async with running(nats_server, metrics_port=0, api_keys="a-key-with-a-name") as stack:
+        stack.http.headers["authorization"] = "Bearer a-key-with-a-name"
         worker_port = (await stack.workers[0].logged(r"metrics on \S+:(\d+)"))[1]
         targets = {"forebay-api": f"127.0.0.1:{stack.apis[0].port}", "forebay-worker": f"127.0.0.1:{worker_port}"}
         async with scraping(prometheus, folder, targets) as client:
             await appears(client, "sum(up) == 2")
-            for _ in range(20):
-                assert (await stack.chat("[[tokens=4]]")).status_code == 200
-            total = "sum(forebay_requests_finished_total{outcome='completed'}) == 20"
-            assert await appears(client, total)
+            # Twice: what is all there at the first scrape has no rate.
+            for total in (10, 20):
+                for _ in range(10):
+                    assert (await stack.chat("[[tokens=4]]")).status_code == 200
+                await appears(client, f"sum(forebay_requests_finished_total{{outcome='completed'}}) == {total}")
             await appears(client, "sum(forebay_tokens_total{direction='output'}) == 80")
             (family,) = (
                 (await client.get("/metadata", params={"metric": "forebay_queue_wait_seconds"})).json()["data"].values()
             )
             assert family[0]["type"] == "histogram"
             await appears(client, "forebay:tokens:rate5m > 0")
-            for expression in expressions():
-                await query(client, expression)
+            for expression in [*expressions(), *rule_inputs()]:
+                await appears(client, expression)
             answer = (await client.get("/rules")).json()["data"]["groups"]
             broken = [rule for group in answer for rule in group["rules"] if rule["health"] == "err"]
             assert not broken

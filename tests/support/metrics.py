@@ -1,5 +1,6 @@
 """Every metric that Forebay has."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import forebay_api.metrics
@@ -11,8 +12,23 @@ SERVICES = (forebay_api.metrics, forebay_inference.metrics)
 """Imported for what they register."""
 
 
-def defined() -> dict[str, Any]:
+@dataclass(frozen=True)
+class Defined:
+    """A metric as the code defines it."""
+
+    type: str
+    documentation: str
+    labels: frozenset[str]
+
+
+def defined() -> dict[str, Defined]:
     """Every metric that either service has, by the name that a scrape shows."""
-    families = [family for family in REGISTRY.collect() if family.name.startswith("forebay_")]
-    families += list(QueueGauges().describe())
-    return {family.name + ("_total" if family.type == "counter" else ""): family for family in families}
+    owners: dict[str, Any] = REGISTRY._names_to_collectors
+    found = [(family, owners[family.name]) for family in REGISTRY.collect() if family.name.startswith("forebay_")]
+    found += [(family, family) for family in QueueGauges().describe()]
+    return {
+        family.name + ("_total" if family.type == "counter" else ""): Defined(
+            family.type, family.documentation, frozenset(owner._labelnames)
+        )
+        for family, owner in found
+    }

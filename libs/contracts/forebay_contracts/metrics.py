@@ -63,9 +63,10 @@ WAIT_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
 TOKEN_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 """Buckets for the time between two tokens."""
 
-STATE_WRITE: Final = Histogram(
-    "forebay_state_write_seconds",
-    "Time of one write of a request's state to the KV bucket",
+STATE: Final = Histogram(
+    "forebay_state_seconds",
+    "Time of one read or write of a request's state, or of counting its outcome, with or without success",
+    ("operation",),
     buckets=FAST_S,
     registry=REGISTRY,
 )

@@ -121,15 +121,20 @@ class KeyValueStateStore:
         self._js = connection.jetstream
         self._stream = names.bucket_stream(names.REQUESTS_BUCKET)
         self._prefix = names.bucket_subjects(names.REQUESTS_BUCKET).removesuffix(">")
-        self._write_seconds = metrics.bound(metrics.STATE_WRITE)
+        self._read_seconds, self._write_seconds, self._count_seconds = (
+            metrics.bound(metrics.STATE, operation) for operation in ("read", "write", "count")
+        )
 
     async def get(self, request_id: str) -> Stored | None:
         """Read by a direct get (NATS ADR-31): one round trip."""
         subject = f"$JS.API.DIRECT.GET.{self._stream}.{self._prefix}{request_id}"
+        began = time.perf_counter()
         try:
             msg: Msg = await self._requests.request(subject, timeout_s=STATE_TIMEOUT_S)
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the request's state cannot be read") from exc
+        finally:
+            self._read_seconds.observe(time.perf_counter() - began)
         headers = msg.headers or {}
         if headers.get("Status") == "404" or "KV-Operation" in headers:
             return None
@@ -148,7 +153,7 @@ class KeyValueStateStore:
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
         began = time.perf_counter()
         try:
-            stored_at = await self._requests.store(
+            return await self._requests.store(
                 self._prefix + state.id, state.encode(), timeout_s=STATE_TIMEOUT_S, headers=headers
             )
         except APIError as exc:
@@ -157,16 +162,19 @@ class KeyValueStateStore:
             raise QueueUnavailable(f"the request's state was not written: {exc.description}") from exc
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the request's state was not written") from exc
-        self._write_seconds.observe(time.perf_counter() - began)
-        return stored_at
+        finally:
+            self._write_seconds.observe(time.perf_counter() - began)
 
     async def count(self, outcome: RequestStatus, request_id: str) -> None:
         """Increment (NATS ADR-49), with the request id as Nats-Msg-Id: a repeated one is not counted."""
         headers = {names.HEADER_INCREMENT: "+1", names.HEADER_MSG_ID: request_id}
+        began = time.perf_counter()
         try:
             await self._requests.store(names.counter_subject(outcome), timeout_s=STATE_TIMEOUT_S, headers=headers)
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the request was not counted") from exc
+        finally:
+            self._count_seconds.observe(time.perf_counter() - began)
 
     async def totals(self) -> Mapping[RequestStatus, int]:
         """Read the last value of each counter."""

@@ -39,13 +39,13 @@ FINISHED: Final = Counter(
 SECONDS: Final = Histogram(
     "forebay_request_seconds",
     "Time from a request's arrival to its end",
-    ("model", "type"),
+    ("model", "type", "outcome"),
     buckets=WAIT_S,
     registry=REGISTRY,
 )
 KEY_REQUESTS: Final = Counter(
     "forebay_key_requests",
-    "Completion requests by the name of the key that they came with: admitted, or refused by the key's own limit",
+    "Completion requests by the name of the key that they came with: that the queue took, or the key's limit refused",
     ("key", "result"),
     registry=REGISTRY,
 )
@@ -70,13 +70,14 @@ class RequestMetrics:
     """The metrics of requests of one model and type."""
 
     admitted: Any
-    seconds: Any
+    seconds: dict[RequestStatus, Any]
     finished: dict[RequestStatus, Any]
 
     def end(self, outcome: RequestStatus | None, seconds: float) -> None:
         """An admitted request has ended so."""
-        self.finished[outcome or RequestStatus.CANCELLED].inc()
-        self.seconds.observe(seconds)
+        ended = outcome or RequestStatus.CANCELLED
+        self.finished[ended].inc()
+        self.seconds[ended].observe(seconds)
 
 
 @functools.cache
@@ -84,7 +85,7 @@ def of(model: str, completion_type: str) -> RequestMetrics:
     """The metrics of requests for a model that is served, so that clients cannot make up any."""
     return RequestMetrics(
         bound(ADMITTED, model, completion_type),
-        bound(SECONDS, model, completion_type),
+        {outcome: bound(SECONDS, model, completion_type, outcome.value) for outcome in OUTCOMES},
         {outcome: bound(FINISHED, model, completion_type, outcome.value) for outcome in OUTCOMES},
     )
 
