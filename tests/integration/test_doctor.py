@@ -4,15 +4,22 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from forebay_contracts import names
+import pytest
+from test_topology import old_server
+
+from forebay_cli import roles
+from forebay_contracts import names, topology
 from forebay_contracts.messages import WorkerInfo, WorkerStatus
+from forebay_contracts.permissions import Permissions, Subjects
 from forebay_contracts.presence import Heartbeat
+from forebay_contracts.settings import Settings, load
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 
@@ -78,6 +85,118 @@ async def test_nats_that_is_not_there_and_settings_that_cannot_hold(nats_server:
     code, found = await doctor(env, tmp_path, max_queue_size=0)
     assert code == 2
     assert "MAX_QUEUE_SIZE" in found["stderr"]
+
+
+async def test_a_connection_that_is_refused_is_a_finding(nats_server: NatsServer, tmp_path: Path) -> None:
+    env = Stack(nats_server).env()
+    nowhere = tmp_path / "nowhere"
+    no_seed = tmp_path / "no.seed"
+    no_seed.write_text("nothing")
+    async with old_server("2.10.29") as old:
+        for settings, message, fix in (
+            ({"nats_url": old}, "nats-server 2.10.29 is too old", "update nats-server"),
+            ({"nats_credentials": nowhere}, f"the NATS credentials {nowhere} cannot be read", "set NATS_CREDENTIALS"),
+            (
+                {"nats_nkey_seed": no_seed},
+                f"NATS_NKEY_SEED={no_seed} holds no NKey seed",
+                "one line that begins with SU",
+            ),
+            ({"nats_tls_ca": nowhere}, "the TLS files for NATS cannot be used", "set NATS_TLS_CA"),
+        ):
+            code, found = await doctor(env, tmp_path, **settings)
+            assert (code, found["nats"]["severity"]) == (1, "problem")
+            assert message in found["nats"]["message"]
+            assert fix in found["nats"]["fix"]
+            assert found["model"]["severity"] == "ok"
+
+
+async def test_a_refused_user_is_a_finding(tmp_path: Path) -> None:
+    config = tmp_path / "nats.conf"
+    config.write_text('authorization: { user: "a", password: "b" }\n')
+    server = NatsServer(tmp_path, "-c", str(config))
+    server.start()
+    try:
+        code, found = await doctor(Stack(server).env(), tmp_path)
+    finally:
+        server.stop()
+    assert (code, found["nats"]["severity"]) == (1, "problem")
+    assert "refuses this user" in found["nats"]["message"]
+    assert "NATS_NKEY_SEED or NATS_CREDENTIALS" in found["nats"]["fix"]
+
+
+async def test_a_server_without_jetstream(tmp_path: Path) -> None:
+    config = tmp_path / "nats.conf"
+    config.write_text("")
+    server = NatsServer(tmp_path, "-c", str(config))
+    server.start()
+    try:
+        code, found = await doctor(Stack(server).env(), tmp_path)
+    finally:
+        server.stop()
+    assert (code, found["jetstream"]["severity"]) == (1, "problem")
+    assert found["jetstream"]["message"] == "JetStream is off: the server has none"
+    assert "`-js`" in found["jetstream"]["fix"]
+    assert {name for name, finding in found.items() if finding["severity"] == "problem"} <= {"jetstream", "disk"}
+
+
+async def test_models_of_one_token_and_models_that_nobody_serves(nats_server: NatsServer, tmp_path: Path) -> None:
+    async with running(nats_server) as stack:
+        observer = load(Settings, nats_url=nats_server.url)
+        await topology.ensure(stack.connection, observer, "org/old")
+        code, found = await doctor(stack.env(), tmp_path, model_name="org.old")
+        assert code == 1
+        assert "both become 'org-old' on NATS" in found["topology"]["message"]
+        assert "MODEL_NAME" in found["topology"]["fix"]
+        # The checks after it have been made.
+        assert found["services"]["severity"] == "ok"
+        code, found = await doctor(stack.env(), tmp_path)
+        assert (found["models"]["severity"], found["models"]["message"]) == (
+            "warning",
+            "org/old has no worker; 0 wait",
+        )
+        assert "`nats consumer rm INFERENCE org-old`" in found["models"]["fix"]
+        # Once somebody waits for it, it is missed.
+        await stack.connection.jetstream.publish("inference.requests.org-old.chat", b"{}")
+        code, found = await doctor(stack.env(), tmp_path)
+        assert (code, found["models"]["severity"]) == (1, "problem")
+        assert found["models"]["message"] == "org/old has no worker; 1 wait"
+
+
+CONF = (Path(__file__).parents[2] / "deploy" / "nats" / "forebay.conf").read_text()
+
+FOR_PEOPLE = {
+    # What `nats` of a person asks, and no command of ours.
+    "operator": {"$JS.*.STREAM.NAMES", "$JS.*.STREAM.LIST", "$JS.*.STREAM.MSG.GET.*", "$JS.*.CONSUMER.NAMES.*"}
+    | {"inference.>", "$KV.>"},
+    "admin": {"inference.>", "$KV.>", "$JS.EVENT.>"},
+}
+
+
+def may(role: str) -> dict[str, list[str]]:
+    """What forebay.conf allows a role, without what doctor itself asks by."""
+    block = re.search(rf"^{role.upper()}_MAY: (.*?)^}}", CONF, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    found = {}
+    for kind in ("publish", "subscribe"):
+        allowed = re.search(rf"{kind}: {{ allow: \[(.*?)\] }}", block[1], re.DOTALL)
+        assert allowed is not None
+        found[kind] = [subject for subject in re.findall(r'"([^"]+)"', allowed[1]) if subject != "$SYS.REQ.USER.INFO"]
+    return found
+
+
+def lacks(role: str, allowed: dict[str, list[str]]) -> list[str]:
+    publish, subscribe = Subjects(allowed["publish"]), Subjects(allowed["subscribe"])
+    return roles.missing(Permissions(role, publish, subscribe), role)
+
+
+@pytest.mark.parametrize("role", roles.ROLES)
+def test_each_right_of_a_role_is_missed(role: str) -> None:
+    allowed = may(role)
+    assert lacks(role, allowed) == []
+    for kind, subjects in allowed.items():
+        for subject in set(subjects) - FOR_PEOPLE.get(role, set()):
+            missed = lacks(role, allowed | {kind: [other for other in subjects if other != subject]})
+            assert missed, f"{role} can do without {kind} {subject}"
 
 
 async def test_a_damaged_model_is_found(nats_server: NatsServer, tmp_path: Path) -> None:

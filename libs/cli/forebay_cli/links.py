@@ -1,12 +1,44 @@
 """How the commands that look at the queue reach it."""
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 
 from forebay_cli import nats_server
 from forebay_contracts import connection
 from forebay_contracts.connection import Connection
+from forebay_contracts.errors import ForebayError, QueueUnavailable
 from forebay_contracts.settings import Settings, load
+
+
+class NotPermitted(ForebayError):
+    """The user of this connection may not do what was asked."""
+
+
+class Refusals(logging.Handler):
+    """What the connection logs meanwhile: a refused subject is told nowhere else, and its answer never comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[str] = []
+        self._logger = logging.getLogger(connection.__name__)
+
+    def __enter__(self) -> "Refusals":
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a refusal."""
+        line = record.getMessage()
+        if "ermissions" in line:
+            self._lines.append(line.removeprefix("[RequestQueue] NATS: ").removeprefix("nats: "))
+
+    def told(self) -> list[str]:
+        """The refusals, each once."""
+        return list(dict.fromkeys(self._lines))
 
 
 def settings() -> Settings:
@@ -18,14 +50,21 @@ def settings() -> Settings:
 
 
 @contextlib.asynccontextmanager
-async def connected(read: Settings, role: connection.Role = "cli") -> AsyncIterator[Connection]:
-    """A connection for one command, with the inboxes of `role`.
+async def connected(read: Settings) -> AsyncIterator[Connection]:
+    """A connection for one command.
 
     Raises:
         QueueUnavailable: NATS cannot be reached.
+        NotPermitted: what the command waited for in vain was refused.
     """
-    link = await connection.connect(read, "forebay", role)
-    try:
-        yield link
-    finally:
-        await link.close()
+    with Refusals() as refusals:
+        async with connection.connected(read, "forebay") as link:
+            try:
+                yield link
+            except QueueUnavailable as exc:
+                if refused := refusals.told():
+                    raise NotPermitted(
+                        f"this NATS user may not do that ({'; '.join(refused)}): "
+                        "use `admin` of deploy/nats/forebay.conf"
+                    ) from exc
+                raise
