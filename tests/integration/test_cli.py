@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,9 @@ import pytest
 
 from support.nats import NatsServer
 from support.stack import MODEL
+from support.stack import running as running_stack
 
+FULL_MODEL = f"HuggingFaceTB/{MODEL}"
 START_TIMEOUT_S = 60
 END_TIMEOUT_S = 30
 
@@ -272,9 +274,21 @@ async def test_up_uses_the_nats_that_it_is_given(tmp_path: Path, nats_server: Na
 
 async def test_without_nats_each_command_says_so(tmp_path: Path, nats_server: NatsServer) -> None:
     nats_server.stop()
-    for command in (["status"], ["requests"], ["cancel", "x"], ["topology", "apply"], ["topology", "show"]):
+    for command in (
+        ["status"],
+        ["status", "--watch"],
+        ["requests"],
+        ["requests", "--id", "x", "--json"],
+        ["cancel", "x"],
+        ["pause", "x"],
+        ["resume", "x"],
+        ["drain", "x"],
+        ["topology", "apply"],
+        ["topology", "apply", "--dry-run"],
+        ["topology", "show"],
+    ):
         ended = await forebay(*command, data_dir=tmp_path, nats_url=nats_server.url)
-        assert ended.code == 1
+        assert (ended.code, ended.stdout) == (1, ""), command
         assert ended.stderr.startswith(f"forebay: cannot reach NATS at {nats_server.url}: ")
         assert ended.stderr.count("\n") == 1
 
@@ -284,15 +298,48 @@ async def test_topology_is_applied_and_shown(tmp_path: Path, nats_server: NatsSe
         return await forebay("topology", *command, data_dir=tmp_path, nats_url=nats_server.url, **settings)
 
     assert (await run("show")).stderr.startswith("forebay: the topology is not (all) there yet")
+    dry = (await run("apply", "--dry-run", "--json")).json()
+    assert "stream INFERENCE is not there" in dry["changes"]
+    assert (await run("show")).code == 1
     assert "stream INFERENCE made" in (await run("apply")).stdout
     assert (await run("apply")).stdout == "nothing to change\n"
-    assert "max_msgs 100 → 7" in (await run("apply", max_queue_size=7)).stdout
+    assert "max_msgs 100 → 7\n" in (await run("apply", "--dry-run", max_queue_size=7)).stdout
+    aliases = (await run("apply", "--dry-run", model_aliases="fast")).stdout
+    assert "forebay.aliases SmolLM2-135M-Instruct → fast,SmolLM2-135M-Instruct" in aliases
+    assert (await run("apply", "--dry-run")).stdout == "nothing to change\n"
+    assert (await run("apply", "--json", max_queue_size=7)).json() == {
+        "changes": ["stream INFERENCE: max_msgs 100 → 7"],
+        "warnings": [],
+    }
     shown = (await run("show", "--json")).json()
     assert shown["streams"][0]["name"] == "INFERENCE"
     assert shown["streams"][0]["max_msgs"] == 7
     assert shown["consumers"][0]["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert shown["consumers"][0]["max_ack_pending"] == 1
     assert "KV_inference-requests" in (await run("show")).stdout
+
+
+async def test_no_model_is_made_up(tmp_path: Path, nats_server: NatsServer) -> None:
+    """A consumer for a model that nobody serves comes from an environment that lacks DEFAULT_MODEL."""
+
+    async def apply(*options: str, **settings: object) -> Ended:
+        return await forebay("topology", "apply", *options, data_dir=tmp_path, nats_url=nats_server.url, **settings)
+
+    assert (await apply(default_model="org/one")).code == 0
+    refused = await apply(max_queue_size=7)
+    assert (refused.code, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("forebay: neither DEFAULT_MODEL nor --model is given, and HuggingFaceTB/SmolLM2-")
+    assert "(org/one)" in refused.stderr
+    assert (await apply("--dry-run")).code == 2
+    assert (await apply(default_model="org/two")).stdout == "consumer org-two made\n"
+    assert (await apply("--model", "org/three", default_model="org/two")).stdout == "consumer org-three made\n"
+    # The aliases of another model than the settings' are not theirs to change.
+    assert (await apply("--model", "org/one", default_model="org/two", model_aliases="a")).stdout == (
+        "nothing to change\n"
+    )
+    clash = await apply("--model", "org.one")
+    assert clash.code == 2
+    assert "both become 'org-one'" in clash.stderr
 
 
 async def test_status_requests_and_cancel(tmp_path: Path) -> None:
@@ -319,11 +366,23 @@ async def test_status_requests_and_cancel(tmp_path: Path) -> None:
         assert found["id"] in (await forebay("requests", data_dir=tmp_path)).stdout
         assert (await forebay("requests", "--status", "failed", "--json", data_dir=tmp_path)).json() == []
 
-        assert (await forebay("cancel", found["id"], data_dir=tmp_path)).stdout == f"cancelled {found['id']}\n"
+        called_off = await forebay("cancel", found["id"], "--json", data_dir=tmp_path)
+        assert (called_off.code, called_off.json()) == (
+            0,
+            {"id": found["id"], "cancelled": True, "status": "cancelled"},
+        )
         assert (await running_one).status_code == 499
         again = await forebay("cancel", found["id"], data_dir=tmp_path)
         assert again.code == 1
         assert again.stderr == f"forebay: request {found['id']} has ended already: cancelled\n"
+        again = await forebay("cancel", found["id"], "--json", data_dir=tmp_path)
+        assert (again.code, again.json()) == (1, {"id": found["id"], "cancelled": False, "status": "cancelled"})
+        waiting = asyncio.create_task(running.chat("[[tokens=1000 delay_ms=100]]"))
+        while not (listed := (await forebay("requests", "--status", "processing", "--json", data_dir=tmp_path)).json()):
+            pass
+        one = listed[0]["id"]
+        assert (await forebay("cancel", one, data_dir=tmp_path)).stdout == f"cancelled {one}\n"
+        assert (await waiting).status_code == 499
         for name in ("nobody", "*", "not an id"):
             unknown = await forebay("cancel", name, data_dir=tmp_path)
             assert unknown.code == 1
@@ -342,15 +401,105 @@ async def test_chat(tmp_path: Path) -> None:
         assert "t0 t1\n" in talk.stdout
         wrong = await forebay("chat", "hello", "--api-key", "wrong", **common)
         assert wrong.code == 1
-        assert re.fullmatch(r"forebay: invalid_api_key: .*\(HTTP 401\)\n", wrong.stderr)
+        assert re.fullmatch(r"forebay: invalid_api_key: .*\(HTTP 401; request [0-9a-f-]{36}\)\n", wrong.stderr)
         unknown = await forebay("chat", "hello", "--api-key", "right", "--model", "nope", **common)
-        assert re.fullmatch(r"forebay: model_not_found: .*\(HTTP 404\)\n", unknown.stderr)
+        assert re.fullmatch(r"forebay: model_not_found: .*\(HTTP 404; request \S+\)\n", unknown.stderr)
+
+        as_json = (await forebay("chat", "[[tokens=3]]", "--json", "--api-key", "right", **common)).json()
+        assert list(as_json) == ["id", "model", "content", "finish_reason", "usage"]
+        assert (as_json["model"], as_json["content"], as_json["finish_reason"]) == (FULL_MODEL, "t0 t1 t2", "stop")
+        assert as_json["usage"]["completion_tokens"] == 3
+        (known,) = (await forebay("requests", "--id", as_json["id"], "--json", data_dir=tmp_path)).json()
+        assert known["usage"]["completion_tokens"] == 3
+
+        # What failed can be looked up, before the first token and after it.
+        for options in ([], ["--json"]):
+            for told in ("[[fail]]", "[[tokens=5 fail]]"):
+                failed = await forebay("chat", told, *options, "--api-key", "right", **common)
+                assert failed.code == 1
+                ids = re.search(r"inference_failed: .*; request (\S+)\)|\(request (\S+)\)", failed.stderr)
+                assert ids is not None, failed.stderr
+                (known,) = (await forebay("requests", "--id", ids[1] or ids[2], "--json", data_dir=tmp_path)).json()
+                assert known["status"] == "failed"
+
+
+async def test_a_conversation_outlives_the_api(tmp_path: Path, nats_server: NatsServer) -> None:
+    async with running_stack(nats_server) as stack:
+        api = stack.apis[0]
+        talk = await launch(
+            "chat",
+            *("--base-url", f"{api.url}/v1"),
+            env=environment(tmp_path),
+            stdin=asyncio.subprocess.PIPE,
+        )
+        assert talk.stdin is not None
+        assert talk.stdout is not None
+        assert talk.stderr is not None
+        async with asyncio.timeout(START_TIMEOUT_S):
+            talk.stdin.write(b"[[tokens=2]]\n")
+            assert await talk.stdout.readline() == b"> t0 t1\n"
+            await api.stop()
+            assert b"talking to" in await talk.stderr.readline()
+            talk.stdin.write(b"[[tokens=3]]\n")
+            assert b"cannot reach the api at" in await talk.stderr.readline()
+            stack.apis[0] = await stack.api(api_port=api.port)
+            talk.stdin.write(b"[[tokens=4]]\n")
+            assert await talk.stdout.readline() == b"> > t0 t1 t2 t3\n"
+            talk.stdin.write_eof()
+            await talk.communicate()
+        assert talk.returncode == 0
 
 
 async def test_chat_without_an_api(tmp_path: Path) -> None:
     ended = await forebay("chat", "hello", "--base-url", "http://127.0.0.1:9/v1", data_dir=tmp_path)
     assert ended.code == 1
     assert ended.stderr.startswith("forebay: cannot reach the api at http://127.0.0.1:9/v1: ")
+    wrong = await forebay("chat", "hello", "--base-url", "http://127.0.0.1:port/v1", data_dir=tmp_path)
+    assert wrong.code == 2
+    assert wrong.stderr.startswith("forebay: 'http://127.0.0.1:port/v1' is no address of an api: ")
+    assert wrong.stderr.count("\n") == 1
+    nothing = await forebay("chat", "--json", data_dir=tmp_path)
+    assert (nothing.code, nothing.stderr) == (2, "forebay: --json is for one answer: give a MESSAGE\n")
+
+
+async def test_a_watch_outlives_nats(tmp_path: Path, nats_server: NatsServer) -> None:
+    async with running_stack(nats_server) as stack:
+        env = environment(tmp_path, nats_url=nats_server.url)
+        watch = await launch("status", "--watch", "--json", env=env)
+        assert watch.stdout is not None
+
+        async def until(seen: Callable[[dict[str, Any]], bool]) -> None:
+            assert watch.stdout is not None
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while not seen(json.loads(await watch.stdout.readline())):
+                    pass
+
+        def busy(slots: int) -> Callable[[dict[str, Any]], bool]:
+            return lambda line: [worker["busy"] for worker in line.get("workers", ())] == [slots]
+
+        await until(busy(0))
+        runs = asyncio.create_task(stack.chat("[[tokens=60 delay_ms=100]]"))
+        await until(busy(1))
+        nats_server.stop()
+        await until(lambda line: "error" in line)
+        nats_server.start()
+        await until(busy(1))
+        assert (await runs).status_code == 200
+        await until(busy(0))
+        watch.send_signal(signal.SIGINT)
+        async with asyncio.timeout(END_TIMEOUT_S):
+            await watch.communicate()
+
+        # Where there is no terminal, the tables come one after the other.
+        plain = await launch("status", "--watch", env=env)
+        assert plain.stdout is not None
+        async with asyncio.timeout(START_TIMEOUT_S):
+            for _ in range(2):
+                while stack.workers[0].id.encode() not in await plain.stdout.readline():
+                    pass
+        plain.send_signal(signal.SIGINT)
+        async with asyncio.timeout(END_TIMEOUT_S):
+            await plain.communicate()
 
 
 async def test_version(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Steering the living system, as an operator does it: `forebay pause`, `resume`, `drain` and `topology apply`."""
 
 import asyncio
+import json
 import re
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
+
+import pytest
 
 from forebay_contracts.messages import RequestStatus
 from support.nats import NatsServer
@@ -80,8 +83,27 @@ async def test_a_pause_ends_by_itself(nats_server: NatsServer) -> None:
         assert state.started_at >= until - 0.05
 
 
+async def test_steering_answers_in_json(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        paused = json.loads((await forebay(stack, "pause", MODEL, "--for", "1h30m", "--json")).stdout)
+        assert paused.pop("paused_until") == pytest.approx(time.time() + 5400, abs=60)
+        assert paused == {"model": f"HuggingFaceTB/{MODEL}", "running": 0}
+        for was in (True, False):
+            resumed = json.loads((await forebay(stack, "resume", MODEL, "--json")).stdout)
+            assert resumed == {"model": f"HuggingFaceTB/{MODEL}", "was_paused": was, "waiting": 0}
+        worker = stack.workers[0]
+        drained = json.loads((await forebay(stack, "drain", worker.id, "--json")).stdout)
+        assert drained == {"worker": worker.id, "running": 0}
+        assert await worker.ended() == 0
+
+
 async def test_what_cannot_be_steered_is_said(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
+        for pause in ("0s", "0h0m", "366d", "9" * 400 + "d"):
+            refused = await forebay(stack, "pause", MODEL, "--for", pause)
+            assert (refused.code, refused.stdout) == (2, "")
+            assert "--for must be above 0s and at most 365d" in refused.stderr
+        assert not (await jetstream(stack, f"CONSUMER.INFO.INFERENCE.{CONSUMER}")).get("paused")
         unknown = await forebay(stack, "pause", "nobody")
         assert unknown.code == 1
         assert f"there is no model nobody; known are: HuggingFaceTB/{MODEL}" in unknown.stderr
@@ -132,6 +154,31 @@ async def test_the_limits_are_changed_under_load(nats_server: NatsServer) -> Non
         assert (await stack.chat("[[tokens=1]]")).json()["error"]["code"] == "queue_full"
         assert {answer.status_code for answer in await asyncio.gather(*sent)} == {200}
         assert (await jetstream(stack, "STREAM.INFO.INFERENCE"))["config"]["max_msgs"] == 5
+
+
+async def test_a_limit_above_the_slots_is_told_and_more_workers_reach_it(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        raised = await forebay(stack, "topology", "apply", max_concurrent_requests=4)
+        assert f"consumer {CONSUMER}: max_ack_pending 1 → 4\n" in raised.stdout
+        assert (
+            f"HuggingFaceTB/{MODEL} may run 4 at once, but its workers have 1 slot in all: "
+            "start more, or restart them with the new setting\n"
+        ) in raised.stdout
+        sent = [asyncio.create_task(stack.chat("[[tokens=200 delay_ms=50]]")) for _ in range(5)]
+        await holds(stack, 5)
+        await processes(stack, 1)
+        await stack.worker(max_concurrent_requests=4, worker_slots=2)
+        await processes(stack, 3)
+        told = json.loads((await forebay(stack, "topology", "apply", "--json", max_concurrent_requests=4)).stdout)
+        assert told["changes"] == []
+        assert "its workers have 3 slots in all" in told["warnings"][0]
+        await stack.worker(max_concurrent_requests=4, worker_slots=1)
+        await processes(stack, 4)
+        again = await forebay(stack, "topology", "apply", max_concurrent_requests=4)
+        assert again.stdout == "nothing to change\n"
+        for request in sent:
+            request.cancel()
+        await asyncio.gather(*sent, return_exceptions=True)
 
 
 async def processes(stack: Stack, count: int) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import httpx
 
 from forebay_cli import console
-from forebay_contracts.errors import ForebayError
+from forebay_contracts.errors import ConfigurationError, ForebayError
 
 CONNECT_TIMEOUT_S = 5.0
+
+REQUEST_ID_HEADER = "x-request-id"
 
 
 class ChatError(ForebayError):
@@ -34,24 +36,34 @@ class Api:
         return httpx.Client(base_url=self.base_url.rstrip("/") + "/", headers=headers, timeout=timeout)
 
 
-def chat(api: Api, model: str | None, message: str | None) -> None:
+def chat(api: Api, model: str | None, message: str | None, *, as_json: bool = False) -> None:
     """Ask once, or, without a message, hold a conversation until the input ends.
 
     Raises:
+        ConfigurationError: JSON is wanted of a conversation, or the address is none.
         ChatError: the one question was not answered. In a conversation errors are printed, and it goes on.
     """
-    with api.client() as client:
-        try:
+    if as_json and message is None:
+        raise ConfigurationError("--json is for one answer: give a MESSAGE")
+    try:
+        with api.client() as client:
             chosen = model or _first_model(client)
-            if message is not None:
-                _answer(client, chosen, [{"role": "user", "content": message}])
+            if message is None:
+                _converse(api, client, chosen)
                 return
-            _converse(client, chosen)
-        except httpx.TransportError as exc:
-            raise ChatError(f"cannot reach the api at {api.base_url}: {exc or type(exc).__name__}") from exc
+            ask = _answer_as_json if as_json else _answer
+            ask(client, chosen, [{"role": "user", "content": message}])
+    except httpx.InvalidURL as exc:
+        raise ConfigurationError(f"{api.base_url!r} is no address of an api: {exc}") from exc
+    except httpx.TransportError as exc:
+        raise _unreachable(api, exc) from exc
 
 
-def _converse(client: httpx.Client, model: str) -> None:
+def _unreachable(api: Api, exc: httpx.TransportError) -> ChatError:
+    return ChatError(f"cannot reach the api at {api.base_url}: {str(exc) or type(exc).__name__}")
+
+
+def _converse(api: Api, client: httpx.Client, model: str) -> None:
     console.say(f"talking to {model}; an empty line begins anew, Ctrl-C stops an answer, Ctrl-D ends")
     history: list[dict[str, str]] = []
     while (line := _read_line()) is not None:
@@ -63,6 +75,10 @@ def _converse(client: httpx.Client, model: str) -> None:
             text = _answer(client, model, [*history, question])
         except ChatError as exc:
             console.fail(str(exc))
+            continue
+        except httpx.TransportError as exc:
+            # An api that is started again is there for the next question.
+            console.fail(str(_unreachable(api, exc)))
             continue
         except KeyboardInterrupt:
             # Closing the connection calls the request off; the conversation goes on without it.
@@ -81,10 +97,30 @@ def _read_line() -> str | None:
 def _first_model(client: httpx.Client) -> str:
     response = client.get("models")
     _raise_for_error(response)
-    models = response.json()["data"]
+    try:
+        models = response.json()["data"]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ChatError(f"{response.url} is no list of models: is that the address of an api, with /v1?") from exc
     if not models:
         raise ChatError("the api serves no model yet")
     return str(models[0]["id"])
+
+
+def _answer_as_json(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> None:
+    """Print the answer once it is whole; its id is the one that `forebay requests --id` takes."""
+    response = client.post("chat/completions", json={"model": model, "messages": messages})
+    _raise_for_error(response)
+    answer = response.json()
+    (choice,) = answer["choices"]
+    console.print_json(
+        {
+            "id": response.headers.get(REQUEST_ID_HEADER),
+            "model": answer["model"],
+            "content": choice["message"]["content"],
+            "finish_reason": choice["finish_reason"],
+            "usage": answer["usage"],
+        }
+    )
 
 
 def _answer(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> str:
@@ -114,12 +150,12 @@ def _pieces(response: httpx.Response) -> Iterator[str]:
         event = json.loads(data)
         if "error" in event:
             console.stdout.out("")
-            raise ChatError(_describe(event["error"]))
+            raise ChatError(f"{_describe(event['error'])} ({_request(response)})")
         for choice in event["choices"]:
             yield choice["delta"].get("content") or ""
     # An answer without its end is broken, however good it looks.
     console.stdout.out("")
-    raise ChatError("the answer broke off")
+    raise ChatError(f"the answer broke off ({_request(response)})")
 
 
 def _raise_for_error(response: httpx.Response) -> None:
@@ -130,7 +166,12 @@ def _raise_for_error(response: httpx.Response) -> None:
     except (ValueError, KeyError, TypeError):
         described = response.text[:200] or response.reason_phrase
     again = f"; try again in {after} s" if (after := response.headers.get("Retry-After")) else ""
-    raise ChatError(f"{described} (HTTP {response.status_code}{again})")
+    raise ChatError(f"{described} (HTTP {response.status_code}{again}; {_request(response)})")
+
+
+def _request(response: httpx.Response) -> str:
+    """Which one it was, for `forebay requests --id`."""
+    return f"request {response.headers.get(REQUEST_ID_HEADER, 'unknown')}"
 
 
 def _describe(error: dict[str, Any]) -> str:

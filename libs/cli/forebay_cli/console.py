@@ -4,10 +4,11 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
@@ -68,24 +69,42 @@ def print_json(value: Any, *, one_line: bool = False) -> None:
     stdout.out(json.dumps(value, indent=None if one_line else 2, ensure_ascii=False))
 
 
-LONG_COLUMNS = {"model", "progress", "error", "subjects", "found", "fix"}
-"""Columns that give way where a terminal is narrow; the others are never cut."""
+LONG_COLUMNS = {"model": 12, "status": 10, "engine": 12, "error": 24, "subjects": 20, "found": 30, "fix": 20}
+"""Columns that give way where a terminal is narrow, down to so much; the others are never cut."""
 
-LONG_MIN_WIDTH = 10
+VALUE_MIN_WIDTH = 20
+"""What a value beside its name keeps."""
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A table of `rows`; an empty cell for None."""
+    return _table(title, [(column, LONG_COLUMNS.get(column)) for column in columns], rows)
+
+
+def pairs(title: str, values: Mapping[str, object], across: int = 1) -> Table:
+    """Names and their values, so many of them side by side."""
+    items = list(values.items())
+    lines = [[cell for item in items[at : at + across] for cell in item] for at in range(0, len(items), across)]
+    return _table(title, [("", None), ("", VALUE_MIN_WIDTH)] * across, lines)
+
+
+def _table(title: str, columns: Sequence[tuple[str, int | None]], rows: Sequence[Sequence[object]]) -> Table:
+    """`columns` have what they keep at least; None: all."""
     looks: Any = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "pad_edge": False}
-    made = Table(title=title, show_header=any(columns), padding=(0, 1, 0, 0), **looks)
-    for column in columns:
-        gives_way = column in LONG_COLUMNS
-        made.add_column(column, no_wrap=not gives_way, overflow="fold", min_width=LONG_MIN_WIDTH if gives_way else None)
-    for row in rows:
-        made.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    names = [name for name, _ in columns]
+    made = Table(title=title, show_header=any(names), padding=(0, 1, 0, 0), **looks)
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    for number, (name, least) in enumerate(columns):
+        widest = max(cell_len(row[number]) for row in (names, *cells) if number < len(row))
+        width = widest if least is None else min(least, widest)
+        made.add_column(name, no_wrap=least is None, overflow="fold", min_width=width)
+    for row in cells:
+        made.add_row(*map(escape, row))
     return made
 
 
-def print_table(made: Table) -> None:
-    """A table on stdout."""
-    stdout.print(made, soft_wrap=False)
+def print_table(made: Table, on: Console = stdout) -> None:
+    """A table on stdout. A terminal that is too narrow for it wraps its lines, so that nothing of it is lost."""
+    # After each column come a space and a line of the box, and one before the first.
+    needed = sum(column.min_width or 0 for column in made.columns) + 2 * len(made.columns) + 1
+    Console(file=on.file, highlight=False, width=max(on.width, needed)).print(made, crop=False)

@@ -9,9 +9,12 @@ from typing import Annotated, Literal
 import typer
 
 from forebay_cli import chat as chatting
-from forebay_cli import console, inspect, steer
+from forebay_cli import console, steer
 from forebay_cli import doctor as checking
 from forebay_cli import plan as planning
+from forebay_cli import requests as asking
+from forebay_cli import status as looking
+from forebay_cli import topology as shaping
 from forebay_cli import up as bringing_up
 from forebay_contracts import keys
 from forebay_contracts.errors import ConfigurationError, ForebayError
@@ -98,11 +101,13 @@ def fetch() -> None:
 
 @app.command()
 def status(
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again every second.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Look again every second; waits for a NATS that goes away meanwhile.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the queue's numbers and the workers."""
-    asyncio.run(inspect.status(watch=watch, as_json=as_json))
+    asyncio.run(looking.status(watch=watch, as_json=as_json))
 
 
 @app.command()
@@ -115,14 +120,14 @@ def requests(
     as_json: AsJson = False,
 ) -> None:
     """Show the newest requests and what became of them."""
-    wanted = inspect.Filter(status, model, None if since is None else steer.duration_s(since), request_id)
-    asyncio.run(inspect.requests(wanted, limit=limit, as_json=as_json))
+    wanted = asking.Filter(status, model, None if since is None else steer.duration_s(since), request_id)
+    asyncio.run(asking.requests(wanted, limit=limit, as_json=as_json))
 
 
 @app.command()
-def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
-    """Call a request off, waiting or running."""
-    asyncio.run(inspect.cancel(request_id))
+def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
+    """Call a request off, waiting or running; exit code 1 if it has ended already."""
+    asyncio.run(asking.cancel(request_id, as_json=as_json))
 
 
 @app.command()
@@ -143,23 +148,25 @@ def doctor(
 def pause(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Its name, an alias, or its consumer.")],
     for_: Annotated[
-        str | None, typer.Option("--for", help="So long, as 90s, 10m or 2h.", show_default="until it is resumed")
+        str | None,
+        typer.Option("--for", help="So long, as 90s, 10m or 2h; at most 365d.", show_default="until it is resumed"),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Hand out no request of a model; new ones wait, and what runs goes on."""
-    asyncio.run(steer.pause(model, None if for_ is None else steer.duration_s(for_)))
+    asyncio.run(steer.pause(model, None if for_ is None else steer.duration_s(for_), as_json=as_json))
 
 
 @app.command()
-def resume(model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
+def resume(model: Annotated[str, typer.Argument(metavar="MODEL")], as_json: AsJson = False) -> None:
     """Hand out requests of a paused model again."""
-    asyncio.run(steer.resume(model))
+    asyncio.run(steer.resume(model, as_json=as_json))
 
 
 @app.command()
-def drain(worker: Annotated[str, typer.Argument(metavar="WORKER_ID")]) -> None:
+def drain(worker: Annotated[str, typer.Argument(metavar="WORKER_ID")], as_json: AsJson = False) -> None:
     """Have one worker finish what it runs and end, as by SIGTERM."""
-    asyncio.run(steer.drain(worker))
+    asyncio.run(steer.drain(worker, as_json=as_json))
 
 
 @app.command()
@@ -168,12 +175,13 @@ def chat(
     base_url: Annotated[str | None, typer.Option(help="The api.", show_default="of API_HOST and API_PORT")] = None,
     api_key: Annotated[str | None, typer.Option(help="Key.", show_default="the first of API_KEYS")] = None,
     model: Annotated[str | None, typer.Option(help="Model.", show_default="the first that is served")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Talk to the model over the api."""
     settings = load(ApiSettings)
     key = api_key or next((known.get_secret_value() for known in settings.api_keys), None)
     url = base_url or bringing_up.url_of(settings.api_host, settings.api_port) + "/v1"
-    chatting.chat(chatting.Api(url, key), model, message)
+    chatting.chat(chatting.Api(url, key), model, message, as_json=as_json)
 
 
 @app.command()
@@ -221,15 +229,25 @@ def plan(
 
 
 @topology.command("apply")
-def apply() -> None:
-    """Make streams, consumer and buckets what the settings say; nothing is lost."""
-    asyncio.run(inspect.apply_topology())
+def apply(
+    model: Annotated[
+        str | None, typer.Option(help="Whose consumer: the name that clients use.", show_default="DEFAULT_MODEL's")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make streams, buckets and the consumer of one model what the settings say; nothing is lost.
+
+    All settings of the environment are applied, so run it with the deployment's whole environment, once for each
+    model. What is not changed there too, the next start of a service puts back.
+    """
+    asyncio.run(shaping.apply(model, dry_run=dry_run, as_json=as_json))
 
 
 @topology.command("show")
 def show(as_json: AsJson = False) -> None:
     """Show streams, consumers and buckets with their live limits."""
-    asyncio.run(inspect.show_topology(as_json=as_json))
+    asyncio.run(shaping.show(as_json=as_json))
 
 
 def _become(module: str) -> None:

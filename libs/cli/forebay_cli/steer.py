@@ -19,6 +19,9 @@ from forebay_contracts.errors import ConfigurationError, ModelNotFound, QueueUna
 PAUSE_S = 100 * 365 * 86_400
 """A pause without an end: JetStream wants one."""
 
+MAX_PAUSE_S = 365 * 86_400
+"""The longest pause with one."""
+
 DRAIN_TIMEOUT_S = 5.0
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
@@ -41,32 +44,51 @@ def duration_s(text: str) -> float:
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 
-async def pause(model: str, for_s: float | None) -> None:
-    """Have no worker get a request of `model` for `for_s` seconds, or until it is resumed; what runs goes on."""
+async def pause(model: str, for_s: float | None, *, as_json: bool) -> None:
+    """Have no worker get a request of `model` for `for_s` seconds, or until it is resumed; what runs goes on.
+
+    Raises:
+        ConfigurationError: `for_s` is 0, or more than MAX_PAUSE_S.
+        ModelNotFound: there is no such model.
+    """
+    if for_s is not None and not 0 < for_s <= MAX_PAUSE_S:
+        raise ConfigurationError("--for must be above 0s and at most 365d; without it, `forebay resume` ends a pause")
     async with connected(settings()) as link:
         consumer = await _consumer(link, model)
-        until = datetime.fromtimestamp(time.time() + (for_s or PAUSE_S), UTC)
+        until = datetime.fromtimestamp(time.time() + (PAUSE_S if for_s is None else for_s), UTC)
         try:
             await link.jetstream.pause_consumer(names.STREAM, consumer.name, until.isoformat().replace("+00:00", "Z"))
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("NATS did not answer") from exc
+    running = consumer.num_ack_pending or 0
+    if as_json:
+        console.print_json({"model": _model(consumer), "paused_until": until.timestamp(), "running": running})
+        return
     end = f"until {until.astimezone():%F %T}" if for_s else "until it is resumed"
-    console.stdout.print(f"paused {_model(consumer)} {end}; {consumer.num_ack_pending or 0} still run", markup=False)
+    console.stdout.print(f"paused {_model(consumer)} {end}; {running} still run", markup=False)
 
 
-async def resume(model: str) -> None:
-    """End a pause of `model`."""
+async def resume(model: str, *, as_json: bool) -> None:
+    """End a pause of `model`.
+
+    Raises:
+        ModelNotFound: there is no such model.
+    """
     async with connected(settings()) as link:
         consumer = await _consumer(link, model)
         try:
             await link.jetstream.resume_consumer(names.STREAM, consumer.name)
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("NATS did not answer") from exc
+    waiting = consumer.num_pending or 0
+    if as_json:
+        console.print_json({"model": _model(consumer), "was_paused": bool(consumer.paused), "waiting": waiting})
+        return
     was = "resumed" if consumer.paused else "was not paused:"
-    console.stdout.print(f"{was} {_model(consumer)}; {consumer.num_pending or 0} wait", markup=False)
+    console.stdout.print(f"{was} {_model(consumer)}; {waiting} wait", markup=False)
 
 
-async def drain(worker: str) -> None:
+async def drain(worker: str, *, as_json: bool) -> None:
     """Tell one worker to take nothing more, finish what it runs within DRAIN_TIMEOUT, and end.
 
     Raises:
@@ -83,6 +105,9 @@ async def drain(worker: str) -> None:
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the worker did not answer") from exc
     running = json.loads(answer.data).get("running", 0)
+    if as_json:
+        console.print_json({"worker": worker, "running": running})
+        return
     console.stdout.print(f"{worker} drains: it takes nothing more, finishes {running} and ends", markup=False)
 
 

@@ -1,0 +1,131 @@
+"""What a person sees of the queue on a terminal of 80 columns and 24 lines: all of it."""
+
+import io
+import re
+import time
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from forebay_cli import console, status
+from forebay_cli.requests import request_table, requests_table
+from forebay_contracts.messages import RequestState, RequestStatus, Usage, WorkerInfo, WorkerStatus
+from forebay_contracts.status import ModelQueue, QueueStatus
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+REQUEST_ID = "0b5d7c1e-8a52-4c0e-9a55-3d2f0e7f1a6b"
+ERROR = "The request was not finished within REQUEST_TIMEOUT (300 s) of its arrival."
+FAULT = "attempt 3 on worker forebay-inference-7d8f9c6b5-x2x4z-1-a1b2c3: CUDA out of memory"
+
+
+def request() -> RequestState:
+    now = time.time()
+    return RequestState(
+        id=REQUEST_ID,
+        status=RequestStatus.TIMED_OUT,
+        completion_type="completion",
+        timestamp=now,
+        error=ERROR,
+        fault=FAULT,
+        model=MODEL,
+        attempt=3,
+        queued_at=now - 400,
+        started_at=now - 350,
+        finished_at=now,
+        deadline=now - 100,
+        worker="forebay-inference-7d8f9c6b5-x2x4z-1-a1b2c3",
+        usage=Usage(prompt_tokens=12, completion_tokens=3456),
+    )
+
+
+def printed(made: Table) -> str:
+    terminal = Console(width=80, file=io.StringIO())
+    console.print_table(made, terminal)
+    assert isinstance(terminal.file, io.StringIO)
+    return terminal.file.getvalue()
+
+
+def column(text: str, name: str) -> str:
+    """What stands below a column's name, the folds taken out."""
+    lines = text.splitlines()
+    heads = next(line for line in lines if re.search(rf"\b{name}\b", line))
+    start = heads.index(name)
+    following = re.search(r"\S", heads[start + len(name) :])
+    end = None if following is None else start + len(name) + following.start()
+    return "".join(line[start:end] for line in lines[lines.index(heads) + 2 :]).replace(" ", "")
+
+
+def test_a_narrow_terminal_loses_nothing_of_a_request() -> None:
+    text = printed(requests_table([request()]))
+    assert REQUEST_ID in text
+    assert column(text, "model") == MODEL
+    assert column(text, "error") == f"{ERROR} ({FAULT})".replace(" ", "")
+    assert "…" not in text
+
+
+def test_names_stay_whole_beside_values_that_fold() -> None:
+    text = printed(request_table(request()))
+    values: dict[str, str] = {}
+    for line in text.splitlines()[1:]:
+        name, value = line[1:20].split(" ")[0], line[1:].split(maxsplit=1)
+        if name:
+            values[name] = value[1].strip() if len(value) > 1 else ""
+        elif value:
+            values[list(values)[-1]] += " " + " ".join(value).strip()
+    assert values["error"] == ERROR
+    assert values["fault"].replace(" ", "") == FAULT.replace(" ", "")
+    assert {"completion_type", "completion_tokens", "cached_tokens", "waited", "ran"} <= values.keys()
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_workers_are_seen_on_a_small_terminal() -> None:
+    worker = WorkerInfo(
+        id="gpu-node-1-31337-a1b2c3",
+        version="0.2.0.dev12",
+        started_at=0,
+        heartbeat_at=0,
+        model=MODEL,
+        status=WorkerStatus.LOADING,
+        progress="fetching model.safetensors 37 %",
+        slots=16,
+        busy=3,
+        quantization="nf4",
+        device="cuda:0",
+        engine="transformers",
+    )
+    numbers = QueueStatus(
+        queue_size=1,
+        processing_count=3,
+        max_concurrent=16,
+        max_queue_size=100,
+        total_processed=123_456,
+        total_failed=12,
+        total_queued=123_472,
+        active_requests=4,
+        is_running=True,
+        total_timed_out=1,
+        total_cancelled=2,
+        workers=1,
+        workers_ready=0,
+        models=(
+            ModelQueue(
+                model=MODEL,
+                consumer="x",
+                waiting=1,
+                processing=3,
+                max_concurrent=16,
+                delivered=3,
+                paused_until=4_000_000_000.0,
+            ),
+        ),
+    )
+    shown = status.tables(numbers, [worker])
+    terminal = Console(width=80, file=io.StringIO())
+    terminal.print(Group(*shown))
+    assert isinstance(terminal.file, io.StringIO)
+    text = terminal.file.getvalue()
+    assert len(text.splitlines()) <= 24, text
+    for cell in (worker.id, "3/16", "total_processed", "123456", "3/16", "2096-10-02"):
+        assert cell in text
+    assert "…" not in text
+    assert text.index(worker.id) < text.index("total_processed")
