@@ -252,6 +252,18 @@ async def test_each_key_sees_its_own_requests(nats_server: NatsServer, tmp_path:
         assert status.json()["total_queued"] == 3
 
 
+async def test_what_went_wrong_inside_is_told_to_operators_alone(nats_server: NatsServer, tmp_path: Path) -> None:
+    async with with_keys(nats_server, tmp_path, entries(), max_deliveries=1) as (stack, _):
+        failed = (await ask(stack, ALICE, "[[fail]]")).headers["x-request-id"]
+        await stack.reaches(failed, RequestStatus.FAILED)
+        url = f"{stack.apis[0].url}/v1/queue/request/{failed}"
+        of_hers, of_operators = [(await stack.http.get(url, headers=bearer(key))).json() for key in (ALICE, OPS)]
+        assert of_hers == of_operators | {"fault": None}
+        assert of_hers["error"] == "the generation failed"
+        worker = stack.workers[0].id
+        assert of_operators["fault"] == f"attempt 1 on worker {worker}: the simulated engine was ordered to fail"
+
+
 async def first_event(stack: Stack, key: str) -> list[dict[str, Any]]:
     """The requests of the first event that a listener with this key is told."""
     async with stack.http.stream("GET", f"{stack.apis[0].url}/v1/queue/events", headers=bearer(key)) as response:
