@@ -8,11 +8,14 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from forebay_contracts.messages import RequestStatus
 from support.nats import NatsServer
+from support.secured import Site
+from support.secured import running as running_secured
 from support.stack import MODEL, Stack, running
 from support.view import holds, jetstream
 
@@ -114,6 +117,38 @@ async def test_what_cannot_be_steered_is_said(nats_server: NatsServer) -> None:
             nobody = await forebay(stack, "drain", worker)
             assert nobody.code == 1
             assert f"there is no worker {worker}: `forebay status` lists them" in nobody.stderr
+
+
+async def test_who_may_not_steer_is_told_what_is_missing(tmp_path: Path) -> None:
+    site = Site(tmp_path / "site")
+    site.server.start()
+    try:
+        async with running_secured(site) as stack:
+            waiting = asyncio.create_task(stack.chat("[[tokens=1000 delay_ms=50]]"))
+            await holds(stack, 1)
+            (request_id,) = await ids(stack)
+            await stack.reaches(request_id, RequestStatus.PROCESSING)
+            for command, missing in (
+                (("pause", MODEL), f"CONSUMER.PAUSE.INFERENCE.{CONSUMER}"),
+                (("resume", MODEL), f"CONSUMER.PAUSE.INFERENCE.{CONSUMER}"),
+                (("drain", stack.workers[0].id), f"inference.drain.{stack.workers[0].id}"),
+                (("cancel", request_id), f"$KV.inference-requests.{request_id}"),
+            ):
+                code, printed = await site.forebay("operator", *command)
+                assert code == 1, printed
+                assert printed.count("\n") == 1
+                assert "forebay: this NATS user may not do that (permissions violation for publish to " in printed
+                assert missing.lower() in printed  # nats-py tells it in lower case
+                assert "use `admin` of deploy/nats/forebay.conf" in printed
+            code, printed = await site.forebay("operator", "topology", "apply", max_queue_size=7)
+            assert (code, printed.count("\n")) == (1, 1)
+            assert printed.startswith("forebay: this NATS user may not change streams or consumers: use `admin`")
+            code, printed = await site.forebay("operator", "topology", "apply", "--dry-run", max_queue_size=7)
+            assert (code, printed) == (0, "stream INFERENCE: max_msgs 100 → 7\n")
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+    finally:
+        site.server.stop()
 
 
 async def test_one_worker_is_drained_and_the_other_takes_over(nats_server: NatsServer) -> None:

@@ -1,6 +1,7 @@
 """The command line: options in, the right module called, errors as one sentence."""
 
 import asyncio
+import logging
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 
 def main() -> None:
     """Run `forebay`: exit code 2 for a wrong configuration or usage, 1 for any other failure."""
+    # At each end of a TLS connection asyncio warns of what nats-py's transport returns: nothing that a user could cure.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     try:
         app()
     except ConfigurationError as exc:
