@@ -20,10 +20,12 @@ from forebay_contracts.states import KeyValueStateStore
 from support.answers import chat_body
 from support.metrics import defined
 from support.nats import NatsServer
-from support.stack import MODEL, Api, Service, Stack, running
+from support.stack import MODEL, Api, Service, Stack, data_dir, running
 from support.view import idle
 
 DOCS = Path(__file__).parents[2] / "docs" / "observability.md"
+MODEL_DIR = data_dir()
+"""Read here: a test's own environment has no DATA_DIR."""
 NAME = f"HuggingFaceTB/{MODEL}"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 MADE_UP = "made-up-by-a-client"
@@ -129,6 +131,26 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
         assert worker("forebay_tokens_total", model=NAME, direction="output") >= 3 * 4 + 5
         assert worker("forebay_inter_token_seconds_count", model=NAME) >= 3 * 3
         assert worker("forebay_inter_token_seconds_sum", model=NAME) > 0
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+async def test_the_cache_of_a_real_model_is_in_use_while_it_answers(nats_server: NatsServer) -> None:
+    settings = {"inference_engine": "transformers", "model_quantization": "nf4", "data_dir": MODEL_DIR}
+    async with running(nats_server, workers=0, metrics_port=0, request_timeout=300, **settings) as stack:
+        # Not `stack.worker()`, which waits less than a first run takes.
+        worker = Service("forebay_inference", re.compile(""), stack.env())
+        stack.workers.append(worker)
+        await worker.launch()
+        await worker.logged(r"worker \S+ serves", timeout_s=500)
+        task = asyncio.create_task(stack.chat("Count to one thousand.", max_tokens=500))
+        busy = await shows(stack, worker, "forebay_engine_batch_sequences", 1)
+        async with asyncio.timeout(60):
+            while not 0 < busy("forebay_engine_kv_cache_usage_ratio") <= 1:
+                await asyncio.sleep(0.01)
+                busy = await scrape(stack, worker)
+        assert busy("forebay_worker_slots_busy") == 1
+        task.cancel()
 
 
 async def test_processes_of_one_api_are_counted_together(nats_server: NatsServer) -> None:

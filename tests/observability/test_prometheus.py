@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
 from support.metrics import defined
 from support.nats import NatsServer
@@ -35,6 +36,13 @@ def test_promtool_accepts_rules_and_configuration(promtool: str) -> None:
 
 def test_alerts_fire_when_they_should(promtool: str) -> None:
     assert "SUCCESS" in run(promtool, "test", "rules", "alerts.test.yml")
+
+
+def test_each_alert_fires_in_some_case() -> None:
+    cases = yaml.safe_load((DEPLOY / "alerts.test.yml").read_text())["tests"]
+    (group,) = yaml.safe_load((DEPLOY / "alerts.rules.yml").read_text())["groups"]
+    fires = {alert["alertname"] for case in cases for alert in case["alert_rule_test"] if alert["exp_alerts"]}
+    assert fires == {rule["alert"] for rule in group["rules"]}
 
 
 def dashboard() -> dict[str, Any]:
