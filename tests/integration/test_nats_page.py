@@ -1,16 +1,26 @@
-"""docs/nats-cli.md: the requests behind its commands that change something, and what they answer."""
+"""docs/nats-cli.md: the requests behind its commands that change something, what they answer, and its names."""
 
 import asyncio
 import base64
 import json
+import re
+import shlex
 from pathlib import Path
 
+import pytest
+
+from forebay_contracts import names
+from forebay_contracts.messages import RequestStatus
+from forebay_contracts.permissions import covers
+from forebay_contracts.settings import ApiSettings, InferenceSettings
 from support.nats import NatsServer
+from support.secured import Site
+from support.secured import running as running_secured
 from support.stack import MODEL, running
 from support.view import holds, idle, jetstream
 
 CONSUMER = f"HuggingFaceTB-{MODEL}"
-CONTEXT = Path(__file__).parents[2] / "deploy" / "nats" / "context.json"
+ROOT = Path(__file__).parents[2]
 
 
 async def test_pause_counter_purge_and_drain(nats_server: NatsServer) -> None:
@@ -36,5 +46,82 @@ async def test_pause_counter_purge_and_drain(nats_server: NatsServer) -> None:
         assert await stack.workers[0].ended() == 0
 
 
-def test_the_context_can_be_read() -> None:
-    assert json.loads(CONTEXT.read_text())["url"] == "nats://127.0.0.1:4222"
+async def test_what_runs_is_not_ended_by_a_purge(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        runs = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=50]]"))
+        await stack.workers[0].logged("processing, attempt 1")
+        purged = await jetstream(stack, "STREAM.PURGE.INFERENCE", {"filter": f"inference.requests.{CONSUMER}.*"})
+        assert purged["purged"] == 1
+        answer = await runs
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 20)
+        await stack.reaches(answer.headers["x-request-id"], RequestStatus.COMPLETED)
+
+
+async def test_what_an_operator_hears_of_workers(tmp_path: Path) -> None:
+    site = Site(tmp_path / "site")
+    site.server.start()
+    try:
+        async with running_secured(site, apis=0) as stack, site.client("operator") as (client, refusals, _):
+            heard = await client.subscribe("$KV.inference-workers.*")
+            beat = json.loads((await heard.next_msg(timeout=10)).data)
+            assert (beat["id"], refusals) == (stack.workers[0].id, [])
+    finally:
+        site.server.stop()
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each `nats` command of a page."""
+    found = re.findall(r"`(nats [^`]*)`|^(nats [^#\n]*)", page.read_text(), re.MULTILINE)
+    return [shlex.split(quoted or plain) for quoted, plain in found]
+
+
+@pytest.mark.parametrize("page", ["docs/nats-cli.md", "README.md"])
+def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
+    buckets = {names.REQUESTS_BUCKET, names.WORKERS_BUCKET, names.APIS_BUCKET, names.ANSWERS_BUCKET}
+    subjects = [
+        names.STREAM_SUBJECTS,
+        names.COUNTER_SUBJECTS,
+        names.reply_subjects("*"),
+        names.drain_subject("*"),
+        *map(names.bucket_subjects, buckets),
+    ]
+    words = [word for command in commands(ROOT / page) for word in command]
+    assert len(words) > 10
+    for word in words:
+        if word.startswith("INFERENCE"):
+            assert word in {names.STREAM, names.COUNTERS}
+        elif word.startswith("inference-"):
+            assert word in buckets
+        elif word.startswith(("inference.", "$KV.")):
+            assert any(covers(subject, word) for subject in subjects), word
+    assert not {word for word in words if word.startswith("inference.requests.")} - {names.model_subjects("CONSUMER")}
+    totals = {word for word in words if word.startswith("inference.counters.")}
+    assert totals <= {names.counter_subject(outcome) for outcome in RequestStatus if outcome.final}
+
+
+def test_the_rule_of_the_consumers_name_is_that_of_the_code() -> None:
+    page = (ROOT / "docs/nats-cli.md").read_text()
+    example = re.search(r"`(\S+/\S+)` is `(\S+)`\.", page)
+    assert example is not None
+    assert names.model_token(example[1]) == example[2]
+    assert names.model_token("/a..b_c d!") == "a-b_c-d"
+
+
+def test_the_context_has_the_keys_that_nats_knows() -> None:
+    context = json.loads((ROOT / "deploy/nats/context.json").read_text())
+    # github.com/nats-io/jsm.go, natscontext/context.go
+    known = "description url token user password creds nkey cert key ca inbox_prefix"
+    assert set(context) == set(known.split())
+    assert context["url"] == "nats://127.0.0.1:4222"
+    assert context["inbox_prefix"] == "_INBOX.cli"
+
+
+def test_each_metric_and_setting_of_troubleshooting_is_there() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    metrics = (ROOT / "docs/observability.md").read_text()
+    named = set(re.findall(r"forebay_[a-z_]+", page))
+    assert len(named) >= 6
+    assert {name for name in named if f"`{name}`" not in metrics} == set()
+    fields = ApiSettings.model_fields | InferenceSettings.model_fields
+    settings = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", page)) - {"MAX_STORE", "REQUEST_ID"}
+    assert {name for name in settings if name.lower() not in fields} == set()
