@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -500,6 +501,34 @@ async def test_a_watch_outlives_nats(tmp_path: Path, nats_server: NatsServer) ->
         plain.send_signal(signal.SIGINT)
         async with asyncio.timeout(END_TIMEOUT_S):
             await plain.communicate()
+
+
+async def test_a_watch_on_a_terminal_says_why_it_stands_still(tmp_path: Path, nats_server: NatsServer) -> None:
+    env = environment(tmp_path, nats_url=nats_server.url, term="xterm", columns=80, lines=24)
+    assert (await forebay("topology", "apply", data_dir=tmp_path, nats_url=nats_server.url)).code == 0
+    ours, its = pty.openpty()
+    watch = await launch("status", "--watch", env=env, stdout=its, stdin=its)
+    os.close(its)
+    seen = b""
+
+    async def until(text: bytes) -> None:
+        """Read what is drawn until `text` is."""
+        nonlocal seen
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while text not in seen:
+                seen += await asyncio.to_thread(os.read, ours, 65_536)
+        seen = b""
+
+    try:
+        await until(b"Workers: 0 of 0 ready")
+        nats_server.stop()
+        await until(b"NATS did not answer")
+        nats_server.start()
+        await until(b"\x1b[2K\x1b[1mWorkers: 0 of 0 ready")  # at the top again, where the reason was
+    finally:
+        watch.kill()
+        await watch.communicate()
+        os.close(ours)
 
 
 async def test_version(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from forebay_contracts.errors import QueueUnavailable
 from forebay_contracts.messages import WorkerInfo
 from forebay_contracts.states import KeyValueStateStore
 from forebay_contracts.status import ModelQueue, QueueStatus, queue_status
+from forebay_contracts.version import VERSION
 
 WATCH_INTERVAL_S = 1.0
 
@@ -140,7 +141,9 @@ def tables(numbers: QueueStatus, alive: list[WorkerInfo]) -> list[Table]:
 
 
 def _worker_row(worker: WorkerInfo) -> tuple[object, ...]:
-    engine = (worker.engine, worker.quantization, worker.device, worker.version)
+    """Its version only where it is another than this command's: one line more for each worker otherwise."""
+    other = worker.version if worker.version != VERSION else None
+    engine = (worker.engine, worker.quantization, worker.device, other)
     return (
         worker.id,
         f"{worker.busy}/{worker.slots}",

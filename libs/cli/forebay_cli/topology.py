@@ -1,6 +1,7 @@
 """`forebay topology`: the live streams, buckets and consumers shown, and made what the settings say."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,11 @@ async def apply(model: str | None, *, dry_run: bool, as_json: bool) -> None:
         else:
             await _refuse_who_may_not(link)
             changes = await topology.ensure(link, read, model, aliases)
-        short = short_of_slots(model, read.max_concurrent_requests, await status.workers(link))
+        alive: list[WorkerInfo] = []
+        # A cluster that has only just made the bucket may not answer for it yet, and all is done already.
+        with contextlib.suppress(QueueUnavailable):
+            alive = await status.workers(link)
+        short = short_of_slots(model, read.max_concurrent_requests, alive)
     if as_json:
         console.print_json({"changes": changes, "warnings": [short] if short else []})
         return
