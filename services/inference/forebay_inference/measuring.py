@@ -2,8 +2,6 @@
 
 import time
 
-from opentelemetry.trace import INVALID_SPAN, Span, StatusCode
-
 from forebay_contracts import tracing
 from forebay_contracts.logs import Fields, fields
 from forebay_contracts.messages import InferenceRequest
@@ -25,7 +23,7 @@ class Measured:
         self._attempt = delivery.attempt
         self._tokens_at: dict[int, float] = {}
         self._output = 0
-        self._phase: Span = INVALID_SPAN
+        self._phase: tracing.AnySpan = tracing.NO_SPAN
         self.queue_wait_s: float | None = None
         self.first_token_s: float | None = None
         if delivery.attempt == 1:
@@ -83,8 +81,7 @@ class Measured:
         """The attempt ended so, with `code` as what went wrong."""
         self._span.set_attribute("forebay.outcome", outcome)
         if code is not None:
-            self._span.set_attribute("error.type", code)
-            self._span.set_status(StatusCode.ERROR)
+            self._span.fail(code)
 
     def close(self) -> None:
         """Nothing more comes."""
