@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from forebay_contracts.settings import Settings
 
-GATHER_S: Final = 0.02
+GATHER_S: Final = 0.1
 """How long it takes until another process of the same api shows what was measured; a scrape of this one waits for
 nothing."""
 
