@@ -22,8 +22,8 @@ from prometheus_client.registry import Collector
 from forebay_contracts.settings import Settings
 
 GATHER_S: Final = 0.1
-"""How long it takes until another process of the same api shows what was measured; a scrape of this one waits for
-nothing."""
+"""How long it may take until what was measured is recorded; a scrape does not wait for it, but of an api with several
+processes, for the others."""
 
 _gathered: Final[list["Gathered"]] = []
 """All there are: one for each metric and its labels."""

@@ -18,7 +18,7 @@ from forebay_api.drain_rate import Rates
 from forebay_contracts import names, topology
 from forebay_contracts.connection import Connection
 from forebay_contracts.messages import WorkerInfo, WorkerStatus
-from forebay_contracts.metrics import REGISTRY
+from forebay_contracts.metrics import GATHER_S, REGISTRY
 from forebay_contracts.status import ModelQueue, model_queue
 
 REFRESH_S = 1.0
@@ -91,7 +91,8 @@ class Exposition:
         self._reading = asyncio.Lock()
         self._registry = CollectorRegistry()
         self._registry.register(self._gauges)
-        if MULTIPROCESS_DIR in os.environ:
+        self._shared = MULTIPROCESS_DIR in os.environ
+        if self._shared:
             MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
         else:
             self._registry.register(REGISTRY)
@@ -102,6 +103,8 @@ class Exposition:
             if time.monotonic() - self._read_at >= REFRESH_S:
                 self._gauges.reading = await self._read()
                 self._read_at = time.monotonic()
+        if self._shared:
+            await asyncio.sleep(GATHER_S)  # by then the other processes have recorded what was measured until now
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
