@@ -2,7 +2,7 @@
 
 import pytest
 
-from forebay_inference.attempts import _traced
+from forebay_inference.engine.protocol import reason_of
 from support.answers import error_of
 from support.nats import NatsServer
 from support.stack import running
@@ -13,7 +13,7 @@ PROMPT = "xyzzy-the-secret-prompt"
 def test_an_unexpected_error_is_logged_without_what_it_says() -> None:
     with pytest.raises(ValueError, match=PROMPT) as caught:
         int(PROMPT)
-    told = _traced(caught.value)
+    told = reason_of(caught.value)
     assert told.startswith("ValueError at test_http_errors.py:")
     assert "test_an_unexpected_error_is_logged_without_what_it_says" in told
     assert PROMPT not in told

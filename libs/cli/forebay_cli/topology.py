@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,12 +35,13 @@ async def apply(model: str | None, *, dry_run: bool, as_json: bool) -> None:
     # Of another model than the settings', nobody here knows the aliases: what its workers wrote stays.
     aliases = read.served_aliases if model == read.served_model else None
     async with connected(read) as link:
+        if not dry_run:
+            await _refuse_who_may_not(link)
         if not named:
             await _refuse_a_new_one(link, model)
         if dry_run:
             changes = await topology.drift(link, read, model) + await _alias_drift(link, model, aliases)
         else:
-            await _refuse_who_may_not(link)
             changes = await topology.ensure(link, read, model, aliases)
         alive: list[WorkerInfo] = []
         # A cluster that has only just made the bucket may not answer for it yet, and all is done already.
@@ -67,16 +69,22 @@ def short_of_slots(model: str, limit: int, alive: Sequence[WorkerInfo]) -> str |
 
 async def _refuse_a_new_one(link: Connection, model: str) -> None:
     """Without its environment this command knows the default of DEFAULT_MODEL alone, which may be nobody's model."""
-    try:
-        known = [_model(consumer) for consumer in await topology.consumers(link)]
-    except NotFoundError:
-        return  # nothing is there yet: it begins with the default
-    except (NatsError, TimeoutError) as exc:
-        raise QueueUnavailable("NATS did not answer") from exc
-    if model not in known:
+    give_up_at = time.monotonic() + topology.START_PATIENCE_S
+    while True:
+        try:
+            known = [_model(consumer) for consumer in await topology.consumers(link)]
+            break
+        except NotFoundError:
+            return  # nothing is there yet, as where there are no models: it begins with the default
+        except (NatsError, TimeoutError, OSError) as exc:
+            # A cluster that has just been started has no leader yet.
+            if time.monotonic() >= give_up_at:
+                raise QueueUnavailable("NATS did not answer") from exc
+        await asyncio.sleep(topology.START_RETRY_S)
+    if known and model not in known:
         raise ConfigurationError(
             f"neither DEFAULT_MODEL nor --model is given, and {model} is not among the models here "
-            f"({', '.join(known) or 'none'}): run it with the deployment's whole environment"
+            f"({', '.join(known)}): run it with the deployment's whole environment"
         )
 
 
