@@ -128,13 +128,15 @@ async def test_who_may_not_steer_is_told_what_is_missing(tmp_path: Path) -> None
             await holds(stack, 1)
             (request_id,) = await ids(stack)
             await stack.reaches(request_id, RequestStatus.PROCESSING)
-            for command, missing in (
-                (("pause", MODEL), f"CONSUMER.PAUSE.INFERENCE.{CONSUMER}"),
-                (("resume", MODEL), f"CONSUMER.PAUSE.INFERENCE.{CONSUMER}"),
-                (("drain", stack.workers[0].id), f"inference.drain.{stack.workers[0].id}"),
-                (("cancel", request_id), f"$KV.inference-requests.{request_id}"),
-            ):
-                code, printed = await site.forebay("operator", *command)
+            commands = {
+                ("pause", MODEL): f"CONSUMER.PAUSE.INFERENCE.{CONSUMER}",
+                ("resume", MODEL): f"CONSUMER.PAUSE.INFERENCE.{CONSUMER}",
+                ("drain", stack.workers[0].id): f"inference.drain.{stack.workers[0].id}",
+                ("cancel", request_id): f"$KV.inference-requests.{request_id}",
+            }
+            # Each waits for an answer that does not come.
+            ended = await asyncio.gather(*(site.forebay("operator", *command) for command in commands))
+            for (code, printed), missing in zip(ended, commands.values(), strict=True):
                 assert code == 1, printed
                 assert printed.count("\n") == 1
                 assert "forebay: this NATS user may not do that (permissions violation for publish to " in printed

@@ -82,12 +82,13 @@ async def test_operators_look_and_admins_steer(own_site: Site) -> None:
         for look in (["status"], ["requests"], ["topology", "show"]):
             code, printed = await own_site.forebay("operator", *look)
             assert code == 0, printed
-        for steer in (["pause", MODEL], ["resume", MODEL], ["drain", stack.workers[0].id]):
-            code, printed = await own_site.forebay("operator", *steer)
+        steering = (["pause", MODEL], ["resume", MODEL], ["drain", stack.workers[0].id])
+        # Each waits for an answer that does not come.
+        for code, printed in await asyncio.gather(*(own_site.forebay("operator", *steer) for steer in steering)):
             assert code == 1, printed
             assert "permissions violation" in printed.lower()
         assert not (await stack.connection.jetstream.consumer_info("INFERENCE", CONSUMER)).paused
-        for steer in (["pause", MODEL], ["resume", MODEL], ["drain", stack.workers[0].id]):
+        for steer in steering:
             code, printed = await own_site.forebay("admin", *steer)
             assert code == 0, printed
         assert await stack.workers[0].ended() == 0
@@ -130,17 +131,14 @@ async def test_a_service_says_what_differs_and_goes_on(own_site: Site) -> None:
 
 
 async def test_doctor_says_what_a_user_may_and_what_it_lacks(own_site: Site) -> None:
-    async def found() -> dict[str, list[dict[str, str]]]:
-        by_role = {}
-        for role in ROLES:
-            inboxes = role if role in ("api", "inference") else "cli"
-            _, printed = await own_site.forebay(role, "doctor", "--role", inboxes, "--json")
-            findings, _ = json.JSONDecoder().raw_decode(printed, printed.index("[\n"))
-            by_role[role] = [finding for finding in findings if finding["check"] == "permissions"]
-        return by_role
+    async def found(role: str) -> list[dict[str, str]]:
+        inboxes = role if role in ("api", "inference") else "cli"
+        _, printed = await own_site.forebay(role, "doctor", "--role", inboxes, "--json")
+        findings, _ = json.JSONDecoder().raw_decode(printed, printed.index("[\n"))
+        return [finding for finding in findings if finding["check"] == "permissions"]
 
     async with running(own_site, apis=0, workers=0):
-        for role, findings in (await found()).items():
+        for role, findings in zip(ROLES, await asyncio.gather(*map(found, ROLES)), strict=True):
             assert findings[0]["severity"] == "ok"
             assert role in findings[0]["message"]
         conf = own_site.folder / "forebay.conf"
@@ -148,7 +146,7 @@ async def test_doctor_says_what_a_user_may_and_what_it_lacks(own_site: Site) -> 
         assert text.count('"inference.resend.*", "inference.cancel.*"') == 1
         conf.write_text(text.replace('"inference.resend.*", "inference.cancel.*"', '"inference.cancel.*"'))
         own_site.server.restart()
-        findings = (await found())["api"]
+        findings = await found("api")
         assert findings[0]["severity"] == "problem"
         assert findings[0]["message"] == "as api, this user may not publish to inference.resend.*"
         assert "API_MAY of deploy/nats/forebay.conf" in findings[0]["fix"]

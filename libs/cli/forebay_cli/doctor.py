@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +30,8 @@ MAX_SKEW_S = 1.0
 """Clocks that are further apart move deadlines by as much."""
 
 FULL_PERCENT = 80
+
+Check = Callable[[Connection, Settings], Awaitable[list[Finding]]]
 
 
 class _JetStreamOff(ForebayError):
@@ -65,19 +67,25 @@ async def _of_nats(read: Settings, role: Role) -> list[Finding]:
 
 
 async def _of_connection(link: Connection, read: Settings) -> list[Finding]:
-    found: list[Finding] = []
-    for check in (_permissions, _jetstream, _topology, _clocks, _models, _services):
-        name = check.__name__.strip("_")
-        try:
-            found += await check(link, read)
-        except _JetStreamOff as exc:
-            fix = "start nats-server with JetStream (`-js`), and enable it for the account"
-            return [*found, Finding(name, "problem", f"JetStream is off: {exc}", fix)]
-        except ConfigurationError as exc:
-            found.append(Finding(name, "problem", str(exc), _cure(str(exc))))
-        except (NatsError, TimeoutError, QueueUnavailable) as exc:
-            found.append(Finding(name, "problem", f"NATS did not answer: {exc or type(exc).__name__}", _PERMIT))
-    return found
+    found = await _checked(_permissions, link, read)
+    try:
+        found += await _checked(_jetstream, link, read)
+    except _JetStreamOff as exc:
+        fix = "start nats-server with JetStream (`-js`), and enable it for the account"
+        return [*found, Finding("jetstream", "problem", f"JetStream is off: {exc}", fix)]
+    # Side by side: what a user may not ask is waited for in vain.
+    others = await asyncio.gather(*(_checked(check, link, read) for check in (_topology, _clocks, _models, _services)))
+    return found + [finding for findings in others for finding in findings]
+
+
+async def _checked(check: Check, link: Connection, read: Settings) -> list[Finding]:
+    name = check.__name__.strip("_")
+    try:
+        return await check(link, read)
+    except ConfigurationError as exc:
+        return [Finding(name, "problem", str(exc), _cure(str(exc)))]
+    except (NatsError, TimeoutError, QueueUnavailable) as exc:
+        return [Finding(name, "problem", f"NATS did not answer: {exc or type(exc).__name__}", _PERMIT)]
 
 
 _PERMIT = "look as `operator` or `admin` of deploy/nats/forebay.conf, or allow this user there what it names"
