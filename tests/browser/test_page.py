@@ -1,36 +1,23 @@
+"""The page moves with the queue, tells what became of requests, and outlives what it is fed by."""
+
 import asyncio
-import os
 import re
 import signal
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.async_api import expect
 
-from forebay_contracts import keys
-from forebay_contracts.messages import RequestState, RequestStatus, WorkerInfo, WorkerStatus
+from forebay_contracts.messages import RequestStatus
 from support.browser import Window, Windows
 from support.nats import NatsServer
+from support.page import FOR_EVER, leave, load, newest_id
 from support.ports import port_of
 from support.stack import Stack, running
 from support.view import holds
 
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 TILES = ("queue_size", "processing_count", "active_requests", "max_concurrent", "max_queue_size", "total_queued")
 TOTALS = ("total_processed", "total_failed", "total_timed_out", "total_cancelled")
-FOR_EVER = "[[tokens=2000 delay_ms=500]]"
-HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
-NO_NUMBER = "\N{EN DASH}"
-ALICE, OPS = (f"fb-{name}-key-of-more-than-sixteen" for name in ("alice", "ops"))
-
-
-async def newest_id(window: Window, status: str) -> str:
-    """The id of a request that the page shows in this state."""
-    row = window.page.locator("#requests tr", has=window.page.locator(f".state-{status}")).first
-    await row.wait_for()
-    return await row.locator("td.id").inner_text()
 
 
 async def same_numbers(window: Window, stack: Stack) -> None:
@@ -65,26 +52,6 @@ async def line_of(window: Window, name: str) -> tuple[str, float]:
     assert path is not None
     top = int(await window.page.inner_text("#chart-top"))
     return path, (139 - float(path.rsplit(" ", 1)[1])) / 138 * top
-
-
-def load(stack: Stack, count: int, text: str) -> list[asyncio.Task[Any]]:
-    return [asyncio.create_task(stack.chat(text)) for _ in range(count)]
-
-
-async def leave(*sent: asyncio.Task[Any]) -> None:
-    """The clients of these requests go away."""
-    for task in sent:
-        task.cancel()
-    await asyncio.gather(*sent, return_exceptions=True)
-
-
-async def heartbeat(stack: Stack, worker: str, model: str, status: WorkerStatus) -> None:
-    """Let the api hear of a worker."""
-    now = time.time()
-    info = WorkerInfo(
-        id=worker, version="1", started_at=now, heartbeat_at=now, model=model, status=status, slots=1, engine=HOSTILE
-    )
-    await (await stack.connection.jetstream.key_value("inference-workers")).put(worker, info.encode())
 
 
 async def test_it_loads_and_asks_nobody_else(nats_server: NatsServer, windows: Windows) -> None:
@@ -300,256 +267,3 @@ async def test_nats_away_is_told_apart_from_the_api_away(nats_server: NatsServer
         await window.shows("#connection", "NATS cannot be reached")
         await asyncio.to_thread(nats_server.start)
         await window.live()
-
-
-async def test_it_works_with_an_api_key(nats_server: NatsServer, windows: Windows) -> None:
-    async with running(nats_server, api_keys="first,second") as stack, windows.open(stack) as window:
-        refused = await stack.http.get(window.url + "v1/queue/events")
-        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
-        await window.shows("#connection", "an API key is needed")
-        await window.page.get_by_label("API key").fill("second")
-        await window.page.keyboard.press("Enter")
-        await window.live()
-        assert await window.page.evaluate("sessionStorage.getItem('forebay-api-key')") == "second"
-        await window.page.get_by_label("Message").fill("[[tokens=2]]")
-        await window.page.keyboard.press("Enter")
-        await window.shows("#chat-log .assistant", "t0 t1")
-        assert all("401" in complaint for complaint in window.complaints), window.complaints
-        assert not [url for url in window.asked if "second" in url]
-
-
-async def test_each_key_sees_its_own_and_leaves_nothing_behind(
-    nats_server: NatsServer, windows: Windows, tmp_path: Path
-) -> None:
-    file = tmp_path / "keys.toml"
-    alice, ops = (
-        keys.written(name, key, max_requests=None, operator=name == "ops")
-        for name, key in (("alice", ALICE), ("ops", OPS))
-    )
-    file.write_text(alice + ops)
-    async with running(nats_server, api_keys_file=file) as stack, windows.open(stack) as window:
-
-        async def ask(key: str, text: str) -> str:
-            body = {"model": "SmolLM2-135M-Instruct", "messages": [{"role": "user", "content": text}]}
-            url, headers = window.url + "v1/chat/completions", {"authorization": f"Bearer {key}"}
-            return (await stack.http.post(url, json=body, headers=headers)).headers["x-request-id"]
-
-        async def use(key: str) -> None:
-            await window.page.get_by_label("API key").fill(key)
-            await window.page.keyboard.press("Enter")
-
-        async def empty() -> None:
-            assert await window.table("requests") == []
-            for element in ("#chat-log", "#look-result", "#models", "#workers", "#chart"):
-                await window.shows(element, "")
-            await window.shows("#queue_size", NO_NUMBER)
-
-        hers, others = await ask(ALICE, "[[fail]]"), await ask(OPS, "[[fail]]")
-        await use(ALICE)
-        await window.live()
-        assert [row[0] for row in await window.table("requests")] == [hers]
-        # What went wrong inside is the operator's alone.
-        state = await stack.state(hers)
-        assert state is not None
-        assert await window.page.locator("td.error").inner_text() == state.error
-        await window.page.get_by_label("Message").fill("[[tokens=2]]")
-        await window.page.keyboard.press("Enter")
-        await window.shows("#chat-log .assistant", "t0 t1")
-        await window.page.get_by_label("Id", exact=True).fill(hers)
-        await window.page.keyboard.press("Enter")
-        await window.page.locator("#look-result .state-failed").wait_for()
-
-        await use("not-a-key")
-        await window.shows("#connection", "an API key is needed")
-        await empty()
-
-        await use(OPS)
-        await window.live()
-        assert {hers, others} < {row[0] for row in await window.table("requests")}
-        # Taken away, what it showed goes with it.
-        file.write_text(alice)
-        await window.shows("#connection", "an API key is needed")
-        await empty()
-
-
-async def test_text_of_others_stays_text(nats_server: NatsServer, windows: Windows) -> None:
-    async with running(nats_server) as stack, windows.open(stack) as window:
-        await window.live()
-        now = time.time()
-        hostile = RequestState(
-            id="hostile",
-            status=RequestStatus.FAILED,
-            completion_type=HOSTILE,
-            timestamp=now,
-            error=HOSTILE,
-            fault=HOSTILE,
-            model=HOSTILE,
-            queued_at=now,
-            deadline=now,
-            worker=HOSTILE,
-        )
-        await stack.states.write(hostile, 0)
-        await heartbeat(stack, "hostile", HOSTILE, WorkerStatus.READY)
-        await expect(window.page.locator("#requests tr")).to_have_count(1)
-        (row,) = await window.table("requests")
-        assert row[2:5] == [HOSTILE] * 3
-        assert row[9] == f"{HOSTILE}\n{HOSTILE}"
-        await expect(window.page.locator("#workers tr")).to_have_count(2)
-        assert ["hostile", HOSTILE, "ready", "0 of 1", "", "", HOSTILE] in await window.table("workers")
-        await window.page.get_by_label("Id", exact=True).fill("hostile")
-        await window.page.keyboard.press("Enter")
-        await expect(window.page.locator("#look-result dd", has_text=HOSTILE)).to_have_count(5)
-        await window.page.get_by_label("Message").fill(f"[[{HOSTILE}]]")
-        await window.page.keyboard.press("Enter")
-        await window.shows("#chat-log .user", f"[[{HOSTILE}]]")
-        await window.shows("#chat-log .failure", re.compile("does not know the order '<img'"))
-        # It can be chosen, as any model can.
-        await expect(window.page.locator("#chat-model option")).to_have_count(2)
-        assert await window.page.locator("img").count() == 0
-        assert await window.page.title() == "Forebay"
-        assert window.complaints == []
-
-
-async def test_models_are_shown_and_offered_as_their_workers_come(nats_server: NatsServer, windows: Windows) -> None:
-    async with running(nats_server, workers=0) as stack, windows.open(stack) as window:
-        state = window.page.locator("#models td:last-child span")
-        await expect(state).to_have_text("no worker")
-        await expect(state).to_have_class("state-failed")
-        (model,) = await window.page.locator("#chat-model option").all_inner_texts()
-        await heartbeat(stack, "slow", model, WorkerStatus.LOADING)
-        await expect(state).to_have_text("1 loading")
-        await expect(state).to_have_class("state-loading")
-        await heartbeat(stack, "other", "another/model", WorkerStatus.READY)
-        await expect(window.page.locator("#chat-model option")).to_have_text([model, "another/model"])
-        assert await window.page.locator("#chat-model").input_value() == model
-        assert window.complaints == []
-
-
-async def test_a_chat_by_keyboard_alone(nats_server: NatsServer, windows: Windows) -> None:
-    async with running(nats_server) as stack, windows.open(stack) as window:
-        await window.live()
-        await expect(window.page.locator("#chat-model option")).to_have_count(1)
-        ahead = load(stack, 2, FOR_EVER)
-        await holds(stack, 2)
-        keyboard = window.page.keyboard
-        await keyboard.press("Tab")  # the link that skips to the chat
-        await keyboard.press("Enter")
-        await keyboard.type("[[tokens=3 delay_ms=20]]")
-        await keyboard.press("Enter")
-        await window.shows("#chat-status", re.compile("^in the queue: place 2"))
-        await leave(*ahead)
-        await window.shows("#chat-log .assistant", "t0 t1 t2")
-        await window.shows("#chat-status", re.compile(r"^first token after \d+\.\d\d s, 3 pieces"))
-        # The focus is back where the next message is written, and Escape stops an answer.
-        await window.focused("#chat-message")
-        await keyboard.type("[[tokens=2000 delay_ms=50]]")
-        await keyboard.press("Enter")
-        await window.shows("#chat-log .assistant:last-child", re.compile("t2"))
-        await keyboard.press("Escape")
-        await window.shows("#chat-status", "stopped")
-        await holds(stack, 0)
-        # Where the reader has gone elsewhere, the end of an answer does not take the focus away.
-        await keyboard.type("[[tokens=20 delay_ms=50]]")
-        await keyboard.press("Enter")
-        await window.shows("#chat-log .assistant:last-child", re.compile("t2"))
-        await window.page.get_by_label("Id", exact=True).focus()
-        await window.shows("#chat-status", re.compile("20 pieces"))
-        await window.focused("#look-id")
-        # Given up for a new one, nothing is left of it.
-        await window.page.get_by_label("Message").fill("[[tokens=2000 delay_ms=50]]")
-        await keyboard.press("Enter")
-        await window.shows("#chat-log .assistant:last-child", re.compile("t2"))
-        await window.page.get_by_role("button", name="New").click()
-        await expect(window.page.locator("#chat-send")).to_be_enabled()
-        assert await window.page.inner_text("#chat-log") == ""
-        await window.shows("#chat-status", "")
-        await window.page.get_by_label("Message").fill("[[tokens=0]]")
-        await keyboard.press("Enter")
-        await window.shows("#chat-status", re.compile(r"^an empty answer after \d+\.\d\d s$"))
-        assert window.complaints == []
-
-
-async def test_an_error_while_it_waits_is_told(nats_server: NatsServer, windows: Windows) -> None:
-    async with running(nats_server, workers=0, request_timeout=1) as stack, windows.open(stack) as window:
-        await window.shows("#connection", "no worker is ready")
-        await window.page.get_by_label("Message").fill("hello")
-        await window.page.keyboard.press("Enter")
-        await window.shows("#chat-log .failure", "the request was not finished within 1 seconds")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_it_can_be_read(nats_server: NatsServer, windows: Windows, scheme: str) -> None:
-    """Contrast as WCAG 2.2 asks for it: 4.5 for text, 3 for what shows where an input or a button is."""
-    async with running(nats_server) as stack, windows.open(stack, scheme) as window:
-        await window.live()
-        await stack.chat("[[fail]]")
-        sent = load(stack, 2, FOR_EVER)
-        await expect(window.page.locator("#requests tr")).to_have_count(3)
-        assert await window.page.evaluate(CONTRASTS) == []
-        await window.page.set_viewport_size({"width": 390, "height": 800})
-        assert await window.page.evaluate("document.documentElement.scrollWidth") == 390
-        await expect(window.page.get_by_role("log", name="Conversation")).to_have_attribute("aria-live", "polite")
-        await leave(*sent)
-
-
-CONTRASTS = """() => {
-  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
-  const light = (text) => rgb(text).slice(0, 3)
-    .map((value) => value / 255).map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, value, place) => sum + value * [0.2126, 0.7152, 0.0722][place], 0);
-  const contrast = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
-  const ground = (element) => {
-    const color = getComputedStyle(element).backgroundColor;
-    return rgb(color)[3] === 0 ? ground(element.parentElement) : color;
-  };
-  const poor = [];
-  const hold = (least, a, b, ...about) => contrast(a, b) < least && poor.push([...about, contrast(a, b), a, b]);
-  for (const control of document.querySelectorAll("input, textarea, select, button")) {
-    const { borderTopColor } = getComputedStyle(control);
-    hold(3, borderTopColor, ground(control), control.outerHTML, "its ground");
-    hold(3, borderTopColor, ground(control.parentElement), control.outerHTML, "the ground around it");
-    if (!control.placeholder) continue;
-    hold(4.5, getComputedStyle(control, "::placeholder").color, ground(control), "placeholder");
-  }
-  for (const element of document.querySelectorAll("body *")) {
-    const text = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    if (text && !element.disabled) hold(4.5, getComputedStyle(element).color, ground(element), element.outerHTML);
-  }
-  return poor;
-}"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_screenshots_for_the_docs(nats_server: NatsServer, windows: Windows, scheme: str, tmp_path: Path) -> None:
-    """Under load, with each end that a request can have; into docs/images where UPDATE_SCREENSHOTS is set."""
-    async with (
-        running(nats_server, max_concurrent_requests=4, worker_slots=2, workers=2) as stack,
-        windows.open(stack, scheme) as window,
-    ):
-        await window.page.set_viewport_size({"width": 1440, "height": 900})
-        await stack.worker(model_name="Qwen/Qwen3-4B", default_model="Qwen/Qwen3-4B")
-        await window.live()
-        await window.page.get_by_label("Message").fill("What is a forebay? [[tokens=12 delay_ms=20]]")
-        await window.page.keyboard.press("Enter")
-        await stack.chat("[[tokens=3 fail]]")
-        early = load(stack, 7, "[[tokens=10 delay_ms=150]]")
-        await window.shows("#queue_size", "3")
-        await window.page.get_by_role("button", name=f"Cancel {await newest_id(window, 'queued')}").click()
-        await window.page.mouse.move(0, 0)
-        await asyncio.gather(*early)
-        late = load(stack, 6, "[[tokens=20 delay_ms=200]]")
-        await window.shows("#queue_size", "2")
-        await window.page.get_by_label("Id", exact=True).fill(await newest_id(window, "failed"))
-        await window.page.keyboard.press("Enter")
-        await window.page.locator("#look-result dl").wait_for()
-        await window.page.evaluate("document.activeElement.blur()")
-        # The heartbeats tell of it too, and the picture has moved a little.
-        await expect(window.page.locator("#workers tr", has_text="2 of 2")).to_have_count(2)
-        await window.shows("#chart-span", re.compile(r"^the last ([89]|\d\d) s$"))
-        folder = IMAGES if os.environ.get("UPDATE_SCREENSHOTS") else tmp_path
-        image = await window.page.screenshot(path=folder / f"page-{scheme}.png", animations="disabled", full_page=True)
-        assert 20_000 < len(image) < 800_000
-        ground = await window.page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert ground == {"light": "rgb(245, 247, 249)", "dark": "rgb(16, 23, 29)"}[scheme]
-        await leave(*late)
-        assert window.complaints == []

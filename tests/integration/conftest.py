@@ -1,5 +1,6 @@
+import contextlib
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from support.nats import NatsServer
 from support.nats_container import NatsContainer
 
 
-@contextmanager
+@contextlib.contextmanager
 def nats_in_container(_store: Path) -> Iterator[NatsContainer]:
     """Its store is the container's."""
     server = NatsContainer()
@@ -21,8 +22,8 @@ def nats_in_container(_store: Path) -> Iterator[NatsContainer]:
 
 @pytest.fixture(scope="session")
 def start_nats(
-    request: pytest.FixtureRequest, start_nats: Callable[[Path], AbstractContextManager[NatsServer]]
-) -> Callable[[Path], AbstractContextManager[NatsServer | NatsContainer]]:
+    request: pytest.FixtureRequest, start_nats: Callable[[Path], contextlib.AbstractContextManager[NatsServer]]
+) -> Callable[[Path], contextlib.AbstractContextManager[NatsServer | NatsContainer]]:
     """In a container where `--nats` says so."""
     return nats_in_container if request.config.getoption("nats") == "container" else start_nats
 
@@ -37,3 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if config.getoption("nats") == "container":
             item.add_marker(pytest.mark.filterwarnings("ignore:.*StreamWriter:ResourceWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore:.*StreamWriter:pytest.PytestUnraisableExceptionWarning"))
+
+
+@pytest.fixture(scope="module")
+def usual_port_is_taken() -> Iterator[None]:
+    """Embedded servers of these tests keep off 4222, where a developer's own may be, or may be looked for."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            holder.bind(("127.0.0.1", 4222))
+            holder.listen(1)
+        yield

@@ -1,162 +1,21 @@
-"""The `forebay` command as a user runs it: real processes, the simulated engine."""
+"""The commands that look at the queue, steer it and talk to it."""
 
 import asyncio
-import contextlib
-import json
-import os
-import pty
 import re
 import signal
-import socket
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
 
+from support.command import START_TIMEOUT_S, Ended, environment, forebay, launch, up
 from support.nats import NatsServer
 from support.stack import MODEL
 from support.stack import running as running_stack
 
 FULL_MODEL = f"HuggingFaceTB/{MODEL}"
-START_TIMEOUT_S = 60
-END_TIMEOUT_S = 30
-
-pytestmark = pytest.mark.timeout(180)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def usual_port_is_taken() -> Iterator[None]:
-    """Embedded servers of these tests keep off 4222, where a developer's own may be, or may be looked for."""
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):
-            holder.bind(("127.0.0.1", 4222))
-            holder.listen(1)
-        yield
-
-
-@dataclass
-class Ended:
-    code: int | None
-    stdout: str
-    stderr: str
-
-    def json(self) -> Any:
-        return json.loads(self.stdout)
-
-
-def environment(data_dir: Path, **settings: object) -> dict[str, str]:
-    values = {"DATA_DIR": data_dir, "DRAIN_TIMEOUT": 5, "ACK_WAIT": 2, "COLUMNS": 200} | settings
-    return os.environ | {name.upper(): str(value) for name, value in values.items()}
-
-
-async def launch(*arguments: str, env: dict[str, str], **pipes: Any) -> asyncio.subprocess.Process:
-    pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "forebay_cli", *arguments, env=env, **{"stdout": pipe, "stderr": pipe} | pipes
-    )
-
-
-async def forebay(*arguments: str, data_dir: Path, given: str | None = None, **settings: object) -> Ended:
-    """Run a command to its end."""
-    process = await launch(*arguments, env=environment(data_dir, **settings), stdin=asyncio.subprocess.PIPE)
-    async with asyncio.timeout(START_TIMEOUT_S):
-        stdout, stderr = await process.communicate((given or "").encode())
-    return Ended(process.returncode, stdout.decode(), stderr.decode())
-
-
-@dataclass
-class Up:
-    """A running `forebay up`."""
-
-    process: asyncio.subprocess.Process
-    data_dir: Path
-    url: str = ""
-    stderr: list[str] = field(default_factory=list)
-
-    async def ended(self) -> Ended:
-        """Wait for its end; what it said after the ready line."""
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        async with asyncio.timeout(END_TIMEOUT_S):
-            stdout, stderr = await asyncio.gather(self.process.stdout.read(), self.process.stderr.read())
-            await self.process.wait()
-        return Ended(self.process.returncode, stdout.decode(), "".join(self.stderr) + stderr.decode())
-
-    def children(self, name: str = "") -> list[psutil.Process]:
-        """The processes below it whose command line holds `name`."""
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in below if name in " ".join(child.cmdline())]
-
-    async def chat(self, text: str, **body: Any) -> httpx.Response:
-        messages = [{"role": "user", "content": text}]
-        async with httpx.AsyncClient(timeout=120) as client:
-            return await client.post(
-                f"{self.url}/v1/chat/completions",
-                json={"model": MODEL, "messages": messages, **body},
-            )
-
-
-@contextlib.asynccontextmanager
-async def up(data_dir: Path, *options: str, **settings: object) -> AsyncIterator[Up]:
-    """A `forebay up` that is ready; killed at the end if it still runs."""
-    arguments = ("up", "--engine", "simulated", "--port", "0", "--data-dir", str(data_dir), *options)
-    process = await launch(*arguments, env=environment(data_dir, **settings))
-    running = Up(process, data_dir)
-    try:
-        assert process.stdout is not None
-        async with asyncio.timeout(START_TIMEOUT_S):
-            line = (await process.stdout.readline()).decode()
-        ready = re.fullmatch(r"ready (http://127\.0\.0\.1:\d+)\n", line)
-        if ready is None:
-            pytest.fail(f"not ready: {line!r} {(await running.ended()).stderr}")
-        running.url = ready[1]
-        yield running
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await running.ended()
-
-
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-async def test_up_answers_and_ends_with_zero(tmp_path: Path, ending: signal.Signals) -> None:
-    async with up(tmp_path, "--workers", "2", max_concurrent_requests=2) as running:
-        children = running.children()
-        assert len(running.children("forebay_inference")) == 2
-        answer = await running.chat("[[tokens=3]]")
-        assert answer.json()["choices"][0]["message"]["content"] == "t0 t1 t2"
-        running.process.send_signal(ending)
-        ended = await running.ended()
-    assert (ended.code, ended.stdout) == (0, ""), ended.stderr
-    assert not [child for child in children if child.is_running()]
-    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
-    assert logs == ["api.log", "nats-server.log", "worker-1.log", "worker-2.log"]
-
-
-async def test_a_running_request_is_answered_before_the_end(tmp_path: Path) -> None:
-    async with up(tmp_path) as running:
-        body = {"model": MODEL, "messages": [{"role": "user", "content": "[[tokens=20 delay_ms=50]]"}], "stream": True}
-        url = f"{running.url}/v1/chat/completions"
-        async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", url, json=body) as answer:
-            lines = [line async for line in interrupted(answer.aiter_lines(), running)]
-        ended = await running.ended()
-        assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert ended.code == 0, ended.stderr
-
-
-async def interrupted(lines: AsyncIterator[str], running: Up) -> AsyncIterator[str]:
-    """The lines of an answer, at the first of which all is told to end."""
-    first = await anext(lines)
-    running.process.send_signal(signal.SIGINT)
-    yield first
-    async for line in lines:
-        yield line
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("usual_port_is_taken")]
 
 
 async def settled(data_dir: Path) -> dict[str, Any]:
@@ -166,111 +25,6 @@ async def settled(data_dir: Path) -> dict[str, Any]:
             status: dict[str, Any] = (await forebay("status", "--json", data_dir=data_dir)).json()
             if status["active_requests"] == 0:
                 return status
-
-
-async def test_totals_and_requests_outlast_a_restart(tmp_path: Path) -> None:
-    for total in (1, 2):
-        async with up(tmp_path) as running:
-            await running.chat("[[tokens=1]]")
-            status = await settled(tmp_path)
-            assert (status["total_processed"], status["total_queued"]) == (total, total)
-            assert len((await forebay("requests", "--json", data_dir=tmp_path)).json()) == total
-            running.process.send_signal(signal.SIGTERM)
-            assert (await running.ended()).code == 0
-
-
-@pytest.mark.parametrize("victim", ["forebay_inference", "forebay_api", "nats-server"])
-async def test_a_child_that_dies_is_named_and_ends_all(tmp_path: Path, victim: str) -> None:
-    async with up(tmp_path) as running:
-        children = running.children()
-        next(child for child in children if victim in " ".join(child.cmdline())).kill()
-        ended = await running.ended()
-    name = {"forebay_inference": "worker 1", "forebay_api": "api", "nats-server": "nats-server"}[victim]
-    assert ended.code == 1
-    assert f"forebay: {name} ended with signal SIGKILL; its last lines (all of them: " in ended.stderr
-    assert not [child for child in children if child.is_running()]
-
-
-async def test_a_crashing_worker_shows_its_exit_code(tmp_path: Path) -> None:
-    async with up(tmp_path) as running:
-        request = asyncio.create_task(running.chat("[[tokens=1 crash]]"))
-        ended = await running.ended()
-        with contextlib.suppress(httpx.TransportError):
-            await request
-    assert ended.code == 1
-    assert re.search(r"forebay: worker 1 ended with exit code \d+; its last lines .*\n    \S", ended.stderr)
-
-
-async def test_no_child_outlives_a_killed_up(tmp_path: Path) -> None:
-    async with up(tmp_path) as running:
-        children = running.children()
-        assert len(children) == 3
-        running.process.kill()
-        await running.ended()
-        _, alive = psutil.wait_procs(children, timeout=30)
-    assert not alive
-
-
-async def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
-    async with up(tmp_path, drain_timeout=60) as running:
-        request = asyncio.create_task(running.chat("[[tokens=1000 delay_ms=100]]"))
-        while not (await forebay("status", "--json", data_dir=tmp_path)).json()["processing_count"]:
-            pass
-        running.process.send_signal(signal.SIGINT)
-        assert running.process.stderr is not None
-        while "draining" not in (line := (await running.process.stderr.readline()).decode()):
-            running.stderr.append(line)
-        running.process.send_signal(signal.SIGINT)
-        ended = await running.ended()
-        with contextlib.suppress(httpx.TransportError):
-            await request
-    assert ended.code == 1
-
-
-async def test_two_on_one_data_dir_are_refused(tmp_path: Path) -> None:
-    async with up(tmp_path) as running:
-        second = await forebay("up", "--port", "0", "--engine", "simulated", data_dir=tmp_path)
-        assert second.code == 2
-        assert f"`forebay up` already runs on DATA_DIR={tmp_path} (process {running.process.pid})" in second.stderr
-
-
-async def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        holder.listen(1)
-        port = holder.getsockname()[1]
-        ended = await forebay("up", "--port", str(port), "--engine", "simulated", data_dir=tmp_path / "data")
-    assert ended.code == 2
-    assert f"the api cannot listen on 127.0.0.1:{port} (address already in use)" in ended.stderr
-    assert not (tmp_path / "data").exists()
-
-
-async def test_a_wrong_configuration_is_one_sentence(tmp_path: Path) -> None:
-    ended = await forebay("up", data_dir=tmp_path, max_concurrent_requests=5, max_queue_size=2)
-    assert ended.code == 2
-    assert ended.stderr.startswith("forebay: MAX_CONCURRENT_REQUESTS=5 cannot be reached with MAX_QUEUE_SIZE=2")
-    assert ended.stderr.count("\n") == 1
-
-
-async def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
-    ended = await forebay("up", "--engine", "steam", data_dir=tmp_path)
-    assert ended.code == 2
-    assert ended.stderr.startswith("forebay: INFERENCE_ENGINE='steam': Input should be ")
-
-
-async def test_the_embedded_server_takes_what_the_api_takes(tmp_path: Path) -> None:
-    async with up(tmp_path, max_request_bytes=20_000_000) as running:
-        answer = await running.chat("x" * 19_000_000 + "[[tokens=1]]")
-        assert answer.status_code == 200, answer.text
-
-
-async def test_up_uses_the_nats_that_it_is_given(tmp_path: Path, nats_server: NatsServer) -> None:
-    async with up(tmp_path / "data", nats_url=nats_server.url) as running:
-        assert not running.children("nats-server")
-        answer = await running.chat("[[tokens=2]]")
-        assert answer.status_code == 200
-        running.process.send_signal(signal.SIGINT)
-        assert (await running.ended()).code == 0
 
 
 async def test_without_nats_each_command_says_so(tmp_path: Path, nats_server: NatsServer) -> None:
@@ -463,93 +217,8 @@ async def test_chat_without_an_api(tmp_path: Path) -> None:
     assert (nothing.code, nothing.stderr) == (2, "forebay: --json is for one answer: give a MESSAGE\n")
 
 
-async def test_a_watch_outlives_nats(tmp_path: Path, nats_server: NatsServer) -> None:
-    async with running_stack(nats_server) as stack:
-        env = environment(tmp_path, nats_url=nats_server.url)
-        watch = await launch("status", "--watch", "--json", env=env)
-        assert watch.stdout is not None
-
-        async def until(seen: Callable[[dict[str, Any]], bool]) -> None:
-            assert watch.stdout is not None
-            async with asyncio.timeout(START_TIMEOUT_S):
-                while not seen(json.loads(await watch.stdout.readline())):
-                    pass
-
-        def busy(slots: int) -> Callable[[dict[str, Any]], bool]:
-            return lambda line: [worker["busy"] for worker in line.get("workers", ())] == [slots]
-
-        await until(busy(0))
-        runs = asyncio.create_task(stack.chat("[[tokens=60 delay_ms=100]]"))
-        await until(busy(1))
-        nats_server.stop()
-        await until(lambda line: "error" in line)
-        nats_server.start()
-        await until(busy(1))
-        assert (await runs).status_code == 200
-        await until(busy(0))
-        watch.send_signal(signal.SIGINT)
-        async with asyncio.timeout(END_TIMEOUT_S):
-            await watch.communicate()
-
-        # Where there is no terminal, the tables come one after the other.
-        plain = await launch("status", "--watch", env=env)
-        assert plain.stdout is not None
-        async with asyncio.timeout(START_TIMEOUT_S):
-            for _ in range(2):
-                while stack.workers[0].id.encode() not in await plain.stdout.readline():
-                    pass
-        plain.send_signal(signal.SIGINT)
-        async with asyncio.timeout(END_TIMEOUT_S):
-            await plain.communicate()
-
-
-async def test_a_watch_on_a_terminal_says_why_it_stands_still(tmp_path: Path, nats_server: NatsServer) -> None:
-    env = environment(tmp_path, nats_url=nats_server.url, term="xterm", columns=80, lines=24)
-    assert (await forebay("topology", "apply", data_dir=tmp_path, nats_url=nats_server.url)).code == 0
-    ours, its = pty.openpty()
-    watch = await launch("status", "--watch", env=env, stdout=its, stdin=its)
-    os.close(its)
-    seen = b""
-
-    async def until(text: bytes) -> None:
-        """Read what is drawn until `text` is."""
-        nonlocal seen
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while text not in seen:
-                seen += await asyncio.to_thread(os.read, ours, 65_536)
-        seen = b""
-
-    try:
-        await until(b"Workers: 0 of 0 ready")
-        nats_server.stop()
-        await until(b"NATS did not answer")
-        nats_server.start()
-        await until(b"\x1b[2K\x1b[1mWorkers: 0 of 0 ready")  # at the top again, where the reason was
-    finally:
-        watch.kill()
-        await watch.communicate()
-        os.close(ours)
-
-
 async def test_version(tmp_path: Path) -> None:
     assert (await forebay("--version", data_dir=tmp_path)).stdout == f"{version('forebay')}\n"
-
-
-async def test_a_drained_worker_is_no_crash(tmp_path: Path) -> None:
-    async with up(tmp_path, "--workers", "2", max_concurrent_requests=2, worker_slots=1) as running:
-        workers = (await forebay("status", "--json", data_dir=tmp_path)).json()["workers"]
-        drained = await forebay("drain", workers[0]["id"], data_dir=tmp_path)
-        assert drained.code == 0, drained.stderr
-        assert running.process.stderr is not None
-        async with asyncio.timeout(END_TIMEOUT_S):
-            while b"has drained and left; the others go on" not in (line := await running.process.stderr.readline()):
-                assert line
-        assert (await running.chat("[[tokens=2]]")).status_code == 200
-        status = (await forebay("status", "--json", data_dir=tmp_path)).json()
-        assert [worker["id"] for worker in status["workers"]] == [workers[1]["id"]]
-        running.process.send_signal(signal.SIGTERM)
-        ended = await running.ended()
-    assert ended.code == 0, ended.stderr
 
 
 async def test_requests_are_filtered(tmp_path: Path) -> None:

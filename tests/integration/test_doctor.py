@@ -110,29 +110,27 @@ async def test_a_connection_that_is_refused_is_a_finding(nats_server: NatsServer
             assert found["model"]["severity"] == "ok"
 
 
-async def test_a_refused_user_is_a_finding(tmp_path: Path) -> None:
-    config = tmp_path / "nats.conf"
-    config.write_text('authorization: { user: "a", password: "b" }\n')
-    server = NatsServer(tmp_path, "-c", str(config))
+async def doctor_of_a_server_with(folder: Path, config: str) -> tuple[int | None, dict[str, Any]]:
+    """What doctor finds at a server that has this configuration and no JetStream."""
+    file = folder / "nats.conf"
+    file.write_text(config)
+    server = NatsServer(folder, "-c", str(file))
     server.start()
     try:
-        code, found = await doctor(Stack(server).env(), tmp_path)
+        return await doctor(Stack(server).env(), folder)
     finally:
         server.stop()
+
+
+async def test_a_refused_user_is_a_finding(tmp_path: Path) -> None:
+    code, found = await doctor_of_a_server_with(tmp_path, 'authorization: { user: "a", password: "b" }')
     assert (code, found["nats"]["severity"]) == (1, "problem")
     assert "refuses this user" in found["nats"]["message"]
     assert "NATS_NKEY_SEED or NATS_CREDENTIALS" in found["nats"]["fix"]
 
 
 async def test_a_server_without_jetstream(tmp_path: Path) -> None:
-    config = tmp_path / "nats.conf"
-    config.write_text("")
-    server = NatsServer(tmp_path, "-c", str(config))
-    server.start()
-    try:
-        code, found = await doctor(Stack(server).env(), tmp_path)
-    finally:
-        server.stop()
+    code, found = await doctor_of_a_server_with(tmp_path, "")
     assert (code, found["jetstream"]["severity"]) == (1, "problem")
     assert found["jetstream"]["message"] == "JetStream is off: the server has none"
     assert "`-js`" in found["jetstream"]["fix"]

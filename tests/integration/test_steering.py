@@ -4,15 +4,14 @@ import asyncio
 import json
 import re
 import signal
-import sys
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from forebay_contracts.messages import RequestStatus
+from support.command import Ended, run
 from support.nats import NatsServer
 from support.secured import Site
 from support.secured import running as running_secured
@@ -22,22 +21,9 @@ from support.view import holds, jetstream
 CONSUMER = f"HuggingFaceTB-{MODEL}"
 
 
-@dataclass
-class Ended:
-    code: int | None
-    stdout: str
-    stderr: str
-
-
 async def forebay(stack: Stack, *arguments: str, **settings: object) -> Ended:
     """A command against the stack's NATS, to its end."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "forebay_cli", *arguments, env=stack.env(**settings), stdout=pipe, stderr=pipe
-    )
-    async with asyncio.timeout(60):
-        stdout, stderr = await process.communicate()
-    return Ended(process.returncode, stdout.decode(), stderr.decode())
+    return await run(*arguments, env=stack.env(**settings))
 
 
 async def test_a_paused_model_waits_and_goes_on(nats_server: NatsServer) -> None:

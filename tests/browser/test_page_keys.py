@@ -1,0 +1,125 @@
+"""Who may see what on the page, and what is only text there."""
+
+import re
+import time
+from pathlib import Path
+
+from playwright.async_api import expect
+
+from forebay_contracts import keys
+from forebay_contracts.messages import RequestState, RequestStatus, WorkerStatus
+from support.browser import Windows
+from support.nats import NatsServer
+from support.page import HOSTILE, heartbeat
+from support.stack import running
+
+NO_NUMBER = "\N{EN DASH}"
+ALICE, OPS = (f"fb-{name}-key-of-more-than-sixteen" for name in ("alice", "ops"))
+
+
+async def test_it_works_with_an_api_key(nats_server: NatsServer, windows: Windows) -> None:
+    async with running(nats_server, api_keys="first,second") as stack, windows.open(stack) as window:
+        refused = await stack.http.get(window.url + "v1/queue/events")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+        await window.shows("#connection", "an API key is needed")
+        await window.page.get_by_label("API key").fill("second")
+        await window.page.keyboard.press("Enter")
+        await window.live()
+        assert await window.page.evaluate("sessionStorage.getItem('forebay-api-key')") == "second"
+        await window.page.get_by_label("Message").fill("[[tokens=2]]")
+        await window.page.keyboard.press("Enter")
+        await window.shows("#chat-log .assistant", "t0 t1")
+        assert all("401" in complaint for complaint in window.complaints), window.complaints
+        assert not [url for url in window.asked if "second" in url]
+
+
+async def test_each_key_sees_its_own_and_leaves_nothing_behind(
+    nats_server: NatsServer, windows: Windows, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.toml"
+    alice, ops = (
+        keys.written(name, key, max_requests=None, operator=name == "ops")
+        for name, key in (("alice", ALICE), ("ops", OPS))
+    )
+    file.write_text(alice + ops)
+    async with running(nats_server, api_keys_file=file) as stack, windows.open(stack) as window:
+
+        async def ask(key: str, text: str) -> str:
+            body = {"model": "SmolLM2-135M-Instruct", "messages": [{"role": "user", "content": text}]}
+            url, headers = window.url + "v1/chat/completions", {"authorization": f"Bearer {key}"}
+            return (await stack.http.post(url, json=body, headers=headers)).headers["x-request-id"]
+
+        async def use(key: str) -> None:
+            await window.page.get_by_label("API key").fill(key)
+            await window.page.keyboard.press("Enter")
+
+        async def empty() -> None:
+            assert await window.table("requests") == []
+            for element in ("#chat-log", "#look-result", "#models", "#workers", "#chart"):
+                await window.shows(element, "")
+            await window.shows("#queue_size", NO_NUMBER)
+
+        hers, others = await ask(ALICE, "[[fail]]"), await ask(OPS, "[[fail]]")
+        await use(ALICE)
+        await window.live()
+        assert [row[0] for row in await window.table("requests")] == [hers]
+        # What went wrong inside is the operator's alone.
+        state = await stack.state(hers)
+        assert state is not None
+        assert await window.page.locator("td.error").inner_text() == state.error
+        await window.page.get_by_label("Message").fill("[[tokens=2]]")
+        await window.page.keyboard.press("Enter")
+        await window.shows("#chat-log .assistant", "t0 t1")
+        await window.page.get_by_label("Id", exact=True).fill(hers)
+        await window.page.keyboard.press("Enter")
+        await window.page.locator("#look-result .state-failed").wait_for()
+
+        await use("not-a-key")
+        await window.shows("#connection", "an API key is needed")
+        await empty()
+
+        await use(OPS)
+        await window.live()
+        assert {hers, others} < {row[0] for row in await window.table("requests")}
+        # Taken away, what it showed goes with it.
+        file.write_text(alice)
+        await window.shows("#connection", "an API key is needed")
+        await empty()
+
+
+async def test_text_of_others_stays_text(nats_server: NatsServer, windows: Windows) -> None:
+    async with running(nats_server) as stack, windows.open(stack) as window:
+        await window.live()
+        now = time.time()
+        hostile = RequestState(
+            id="hostile",
+            status=RequestStatus.FAILED,
+            completion_type=HOSTILE,
+            timestamp=now,
+            error=HOSTILE,
+            fault=HOSTILE,
+            model=HOSTILE,
+            queued_at=now,
+            deadline=now,
+            worker=HOSTILE,
+        )
+        await stack.states.write(hostile, 0)
+        await heartbeat(stack, "hostile", HOSTILE, WorkerStatus.READY)
+        await expect(window.page.locator("#requests tr")).to_have_count(1)
+        (row,) = await window.table("requests")
+        assert row[2:5] == [HOSTILE] * 3
+        assert row[9] == f"{HOSTILE}\n{HOSTILE}"
+        await expect(window.page.locator("#workers tr")).to_have_count(2)
+        assert ["hostile", HOSTILE, "ready", "0 of 1", "", "", HOSTILE] in await window.table("workers")
+        await window.page.get_by_label("Id", exact=True).fill("hostile")
+        await window.page.keyboard.press("Enter")
+        await expect(window.page.locator("#look-result dd", has_text=HOSTILE)).to_have_count(5)
+        await window.page.get_by_label("Message").fill(f"[[{HOSTILE}]]")
+        await window.page.keyboard.press("Enter")
+        await window.shows("#chat-log .user", f"[[{HOSTILE}]]")
+        await window.shows("#chat-log .failure", re.compile("does not know the order '<img'"))
+        # It can be chosen, as any model can.
+        await expect(window.page.locator("#chat-model option")).to_have_count(2)
+        assert await window.page.locator("img").count() == 0
+        assert await window.page.title() == "Forebay"
+        assert window.complaints == []
