@@ -18,15 +18,6 @@ FULL_MODEL = f"HuggingFaceTB/{MODEL}"
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("usual_port_is_taken")]
 
 
-async def settled(data_dir: Path) -> dict[str, Any]:
-    """The status once all requests have ended: an answer reaches its client a moment before it is counted."""
-    async with asyncio.timeout(60):
-        while True:
-            status: dict[str, Any] = (await forebay("status", "--json", data_dir=data_dir)).json()
-            if status["active_requests"] == 0:
-                return status
-
-
 async def test_without_nats_each_command_says_so(tmp_path: Path, nats_server: NatsServer) -> None:
     nats_server.stop()
     for command in (

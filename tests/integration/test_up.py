@@ -7,13 +7,12 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from support.command import END_TIMEOUT_S, Up, forebay, up
+from support.command import END_TIMEOUT_S, Up, forebay, settled, up
 from support.nats import NatsServer
 from support.stack import MODEL
 
@@ -53,15 +52,6 @@ async def interrupted(lines: AsyncIterator[str], running: Up) -> AsyncIterator[s
     yield first
     async for line in lines:
         yield line
-
-
-async def settled(data_dir: Path) -> dict[str, Any]:
-    """The status once all requests have ended: an answer reaches its client a moment before it is counted."""
-    async with asyncio.timeout(60):
-        while True:
-            status: dict[str, Any] = (await forebay("status", "--json", data_dir=data_dir)).json()
-            if status["active_requests"] == 0:
-                return status
 
 
 async def test_totals_and_requests_outlast_a_restart(tmp_path: Path) -> None:

@@ -107,3 +107,12 @@ async def up(data_dir: Path, *options: str, **settings: object) -> AsyncIterator
         if process.returncode is None:
             process.kill()
             await running.ended()
+
+
+async def settled(data_dir: Path) -> dict[str, Any]:
+    """The status once all requests have ended: an answer reaches its client a moment before it is counted."""
+    async with asyncio.timeout(60):
+        while True:
+            status: dict[str, Any] = (await forebay("status", "--json", data_dir=data_dir)).json()
+            if status["active_requests"] == 0:
+                return status
