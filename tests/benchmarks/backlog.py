@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import systems
 from benchmarks.common import MODEL, log, memory_mb, part_main, ratios, spread
-from forebay_contracts import topology
-from forebay_contracts.connection import Connection, connect
-from forebay_contracts.messages import CompletionType, InferenceRequest
-from forebay_contracts.queue import JetStreamQueue
+from forebay_contracts.nats import topology
+from forebay_contracts.nats.connection import Connection, connect
+from forebay_contracts.queueing.queue import JetStreamQueue
 from forebay_contracts.settings import Settings, load
+from forebay_contracts.wire.messages import CompletionType, InferenceRequest
 
 BUDGET_S = 150
 SAMPLES = 100

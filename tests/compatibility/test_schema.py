@@ -11,9 +11,9 @@ import pytest
 from nats.aio.msg import Msg
 from pydantic import BaseModel, ValidationError
 
-from forebay_api.idempotency import KeptAnswer
-from forebay_contracts import names
-from forebay_contracts.messages import (
+from forebay_api.in_flight.idempotency import KeptAnswer
+from forebay_contracts.wire import names
+from forebay_contracts.wire.messages import (
     SCHEMA_VERSION,
     ApiInfo,
     InferenceRequest,

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from forebay_inference.model_store import ensure_model
+from forebay_inference.models.store import ensure_model
 from support.containers import Compose, becomes_healthy, docker, inspect, log, logged
 from support.stack import data_dir
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay_contracts.connection import connected
+from forebay_contracts.nats.connection import connected
 from forebay_contracts.settings import Settings, load
 from support.cluster import Cluster
 from support.stack import Stack, running

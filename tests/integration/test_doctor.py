@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from test_topology import old_server
 
-from forebay_cli import roles
-from forebay_contracts import names, topology
-from forebay_contracts.messages import WorkerInfo, WorkerStatus
-from forebay_contracts.permissions import Permissions, Subjects
-from forebay_contracts.presence import Heartbeat
+from forebay_cli.doctor import roles
+from forebay_contracts.nats import topology
+from forebay_contracts.nats.permissions import Permissions, Subjects
+from forebay_contracts.nats.presence import Heartbeat
 from forebay_contracts.settings import Settings, load
+from forebay_contracts.wire import names
+from forebay_contracts.wire.messages import WorkerInfo, WorkerStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 

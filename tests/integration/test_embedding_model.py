@@ -12,10 +12,10 @@ import pytest
 import pytest_asyncio
 from sentence_transformers import SentenceTransformer
 
-from forebay_contracts.errors import ConfigurationError, InvalidRequest, UnsupportedByModel
-from forebay_contracts.messages import CompletionType, InferenceRequest
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.engine.embedding import EmbeddingEngine
+from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest, UnsupportedByModel
+from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_inference.engine.embedding.engine import EmbeddingEngine
 from forebay_inference.engine.protocol import Accepted, Finished, Vector, require_served
 from support.answers import summary
 from support.engine import chat

@@ -11,16 +11,16 @@ from typing import Any
 import httpx
 import pytest
 
-from forebay_api import feed
-from forebay_api.auth import ANYBODY, Client
-from forebay_api.feed import Feed
+from forebay_api.clients.keys import ANYBODY, Client
+from forebay_api.watching import feed
+from forebay_api.watching.feed import Feed
 from forebay_contracts import keys
-from forebay_contracts.connection import connect
-from forebay_contracts.errors import QueueConflict, TooManyListeners
-from forebay_contracts.messages import RequestState, RequestStatus
+from forebay_contracts.nats.connection import connect
+from forebay_contracts.queueing.states import KeyValueStateStore
+from forebay_contracts.queueing.status import queue_status
 from forebay_contracts.settings import Settings, load
-from forebay_contracts.states import KeyValueStateStore
-from forebay_contracts.status import queue_status
+from forebay_contracts.wire.errors import QueueConflict, TooManyListeners
+from forebay_contracts.wire.messages import RequestState, RequestStatus
 from support.nats import NatsServer
 from support.proxy import Proxy
 from support.stack import MODEL, Stack, running

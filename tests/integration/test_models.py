@@ -11,10 +11,10 @@ from typing import Any
 import openai
 import pytest
 
-from forebay_contracts import names
-from forebay_contracts.messages import CompletionType, RequestStatus, WorkerInfo, WorkerStatus
-from forebay_contracts.presence import Heartbeat
+from forebay_contracts.nats.presence import Heartbeat
 from forebay_contracts.version import VERSION
+from forebay_contracts.wire import names
+from forebay_contracts.wire.messages import CompletionType, RequestStatus, WorkerInfo, WorkerStatus
 from support.answers import error_of, summary, user
 from support.nats import NatsServer
 from support.stack import MODEL, Service, Stack, running

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from forebay_contracts import names
-from forebay_contracts.messages import RequestStatus
-from forebay_contracts.permissions import covers
+from forebay_contracts.nats.permissions import covers
 from forebay_contracts.settings import ApiSettings, InferenceSettings
+from forebay_contracts.wire import names
+from forebay_contracts.wire.messages import RequestStatus
 from support.nats import NatsServer
 from support.secured import Site
 from support.secured import running as running_secured

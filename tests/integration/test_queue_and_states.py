@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from forebay_contracts import states as transitions
-from forebay_contracts import topology
-from forebay_contracts.connection import Connection, connect
-from forebay_contracts.errors import QueueConflict, QueueFull, QueueUnavailable
-from forebay_contracts.memory_queue import InMemoryQueue
-from forebay_contracts.messages import CompletionType, InferenceRequest, RequestState, RequestStatus
-from forebay_contracts.queue import Delivery, JetStreamQueue, RequestQueue
+from forebay_contracts.nats import topology
+from forebay_contracts.nats.connection import Connection, connect
+from forebay_contracts.queueing import states as transitions
+from forebay_contracts.queueing.memory import InMemoryQueue
+from forebay_contracts.queueing.queue import Delivery, JetStreamQueue, RequestQueue
+from forebay_contracts.queueing.states import InMemoryStateStore, KeyValueStateStore, StateStore
 from forebay_contracts.settings import Settings, load
-from forebay_contracts.states import InMemoryStateStore, KeyValueStateStore, StateStore
+from forebay_contracts.wire.errors import QueueConflict, QueueFull, QueueUnavailable
+from forebay_contracts.wire.messages import CompletionType, InferenceRequest, RequestState, RequestStatus
 from support.nats import NatsServer
 
 MODEL = "org/model"

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from forebay_contracts import names, topology
-from forebay_contracts.connection import Connection, connect
-from forebay_contracts.errors import ConfigurationError, QueueUnavailable
-from forebay_contracts.messages import CompletionType, InferenceRequest
-from forebay_contracts.queue import JetStreamQueue
+from forebay_contracts.nats import topology
+from forebay_contracts.nats.connection import Connection, connect
+from forebay_contracts.queueing.queue import JetStreamQueue
 from forebay_contracts.settings import Settings, load
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
+from forebay_contracts.wire.messages import CompletionType, InferenceRequest
 from support.nats import NatsServer
 
 MODEL = "org/model"

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from forebay_contracts.messages import RequestStatus
 from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.messages import RequestStatus
 from forebay_inference.exposition import serve as expose
 from forebay_inference.health import Health
 from support.nats import NatsServer

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from forebay_contracts import names
 from forebay_contracts.settings import ApiSettings, InferenceSettings, Settings, load
+from forebay_contracts.wire import names
 from support.containers import NATS_IMAGE
 from support.manifests import DEPLOY, Manifests, probes
 

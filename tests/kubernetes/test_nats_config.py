@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from forebay_contracts import names, topology
+from forebay_contracts.nats import topology
 from forebay_contracts.settings import Settings, load
+from forebay_contracts.wire import names
 from support.manifests import DEPLOY, Manifests
 from support.nats import nats_server_binary
 from support.ports import port_of

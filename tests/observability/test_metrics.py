@@ -11,12 +11,12 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as prometheus_text
 
 from forebay_contracts import keys
-from forebay_contracts.connection import connected
-from forebay_contracts.errors import QueueUnavailable
-from forebay_contracts.messages import RequestState, RequestStatus
-from forebay_contracts.metrics import REGISTRY
+from forebay_contracts.nats.connection import connected
+from forebay_contracts.queueing.states import KeyValueStateStore
 from forebay_contracts.settings import Settings, load
-from forebay_contracts.states import KeyValueStateStore
+from forebay_contracts.telemetry.metrics import REGISTRY
+from forebay_contracts.wire.errors import QueueUnavailable
+from forebay_contracts.wire.messages import RequestState, RequestStatus
 from support.answers import chat_body
 from support.metrics import defined
 from support.nats import NatsServer

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from forebay_contracts import names, topology
-from forebay_contracts.connection import connect
-from forebay_contracts.errors import ConfigurationError, QueueUnavailable
-from forebay_contracts.messages import RequestState, RequestStatus
-from forebay_contracts.permissions import covers
-from forebay_contracts.pulls import PULL_EXPIRES_S, PULL_GRACE_S
+from forebay_contracts.nats import topology
+from forebay_contracts.nats.connection import connect
+from forebay_contracts.nats.permissions import covers
+from forebay_contracts.queueing.pulls import PULL_EXPIRES_S, PULL_GRACE_S
 from forebay_contracts.settings import Settings, load
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
+from forebay_contracts.wire.messages import RequestState, RequestStatus
 from support.nats import NatsServer
 from support.secured import DEPLOY, ROLES, Site, init, running
 from support.stack import MODEL

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from forebay_contracts import topology
-from forebay_contracts.errors import ConfigurationError
-from forebay_contracts.messages import RequestStatus
+from forebay_contracts.nats import topology
 from forebay_contracts.settings import Settings, load
+from forebay_contracts.wire.errors import ConfigurationError
+from forebay_contracts.wire.messages import RequestStatus
 from support.secured import ROLES, Site, running
 from support.stack import MODEL
 

@@ -4,7 +4,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from forebay_contracts.messages import CompletionType, InferenceRequest, Sampling, TokenLogprob
+from forebay_contracts.wire.messages import CompletionType, InferenceRequest, Sampling, TokenLogprob
 from forebay_inference.engine.protocol import Accepted, Engine, Finished, ResumeTokens, Tokens
 
 

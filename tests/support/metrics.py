@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import forebay_api.metrics
-import forebay_inference.metrics
-from forebay_api.exposition import QueueGauges
-from forebay_contracts.metrics import REGISTRY
+import forebay_api.request_metrics
+import forebay_inference.worker_metrics
+from forebay_api.watching.exposition import QueueGauges
+from forebay_contracts.telemetry.metrics import REGISTRY
 
-SERVICES = (forebay_api.metrics, forebay_inference.metrics)
+SERVICES = (forebay_api.request_metrics, forebay_inference.worker_metrics)
 """Imported for what they register."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import nats
 from nats.aio.client import Client
 
-from forebay_contracts.connection import Connection, _tls, connect
+from forebay_contracts.nats.connection import Connection, _tls, connect
 from forebay_contracts.settings import Settings, load
 from support.cluster import Cluster
 from support.nats import NatsServer

@@ -7,10 +7,11 @@ import time
 from rich.console import Console, Group
 from rich.table import Table
 
-from forebay_cli import console, status
-from forebay_cli.requests import request_table, requests_table
-from forebay_contracts.messages import RequestState, RequestStatus, Usage, WorkerInfo, WorkerStatus
-from forebay_contracts.status import ModelQueue, QueueStatus
+from forebay_cli import console
+from forebay_cli.commands import status
+from forebay_cli.commands.requests import request_table, requests_table
+from forebay_contracts.queueing.status import ModelQueue, QueueStatus
+from forebay_contracts.wire.messages import RequestState, RequestStatus, Usage, WorkerInfo, WorkerStatus
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REQUEST_ID = "0b5d7c1e-8a52-4c0e-9a55-3d2f0e7f1a6b"

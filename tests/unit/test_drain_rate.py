@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 
-from forebay_api.drain_rate import MAX_RETRY_AFTER_S, WINDOW_S, DrainRate
+from forebay_api.watching.drain_rate import MAX_RETRY_AFTER_S, WINDOW_S, DrainRate
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from forebay_inference.engine.embedding_batch import MAX_FAILURES_IN_A_ROW, EmbeddingBatch, Job
+from forebay_inference.engine.embedding.batch import MAX_FAILURES_IN_A_ROW, EmbeddingBatch, Job
 from forebay_inference.engine.protocol import EngineFault
 
 

@@ -8,8 +8,8 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from forebay_contracts import metrics
-from forebay_contracts.metrics import Histogram
+from forebay_contracts.telemetry import metrics
+from forebay_contracts.telemetry.metrics import Histogram
 
 
 @pytest.fixture

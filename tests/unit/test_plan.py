@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from forebay_cli import plan
-from forebay_cli.shapes import of_folder, of_params, parse_params, parse_size
-from forebay_cli.sizing import (
+from forebay_cli.commands import plan
+from forebay_cli.sizing.gpu_memory import (
     BATCH_SIZES,
     CACHE_SHARE,
     MAX_SLOTS,
@@ -31,10 +30,11 @@ from forebay_cli.sizing import (
     recommended,
     weights_bytes,
 )
-from forebay_contracts.errors import ConfigurationError
+from forebay_cli.sizing.model_shape import of_folder, of_params, parse_params, parse_size
 from forebay_contracts.settings import Settings
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.transformers import memory
-from forebay_inference.model_store import ensure_model
+from forebay_inference.models.store import ensure_model
 from support.stack import data_dir
 
 GIB = 1 << 30

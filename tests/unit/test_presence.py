@@ -4,12 +4,12 @@ import time
 
 import pytest
 
-from forebay_contracts import names
-from forebay_contracts.connection import Connection, connected
-from forebay_contracts.messages import ApiInfo
-from forebay_contracts.presence import HEARTBEAT_TTL_S, Heartbeat, Presence
+from forebay_contracts.nats.connection import Connection, connected
+from forebay_contracts.nats.presence import HEARTBEAT_TTL_S, Heartbeat, Presence
+from forebay_contracts.nats.topology import ensure
 from forebay_contracts.settings import Settings, load
-from forebay_contracts.topology import ensure
+from forebay_contracts.wire import names
+from forebay_contracts.wire.messages import ApiInfo
 from support.nats import NatsServer
 
 

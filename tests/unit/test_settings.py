@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from forebay_contracts import tracing
-from forebay_contracts.errors import ConfigurationError
 from forebay_contracts.settings import ApiSettings, InferenceSettings, Settings, load
+from forebay_contracts.telemetry import tracing
+from forebay_contracts.wire.errors import ConfigurationError
 
 EXAMPLE = Path(__file__).parents[2] / "queue-config.env.example"
 CLASSES = (ApiSettings, InferenceSettings)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay_cli import supervisor
-from forebay_cli.supervisor import ChildDied, LogFile, Supervisor
+from forebay_cli.local import supervisor
+from forebay_cli.local.supervisor import ChildDied, LogFile, Supervisor
 
 pytestmark = pytest.mark.timeout(90)
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_inference.engine.transformers.text import ChoiceText, Detokenizer, StopStrings
+from forebay_inference.engine.text.detokenizer import ChoiceText, Detokenizer, StopStrings
 
 # One to five pieces of this alphabet make overlaps of stop strings likely, and most characters several bytes long.
 texts = st.text(alphabet="ab\n é€𝄞\ufffd", max_size=40)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_inference.engine.transformers.tool_calls import ToolParser
-from forebay_inference.engine.transformers.tools import HERMES, LLAMA, MISTRAL, ToolFormat
+from forebay_inference.engine.text.tool_calls import ToolParser
+from forebay_inference.engine.text.tool_formats import HERMES, LLAMA, MISTRAL, ToolFormat
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-999, 999) | st.text(alphabet='ab"\\{}[]<>/:, é\n', max_size=8),

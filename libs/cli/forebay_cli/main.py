@@ -9,19 +9,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from forebay_cli import chat as chatting
-from forebay_cli import console, steer
-from forebay_cli import doctor as checking
-from forebay_cli import plan as planning
-from forebay_cli import requests as asking
-from forebay_cli import status as looking
-from forebay_cli import topology as shaping
-from forebay_cli import up as bringing_up
+from forebay_cli import console
+from forebay_cli.commands import chat as chatting
+from forebay_cli.commands import plan as planning
+from forebay_cli.commands import requests as asking
+from forebay_cli.commands import status as looking
+from forebay_cli.commands import steer
+from forebay_cli.commands import topology as shaping
+from forebay_cli.commands import up as bringing_up
+from forebay_cli.doctor import checks as checking
 from forebay_contracts import keys
-from forebay_contracts.errors import ConfigurationError, ForebayError
-from forebay_contracts.messages import RequestStatus
 from forebay_contracts.settings import ApiSettings, Settings, load
 from forebay_contracts.version import VERSION
+from forebay_contracts.wire.errors import ConfigurationError, ForebayError
+from forebay_contracts.wire.messages import RequestStatus
 
 EXIT_FAILED = 1
 EXIT_CONFIGURATION = 2

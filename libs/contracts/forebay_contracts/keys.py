@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.wire.errors import ConfigurationError
 
 MAX_KEYS: Final = 1000
 """Names are labels of metrics, and each costs memory there."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.wire.errors import ConfigurationError
 
 _URL = re.compile(r"^(nats|tls|ws|wss)://\S+$")
 _ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")

@@ -9,29 +9,32 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from forebay_api import openapi
-from forebay_api.auth import ApiKeys
+from forebay_api.clients.keys import ApiKeys
+from forebay_api.clients.limits import KeyLimits
 from forebay_api.context import Context
-from forebay_api.dispatcher import Dispatcher
-from forebay_api.drain_rate import Rates
-from forebay_api.error_handlers import ErrorAnswers
-from forebay_api.exposition import Exposition
-from forebay_api.feed import Feed
-from forebay_api.idempotency import IdempotentRequests
-from forebay_api.key_limits import KeyLimits
-from forebay_api.middleware import REQUEST_ID_HEADER, HeadersMiddleware
-from forebay_api.models import Models
-from forebay_api.routes import completions, docs, events, health, metrics, models, page, queue
-from forebay_api.tracing import TraceMiddleware
-from forebay_contracts import names, topology, tracing
-from forebay_contracts.connection import connected
-from forebay_contracts.messages import ApiInfo, WorkerInfo
-from forebay_contracts.presence import Heartbeat, Presence
-from forebay_contracts.queue import JetStreamQueue
+from forebay_api.http import openapi
+from forebay_api.http.error_answers import ErrorAnswers
+from forebay_api.http.headers import REQUEST_ID_HEADER, HeadersMiddleware
+from forebay_api.http.tracing import TraceMiddleware
+from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.idempotency import IdempotentRequests
+from forebay_api.openai import models, routes
+from forebay_api.watching import docs, events, health, metrics, page, queue
+from forebay_api.watching.drain_rate import Rates
+from forebay_api.watching.exposition import Exposition
+from forebay_api.watching.feed import Feed
+from forebay_api.watching.served_models import Models
+from forebay_contracts.nats import topology
+from forebay_contracts.nats.connection import connected
+from forebay_contracts.nats.presence import Heartbeat, Presence
+from forebay_contracts.queueing.queue import JetStreamQueue
+from forebay_contracts.queueing.states import KeyValueStateStore
+from forebay_contracts.queueing.status import QueueStatus, queue_status
 from forebay_contracts.settings import ApiSettings
-from forebay_contracts.states import KeyValueStateStore
-from forebay_contracts.status import QueueStatus, queue_status
+from forebay_contracts.telemetry import tracing
 from forebay_contracts.version import VERSION
+from forebay_contracts.wire import names
+from forebay_contracts.wire.messages import ApiInfo, WorkerInfo
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +43,15 @@ def create_app(context: Context) -> ASGIApp:
     """The HTTP side of a running api."""
     app = FastAPI(title="Forebay", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    paths = frozenset(route.path for route in completions.routes)
+    paths = frozenset(route.path for route in routes.routes)
     errors = ErrorAnswers(context, paths)
     errors.install(app)
-    app.router.routes.extend(completions.routes)
+    app.router.routes.extend(routes.routes)
     for module in (models, queue, events, health, metrics, page, docs):
         app.include_router(module.router)
     openapi.install(app, keys=bool(context.settings.api_keys or context.settings.api_keys_file))
     # Around FastAPI, not in it: what is served ahead of it has the same headers.
-    served: ASGIApp = completions.Completions(app, errors)
+    served: ASGIApp = routes.Completions(app, errors)
     if tracing.enabled():
         served = TraceMiddleware(served, paths)
     served = HeadersMiddleware(served, context)

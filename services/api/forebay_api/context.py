@@ -5,18 +5,18 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from forebay_api.auth import ApiKeys, Client
-from forebay_api.dispatcher import Dispatcher
-from forebay_api.drain_rate import Rates
-from forebay_api.exposition import Exposition
-from forebay_api.feed import Feed
-from forebay_api.idempotency import IdempotentRequests
-from forebay_api.models import Models
-from forebay_contracts.connection import Connection
-from forebay_contracts.messages import WorkerInfo
-from forebay_contracts.presence import Presence
+from forebay_api.clients.keys import ApiKeys, Client
+from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.idempotency import IdempotentRequests
+from forebay_api.watching.drain_rate import Rates
+from forebay_api.watching.exposition import Exposition
+from forebay_api.watching.feed import Feed
+from forebay_api.watching.served_models import Models
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.presence import Presence
+from forebay_contracts.queueing.states import StateStore
 from forebay_contracts.settings import ApiSettings
-from forebay_contracts.states import StateStore
+from forebay_contracts.wire.messages import WorkerInfo
 
 
 @dataclass(slots=True)

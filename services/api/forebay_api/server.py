@@ -17,12 +17,12 @@ import uvloop
 
 from forebay_api.app import create_app, running
 from forebay_api.context import Context
-from forebay_api.exposition import MULTIPROCESS_DIR
-from forebay_api.http import BoundedHttp
-from forebay_contracts import logs, metrics, tracing
-from forebay_contracts.errors import ConfigurationError, ForebayError
-from forebay_contracts.lifetime import calm_collector, die_with_parent, raise_file_limit
+from forebay_api.http.protocol import BoundedHttp
+from forebay_api.watching.exposition import MULTIPROCESS_DIR
+from forebay_contracts.process import calm_collector, die_with_parent, raise_file_limit
 from forebay_contracts.settings import ApiSettings, load
+from forebay_contracts.telemetry import logs, metrics, tracing
+from forebay_contracts.wire.errors import ConfigurationError, ForebayError
 
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 20_000

@@ -7,10 +7,10 @@ import sys
 
 import uvloop
 
-from forebay_contracts import logs, metrics, tracing
-from forebay_contracts.connection import connected
-from forebay_contracts.errors import ConfigurationError, ForebayError
+from forebay_contracts.nats.connection import connected
 from forebay_contracts.settings import InferenceSettings, load
+from forebay_contracts.telemetry import logs, metrics, tracing
+from forebay_contracts.wire.errors import ConfigurationError, ForebayError
 from forebay_inference.engine.protocol import Engine
 from forebay_inference.engine.simulated import SimulatedEngine
 from forebay_inference.exposition import serve as expose
@@ -22,7 +22,7 @@ def build_engine(settings: InferenceSettings) -> Engine:
     if settings.inference_engine == "simulated":
         return SimulatedEngine(settings.served_model)
     if settings.inference_engine == "embedding":
-        from forebay_inference.engine.embedding import EmbeddingEngine
+        from forebay_inference.engine.embedding.engine import EmbeddingEngine
 
         return EmbeddingEngine.from_settings(settings)
     # Imported here, since it takes seconds and a simulated worker needs no torch.

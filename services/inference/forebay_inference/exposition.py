@@ -12,9 +12,9 @@ from typing import Final
 
 from prometheus_client import MetricsHandler
 
-from forebay_contracts.errors import ConfigurationError
-from forebay_contracts.metrics import REGISTRY
 from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.telemetry.metrics import REGISTRY
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.health import Health
 
 LOOP_PATIENCE_S: Final = 3.0

@@ -2,9 +2,9 @@
 
 import sys
 
-from forebay_contracts.errors import ForebayError
 from forebay_contracts.settings import InferenceSettings, load
-from forebay_inference.model_store import ensure_model
+from forebay_contracts.wire.errors import ForebayError
+from forebay_inference.models.store import ensure_model
 
 
 def main() -> int:

@@ -13,20 +13,22 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
-from forebay_contracts import logs, names, topology
-from forebay_contracts.connection import Connection
-from forebay_contracts.errors import InferenceFailed
-from forebay_contracts.lifetime import calm_collector
-from forebay_contracts.messages import ApiInfo, Resume, WorkerInfo, WorkerStatus
-from forebay_contracts.presence import Heartbeat, Presence
-from forebay_contracts.queue import JetStreamQueue, RequestQueue
+from forebay_contracts.nats import topology
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.presence import Heartbeat, Presence
+from forebay_contracts.process import calm_collector
+from forebay_contracts.queueing.queue import JetStreamQueue, RequestQueue
+from forebay_contracts.queueing.states import KeyValueStateStore
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.states import KeyValueStateStore
+from forebay_contracts.telemetry import logs
 from forebay_contracts.version import VERSION
-from forebay_inference.attempts import API_GONE, AttemptRunner, Interrupt
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import InferenceFailed
+from forebay_contracts.wire.messages import ApiInfo, Resume, WorkerInfo, WorkerStatus
+from forebay_inference.attempt.runner import API_GONE, AttemptRunner, Interrupt
 from forebay_inference.engine.protocol import Engine, ModelInfo
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
-from forebay_inference.metrics import WorkerMetrics, watch
+from forebay_inference.worker_metrics import WorkerMetrics, watch
 
 KEEP_ALIVE_FRACTION = 3
 """The ack wait is restarted so many times before it could pass."""

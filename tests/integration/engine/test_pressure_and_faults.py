@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay_contracts.errors import InvalidRequest
 from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import EngineFault, Tokens
 from forebay_inference.engine.transformers import TransformersEngine, memory
 from forebay_inference.health import EngineWatch

@@ -13,11 +13,11 @@ import torch
 from jsonschema import validate
 from transformers import AutoTokenizer
 
-from forebay_contracts.messages import Sampling
+from forebay_contracts.wire.messages import Sampling
 from forebay_inference.engine.protocol import EngineFault
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose
-from forebay_inference.model_store import ensure_model
+from forebay_inference.models.store import ensure_model
 from support.schemas import schema
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forebay_contracts.errors import InvalidRequest
+from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.transformers import TransformersEngine
 from support.engine import answer, chat
 

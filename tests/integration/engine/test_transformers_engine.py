@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from forebay_contracts.errors import InvalidRequest
+from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import Accepted, Tokens
 from forebay_inference.engine.transformers import TransformersEngine
 from support.engine import answer, answers, chat, completion

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from forebay_contracts.errors import UnsupportedByModel
-from forebay_contracts.messages import CompletionType, InferenceRequest, TokenLogprob
+from forebay_contracts.wire.errors import UnsupportedByModel
+from forebay_contracts.wire.messages import CompletionType, InferenceRequest, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Next tokens of choice `index`, with the text they settle (see `forebay_contracts.messages.Delta`).
+    """Next tokens of choice `index`, with the text they settle (see `forebay_contracts.wire.messages.Delta`).
 
     `text` never holds a part of a character, of a stop string or of a special token. `tool_calls` are OpenAI
     streamed tool-call deltas.
@@ -96,7 +96,7 @@ class Engine(Protocol):
     """Generates tokens, or computes embeddings, for many requests at once.
 
     A request's own faults (too long, bad template) are raised by `generate` as
-    `forebay_contracts.errors.RequestError`, before `Accepted`; the engine's own as `EngineFault`, at any point.
+    `forebay_contracts.wire.errors.RequestError`, before `Accepted`; the engine's own as `EngineFault`, at any point.
     `completion_types` is what it serves, known before it has started.
     """
 

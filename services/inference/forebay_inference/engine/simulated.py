@@ -9,8 +9,8 @@ import struct
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
-from forebay_contracts.errors import InvalidRequest
-from forebay_contracts.messages import CompletionType, InferenceRequest
+from forebay_contracts.wire.errors import InvalidRequest
+from forebay_contracts.wire.messages import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import (
     Accepted,
     EngineEvent,

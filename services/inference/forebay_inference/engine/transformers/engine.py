@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 
-from forebay_contracts.messages import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.messages import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_inference.engine.protocol import (
     Accepted,
     EngineEvent,
@@ -19,14 +19,14 @@ from forebay_inference.engine.protocol import (
     ResumeTokens,
     Tokens,
 )
+from forebay_inference.engine.text.best_of import best, widened
+from forebay_inference.engine.text.choice import Choice
 from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.engine.transformers.batch import Batch, Step
-from forebay_inference.engine.transformers.best_of import best, widened
-from forebay_inference.engine.transformers.choice import Choice
 from forebay_inference.engine.transformers.loading import give_back_memory, load
 from forebay_inference.engine.transformers.memory import plan_cache
 from forebay_inference.engine.transformers.serving import Serving
-from forebay_inference.model_store import ensure_model, recommended_sampling
+from forebay_inference.models.store import ensure_model, recommended_sampling
 
 
 class TransformersEngine:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from llguidance import LLMatcher
 
-from forebay_contracts.errors import InvalidRequest
+from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import EngineFault
-from forebay_inference.engine.transformers.tools import ToolFormat, ToolUse
+from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse
 
 # One spelling of JSON, as `json.dumps` writes it: a small model left free loses itself in white space.
 _SPELLING: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.transformers.packing import pack_linears
 
 _log = logging.getLogger(__name__)

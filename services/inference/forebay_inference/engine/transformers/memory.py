@@ -7,7 +7,7 @@ from typing import Any, Final
 import psutil
 import torch
 
-from forebay_contracts.errors import ConfigurationError
+from forebay_contracts.wire.errors import ConfigurationError
 
 # On a CPU the cache shares its memory with everything else on the machine; on a GPU it is what the memory is for.
 _CPU_SHARE: Final = 0.4

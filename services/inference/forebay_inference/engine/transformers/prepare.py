@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forebay_contracts.errors import InvalidRequest
-from forebay_contracts.messages import CompletionType, InferenceRequest
-from forebay_inference.engine.transformers.chat import encode_prompts
+from forebay_contracts.wire.errors import InvalidRequest
+from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_inference.engine.text.templates import encode_prompts
+from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse, tool_use
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.loading import Loaded
-from forebay_inference.engine.transformers.tools import ToolFormat, ToolUse, tool_use
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,17 +4,17 @@ import asyncio
 import uuid
 from collections.abc import Sequence
 
-from forebay_contracts.messages import InferenceRequest
+from forebay_contracts.wire.messages import InferenceRequest
 from forebay_inference.engine.protocol import EngineFault
+from forebay_inference.engine.text.choice import Choice
+from forebay_inference.engine.text.tool_calls import ToolParser
+from forebay_inference.engine.text.tool_formats import format_of
 from forebay_inference.engine.transformers.batch import Batch, SequenceInBatch, Step
-from forebay_inference.engine.transformers.choice import Choice
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.loading import Loaded
 from forebay_inference.engine.transformers.memory import CachePlan
 from forebay_inference.engine.transformers.prepare import Prepared, prepare
 from forebay_inference.engine.transformers.sampling import TokenChooser
-from forebay_inference.engine.transformers.tool_calls import ToolParser
-from forebay_inference.engine.transformers.tools import format_of
 
 
 class Serving:

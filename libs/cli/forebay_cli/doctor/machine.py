@@ -1,0 +1,83 @@
+"""`forebay doctor` of this machine: its disk and its models."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from forebay_cli.doctor.findings import Finding, Severity, size
+from forebay_contracts.settings import Settings
+
+LOW_DISK_BYTES = 5 * 2**30
+TOO_LOW_DISK_BYTES = 2**30
+
+MANIFEST = "SHA256SUMS"
+"""In the folder of a converted model: its files' checksums, as `sha256sum` writes them."""
+
+
+def findings(read: Settings) -> list[Finding]:
+    """What is wrong here, or not."""
+    data_dir = read.data_dir.expanduser()
+    return [*_disk(data_dir), *_model_cache(read.default_model, data_dir)]
+
+
+def _disk(data_dir: Path) -> Iterator[Finding]:
+    there = next(folder for folder in (data_dir, *data_dir.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK):
+        yield Finding("disk", "problem", f"{there} cannot be written", "set DATA_DIR to a folder that can")
+        return
+    free = shutil.disk_usage(there).free
+    severity: Severity = "problem" if free < TOO_LOW_DISK_BYTES else "warning" if free < LOW_DISK_BYTES else "ok"
+    fix = "" if severity == "ok" else "make room, or set DATA_DIR to a larger disk"
+    yield Finding("disk", severity, f"{size(free)} free for DATA_DIR={data_dir}", fix)
+
+
+def _model_cache(model: str, data_dir: Path) -> Iterator[Finding]:
+    path = Path(model).expanduser()
+    if path.is_dir() or path.suffix == ".gguf" or model.startswith(("/", "./", "../", "~")):
+        there = (path / "config.json").is_file() if path.is_dir() else path.is_file()
+        fix = "" if there else "set DEFAULT_MODEL to a folder with a config.json, a GGUF file, or a hub id"
+        yield Finding("model", "ok" if there else "problem", f"{path} is {'' if there else 'not '}there", fix)
+        return
+    slug = model.replace("/", "--")
+    folders = [folder for folder in (data_dir / "models").glob(f"{slug}-v*") if (folder / "config.json").is_file()]
+    for folder in folders:
+        yield from _checked(folder)
+    if not folders:
+        if (data_dir / "hub" / f"models--{slug}").is_dir():
+            yield Finding("model", "ok", f"{model} is in the hub's cache, which keeps checksums of its own")
+        else:
+            # The default one comes as a package; a worker on another machine has a cache of its own.
+            yield Finding("model", "ok", f"{model} is not on this machine: its first worker here fetches it")
+    partial = list((data_dir / "models").glob(f".{slug}*.partial-*"))
+    if partial:
+        fix = "none if a worker is starting now; else its next start removes it"
+        yield Finding("model", "warning", f"{partial[0]} is half made", fix)
+
+
+def _checked(folder: Path) -> Iterator[Finding]:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        yield Finding("model", "ok", f"{folder} is complete; it was made before checksums were written")
+        return
+    fix = f"remove the folder: `rm -r {folder}`; the next start makes it anew"
+    wrong = [name for digest, name in _lines(manifest) if _digest(folder / name) != digest]
+    if wrong:
+        yield Finding("model", "problem", f"{folder}: {', '.join(wrong)} is not what was written", fix)
+    else:
+        yield Finding("model", "ok", f"{folder} is complete, its checksums are right")
+
+
+def _lines(manifest: Path) -> Iterator[tuple[str, str]]:
+    for line in manifest.read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        yield digest, name
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,164 @@
+"""The shape of a model: from its `config.json` and weight files on this machine, or from a few numbers."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from forebay_cli.sizing.gpu_memory import ModelShape
+from forebay_contracts.wire.errors import ConfigurationError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
+_PARAMS = re.compile(r"(\d+(?:\.\d+)?)\s*([MB])", re.IGNORECASE)
+_POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
+_CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_MAX_HEADER_BYTES: Final = 100_000_000
+
+# Of this many parameters, the usual model of today looks like this:
+# layers, heads of keys and values, their size, hidden size, feed-forward size, vocabulary.
+_TYPICAL: Final = (
+    (0.5e9, (24, 2, 64, 896, 4864, 151_936)),
+    (1.2e9, (16, 8, 64, 2048, 8192, 128_256)),
+    (3.2e9, (28, 8, 128, 3072, 8192, 128_256)),
+    (8.0e9, (32, 8, 128, 4096, 14_336, 128_256)),
+    (14.8e9, (48, 8, 128, 5120, 13_824, 152_064)),
+    (32.8e9, (64, 8, 128, 5120, 27_648, 152_064)),
+    (70.6e9, (80, 8, 128, 8192, 28_672, 128_256)),
+)
+_TYPICAL_CONTEXT: Final = 131_072
+
+
+def parse_size(text: str) -> int:
+    """`24GiB` (or `24G`) and `24GB` in bytes: binary with an i or without a B, else decimal.
+
+    Raises:
+        ConfigurationError: it is no size.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ConfigurationError(f"{text!r} is no amount of memory: write 24GiB or 24GB")
+    number, unit, binary = found.groups()
+    decimal = not binary and text.strip().upper().endswith("B")
+    return int(float(number) * (1000 if decimal else 1024) ** _POWERS[unit.upper()])
+
+
+def parse_params(text: str) -> int | None:
+    """`7B` and `135M` as a number of parameters; None where it is neither."""
+    found = _PARAMS.fullmatch(text.strip())
+    return None if found is None else int(float(found[1]) * (1e9 if found[2].upper() == "B" else 1e6))
+
+
+def of_params(
+    name: str, params: int, layers: int | None = None, kv_heads: int | None = None, head_dim: int | None = None
+) -> ModelShape:
+    """A model of so many parameters; what is not given is as in the usual model nearest to that size."""
+    _, usual = min(_TYPICAL, key=lambda one: abs(math.log(one[0] / params)))
+    hidden, intermediate, vocabulary = usual[3:]
+    # Large models have an output head besides the embeddings, small ones use the same matrix for both.
+    other = min(vocabulary * hidden * (1 if params < 4e9 else 2), params // 2)
+    layers = layers or usual[0]
+    return ModelShape(
+        name=name,
+        layers=layers,
+        kv_heads=kv_heads or usual[1],
+        head_dim=head_dim or usual[2],
+        hidden=hidden,
+        intermediate=intermediate,
+        vocabulary=vocabulary,
+        linear_params=params - other,
+        linear_rows=layers * (3 * hidden + 3 * intermediate),
+        other_params=other,
+        context_length=_TYPICAL_CONTEXT,
+    )
+
+
+def of_folder(name: str, folder: Path) -> ModelShape:
+    """The model in `folder`: its shape from `config.json`, its parameters from the weight files where they are there.
+
+    Raises:
+        ConfigurationError: `config.json` cannot be read, or does not say what is needed.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        shape = _of_config(name, config.get("text_config") or config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ConfigurationError(
+            f"{folder / 'config.json'} does not say how large the model is ({exc!r}): give --params, --layers, "
+            "--kv-heads and --head-dim"
+        ) from exc
+    files = sorted(folder.glob("*.safetensors"))
+    if (carried := config.get("quantization_config")) is not None:
+        if not files:
+            raise ConfigurationError(f"{name} is quantized already, and its weights are not here to be measured")
+        stored = sum(file.stat().st_size for file in files)
+        return replace(shape, carried=str(carried.get("quant_method", "quantized")), stored_bytes=stored)
+    return _with_weights(shape, files) if files else shape
+
+
+def find_folder(model: str, data_dir: Path) -> Path | None:
+    """Where `model` is on this machine: a folder of that name, Forebay's own store, or the hub client's cache."""
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    slug = model.replace("/", "--")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
+    found = list((data_dir.expanduser() / "models").glob(f"{slug}-v*/config.json"))
+    for root in (data_dir.expanduser() / "hub", hub.expanduser()):
+        found += root.glob(f"models--{slug}/snapshots/*/config.json")
+    return max(found, key=lambda config: config.stat().st_mtime).parent if found else None
+
+
+def _of_config(name: str, config: dict[str, Any]) -> ModelShape:
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    intermediate, vocabulary = config["intermediate_size"], config["vocab_size"]
+    experts = config.get("num_local_experts") or config.get("num_experts") or 1
+    expert_size = config.get("moe_intermediate_size") or intermediate
+    attention = 2 * hidden * head_dim * (heads + kv_heads)
+    attention_rows = head_dim * (heads + 2 * kv_heads) + hidden
+    router = hidden * experts if experts > 1 else 0
+    tied = config.get("tie_word_embeddings", True)
+    return ModelShape(
+        name=name,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden=hidden,
+        intermediate=intermediate,
+        vocabulary=vocabulary,
+        linear_params=layers * (attention + experts * 3 * hidden * expert_size + router),
+        linear_rows=layers * (attention_rows + experts * (2 * expert_size + hidden)),
+        other_params=vocabulary * hidden * (1 if tied else 2) + (2 * layers + 1) * hidden,
+        context_length=next(config[field] for field in _CONTEXT_FIELDS if field in config),
+    )
+
+
+def _with_weights(shape: ModelShape, files: list[Path]) -> ModelShape:
+    """The same with its parameters counted in the headers of the weight files."""
+    linear = rows = other = 0
+    for name, tensor in _tensors(files):
+        size = math.prod(tensor)
+        if len(tensor) == 2 and "embed" not in name and "lm_head" not in name:
+            linear, rows = linear + size, rows + tensor[0]
+        else:
+            other += size
+    return replace(shape, linear_params=linear, linear_rows=rows, other_params=other)
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, list[int]]]:
+    # The format: 8 bytes length, then JSON (https://huggingface.co/docs/safetensors).
+    for file in files:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ConfigurationError(f"{file} is no safetensors file")
+            header = json.loads(opened.read(length))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                yield name, tensor["shape"]

@@ -1,0 +1,1 @@
+"""NATS itself: connection, topology, permissions, presence."""

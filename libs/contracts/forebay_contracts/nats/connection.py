@@ -1,0 +1,210 @@
+"""The connection to NATS: for ever reconnecting, never buffering what it cannot send."""
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Literal
+
+import nkeys
+from nats.aio.client import Client
+from nats.errors import AuthorizationError
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
+
+from forebay_contracts.nats.request_reply import Requests
+from forebay_contracts.settings import Settings
+from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
+
+DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
+CONNECT_TIMEOUT_S = 5
+RECONNECT_WAIT_S = 0.25
+PING_INTERVAL_S = 20
+JETSTREAM_TIMEOUT_S = 5
+OLDEST_SERVER = (2, 12)
+
+Role = Literal["api", "inference", "cli"]
+"""Whose inboxes: each user of deploy/nats/forebay.conf hears those of its own role alone."""
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """A NATS client, its JetStream context and, for the paths that are hot, `requests`.
+
+    `on_reconnect` collects what must be done anew after an outage.
+    """
+
+    def __init__(self, client: Client, jetstream: JetStreamContext) -> None:
+        self.client = client
+        self.jetstream = jetstream
+        self.requests = Requests(client)
+        self.on_reconnect: list[Callable[[], Awaitable[None]]] = []
+        self.up = asyncio.Event()
+        self.up.set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether something sent now would be sent."""
+        return bool(self.client.is_connected)
+
+    async def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until there is a connection, at most `timeout_s`; whether there is one."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.up.wait(), timeout_s)
+        return self.connected
+
+    async def close(self) -> None:
+        """Flush and close; never raises for a server that is gone."""
+        try:
+            await self.client.flush(timeout=1)
+        except Exception as exc:
+            log.debug("flush before close: %r", exc)
+        try:
+            await self.client.close()
+        except OSError as exc:
+            log.debug("closed a connection that was lost: %r", exc)
+
+
+@contextlib.asynccontextmanager
+async def connected(settings: Settings, name: str, role: Role = "cli") -> AsyncIterator[Connection]:
+    """`connect` for the length of a block."""
+    connection = await connect(settings, name, role)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def connect(settings: Settings, name: str, role: Role = "cli") -> Connection:
+    """Connect to NATS_URL as `name`; answers come to inboxes that only users of this `role` may hear.
+
+    An established connection is kept for ever: lost, it is retried until it is back, one log line each.
+    Nothing is buffered meanwhile (`pending_size=0`): a publish fails at once instead of being sent later,
+    when its sender has long reported a failure.
+
+    Raises:
+        QueueUnavailable: no server can be reached now.
+        ConfigurationError: credentials or certificates cannot be used, or the server is older than 2.12.
+    """
+    url = settings.nats_url or DEFAULT_NATS_URL
+    connection: Connection | None = None
+    refusals: list[Exception] = []
+
+    async def disconnected() -> None:
+        if connection is not None:
+            connection.up.clear()
+        if not client.is_closed:
+            log.warning("[RequestQueue] connection to NATS lost; reconnecting until it is back")
+
+    async def reconnected() -> None:
+        log.info("[RequestQueue] connected to NATS again")
+        if connection is not None:
+            connection.up.set()
+        for action in connection.on_reconnect if connection else ():
+            await action()
+
+    async def failed(error: Exception) -> None:
+        if connection is None:
+            refusals.append(error)
+        # Refused subjects and slow consumers are reported here and nowhere else; a lost connection is
+        # already logged, once, by `disconnected`.
+        if client.is_connected:
+            log.warning("[RequestQueue] NATS: %s", error)
+
+    client = Client()
+    options: dict[str, Any] = {
+        "servers": [part.strip() for part in url.split(",")],
+        "name": name,
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": RECONNECT_WAIT_S,
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "ping_interval": PING_INTERVAL_S,
+        "pending_size": 0,
+        "inbox_prefix": f"_INBOX.{role}",
+        "disconnected_cb": disconnected,
+        "reconnected_cb": reconnected,
+        "error_cb": failed,
+    }
+    options |= _credentials(settings)
+    if (tls := _tls(settings)) is not None:
+        options["tls"] = tls
+    # The first connection is bounded, so that a wrong address is said at start and not waited for.
+    try:
+        # nats-py tries a server whose certificate it does not trust for ever.
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await client.connect(**options | {"allow_reconnect": False, "max_reconnect_attempts": 1})
+        _check_version(client)
+        if tls is not None and not client._server_info.get("tls_required"):
+            # The client speaks TLS only where the server asks for it: somebody in between could leave that out.
+            raise ConfigurationError(f"NATS at {_without_secrets(url)} does not speak TLS, and NATS_TLS_CA wants it")
+    except (NatsError, OSError, TimeoutError) as exc:
+        await _abandon(client)
+        reason = next(filter(_is_of_user, refusals), refusals[-1] if refusals else exc)
+        if _is_of_user(reason):
+            raise ConfigurationError(
+                f"NATS at {_without_secrets(url)} refuses this user: set NATS_NKEY_SEED or NATS_CREDENTIALS to a file "
+                f"that it knows"
+            ) from exc
+        raise QueueUnavailable(
+            f"cannot reach NATS at {_without_secrets(url)}: {str(reason) or type(reason).__name__}"
+        ) from exc
+    except ConfigurationError:
+        await _abandon(client)
+        raise
+    client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
+    connection = Connection(client, client.jetstream(timeout=JETSTREAM_TIMEOUT_S))
+    return connection
+
+
+def _is_of_user(error: Exception) -> bool:
+    return isinstance(error, AuthorizationError) or "Authorization Violation" in str(error)
+
+
+async def _abandon(client: Client) -> None:
+    # Python 3.11 waits for ever for the end of a connection whose TLS handshake failed.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            await client.close()
+
+
+def _credentials(settings: Settings) -> dict[str, str]:
+    file = settings.nats_credentials or settings.nats_nkey_seed
+    if file is None:
+        return {}
+    try:
+        text = file.read_bytes()
+        if settings.nats_nkey_seed is not None:
+            nkeys.from_seed(bytearray(text.strip()))
+            return {"nkeys_seed": str(file)}
+    except OSError as exc:
+        raise ConfigurationError(f"the NATS credentials {file} cannot be read: {exc.strerror}") from exc
+    except (nkeys.NkeysError, ValueError) as exc:
+        raise ConfigurationError(f"NATS_NKEY_SEED={file} holds no NKey seed (a line that begins with SU)") from exc
+    return {"user_credentials": str(file)}
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    if settings.nats_tls_ca is None and settings.nats_tls_cert is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=settings.nats_tls_ca)
+        if settings.nats_tls_cert is not None:
+            context.load_cert_chain(settings.nats_tls_cert, settings.nats_tls_key)
+    except OSError as exc:
+        raise ConfigurationError(f"the TLS files for NATS cannot be used: {exc}") from exc
+    return context
+
+
+def _check_version(client: Client) -> None:
+    version = client.connected_server_version
+    if (version.major, version.minor) < OLDEST_SERVER:
+        raise ConfigurationError(
+            f"nats-server {version.major}.{version.minor}.{version.patch} is too old: "
+            f"Forebay needs 2.12 or newer (per-message TTL and counters)"
+        )
+
+
+def _without_secrets(url: str) -> str:
+    return ",".join(part.split("://")[0] + "://" + part.split("@")[-1].split("://")[-1] for part in url.split(","))

@@ -1,0 +1,50 @@
+"""Reading what a stream holds by batched direct gets (NATS ADR-31), without a consumer.
+
+A consumer could be told to deliver to any subject of its account; who may only read is not allowed to make one.
+"""
+
+import json
+
+from nats.aio.msg import Msg
+from nats.js.errors import NotFoundError
+
+from forebay_contracts.nats.connection import Connection
+
+BATCH = 1_000
+"""Messages of one answer."""
+
+READ_TIMEOUT_S = 5.0
+"""How long the next message may take."""
+
+_END = "204"
+_NOTHING = "404"
+
+
+async def messages(connection: Connection, stream: str, subjects: str, first: int = 1) -> list[Msg]:
+    """The messages of `stream` on `subjects` from sequence `first` on, oldest first, each with its headers.
+
+    Raises:
+        NotFoundError: nobody answers for the stream: it is not there.
+        nats.errors.Error, TimeoutError: NATS does not answer.
+    """
+    client, found = connection.client, list[Msg]()
+    inbox = client.new_inbox()
+    subscription = await client.subscribe(inbox)
+    try:
+        while True:
+            order = {"seq": first, "batch": BATCH, "next_by_subj": subjects}
+            await client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(order).encode(), reply=inbox)
+            while True:
+                msg = await subscription.next_msg(timeout=READ_TIMEOUT_S)
+                headers = msg.headers or {}
+                if (status := headers.get("Status")) is None:
+                    found.append(msg)
+                    continue
+                if status == _END and int(headers["Nats-Num-Pending"]) > 0:
+                    first = int(headers["Nats-Last-Sequence"]) + 1
+                    break
+                if status in (_END, _NOTHING):
+                    return found
+                raise NotFoundError(description=f"stream {stream}: {status} {headers.get('Description')}")
+    finally:
+        await subscription.unsubscribe()

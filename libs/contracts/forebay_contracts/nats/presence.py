@@ -1,0 +1,179 @@
+"""Who is alive: each service writes a heartbeat into a KV bucket, and others keep a live view of it."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from pydantic import ValidationError
+
+from forebay_contracts.nats import direct_get
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
+from forebay_contracts.wire import names
+from forebay_contracts.wire.messages import ServiceInfo
+
+HEARTBEAT_INTERVAL_S = 1.0
+
+MAX_STRANGERS = 10_000
+"""How many of those that were asked for and never heard of are remembered."""
+
+MAX_PAUSE_S = 2 * HEARTBEAT_INTERVAL_S
+"""After a longer pause of its own, an observer's view is out of date, and it calls nobody dead for a while."""
+
+Info = TypeVar("Info", bound=ServiceInfo)
+
+log = logging.getLogger(__name__)
+
+
+class Heartbeat(Generic[Info]):
+    """Writes `describe()` into `bucket` every second, and at once on `beat`; takes it out on `stop`."""
+
+    def __init__(self, connection: Connection, bucket: str, describe: Callable[[], Info]) -> None:
+        self._connection = connection
+        self._bucket = bucket
+        self._describe = describe
+        self._now = asyncio.Event()
+        self._stopping = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Write the first heartbeat and go on in the background."""
+        await self._put()
+        self._task = asyncio.create_task(self._run())
+
+    def beat(self) -> None:
+        """Something changed that others should see now."""
+        self._now.set()
+
+    async def stop(self) -> None:
+        """Stop and take the heartbeat out, so that nobody waits for it to expire."""
+        if self._task is None:
+            return
+        # Told, not cancelled: up to Python 3.11 `wait_for` swallows a cancellation that meets its own end.
+        self._stopping = True
+        self._now.set()
+        await self._task
+        with contextlib.suppress(NatsError, TimeoutError):
+            subject = names.bucket_subjects(self._bucket).removesuffix(">") + self._describe().id
+            await self._connection.jetstream.publish(subject, headers={"KV-Operation": "DEL"})
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
+                    await self._now.wait()
+            self._now.clear()
+            await self._put()
+
+    async def _put(self) -> None:
+        info = self._describe()
+        subject = names.bucket_subjects(self._bucket).removesuffix(">") + info.id
+        with contextlib.suppress(NatsError, TimeoutError):
+            await self._connection.jetstream.publish(subject, info.encode(), timeout=HEARTBEAT_INTERVAL_S)
+
+
+class Presence(Generic[Info]):
+    """A live view of a heartbeat bucket.
+
+    It listens to the bucket's subjects directly instead of watching it through a consumer: everyone alive is
+    heard again within a second anyway, so there is nothing to recover after an outage of NATS.
+    """
+
+    def __init__(self, connection: Connection, bucket: str, kind: type[Info]) -> None:
+        self._connection = connection
+        self._bucket = bucket
+        self._kind = kind
+        self._prefix = names.bucket_subjects(bucket).removesuffix(">")
+        self._seen: dict[str, tuple[float, Info]] = {}
+        self._strangers: dict[str, float] = {}
+        self._attentive_at = 0.0
+        self._blind_until = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Subscribe, and read who is there already.
+
+        A cluster that has only just made the bucket may not answer for it yet: everyone is heard soon all the same.
+        """
+        await self._connection.client.subscribe(names.bucket_subjects(self._bucket), cb=self._heard)
+        self._task = asyncio.create_task(self._stay_attentive())
+        with contextlib.suppress(NatsError, TimeoutError):
+            for info in await read(self._connection, self._bucket, self._kind):
+                self._seen.setdefault(info.id, (time.monotonic(), info))
+
+    async def stop(self) -> None:
+        """Look away."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def alive(self) -> list[Info]:
+        """Everyone whose heartbeat is not older than HEARTBEAT_TTL_S, by id."""
+        for member in [member for member in self._seen if not self.is_alive(member)]:
+            self._lost(member)
+        return [info for _, (_, info) in sorted(self._seen.items())]
+
+    def is_alive(self, member: str) -> bool:
+        """Whether `member` has been heard of within HEARTBEAT_TTL_S, or could not have been.
+
+        One that has never been heard of is given as long from the first question on: what it asked for can
+        arrive before its heartbeat does.
+        """
+        now = time.monotonic()
+        if now < self._blind_until or now - self._attentive_at > MAX_PAUSE_S:
+            return True
+        if member in self._seen:
+            return self._seen[member][0] >= now - HEARTBEAT_TTL_S
+        self._remember(member, now)
+        return self._strangers[member] >= now - HEARTBEAT_TTL_S
+
+    def _lost(self, member: str) -> None:
+        """It was heard of once and is gone: no stranger that may still come."""
+        self._seen.pop(member, None)
+        self._strangers.pop(member, None)
+        self._remember(member, -float("inf"))
+
+    def _remember(self, member: str, since: float) -> None:
+        self._strangers.setdefault(member, since)
+        if len(self._strangers) > MAX_STRANGERS:
+            del self._strangers[next(iter(self._strangers))]
+
+    async def _stay_attentive(self) -> None:
+        """Notice when this process or its connection has been away, since then others only seem dead."""
+        self._attentive_at = time.monotonic()
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            now = time.monotonic()
+            if now - self._attentive_at > MAX_PAUSE_S or not self._connection.connected:
+                self._blind_until = now + HEARTBEAT_TTL_S
+            self._attentive_at = now
+
+    async def _heard(self, msg: Msg) -> None:
+        member = msg.subject.removeprefix(self._prefix)
+        if not msg.data:
+            self._lost(member)
+            return
+        try:
+            self._seen[member] = (time.monotonic(), self._kind.model_validate_json(msg.data))
+        except ValidationError as exc:
+            log.warning("[RequestQueue] heartbeat of %s cannot be read: %s", member, exc)
+
+
+async def read(connection: Connection, bucket: str, kind: type[Info]) -> list[Info]:
+    """The heartbeats in `bucket` now, by id.
+
+    Raises:
+        NotFoundError: there is no such bucket.
+        nats.errors.Error, TimeoutError: NATS does not answer.
+    """
+    subjects = names.bucket_subjects(bucket)
+    prefix = subjects.removesuffix(">")
+    found: dict[str, Info] = {}
+    for msg in await direct_get.messages(connection, names.bucket_stream(bucket), subjects):
+        with contextlib.suppress(ValidationError):
+            found[(msg.headers or {})["Nats-Subject"].removeprefix(prefix)] = kind.model_validate_json(msg.data)
+    return [found[member] for member in sorted(found)]

@@ -1,0 +1,1 @@
+"""The queue and the states of its requests: protocols, their NATS adapters and in-memory twins."""

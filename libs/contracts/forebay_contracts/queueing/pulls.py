@@ -1,0 +1,153 @@
+"""Pulling from a durable consumer: many slots of one worker over one inbox."""
+
+import asyncio
+import json
+import logging
+import time
+from collections import deque
+
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.wire import names
+
+PULL_EXPIRES_S = 5.0
+"""How long the server keeps a pull: short, since one that it forgot is only noticed by its end."""
+
+PULL_GRACE_S = 1.0
+"""How much later than that a pull counts as forgotten."""
+
+PULL_RETRY_S = 0.5
+"""Pause after a pull that the server refused."""
+
+_EXPIRED = "408"
+
+log = logging.getLogger(__name__)
+
+
+class Pulls:
+    """Hands each message to the slot that has waited longest.
+
+    The server is never asked for more messages than there are slots waiting: what it has been asked for and has
+    neither sent nor declined is kept in `_asked`, as pairs of when it expires and for how many messages. A pull
+    can be lost without a word (its server died, its consumer moved to another); then it runs out there.
+    """
+
+    def __init__(self, connection: Connection, model: str) -> None:
+        self._connection = connection
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{names.STREAM}.{names.model_token(model)}"
+        self._inbox = ""
+        self._subscription: Subscription | None = None
+        self._starting = asyncio.Lock()
+        self._waiting: deque[asyncio.Future[Msg]] = deque()
+        self._asked: deque[list[float]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def next(self) -> Msg:
+        """The next message, over reconnects and for ever."""
+        async with self._starting:
+            if self._subscription is None:
+                await self._start()
+        future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        try:
+            await self._ask()
+            return await future
+        finally:
+            if future in self._waiting:
+                self._waiting.remove(future)
+
+    async def stop(self, flush_timeout_s: float) -> None:
+        """Unsubscribe: the server sees the lost interest and sends nothing more here. Waiting slots are cancelled."""
+        subscription, self._subscription = self._subscription, None
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            if subscription is not None:
+                await self._connection.client.flush(flush_timeout_s)
+                await subscription.unsubscribe()
+        except (NatsError, TimeoutError) as exc:
+            log.debug("pulls not taken back: %r", exc)
+        for future in self._waiting:
+            future.cancel()
+        self._waiting.clear()
+
+    async def _start(self) -> None:
+        client = self._connection.client
+        self._inbox = client.new_inbox()
+        self._subscription = await client.subscribe(self._inbox, cb=self._arrived)
+        self._connection.on_reconnect.append(self._pull_anew)
+
+    async def _pull_anew(self) -> None:
+        self._asked.clear()
+        await self._ask()
+
+    async def _ask(self) -> None:
+        """Ask the server for as many messages as are waited for and not asked for."""
+        now = time.monotonic()
+        while self._asked and self._asked[0][0] <= now:
+            self._asked.popleft()
+        missing = len(self._waiting) - int(sum(messages for _, messages in self._asked))
+        if missing > 0 and self._subscription is not None:
+            self._asked.append([now + PULL_EXPIRES_S + PULL_GRACE_S, missing])
+            order = {"batch": missing, "expires": int(PULL_EXPIRES_S * 1e9)}
+            try:
+                await self._connection.client.publish(self._subject, json.dumps(order).encode(), reply=self._inbox)
+            except NatsError as exc:
+                log.debug("pull not sent, the reconnect will: %r", exc)
+        if self._asked and self._timer is None:
+            self._ask_at(self._asked[0][0])
+
+    def _ask_at(self, when: float) -> None:
+        def again() -> None:
+            self._timer = None
+            task = asyncio.ensure_future(self._ask())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(max(when - time.monotonic(), 0), again)
+
+    def _answered(self, messages: int) -> None:
+        """Take what the server has sent or declined from what it was asked for, the oldest first."""
+        while messages > 0 and self._asked:
+            oldest = self._asked[0]
+            taken = min(messages, int(oldest[1]))
+            oldest[1] -= taken
+            messages -= taken
+            if oldest[1] <= 0:
+                self._asked.popleft()
+
+    async def _arrived(self, msg: Msg) -> None:
+        status = msg.headers.get("Status") if msg.headers else None
+        if status is not None and not msg.data:
+            await self._declined(status, msg)
+            return
+        self._answered(1)
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(msg)
+                return
+        await msg.nak()
+
+    async def _declined(self, status: str, msg: Msg) -> None:
+        headers = msg.headers or {}
+        if status == _EXPIRED:
+            self._answered(int(headers.get("Nats-Pending-Messages", 1)))
+            await self._ask()
+            return
+        # 409: the consumer was changed, deleted, or lost its leader; 503: it is not there. Each of the pulls that
+        # wait gets one, so all are taken back and made again a moment later.
+        if self._asked:
+            log.warning("[RequestQueue] pull ended: %s %s", status, _reason(headers))
+        self._asked.clear()
+        self._ask_at(time.monotonic() + PULL_RETRY_S)
+
+
+def _reason(headers: dict[str, str]) -> str:
+    return headers.get("Description", "no such consumer").splitlines()[0]

@@ -1,0 +1,46 @@
+"""The requests whose state has changed last, read from the bucket in one go."""
+
+import contextlib
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js.errors import NotFoundError
+from pydantic import ValidationError
+
+from forebay_contracts.nats import direct_get
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import QueueUnavailable
+from forebay_contracts.wire.messages import RequestState
+
+
+async def recent_states(connection: Connection, changes: int) -> list[RequestState]:
+    """The states among the latest `changes` of the bucket, one a request, the last changed at the end.
+
+    Raises:
+        QueueUnavailable: NATS does not answer, or no service has been started yet.
+    """
+    found = []
+    for msg in await recent_changes(connection, changes):
+        with contextlib.suppress(ValidationError):
+            found.append(RequestState.model_validate_json(msg.data))
+    return found
+
+
+async def recent_changes(connection: Connection, changes: int) -> list[Msg]:
+    """The same as they are stored, undecoded, each with its `Nats-Subject` and `Nats-Sequence`.
+
+    Raises:
+        QueueUnavailable: NATS does not answer, or no service has been started yet.
+    """
+    stream = names.bucket_stream(names.REQUESTS_BUCKET)
+    try:
+        info = await connection.jetstream.stream_info(stream)
+        first = max(info.state.first_seq, info.state.last_seq - changes + 1, 1)
+        if info.state.messages == 0:
+            return []
+        return await direct_get.messages(connection, stream, names.bucket_subjects(names.REQUESTS_BUCKET), first)
+    except NotFoundError as exc:
+        raise QueueUnavailable("NATS holds no requests yet: no service has been started") from exc
+    except (NatsError, TimeoutError) as exc:
+        raise QueueUnavailable("NATS did not answer") from exc

@@ -1,0 +1,229 @@
+"""The state-store seam: what became of each request, and the totals; compare-and-set throughout."""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError, NotFoundError
+from pydantic import ValidationError
+
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.telemetry import metrics
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
+from forebay_contracts.wire.messages import RequestState, RequestStatus
+
+STATE_TIMEOUT_S = 5.0
+"""How long one read or write of a state may take."""
+
+QUEUED_AFTER_S = 0.05
+"""A request that a worker begins within this time is not written as `queued` before: nobody could have read it."""
+
+MAX_CONFLICTS = 20
+"""How often a change is tried anew when somebody else wrote first."""
+
+CONFLICT_PAUSE_S = 0.001
+"""Pause before the second such try, doubled each time up to CONFLICT_PAUSE_MAX_S: a replica that a state is read
+from may lag behind the leader that it is written to."""
+
+CONFLICT_PAUSE_MAX_S = 0.25
+
+OUTCOMES: Final = (
+    RequestStatus.COMPLETED,
+    RequestStatus.FAILED,
+    RequestStatus.TIMED_OUT,
+    RequestStatus.CANCELLED,
+)
+
+_WRONG_LAST_SEQUENCE = (10071, 10164)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A state as it was read: `revision` is what a change of it must name."""
+
+    state: RequestState
+    revision: int
+
+
+class StateStore(Protocol):
+    """States by request id, and a total for each outcome. All raise QueueUnavailable without an answer."""
+
+    async def get(self, request_id: str) -> Stored | None:
+        """The state, or None for an id that is unknown or forgotten. Raises StateUnreadable for one that is neither."""
+        ...
+
+    async def write(self, state: RequestState, revision: int) -> int:
+        """Write over `revision` (0: nothing there); the new revision. Raises QueueConflict if it is not the last."""
+        ...
+
+    async def count(self, outcome: RequestStatus, request_id: str) -> None:
+        """Add one to the total of `outcome`; once only for each request, whoever calls."""
+        ...
+
+    async def totals(self) -> Mapping[RequestStatus, int]:
+        """The total for each of OUTCOMES."""
+        ...
+
+
+async def change(
+    store: StateStore, request_id: str, to: Callable[[RequestState | None], RequestState | None]
+) -> Stored | None:
+    """Read, change and write until nobody interferes; what was written, or None where `to` wants no change.
+
+    `to` gets the present state (None: there is none) and returns the next one, or None to leave it. A final
+    state is never offered to it.
+    """
+    for conflicts in range(MAX_CONFLICTS):
+        if conflicts > 1:
+            await asyncio.sleep(min(CONFLICT_PAUSE_S * 2**conflicts, CONFLICT_PAUSE_MAX_S))
+        stored = await store.get(request_id)
+        if stored is not None and stored.state.status.final:
+            return None
+        state = to(stored.state if stored else None)
+        if state is None:
+            return None
+        try:
+            revision = await store.write(state, stored.revision if stored else 0)
+        except QueueConflict:
+            continue
+        return Stored(state, revision)
+    raise QueueConflict(f"request {request_id}: its state changed {MAX_CONFLICTS} times in a row")
+
+
+async def finish(store: StateStore, request_id: str, outcome: RequestStatus, error: str | None) -> RequestState | None:
+    """End a known request as `outcome` and count it; its last state, or None if it had ended before, or is unknown."""
+
+    def to(state: RequestState | None) -> RequestState | None:
+        if state is None:
+            return None
+        return state.model_copy(update={"status": outcome, "error": error, "finished_at": time.time()})
+
+    if (stored := await change(store, request_id, to)) is None:
+        return None
+    await store.count(outcome, request_id)
+    return stored.state
+
+
+class KeyValueStateStore:
+    """The KV bucket `inference-requests` and the counter stream `INFERENCE_COUNTERS`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._requests = connection.requests
+        self._js = connection.jetstream
+        self._stream = names.bucket_stream(names.REQUESTS_BUCKET)
+        self._prefix = names.bucket_subjects(names.REQUESTS_BUCKET).removesuffix(">")
+        self._read_seconds, self._write_seconds, self._count_seconds = (
+            metrics.bound(metrics.STATE, operation) for operation in ("read", "write", "count")
+        )
+
+    async def get(self, request_id: str) -> Stored | None:
+        """Read by a direct get (NATS ADR-31): one round trip."""
+        subject = f"$JS.API.DIRECT.GET.{self._stream}.{self._prefix}{request_id}"
+        began = time.perf_counter()
+        try:
+            msg: Msg = await self._requests.request(subject, timeout_s=STATE_TIMEOUT_S)
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the request's state cannot be read") from exc
+        finally:
+            self._read_seconds.observe(time.perf_counter() - began)
+        headers = msg.headers or {}
+        if headers.get("Status") == "404" or "KV-Operation" in headers:
+            return None
+        if not msg.data or "Nats-Sequence" not in headers:
+            raise QueueUnavailable(f"the request's state cannot be read: {headers.get('Description')}")
+        try:
+            state = RequestState.model_validate_json(msg.data)
+        except ValidationError:
+            raise StateUnreadable(
+                f"the state of request {request_id} cannot be read: a newer version or a stranger wrote it"
+            ) from None
+        return Stored(state, int(headers["Nats-Sequence"]))
+
+    async def write(self, state: RequestState, revision: int) -> int:
+        """Write with the expected last revision of the key."""
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        began = time.perf_counter()
+        try:
+            return await self._requests.store(
+                self._prefix + state.id, state.encode(), timeout_s=STATE_TIMEOUT_S, headers=headers
+            )
+        except APIError as exc:
+            if exc.err_code in _WRONG_LAST_SEQUENCE:
+                raise QueueConflict(f"request {state.id}: its state was changed by somebody else") from exc
+            raise QueueUnavailable(f"the request's state was not written: {exc.description}") from exc
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the request's state was not written") from exc
+        finally:
+            self._write_seconds.observe(time.perf_counter() - began)
+
+    async def count(self, outcome: RequestStatus, request_id: str) -> None:
+        """Increment (NATS ADR-49), with the request id as Nats-Msg-Id: a repeated one is not counted."""
+        headers = {names.HEADER_INCREMENT: "+1", names.HEADER_MSG_ID: request_id}
+        began = time.perf_counter()
+        try:
+            await self._requests.store(names.counter_subject(outcome), timeout_s=STATE_TIMEOUT_S, headers=headers)
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the request was not counted") from exc
+        finally:
+            self._count_seconds.observe(time.perf_counter() - began)
+
+    async def totals(self) -> Mapping[RequestStatus, int]:
+        """Read the last value of each counter."""
+        values = await asyncio.gather(*(self._total(outcome) for outcome in OUTCOMES))
+        return dict(zip(OUTCOMES, values, strict=True))
+
+    async def _total(self, outcome: RequestStatus) -> int:
+        try:
+            msg = await self._js.get_last_msg(names.COUNTERS, names.counter_subject(outcome), direct=True)
+        except NotFoundError:
+            return 0
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the totals cannot be read") from exc
+        return int(_counter_value(msg.data or b"0"))
+
+
+def _counter_value(data: bytes) -> str:
+    # {"val":"123"}: a decimal string, since counters have no upper bound.
+    return data.decode().split('"val":"', 1)[-1].split('"', 1)[0]
+
+
+class InMemoryStateStore:
+    """The same promises in one process, without durability: for tests of what stands on a store."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, Stored] = {}
+        self._counted: set[str] = set()
+        self._totals: Counter[RequestStatus] = Counter()
+        self._revisions = itertools.count(1)
+
+    async def get(self, request_id: str) -> Stored | None:
+        """See `StateStore.get`."""
+        return self._states.get(request_id)
+
+    async def write(self, state: RequestState, revision: int) -> int:
+        """See `StateStore.write`."""
+        stored = self._states.get(state.id)
+        if (stored.revision if stored else 0) != revision:
+            raise QueueConflict(f"request {state.id}: its state was changed by somebody else")
+        self._states[state.id] = Stored(state, next(self._revisions))
+        return self._states[state.id].revision
+
+    async def count(self, outcome: RequestStatus, request_id: str) -> None:
+        """See `StateStore.count`."""
+        if request_id not in self._counted:
+            self._counted.add(request_id)
+            self._totals[outcome] += 1
+
+    async def totals(self) -> Mapping[RequestStatus, int]:
+        """See `StateStore.totals`."""
+        return {outcome: self._totals[outcome] for outcome in OUTCOMES}

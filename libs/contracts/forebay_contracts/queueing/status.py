@@ -1,0 +1,118 @@
+"""The queue in numbers, read from NATS alone: the same over any number of api replicas and after restarts."""
+
+import asyncio
+from collections.abc import Iterable
+from datetime import datetime
+
+from nats.errors import Error as NatsError
+from nats.js.api import ConsumerInfo
+from nats.js.errors import NotFoundError
+from pydantic import BaseModel, ConfigDict
+
+from forebay_contracts.nats import topology
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.queueing.states import StateStore
+from forebay_contracts.settings import Settings
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import QueueUnavailable
+from forebay_contracts.wire.messages import RequestStatus, WorkerInfo, WorkerStatus
+
+
+class ModelQueue(BaseModel):
+    """The line of one model. `paused_until` is set while its consumer is paused, in seconds since the epoch;
+    `delivered` counts what workers have ever been given of it, redeliveries too."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    consumer: str
+    waiting: int
+    processing: int
+    max_concurrent: int
+    delivered: int
+    paused_until: float | None
+
+
+class QueueStatus(BaseModel):
+    """What `GET /v1/queue/status` and `forebay status` show.
+
+    The first nine fields are those of the reference document, in its order; the others are ours. `total_failed`
+    counts timed-out requests too, since they failed for their client; `total_timed_out` counts them apart.
+    `active_requests` is waiting and processing together, which is what `max_queue_size` bounds.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    queue_size: int
+    processing_count: int
+    max_concurrent: int
+    max_queue_size: int
+    total_processed: int
+    total_failed: int
+    total_queued: int
+    active_requests: int
+    is_running: bool
+    total_timed_out: int
+    total_cancelled: int
+    workers: int
+    workers_ready: int
+    models: tuple[ModelQueue, ...] = ()
+
+
+async def queue_status(
+    connection: Connection, states: StateStore, settings: Settings, workers: Iterable[WorkerInfo]
+) -> QueueStatus:
+    """Read the queue's numbers; `workers` are those alive now.
+
+    The limits are the live ones of the server. `settings` stands in where no model has a consumer yet.
+
+    Raises:
+        QueueUnavailable: NATS does not answer, or no service has made the stream yet.
+    """
+    try:
+        stream, consumers, totals = await asyncio.gather(
+            connection.jetstream.stream_info(names.STREAM), topology.consumers(connection), states.totals()
+        )
+    except NotFoundError as exc:
+        raise QueueUnavailable(f"NATS has no stream {names.STREAM} yet: no service has been started") from exc
+    except (NatsError, TimeoutError, OSError) as exc:
+        raise QueueUnavailable("the queue cannot be reached") from exc
+    alive = list(workers)
+    ready = sum(worker.status is WorkerStatus.READY for worker in alive)
+    active = stream.state.messages
+    # Read a moment apart, so one that ended in between must not make the other number negative.
+    processing = min(sum(consumer.num_ack_pending or 0 for consumer in consumers), active)
+    limits = [consumer.config.max_ack_pending or 0 for consumer in consumers]
+    timed_out = totals[RequestStatus.TIMED_OUT]
+    return QueueStatus(
+        queue_size=active - processing,
+        processing_count=processing,
+        max_concurrent=sum(limits) if limits else settings.max_concurrent_requests,
+        max_queue_size=stream.config.max_msgs or 0,
+        total_processed=totals[RequestStatus.COMPLETED],
+        total_failed=totals[RequestStatus.FAILED] + timed_out,
+        # Every admitted request gets one sequence, and a sequence is never given twice.
+        total_queued=stream.state.last_seq,
+        active_requests=active,
+        is_running=connection.connected and ready > 0,
+        total_timed_out=timed_out,
+        total_cancelled=totals[RequestStatus.CANCELLED],
+        workers=len(alive),
+        workers_ready=ready,
+        models=tuple(sorted(map(model_queue, consumers), key=lambda line: line.model)),
+    )
+
+
+def model_queue(consumer: ConsumerInfo) -> ModelQueue:
+    """The line that a consumer is."""
+    config = consumer.config
+    until = datetime.fromisoformat(config.pause_until).timestamp() if consumer.paused and config.pause_until else None
+    return ModelQueue(
+        model=(config.metadata or {}).get(names.MODEL_METADATA, consumer.name),
+        consumer=consumer.name,
+        waiting=consumer.num_pending or 0,
+        processing=consumer.num_ack_pending or 0,
+        max_concurrent=config.max_ack_pending or 0,
+        delivered=consumer.delivered.consumer_seq if consumer.delivered else 0,
+        paused_until=until,
+    )

@@ -1,0 +1,69 @@
+"""A bound for each key, so that one client cannot take the whole queue."""
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from forebay_api import request_metrics
+from forebay_api.clients.keys import ApiKeys
+from forebay_api.watching.drain_rate import DrainRate
+from forebay_contracts.wire.errors import KeyLimitReached
+from forebay_contracts.wire.messages import ApiInfo
+
+_UNBOUNDED: Final = contextlib.nullcontext()
+
+RETRY_AFTER_S: Final = 1
+"""Where nothing is known of how fast a key's requests end."""
+
+
+class KeyLimits:
+    """What each key has admitted and unfinished, waiting and processing together.
+
+    What was admitted here is counted exactly, what was admitted at other apis as their heartbeats said last, at most
+    a second ago: the bound costs a request nothing but a look, an api that dies takes its count along, and between
+    two heartbeats a key can get past the bound by at most as many again for each further api that it asks.
+    """
+
+    def __init__(self, keys: ApiKeys, others: Callable[[], Iterable[ApiInfo]]) -> None:
+        self._keys = keys
+        self._others = others
+        self._ended: Counter[str] = Counter()
+        self._rates: defaultdict[str, DrainRate] = defaultdict(DrainRate)
+        self.unfinished: dict[str, int] = {}
+        """Here, by name."""
+
+    def one_more(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+        """A request with the key of this name (None: without), from its admission to its end.
+
+        Raises:
+            KeyLimitReached: the key has as many as it may have.
+        """
+        return _UNBOUNDED if name is None else self._one_more(name)
+
+    @contextlib.contextmanager
+    def _one_more(self, name: str) -> Iterator[None]:
+        here = self.unfinished.get(name, 0)
+        client = self._keys.of(name)
+        if client is not None and client.max_requests is not None:
+            self._check(name, here, client.max_requests)
+        self.unfinished[name] = here + 1
+        try:
+            yield
+        finally:
+            self._ended[name] += 1
+            self.unfinished[name] -= 1
+            if not self.unfinished[name]:
+                del self.unfinished[name]
+
+    def _check(self, name: str, here: int, most: int) -> None:
+        if here + sum(api.unfinished.get(name, 0) for api in self._others()) < most:
+            return
+        request_metrics.key_requests(name, "refused").inc()
+        rate = self._rates[name]
+        rate.sample(self._ended[name])
+        raise KeyLimitReached(
+            f"Your key `{name}` has {most} requests in the queue, as many as it may have: "
+            "try again when one of them has ended.",
+            rate.retry_after_s() or RETRY_AFTER_S,
+        )

@@ -1,0 +1,1 @@
+"""HTTP: bounds, headers, bodies, errors."""

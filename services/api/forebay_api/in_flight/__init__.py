@@ -1,0 +1,1 @@
+"""From a route into the queue and back."""

@@ -1,0 +1,203 @@
+"""`Idempotency-Key`: a client that asks again gets the running or finished answer instead of another run.
+
+The first request with a key leads: it runs to its end even if its client leaves, and its answer is kept for
+REQUEST_STATE_TTL. Others with the same key and body, at any api replica, are given that answer. A request that
+ended in an error is not kept: asking again runs it again. So does asking again after the api that led has died.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import re
+from collections.abc import AsyncIterator
+from typing import Literal
+
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError
+from nats.js.kv import KeyValue
+
+from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.recording import Recording, View
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.presence import Presence
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import ApiError, InvalidRequest, QueueUnavailable, RequestTimeout
+from forebay_contracts.wire.messages import ApiInfo, Completed, Delta, InferenceRequest, Message
+
+HEADER = "idempotency-key"
+MAX_KEY_LENGTH = 255
+
+FOLLOW_CHECK_S = 2.0
+"""How often one that waits for another api's answer looks whether that api lives."""
+
+log = logging.getLogger(__name__)
+
+
+class KeptAnswer(Message):
+    """The value in the KV bucket `inference-answers`: who leads, and the answer once it is there."""
+
+    schema_version: Literal[1] = 1
+    request_id: str
+    body_hash: str
+    api: str
+    deltas: tuple[Delta, ...] = ()
+    completed: Completed | None = None
+
+
+class KeyReused(InvalidRequest):
+    """The key was used with another body."""
+
+    status = 422
+    code = "idempotency_key_reused"
+
+
+def scoped_key(key: str, authorization: str) -> str:
+    """A client's key as a key of the bucket: two clients may choose the same one. Raises InvalidRequest."""
+    if not re.fullmatch(rf"[\x21-\x7e]{{1,{MAX_KEY_LENGTH}}}", key):
+        raise InvalidRequest(f"Idempotency-Key must be 1 to {MAX_KEY_LENGTH} visible ASCII characters", param=HEADER)
+    return hashlib.sha256(f"{authorization}\n{key}".encode()).hexdigest()
+
+
+class IdempotentRequests:
+    """Answers by key, those under way here and those kept in NATS."""
+
+    def __init__(self, connection: Connection, dispatcher: Dispatcher, apis: Presence[ApiInfo]) -> None:
+        self._connection = connection
+        self._dispatcher = dispatcher
+        self._apis = apis
+        self._recordings: dict[str, tuple[str, Recording]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Call off what runs without a client that waits for it."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    @contextlib.asynccontextmanager
+    async def attach(self, request: InferenceRequest, key: str) -> AsyncIterator[View]:
+        """The answer of `key`, led here if nobody leads it.
+
+        Raises:
+            KeyReused: the key stands for another body.
+        """
+        body_hash = _body_hash(request)
+        if key not in self._recordings:
+            recording = Recording()
+            self._recordings[key] = body_hash, recording
+            task = asyncio.create_task(self._obtain(request, key, body_hash, recording))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        known_hash, recording = self._recordings[key]
+        if known_hash != body_hash:
+            raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
+        timeout_s = request.deadline - request.created_at
+        view = recording.view()
+        timer = asyncio.get_running_loop().call_later(
+            timeout_s, view.fail, RequestTimeout(f"the request was not finished within {timeout_s:g} seconds")
+        )
+        try:
+            yield view
+        finally:
+            timer.cancel()
+
+    async def _obtain(self, request: InferenceRequest, key: str, body_hash: str, recording: Recording) -> None:
+        """Lead, or follow whoever does; the recording ends in either case."""
+        try:
+            bucket = await self._connection.jetstream.key_value(names.ANSWERS_BUCKET)
+            mine = KeptAnswer(request_id=request.id, body_hash=body_hash, api=self._dispatcher.instance)
+            while True:
+                revision = await _create(bucket, key, mine)
+                if revision is not None:
+                    await self._lead(request, bucket, key, mine, revision, recording)
+                    return
+                if await self._follow(bucket, key, mine, recording):
+                    return
+        except ApiError as exc:
+            recording.fail(exc)
+        except (NatsError, TimeoutError) as exc:
+            log.warning("[RequestQueue] %s: kept answers cannot be reached: %r", request.id, exc)
+            recording.fail(QueueUnavailable("the queue cannot be reached, try again later"))
+        finally:
+            recording.fail(QueueUnavailable("the api stopped"))
+            self._recordings.pop(key, None)
+
+    async def _lead(
+        self,
+        request: InferenceRequest,
+        bucket: KeyValue,
+        key: str,
+        mine: KeptAnswer,
+        revision: int,
+        recording: Recording,
+    ) -> None:
+        try:
+            async with self._dispatcher.submit(request) as reply:
+                await reply.started()
+                recording.begin()
+                async for deltas in reply.deltas():
+                    recording.add(deltas)
+                completed = reply.completed
+            assert completed is not None
+            kept = mine.model_copy(update={"deltas": tuple(recording.deltas), "completed": completed})
+            try:
+                await bucket.update(key, kept.encode(), last=revision)
+                revision = 0
+            except (NatsError, TimeoutError) as exc:
+                # Too large, no room in the store, NATS is away: it is an answer all the same.
+                log.warning("[RequestQueue] %s: the answer is not kept for its key: %r", request.id, exc)
+            recording.finish(completed)
+        finally:
+            # Neither an error nor an answer too large to be kept must stand in the way of another try.
+            if revision:
+                with contextlib.suppress(NatsError, TimeoutError):
+                    await bucket.delete(key, last=revision)
+
+    async def _follow(self, bucket: KeyValue, key: str, mine: KeptAnswer, recording: Recording) -> bool:
+        """Wait for the leader's answer; False where nobody leads any more."""
+        changed = asyncio.Event()
+
+        async def heard(_: object) -> None:
+            changed.set()
+
+        subject = names.bucket_subjects(names.ANSWERS_BUCKET).removesuffix(">") + key
+        subscription = await self._connection.client.subscribe(subject, cb=heard)
+        try:
+            while True:
+                changed.clear()
+                try:
+                    entry = await bucket.get(key)
+                except KeyNotFoundError:
+                    return False
+                kept = KeptAnswer.model_validate_json(entry.value or b"")
+                if kept.body_hash != mine.body_hash:
+                    raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
+                if kept.completed is not None:
+                    recording.begin()
+                    recording.add(list(kept.deltas))
+                    recording.finish(kept.completed)
+                    return True
+                if not self._apis.is_alive(kept.api):
+                    with contextlib.suppress(KeyWrongLastSequenceError, APIError):
+                        await bucket.delete(key, last=entry.revision)
+                    return False
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), FOLLOW_CHECK_S)
+        finally:
+            with contextlib.suppress(NatsError):
+                await subscription.unsubscribe()
+
+
+async def _create(bucket: KeyValue, key: str, mine: KeptAnswer) -> int | None:
+    try:
+        revision: int = await bucket.create(key, mine.encode())
+    except KeyWrongLastSequenceError:
+        return None
+    return revision
+
+
+def _body_hash(request: InferenceRequest) -> str:
+    own = {"id", "created_at", "deadline", "reply_to"}
+    return hashlib.sha256(request.model_dump_json(exclude=own).encode()).hexdigest()

@@ -1,0 +1,190 @@
+"""What has come back for one request: frames in, deltas out, no token twice and no hole passed on."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
+from forebay_contracts.wire.messages import (
+    Completed,
+    Delta,
+    Failed,
+    Frame,
+    InferenceRequest,
+    RequestStatus,
+    Resume,
+    ResumedChoice,
+    Started,
+)
+
+MAX_UNREAD_DELTAS = 16_384
+"""A client that reads so much slower than the model writes is given up."""
+
+
+class SlowReader(ApiError):
+    """The client does not read its stream: nobody will see this."""
+
+    status = 499
+    code = "slow_reader"
+
+
+class ClientLeft(ApiError):
+    """The client closed its connection: nobody will see this."""
+
+    status = 499
+    code = "client_left"
+
+
+class CalledOff(RequestCancelled):
+    """Somebody called the request off while its client still waited, for `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the request was cancelled: {reason}")
+        self.reason = reason
+
+
+class WorkerError(ApiError):
+    """An error as a worker reported it."""
+
+    def __init__(self, frame: Failed) -> None:
+        super().__init__(frame.message, param=frame.param, code=frame.code)
+        self.status = frame.status
+        self.type = frame.error_type
+
+
+class Reply:
+    """The answer to one request as far as it has come.
+
+    Frames of an older attempt than the newest seen are dropped, so is a delta whose tokens are here already; one
+    that leaves a hole is dropped too and `gap` is set until the missing ones have come. The tokens of each choice
+    are kept, since a next attempt goes on from them.
+    """
+
+    __slots__ = (
+        "_changed",
+        "_tokens",
+        "_unread",
+        "attempt",
+        "completed",
+        "error",
+        "gap",
+        "registered",
+        "registration",
+        "request",
+        "sequence",
+        "worker",
+    )
+
+    def __init__(self, request: InferenceRequest) -> None:
+        self.request = request
+        self.sequence: int | None = None
+        self.attempt = 0
+        self.worker: str | None = None
+        self.gap = False
+        self.completed: Completed | None = None
+        self.error: ApiError | None = None
+        self.registered = False
+        self.registration: asyncio.Task[None] | None = None
+        self._tokens: dict[int, list[int]] = {}
+        self._unread: list[Delta] = []
+        self._changed: asyncio.Future[None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.completed is not None or self.error is not None
+
+    @property
+    def outcome(self) -> RequestStatus | None:
+        """How the request ended for its client, or None while it has not."""
+        if self.completed is not None:
+            return RequestStatus.COMPLETED
+        if self.error is None:
+            return None
+        if isinstance(self.error, WorkerError | InferenceFailed):
+            return RequestStatus.FAILED
+        return RequestStatus.TIMED_OUT if isinstance(self.error, RequestTimeout) else RequestStatus.CANCELLED
+
+    def have(self, attempt: int) -> Resume:
+        """What has come so far, as the worker of `attempt` needs it to go on or to fill a gap.
+
+        An attempt that a newer one has replaced is not wanted any more.
+        """
+        if attempt < self.attempt:
+            return Resume(wanted=False)
+        if self.done:
+            return Resume(wanted=False, outcome=self.outcome)
+        choices = tuple(ResumedChoice(index=index, tokens=tuple(tokens)) for index, tokens in self._tokens.items())
+        return Resume(choices=choices)
+
+    def receive(self, frame: Frame) -> None:
+        """Take the next frame, from whichever attempt."""
+        if self.done or frame.attempt < self.attempt:
+            return
+        if frame.attempt > self.attempt:
+            self.attempt, self.gap = frame.attempt, False
+        match frame:
+            case Started():
+                self.worker = frame.worker
+            case Delta():
+                self._append(frame)
+            case Completed():
+                self._complete(frame)
+            case Failed():
+                self.error = WorkerError(frame)
+        self._wake()
+
+    def fail(self, error: ApiError) -> None:
+        """End the wait with `error`, unless it has ended."""
+        if not self.done:
+            self.error = error
+            self._wake()
+
+    async def started(self) -> None:
+        """Wait until a worker has begun; raises how the request ended if it ended before that."""
+        while self.worker is None and not self._unread and self.completed is None:
+            self._raise_error()
+            await self._wait()
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """All deltas in order, as many at a time as have come; raises how the request ended, if not well."""
+        while True:
+            if self._unread:
+                unread, self._unread = self._unread, []
+                yield unread
+            elif self.completed is not None:
+                return
+            else:
+                self._raise_error()
+                await self._wait()
+
+    async def _wait(self) -> None:
+        self._changed = asyncio.get_running_loop().create_future()
+        await self._changed
+
+    def _wake(self) -> None:
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _append(self, delta: Delta) -> None:
+        tokens = self._tokens.setdefault(delta.index, [])
+        if delta.offset > len(tokens):
+            self.gap = True
+        elif delta.offset == len(tokens) and delta.tokens:
+            tokens.extend(delta.tokens)
+            self._unread.append(delta)
+            self.gap = False
+            if len(self._unread) > MAX_UNREAD_DELTAS:
+                self.error = SlowReader("the client does not read its stream")
+
+    def _complete(self, frame: Completed) -> None:
+        for delta in frame.deltas:
+            if delta.tokens:
+                self._append(delta)
+        if all(len(self._tokens.get(choice.index, ())) == choice.tokens for choice in frame.choices):
+            # Deltas without tokens carry what only the end settles; there is one end, so none comes twice.
+            self._unread.extend(delta for delta in frame.deltas if not delta.tokens)
+            self.completed = frame

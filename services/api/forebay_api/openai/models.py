@@ -1,0 +1,41 @@
+"""`GET /v1/models`: what can be asked for."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from forebay_api.context import Authorized
+from forebay_api.watching.served_models import ServedModel
+from forebay_contracts.wire.messages import WorkerStatus
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("")
+async def list_models(context: Authorized) -> dict[str, Any]:
+    """What live workers serve, and the default model."""
+    return {"object": "list", "data": [_model(served) for served in context.models.served()]}
+
+
+@router.get("/{name:path}")
+async def retrieve_model(name: str, context: Authorized) -> dict[str, Any]:
+    """One model, by its name or an alias; also one that has no worker now."""
+    return _model(context.models.of(await context.models.resolve(name)))
+
+
+def _model(served: ServedModel) -> dict[str, Any]:
+    """OpenAI's model object, then what the live workers say of it."""
+    worker = served.best
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": int(min((one.started_at for one in served.workers), default=0)),
+        "owned_by": "forebay",
+        "status": worker.status.value if worker else "no_worker",
+        "progress": worker.progress if worker else None,
+        "workers": {status.value: served.count(status) for status in WorkerStatus},
+        "aliases": list(worker.aliases) if worker else [],
+        "completion_types": list(worker.completion_types) if worker else [],
+        "context_length": worker.context_length if worker else None,
+        "quantization": worker.quantization if worker else None,
+    }

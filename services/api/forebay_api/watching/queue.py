@@ -1,0 +1,74 @@
+"""`/v1/queue`: how full the queue is, what became of one request, and calling it off."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from forebay_api.clients.keys import Client
+from forebay_api.context import Authorized, Caller, Context
+from forebay_contracts.nats.topology import waiting_place
+from forebay_contracts.queueing.status import QueueStatus, queue_status
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import RequestNotFound
+from forebay_contracts.wire.messages import RequestState, RequestStatus
+
+router = APIRouter(prefix="/v1/queue", tags=["queue"])
+
+
+@router.get("/status")
+async def get_queue_status(context: Authorized) -> QueueStatus:
+    """The queue's numbers, over all api replicas and since the system was first started."""
+    status = await queue_status(context.connection, context.states, context.settings, context.workers.alive())
+    context.rates.sample(status.total_queued - status.active_requests, status.active_requests, status.models)
+    return status
+
+
+@router.get("/request/{request_id}")
+async def get_request(request_id: str, context: Authorized, caller: Caller) -> dict[str, Any]:
+    """The state of one request."""
+    await context.dispatcher.registered(request_id)
+    state = await _state(context, caller, request_id)
+    position = estimated_wait_s = None
+    if state.status is RequestStatus.QUEUED and state.sequence is not None:
+        place = await waiting_place(context.connection, state.model, state.sequence)
+        if place is not None:
+            line = context.rates.lines[state.model]
+            line.sample(place.moved)
+            position, wait_s = place.position, line.wait_s(place.position)
+            estimated_wait_s = None if wait_s is None else round(wait_s, 1)
+    return {
+        "id": state.id,
+        "status": state.status.value,
+        "completion_type": state.completion_type,
+        "timestamp": state.timestamp,
+        "error": state.error,
+        "fault": state.fault if caller.operator else None,
+        "model": state.model,
+        "attempt": state.attempt,
+        "worker": state.worker,
+        "queued_at": state.queued_at,
+        "started_at": state.started_at,
+        "finished_at": state.finished_at,
+        "position": position,
+        "estimated_wait_s": estimated_wait_s,
+        "usage": state.usage,
+    }
+
+
+@router.delete("/request/{request_id}")
+async def cancel_request(request_id: str, context: Authorized, caller: Caller) -> dict[str, Any]:
+    """Call a request off, waiting or running; one that has ended stays as it ended."""
+    await context.dispatcher.registered(request_id)
+    await _state(context, caller, request_id)
+    cancelled = await context.dispatcher.cancel(request_id, "by DELETE /v1/queue/request")
+    state = await _state(context, caller, request_id)
+    return {"id": request_id, "cancelled": cancelled, "status": state.status.value}
+
+
+async def _state(context: Context, caller: Client, request_id: str) -> RequestState:
+    # An id goes into subjects: one that cannot be an id goes no further.
+    stored = await context.states.get(request_id) if names.is_request_id(request_id) else None
+    # What is somebody else's is as unknown as what never was.
+    if stored is None or not caller.may_see(stored.state.key):
+        raise RequestNotFound(f"No request {request_id!r} is known.", param="request_id")
+    return stored.state

