@@ -19,7 +19,7 @@ from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import Connection, connect
 from forebay_contracts.queueing.queue import JetStreamQueue
 from forebay_contracts.settings import Settings, load
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 
 BUDGET_S = 150
 SAMPLES = 100

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest, Sampling
+from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
 from forebay_inference.engine.protocol import Tokens
 from forebay_inference.engine.transformers import TransformersEngine
 

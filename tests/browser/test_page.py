@@ -8,7 +8,7 @@ import time
 import pytest
 from playwright.async_api import expect
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.browser import Window, Windows
 from support.nats import NatsServer
 from support.page import FOR_EVER, leave, load, newest_id

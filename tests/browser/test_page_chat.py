@@ -4,7 +4,7 @@ import re
 
 from playwright.async_api import expect
 
-from forebay_contracts.wire.messages import WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerStatus
 from support.browser import Windows
 from support.nats import NatsServer
 from support.page import FOR_EVER, heartbeat, leave, load

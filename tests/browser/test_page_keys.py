@@ -7,7 +7,8 @@ from pathlib import Path
 from playwright.async_api import expect
 
 from forebay_contracts import keys
-from forebay_contracts.wire.messages import RequestState, RequestStatus, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.browser import Windows
 from support.nats import NatsServer
 from support.page import HOSTILE, heartbeat

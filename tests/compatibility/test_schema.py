@@ -13,16 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from forebay_api.in_flight.idempotency import KeptAnswer
 from forebay_contracts.wire import names
-from forebay_contracts.wire.messages import (
-    SCHEMA_VERSION,
-    ApiInfo,
-    InferenceRequest,
-    RequestState,
-    RequestStatus,
-    Resume,
-    WorkerInfo,
-    decode_frame,
-)
+from forebay_contracts.wire.frames import Resume, decode_frame
+from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo
+from forebay_contracts.wire.message import SCHEMA_VERSION
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 

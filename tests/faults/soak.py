@@ -19,7 +19,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.cluster import Cluster
 from support.nats import NatsServer
 from support.stack import MODEL, Service, Stack, data_dir, running

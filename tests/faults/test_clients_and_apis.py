@@ -7,7 +7,7 @@ import random
 import httpx
 import pytest
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest, RequestStatus
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, running
 
@@ -114,7 +115,7 @@ async def test_hostile_frames_do_no_harm(nats_server: NatsServer) -> None:
 )
 def test_whatever_order_frames_come_in_no_token_is_doubled_or_left_out(frames: list[dict[str, object]]) -> None:
     from forebay_api.in_flight.replies import Reply
-    from forebay_contracts.wire.messages import decode_frame
+    from forebay_contracts.wire.frames import decode_frame
 
     request = InferenceRequest(
         id="x", completion_type=CompletionType.CHAT, model=MODEL, created_at=0, deadline=0, reply_to=""

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.answers import error_of, summary
 from support.nats import NatsServer
 from support.proxy import Proxy

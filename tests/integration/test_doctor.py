@@ -20,7 +20,7 @@ from forebay_contracts.nats.permissions import Permissions, Subjects
 from forebay_contracts.nats.presence import Heartbeat
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
-from forebay_contracts.wire.messages import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 

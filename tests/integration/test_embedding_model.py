@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest, UnsupportedByModel
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.embedding.engine import EmbeddingEngine
 from forebay_inference.engine.protocol import Accepted, Finished, Vector, require_served
 from support.answers import summary

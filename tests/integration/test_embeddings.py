@@ -10,7 +10,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.answers import error_of, summary
 from support.nats import NatsServer
 from support.proxy import Proxy

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.answers import error_of, summary, user
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running

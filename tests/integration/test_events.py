@@ -20,7 +20,7 @@ from forebay_contracts.queueing.states import KeyValueStateStore
 from forebay_contracts.queueing.status import queue_status
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import QueueConflict, TooManyListeners
-from forebay_contracts.wire.messages import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.nats import NatsServer
 from support.proxy import Proxy
 from support.stack import MODEL, Stack, running

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import httpx
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 from support.view import idle

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.answers import chat_body, error_of, summary
 from support.nats import NatsServer
 from support.stack import Stack, running

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from nats.js.kv import KeyValue
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.answers import user
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running

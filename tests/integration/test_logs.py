@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Service, Stack, first_to_log, running
 from support.view import idle

@@ -14,7 +14,9 @@ import pytest
 from forebay_contracts.nats.presence import Heartbeat
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names
-from forebay_contracts.wire.messages import CompletionType, RequestStatus, WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.request import CompletionType
+from forebay_contracts.wire.state import RequestStatus
 from support.answers import error_of, summary, user
 from support.nats import NatsServer
 from support.stack import MODEL, Service, Stack, running

@@ -12,7 +12,7 @@ import pytest
 from forebay_contracts.nats.permissions import covers
 from forebay_contracts.settings import ApiSettings, InferenceSettings
 from forebay_contracts.wire import names
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.secured import Site
 from support.secured import running as running_secured

@@ -15,7 +15,7 @@ import pytest_asyncio
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 from support.view import idle

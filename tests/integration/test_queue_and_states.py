@@ -15,7 +15,8 @@ from forebay_contracts.queueing.queue import Delivery, JetStreamQueue, RequestQu
 from forebay_contracts.queueing.states import InMemoryStateStore, KeyValueStateStore, StateStore
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import QueueConflict, QueueFull, QueueUnavailable
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest, RequestState, RequestStatus
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.nats import NatsServer
 
 MODEL = "org/model"

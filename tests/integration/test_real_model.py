@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from openai.types.chat import ChatCompletion
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.answers import user
 from support.nats import NatsServer
 from support.stack import MODEL, Service, Stack, data_dir, running

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.command import Ended, run
 from support.nats import NatsServer
 from support.secured import Site

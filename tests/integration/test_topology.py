@@ -12,7 +12,7 @@ from forebay_contracts.queueing.queue import JetStreamQueue
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from support.nats import NatsServer
 
 MODEL = "org/model"

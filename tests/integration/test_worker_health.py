@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from forebay_inference.exposition import serve as expose
 from forebay_inference.health import Health
 from support.nats import NatsServer

@@ -16,7 +16,7 @@ from forebay_contracts.queueing.states import KeyValueStateStore
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.telemetry.metrics import REGISTRY
 from forebay_contracts.wire.errors import QueueUnavailable
-from forebay_contracts.wire.messages import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.answers import chat_body
 from support.metrics import defined
 from support.nats import NatsServer

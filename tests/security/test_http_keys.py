@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from forebay_contracts import keys
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.answers import chat_body, error_of, summary, user
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running

@@ -16,7 +16,7 @@ from forebay_contracts.queueing.pulls import PULL_EXPIRES_S, PULL_GRACE_S
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
-from forebay_contracts.wire.messages import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.nats import NatsServer
 from support.secured import DEPLOY, ROLES, Site, init, running
 from support.stack import MODEL

@@ -8,7 +8,7 @@ import pytest
 from forebay_contracts.nats import topology
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 from support.secured import ROLES, Site, running
 from support.stack import MODEL
 

@@ -4,7 +4,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest, Sampling, TokenLogprob
+from forebay_contracts.wire.frames import TokenLogprob
+from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
 from forebay_inference.engine.protocol import Accepted, Engine, Finished, ResumeTokens, Tokens
 
 

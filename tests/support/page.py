@@ -4,7 +4,7 @@ import asyncio
 import time
 from typing import Any
 
-from forebay_contracts.wire.messages import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 from support.browser import Window
 from support.stack import Stack
 

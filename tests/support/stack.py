@@ -18,7 +18,7 @@ import openai
 from forebay_contracts.nats.connection import Connection, connect
 from forebay_contracts.queueing.states import KeyValueStateStore
 from forebay_contracts.settings import Settings, load
-from forebay_contracts.wire.messages import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 60

@@ -11,7 +11,8 @@ from forebay_cli import console
 from forebay_cli.commands import status
 from forebay_cli.commands.requests import request_table, requests_table
 from forebay_contracts.queueing.status import ModelQueue, QueueStatus
-from forebay_contracts.wire.messages import RequestState, RequestStatus, Usage, WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REQUEST_ID = "0b5d7c1e-8a52-4c0e-9a55-3d2f0e7f1a6b"

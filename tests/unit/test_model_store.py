@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_contracts.wire.messages import Sampling
+from forebay_contracts.wire.request import Sampling
 from forebay_inference.models import store
 from forebay_inference.models.progress import StepProgress
 from forebay_inference.models.sources import Wheel

@@ -1,7 +1,7 @@
 import pytest
 
 from forebay_contracts.wire import names
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from forebay_api.http.bodies import read_body
 from forebay_api.openai.schemas import ChatCompletionBody, CompletionBody
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_contracts.wire.messages import Sampling
+from forebay_contracts.wire.request import Sampling
 
 PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
 Body = ChatCompletionBody | CompletionBody

@@ -9,7 +9,7 @@ from forebay_contracts.nats.presence import HEARTBEAT_TTL_S, Heartbeat, Presence
 from forebay_contracts.nats.topology import ensure
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
-from forebay_contracts.wire.messages import ApiInfo
+from forebay_contracts.wire.heartbeats import ApiInfo
 from support.nats import NatsServer
 
 

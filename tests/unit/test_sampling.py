@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from forebay_contracts.wire.messages import Sampling
+from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose, gumbel_noise
 
 VOCABULARY = 1000

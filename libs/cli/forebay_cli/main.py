@@ -22,7 +22,7 @@ from forebay_contracts import keys
 from forebay_contracts.settings import ApiSettings, Settings, load
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire.errors import ConfigurationError, ForebayError
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 
 EXIT_FAILED = 1
 EXIT_CONFIGURATION = 2

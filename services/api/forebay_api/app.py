@@ -34,7 +34,7 @@ from forebay_contracts.settings import ApiSettings
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names
-from forebay_contracts.wire.messages import ApiInfo, WorkerInfo
+from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Presence
 from forebay_contracts.queueing.states import StateStore
 from forebay_contracts.settings import ApiSettings
-from forebay_contracts.wire.messages import WorkerInfo
+from forebay_contracts.wire.heartbeats import WorkerInfo
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from forebay_contracts.wire.errors import (
     QueueUnavailable,
     RequestTooLarge,
 )
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 
 ADMITTED: Final = Counter(
     "forebay_requests_admitted", "Requests that the queue took", ("model", "type"), registry=REGISTRY

@@ -24,7 +24,8 @@ from forebay_contracts.telemetry import logs
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InferenceFailed
-from forebay_contracts.wire.messages import ApiInfo, Resume, WorkerInfo, WorkerStatus
+from forebay_contracts.wire.frames import Resume
+from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
 from forebay_inference.attempt.runner import API_GONE, AttemptRunner, Interrupt
 from forebay_inference.engine.protocol import Engine, ModelInfo
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health

@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import Tokens
 from forebay_inference.engine.simulated import SimulatedEngine
 

@@ -13,7 +13,7 @@ import torch
 from jsonschema import validate
 from transformers import AutoTokenizer
 
-from forebay_contracts.wire.messages import Sampling
+from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import EngineFault
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose

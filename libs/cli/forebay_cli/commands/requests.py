@@ -16,7 +16,7 @@ from forebay_contracts.queueing.recent_requests import recent_states
 from forebay_contracts.queueing.states import KeyValueStateStore
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, RequestNotFound
-from forebay_contracts.wire.messages import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 
 SCANNED_CHANGES = 20_000
 """`forebay requests` looks through so many of the latest changes of state, whatever it is asked for."""

@@ -22,7 +22,7 @@ from forebay_contracts.queueing.status import ModelQueue, QueueStatus, queue_sta
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueUnavailable
-from forebay_contracts.wire.messages import WorkerInfo
+from forebay_contracts.wire.heartbeats import WorkerInfo
 
 WATCH_INTERVAL_S = 1.0
 

@@ -18,7 +18,7 @@ from forebay_contracts.nats import permissions, topology
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
-from forebay_contracts.wire.messages import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 
 
 async def apply(model: str | None, *, dry_run: bool, as_json: bool) -> None:

@@ -20,7 +20,7 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.settings import ApiSettings, InferenceSettings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_contracts.wire.messages import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 
 LOOK_INTERVAL_S = 0.2
 """How often a start is looked at. Nothing is looked at any more once everything is ready."""

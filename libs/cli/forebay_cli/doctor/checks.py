@@ -23,7 +23,7 @@ from forebay_contracts.settings import Settings
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, ForebayError, QueueUnavailable
-from forebay_contracts.wire.messages import ApiInfo, WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
 
 TIMEOUT_S = 3.0
 """How long one question to NATS may take."""

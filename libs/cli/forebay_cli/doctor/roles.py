@@ -4,7 +4,7 @@ from typing import Final
 
 from forebay_contracts.nats.permissions import Permissions
 from forebay_contracts.wire import names
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 
 _JS: Final = "$JS.API."
 _GET: Final = f"{_JS}DIRECT.GET."

@@ -12,7 +12,7 @@ from forebay_contracts.queueing.states import StateStore, finish
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import StateUnreadable
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from forebay_contracts.queueing.queue import Delivery
 from forebay_contracts.wire.errors import QueueFull
-from forebay_contracts.wire.messages import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest
 
 
 class InMemoryDelivery:

@@ -15,7 +15,7 @@ from forebay_contracts.queueing.pulls import Pulls
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueFull, QueueUnavailable
-from forebay_contracts.wire.messages import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest
 
 TTL_GRACE_S = 30
 """The server drops a message so long after its deadline: later than any worker still runs it."""

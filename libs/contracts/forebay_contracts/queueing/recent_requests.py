@@ -11,7 +11,7 @@ from forebay_contracts.nats import direct_get
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueUnavailable
-from forebay_contracts.wire.messages import RequestState
+from forebay_contracts.wire.state import RequestState
 
 
 async def recent_states(connection: Connection, changes: int) -> list[RequestState]:

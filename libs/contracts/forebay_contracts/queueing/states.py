@@ -18,7 +18,7 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.telemetry import metrics
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
-from forebay_contracts.wire.messages import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 
 STATE_TIMEOUT_S = 5.0
 """How long one read or write of a state may take."""

@@ -15,7 +15,8 @@ from forebay_contracts.queueing.states import StateStore
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueUnavailable
-from forebay_contracts.wire.messages import RequestStatus, WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.state import RequestStatus
 
 
 class ModelQueue(BaseModel):

@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from forebay_contracts.wire.messages import RequestStatus
+from forebay_contracts.wire.state import RequestStatus
 
 STREAM: Final = "INFERENCE"
 STREAM_SUBJECTS: Final = "inference.requests.>"

@@ -9,7 +9,7 @@ from forebay_api import request_metrics
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.watching.drain_rate import DrainRate
 from forebay_contracts.wire.errors import KeyLimitReached
-from forebay_contracts.wire.messages import ApiInfo
+from forebay_contracts.wire.heartbeats import ApiInfo
 
 _UNBOUNDED: Final = contextlib.nullcontext()
 

@@ -26,7 +26,7 @@ from forebay_contracts.wire.errors import (
     QueueFull,
     RequestTimeout,
 )
-from forebay_contracts.wire.messages import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest
 
 log = logging.getLogger(__name__)
 

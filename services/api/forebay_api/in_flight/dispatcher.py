@@ -26,14 +26,9 @@ from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ForebayError, InferenceFailed, QueueConflict, RequestTimeout
-from forebay_contracts.wire.messages import (
-    InferenceRequest,
-    RequestState,
-    RequestStatus,
-    Resume,
-    Started,
-    decode_frame,
-)
+from forebay_contracts.wire.frames import Resume, Started, decode_frame
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestState, RequestStatus
 
 FRAME_PATIENCE_S = 1.0
 """How long the frame that ends a request may come later than its state says so."""

@@ -23,7 +23,10 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Presence
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError, InvalidRequest, QueueUnavailable, RequestTimeout
-from forebay_contracts.wire.messages import ApiInfo, Completed, Delta, InferenceRequest, Message
+from forebay_contracts.wire.frames import Completed, Delta
+from forebay_contracts.wire.heartbeats import ApiInfo
+from forebay_contracts.wire.message import Message
+from forebay_contracts.wire.request import InferenceRequest
 
 HEADER = "idempotency-key"
 MAX_KEY_LENGTH = 255

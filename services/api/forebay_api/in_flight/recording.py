@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from forebay_contracts.wire.errors import ApiError
-from forebay_contracts.wire.messages import Completed, Delta
+from forebay_contracts.wire.frames import Completed, Delta
 
 
 class Recording:

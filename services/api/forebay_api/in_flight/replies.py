@@ -4,17 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
-from forebay_contracts.wire.messages import (
-    Completed,
-    Delta,
-    Failed,
-    Frame,
-    InferenceRequest,
-    RequestStatus,
-    Resume,
-    ResumedChoice,
-    Started,
-)
+from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Resume, ResumedChoice, Started
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestStatus
 
 MAX_UNREAD_DELTAS = 16_384
 """A client that reads so much slower than the model writes is given up."""

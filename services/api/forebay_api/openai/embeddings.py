@@ -14,7 +14,8 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from forebay_api.openai.schemas import Int, RequestBody, Token, as_many
-from forebay_contracts.wire.messages import Completed, CompletionType, Delta, InferenceRequest
+from forebay_contracts.wire.frames import Completed, Delta
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 
 MAX_INPUTS = 2048
 MAX_DIMENSIONS = 65_536

@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Protocol
 import orjson
 
 from forebay_contracts.wire.errors import ApiError
-from forebay_contracts.wire.messages import Completed, Delta, InferenceRequest, TokenLogprob, TopLogprob, Usage
+from forebay_contracts.wire.frames import Completed, Delta, TokenLogprob, TopLogprob
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import Usage
 
 DONE = b"data: [DONE]\n\n"
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from forebay_api.context import Authorized
 from forebay_api.watching.served_models import ServedModel
-from forebay_contracts.wire.messages import WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerStatus
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

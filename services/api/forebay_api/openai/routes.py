@@ -27,7 +27,9 @@ from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError
-from forebay_contracts.wire.messages import Completed, CompletionType, InferenceRequest, RequestStatus
+from forebay_contracts.wire.frames import Completed
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.state import RequestStatus
 
 LOG_PREFIX = {
     CompletionType.CHAT: "[Chat Completions]",

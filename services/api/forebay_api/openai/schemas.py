@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from forebay_contracts.wire.messages import RECOMMENDABLE, CompletionType, InferenceRequest, Sampling
+from forebay_contracts.wire.request import RECOMMENDABLE, CompletionType, InferenceRequest, Sampling
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 128

@@ -20,7 +20,7 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.status import ModelQueue, model_queue
 from forebay_contracts.telemetry.metrics import GATHER_S, REGISTRY
 from forebay_contracts.wire import names
-from forebay_contracts.wire.messages import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 
 REFRESH_S = 1.0
 """Scrapes within so long of each other are given the same gauges: no number of them makes NATS busier."""

@@ -31,7 +31,8 @@ from forebay_contracts.queueing.recent_requests import recent_changes
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InvalidApiKey, QueueError, TooManyListeners
-from forebay_contracts.wire.messages import RequestState, WorkerInfo
+from forebay_contracts.wire.heartbeats import WorkerInfo
+from forebay_contracts.wire.state import RequestState
 
 MAX_LISTENERS = 100
 """Most listeners of one api process; one more gets 503."""

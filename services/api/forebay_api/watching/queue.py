@@ -10,7 +10,7 @@ from forebay_contracts.nats.topology import waiting_place
 from forebay_contracts.queueing.status import QueueStatus, queue_status
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestNotFound
-from forebay_contracts.wire.messages import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 
 router = APIRouter(prefix="/v1/queue", tags=["queue"])
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.errors import ModelNotFound, ModelUnavailable, UnsupportedByModel
-from forebay_contracts.wire.messages import CompletionType, WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.request import CompletionType
 
 KNOWN_MODELS_AGE_S = 1.0
 """For so long NATS is not asked again which models have a consumer, however many unknown names come."""

@@ -5,7 +5,7 @@ import time
 from forebay_contracts.queueing.queue import Delivery
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import Fields, fields
-from forebay_contracts.wire.messages import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.protocol import Tokens
 from forebay_inference.worker_metrics import WorkerMetrics
 

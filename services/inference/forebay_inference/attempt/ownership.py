@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from forebay_contracts.queueing.queue import Delivery
 from forebay_contracts.queueing.states import QUEUED_AFTER_S, StateStore, Stored, change
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable
-from forebay_contracts.wire.messages import InferenceRequest, RequestState, RequestStatus, Usage
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 STORE_RETRY_S = 0.5
 """Pause between tries at a write while NATS is away."""

@@ -13,17 +13,9 @@ from pydantic import ValidationError
 
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.wire.errors import ApiError
-from forebay_contracts.wire.messages import (
-    Completed,
-    CompletionType,
-    Delta,
-    Failed,
-    FinishedChoice,
-    InferenceRequest,
-    Resume,
-    Started,
-    Usage,
-)
+from forebay_contracts.wire.frames import Completed, Delta, Failed, FinishedChoice, Resume, Started
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.state import Usage
 from forebay_inference.engine.protocol import Tokens, Vector
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,9 @@ from forebay_contracts.wire.errors import (
     RequestTimeout,
     StateUnreadable,
 )
-from forebay_contracts.wire.messages import InferenceRequest, RequestStatus, Resume, Usage
+from forebay_contracts.wire.frames import Resume
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestStatus, Usage
 from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import EndedBefore, Record, Superseded, patiently
 from forebay_inference.attempt.reply import ReplyStream, failed

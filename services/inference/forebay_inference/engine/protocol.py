@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from forebay_contracts.wire.errors import UnsupportedByModel
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest, TokenLogprob
+from forebay_contracts.wire.frames import TokenLogprob
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Next tokens of choice `index`, with the text they settle (see `forebay_contracts.wire.messages.Delta`).
+    """Next tokens of choice `index`, with the text they settle (see `forebay_contracts.wire.frames.Delta`).
 
     `text` never holds a part of a character, of a stop string or of a special token. `tool_calls` are OpenAI
     streamed tool-call deltas.

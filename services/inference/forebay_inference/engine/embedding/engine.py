@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.embedding.batch import EmbeddingBatch, Job
 from forebay_inference.engine.protocol import (
     Accepted,

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 
-from forebay_contracts.wire.messages import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.protocol import Accepted, EngineEvent, Finished, ResumeTokens, Tokens
 
 

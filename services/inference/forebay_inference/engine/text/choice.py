@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from forebay_contracts.wire.messages import TokenLogprob, TopLogprob
+from forebay_contracts.wire.frames import TokenLogprob, TopLogprob
 from forebay_inference.engine.protocol import Tokens
 from forebay_inference.engine.text.detokenizer import REPLACEMENT, ChoiceText
 from forebay_inference.engine.text.tool_calls import ToolParser

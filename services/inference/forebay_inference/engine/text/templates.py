@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.text.tool_formats import ToolFormat, with_tools_told
 
 _RESERVED = frozenset(

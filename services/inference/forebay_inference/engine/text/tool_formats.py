@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_contracts.wire.messages import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.messages import GENERATION, CompletionType, InferenceRequest, Sampling
+from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_inference.engine.protocol import (
     Accepted,
     EngineEvent,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_contracts.wire.messages import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.text.templates import encode_prompts
 from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse, tool_use
 from forebay_inference.engine.transformers.guided import Grammars

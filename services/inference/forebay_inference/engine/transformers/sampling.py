@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from forebay_contracts.wire.messages import Sampling
+from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import reason_of
 from forebay_inference.engine.transformers.guided import Guide
 

@@ -4,7 +4,7 @@ import asyncio
 import uuid
 from collections.abc import Sequence
 
-from forebay_contracts.wire.messages import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.protocol import EngineFault
 from forebay_inference.engine.text.choice import Choice
 from forebay_inference.engine.text.tool_calls import ToolParser

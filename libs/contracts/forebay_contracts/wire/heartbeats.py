@@ -1,0 +1,56 @@
+"""The heartbeats of workers and apis."""
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import Field
+
+from forebay_contracts.wire.message import SCHEMA_VERSION, Message
+from forebay_contracts.wire.request import GENERATION, CompletionType
+
+
+class WorkerStatus(StrEnum):
+    """What a worker is doing."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class ServiceInfo(Message):
+    """A service's heartbeat. Times: seconds since the epoch."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: str
+    version: str
+    started_at: float
+    heartbeat_at: float
+
+    def encode(self) -> bytes:
+        """The heartbeat as JSON, every field written out."""
+        return self.model_dump_json().encode()
+
+
+class ApiInfo(ServiceInfo):
+    """The heartbeat in the KV bucket `inference-apis`, its key the api instance's id.
+
+    `unfinished` counts what each client's key, by name, has admitted and unfinished there.
+    """
+
+    unfinished: dict[str, int] = Field(default_factory=dict)
+
+
+class WorkerInfo(ServiceInfo):
+    """The heartbeat in the KV bucket `inference-workers`, its key the worker id."""
+
+    model: str
+    aliases: tuple[str, ...] = ()
+    status: WorkerStatus
+    progress: str | None = None
+    slots: int
+    busy: int = 0
+    context_length: int | None = None
+    quantization: str | None = None
+    device: str | None = None
+    engine: str
+    completion_types: tuple[CompletionType, ...] = GENERATION

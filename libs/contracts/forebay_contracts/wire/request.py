@@ -1,0 +1,91 @@
+"""One request as it travels through the stream."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Final, Literal
+
+from pydantic import Field
+
+from forebay_contracts.wire.message import SCHEMA_VERSION, Message
+
+
+class CompletionType(StrEnum):
+    """What kind of answer a request wants."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+    EMBEDDING = "embedding"
+
+
+GENERATION: Final = (CompletionType.CHAT, CompletionType.COMPLETION)
+
+"""What a model that generates text serves."""
+
+
+RECOMMENDABLE: Final = ("temperature", "top_p", "top_k", "repetition_penalty")
+
+"""The sampling parameters that a model may come with a recommendation for."""
+
+
+class Sampling(Message):
+    """How tokens are chosen; the names and ranges are OpenAI's, with the usual extensions.
+
+    `max_tokens` None means: up to the model's context length. `stop` holds at most four strings.
+    `logprobs` is how many alternatives to report for each token (0: the chosen one alone), None for none.
+    `unset` names those of RECOMMENDABLE that the client left open: what the model recommends holds for them.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    unset: tuple[str, ...] = ()
+
+    def settled(self, recommended: Mapping[str, float]) -> "Sampling":
+        """With the model's recommendation where the client left it open."""
+        return self.model_copy(update={name: recommended[name] for name in self.unset if name in recommended})
+
+
+class InferenceRequest(Message):
+    """One request as it waits in the stream.
+
+    Times are seconds since the epoch. `messages` is set for chat and `prompts` for completion: each prompt
+    is text or token ids. The answer has `len(prompts) * n` choices (`n` for chat), numbered from 0, the
+    choices of one prompt together. For embedding, `prompts` are the inputs and the choices their vectors, cut
+    to `dimensions` where that is set. `key` names the key that it came with, where there are any.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: str
+    completion_type: CompletionType
+    model: str
+    created_at: float
+    deadline: float
+    reply_to: str
+    key: str | None = None
+    stream: bool = False
+    messages: tuple[dict[str, Any], ...] = ()
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    n: int = 1
+    best_of: int | None = None
+    echo: bool = False
+    sampling: Sampling = Field(default_factory=Sampling)
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    response_format: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    dimensions: int | None = None
+
+    def encode(self) -> bytes:
+        """The request as JSON, defaults left out but for the schema version."""
+        return b'{"schema_version":%d,' % SCHEMA_VERSION + super().encode()[1:]

@@ -1,0 +1,61 @@
+"""What became of a request: the value in the KV bucket `inference-requests`."""
+
+from enum import StrEnum
+from typing import Literal
+
+from forebay_contracts.wire.message import SCHEMA_VERSION, Message
+
+
+class Usage(Message):
+    """Token counts of one request, over all its choices (the prompt counted once)."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class RequestStatus(StrEnum):
+    """queued → processing → completed | failed, and from either of the first two cancelled or timed_out."""
+
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed_out"
+
+    @property
+    def final(self) -> bool:
+        """Whether no later write may change it."""
+        return self not in (RequestStatus.QUEUED, RequestStatus.PROCESSING)
+
+
+class RequestState(Message):
+    """The value in the KV bucket `inference-requests`, its key the request id. Times: seconds since the epoch.
+
+    `error` is what the client was told. `fault` is what went wrong at the latest attempt that failed, with its number
+    and its worker, for who runs the system; it quotes no request. `started_at` is when the first attempt began.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: str
+    status: RequestStatus
+    completion_type: str
+    timestamp: float
+    error: str | None = None
+    fault: str | None = None
+    model: str
+    attempt: int = 0
+    queued_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    deadline: float
+    worker: str | None = None
+    sequence: int | None = None
+    handed_over: int = 0
+    usage: Usage | None = None
+    key: str | None = None
+
+    def encode(self) -> bytes:
+        """The state as JSON, every field written out for people who read it with `nats kv get`."""
+        return self.model_dump_json().encode()
