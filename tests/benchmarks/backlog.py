@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -17,7 +17,8 @@ from benchmarks import systems
 from benchmarks.common import MODEL, log, memory_mb, part_main, ratios, spread
 from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import Connection, connect
-from forebay_contracts.queueing.queue import JetStreamQueue
+from forebay_contracts.queueing.admission import JetStreamAdmission
+from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 
@@ -40,35 +41,42 @@ def request() -> InferenceRequest:
     )
 
 
-async def opened(url: str) -> tuple[Connection, JetStreamQueue]:
+class Queue(NamedTuple):
+    """Both ends of it."""
+
+    admission: JetStreamAdmission
+    deliveries: JetStreamDeliveries
+
+
+async def opened(url: str) -> tuple[Connection, Queue]:
     """A queue on a server, made."""
     limits = {"max_queue_size": 200_000, "max_concurrent_requests": 64, "default_model": MODEL, "request_timeout": 3600}
     settings = load(Settings, nats_url=url, _env_file=None, **limits)
     connection = await connect(settings, "forebay-benchmark")
     await topology.ensure(connection, settings, MODEL)
-    return connection, JetStreamQueue(connection, MODEL)
+    return connection, Queue(JetStreamAdmission(connection), JetStreamDeliveries(connection, MODEL))
 
 
-async def fill(queue: JetStreamQueue, count: int) -> None:
+async def fill(queue: Queue, count: int) -> None:
     """Publish so many more."""
     left = iter(range(count))
 
     async def some() -> None:
         for _ in left:
-            await queue.publish(request())
+            await queue.admission.publish(request())
 
     await asyncio.gather(*(some() for _ in range(IN_FLIGHT)))
 
 
-async def sample(queue: JetStreamQueue) -> tuple[float, float]:
+async def sample(queue: Queue) -> tuple[float, float]:
     """Median ms of a publish, and of a pull; as many leave the queue as came."""
     published, pulled = [], []
     for _ in range(SAMPLES):
         one, began = request(), time.perf_counter()
-        await queue.publish(one)
+        await queue.admission.publish(one)
         published.append(time.perf_counter() - began)
         began = time.perf_counter()
-        delivery = await queue.pull()
+        delivery = await queue.deliveries.pull()
         pulled.append(time.perf_counter() - began)
         await delivery.ack()
     return 1000 * statistics.median(published), 1000 * statistics.median(pulled)

@@ -114,16 +114,16 @@ async def test_hostile_frames_do_no_harm(nats_server: NatsServer) -> None:
     )
 )
 def test_whatever_order_frames_come_in_no_token_is_doubled_or_left_out(frames: list[dict[str, object]]) -> None:
-    from forebay_api.in_flight.replies import Reply
+    from forebay_api.in_flight.live_answer import LiveAnswer
     from forebay_contracts.wire.frames import decode_frame
 
     request = InferenceRequest(
         id="x", completion_type=CompletionType.CHAT, model=MODEL, created_at=0, deadline=0, reply_to=""
     )
-    reply = Reply(request)
+    answer = LiveAnswer(request, lambda _: None)
     for frame in frames:
-        reply.receive(decode_frame(json.dumps(frame).encode()))
-    have = reply.have(reply.attempt).choices
+        answer.receive(decode_frame(json.dumps(frame).encode()))
+    have = answer.have(answer.attempt).choices
     tokens = have[0].tokens if have else ()
     assert tokens == tuple(range(len(tokens)))
-    assert "".join(delta.text for delta in reply._unread) == "".join(f"<{n}>" for n in tokens)
+    assert "".join(delta.text for delta in answer._unread) == "".join(f"<{n}>" for n in tokens)

@@ -16,7 +16,7 @@ from forebay_api.watching import feed
 from forebay_api.watching.feed import Feed
 from forebay_contracts import keys
 from forebay_contracts.nats.connection import connect
-from forebay_contracts.queueing.states import KeyValueStateStore
+from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import queue_status
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import QueueConflict, TooManyListeners

@@ -8,7 +8,8 @@ import pytest
 
 from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import Connection, connect
-from forebay_contracts.queueing.queue import JetStreamQueue
+from forebay_contracts.queueing.admission import JetStreamAdmission
+from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
@@ -40,7 +41,7 @@ async def api_request(connection: Connection, subject: str) -> dict[str, Any]:
 
 
 async def publish(connection: Connection, count: int) -> None:
-    queue = JetStreamQueue(connection)
+    queue = JetStreamAdmission(connection)
     for number in range(count):
         await queue.publish(
             InferenceRequest(
@@ -130,14 +131,14 @@ async def test_a_raised_limit_serves_a_pull_that_waits(nats_server: NatsServer) 
     async with connected(nats_server) as connection:
         await topology.ensure(connection, settings(nats_server), MODEL)
         await publish(connection, 2)
-        queue = JetStreamQueue(connection, MODEL)
+        queue = JetStreamDeliveries(connection, MODEL)
         first = await queue.pull()
         second = asyncio.create_task(queue.pull())
         await connection.client.flush()
         assert not second.done()
         await topology.ensure(connection, settings(nats_server, max_concurrent_requests=2), MODEL)
         assert (await second).sequence == first.sequence + 1
-        await queue.stop_pulling()
+        await queue.stop()
 
 
 async def test_two_models_share_the_stream(nats_server: NatsServer) -> None:

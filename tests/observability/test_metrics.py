@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families as prometheu
 
 from forebay_contracts import keys
 from forebay_contracts.nats.connection import connected
-from forebay_contracts.queueing.states import KeyValueStateStore
+from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.telemetry.metrics import REGISTRY
 from forebay_contracts.wire.errors import QueueUnavailable

@@ -16,7 +16,7 @@ import httpx
 import openai
 
 from forebay_contracts.nats.connection import Connection, connect
-from forebay_contracts.queueing.states import KeyValueStateStore
+from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.state import RequestState, RequestStatus
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from forebay_api.http.headers import REQUEST_ID_HEADER, HeadersMiddleware
 from forebay_api.http.tracing import TraceMiddleware
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
+from forebay_api.in_flight.listener import Listener
 from forebay_api.openai import models, routes
 from forebay_api.watching import docs, events, health, metrics, page, queue
 from forebay_api.watching.drain_rate import Rates
@@ -27,8 +29,9 @@ from forebay_api.watching.served_models import Models
 from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import connected
 from forebay_contracts.nats.presence import Heartbeat, Presence
-from forebay_contracts.queueing.queue import JetStreamQueue
-from forebay_contracts.queueing.states import KeyValueStateStore
+from forebay_contracts.queueing.admission import JetStreamAdmission
+from forebay_contracts.queueing.cancellation import Cancellation, NatsCancelNotices
+from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import QueueStatus, queue_status
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.telemetry import tracing
@@ -75,9 +78,11 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await topology.ensure(connection, settings, settings.served_model)
         states = KeyValueStateStore(connection)
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
-        limits = KeyLimits(keys, lambda: (api for api in apis.alive() if api.id != dispatcher.instance))
-        queue = JetStreamQueue(connection, patience_s=settings.admission_patience)
-        dispatcher = Dispatcher(connection, queue, states, limits.one_more)
+        limits = KeyLimits(keys, lambda: (api for api in apis.alive() if api.id != instance))
+        admission = JetStreamAdmission(connection, patience_s=settings.admission_patience)
+        cancellation = Cancellation(states, admission, NatsCancelNotices(connection))
+        instance = f"api-{uuid.uuid4().hex[:12]}"
+        dispatcher = Dispatcher(instance, admission, states, cancellation, limits.one_more)
         workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
         rates = Rates()
         started_at = time.time()
@@ -99,7 +104,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
         await workers.start()
         await apis.start()
-        await dispatcher.start()
+        await Listener(connection, dispatcher).start()
         await heartbeat.start()
         log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
         idempotent = IdempotentRequests(connection, dispatcher, apis)

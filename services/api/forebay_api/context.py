@@ -14,7 +14,7 @@ from forebay_api.watching.feed import Feed
 from forebay_api.watching.served_models import Models
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Presence
-from forebay_contracts.queueing.states import StateStore
+from forebay_contracts.queueing.protocols import StateStore
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.heartbeats import WorkerInfo
 

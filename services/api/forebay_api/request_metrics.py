@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from prometheus_client import Counter
 
-from forebay_contracts.queueing.states import OUTCOMES
+from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.telemetry.metrics import FAST_S, REGISTRY, WAIT_S, Histogram, bound
 from forebay_contracts.wire.errors import (
     ApiError,

@@ -2,19 +2,31 @@
 
 import asyncio
 import logging
+import os
 import signal
+import socket
 import sys
+import uuid
 
 import uvloop
 
-from forebay_contracts.nats.connection import connected
+from forebay_contracts.nats.connection import Connection, connected
+from forebay_contracts.nats.presence import Presence
+from forebay_contracts.queueing.cancellation import NatsCancelNotices
+from forebay_contracts.queueing.deliveries import JetStreamDeliveries
+from forebay_contracts.queueing.reply_channel import LiveReplyChannel
+from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.settings import InferenceSettings, load
 from forebay_contracts.telemetry import logs, metrics, tracing
+from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, ForebayError
+from forebay_contracts.wire.heartbeats import ApiInfo
+from forebay_inference.attempt.runner import AttemptRunner
 from forebay_inference.engine.protocol import Engine
 from forebay_inference.engine.simulated import SimulatedEngine
 from forebay_inference.exposition import serve as expose
 from forebay_inference.worker import Worker
+from forebay_inference.worker_metrics import WorkerMetrics
 
 
 def build_engine(settings: InferenceSettings) -> Engine:
@@ -31,6 +43,29 @@ def build_engine(settings: InferenceSettings) -> Engine:
     return TransformersEngine.from_settings(settings)
 
 
+def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
+    """A worker on NATS."""
+    worker_id = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    engine = build_engine(settings)
+    apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
+
+    def channel(reply_to: str, deadline: float) -> LiveReplyChannel:
+        return LiveReplyChannel(connection, reply_to, deadline, lambda: apis.is_alive(names.api_of(reply_to)))
+
+    runner = AttemptRunner(
+        worker=worker_id,
+        states=KeyValueStateStore(connection),
+        engine=engine,
+        channel=channel,
+        notices=NatsCancelNotices(connection),
+        api_alive=apis.is_alive,
+        max_deliveries=settings.max_deliveries,
+        metrics=WorkerMetrics(settings.served_model),
+    )
+    deliveries = JetStreamDeliveries(connection, settings.served_model)
+    return Worker(worker_id, settings, connection, engine, deliveries, runner, apis)
+
+
 async def serve(settings: InferenceSettings) -> None:
     """Connect, work, drain."""
     stop = asyncio.Event()
@@ -38,7 +73,7 @@ async def serve(settings: InferenceSettings) -> None:
     for ending in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(ending, stop.set)
     async with connected(settings, "forebay-inference", "inference") as connection:
-        worker = Worker(settings, connection, build_engine(settings))
+        worker = build_worker(settings, connection)
         expose(settings, worker.health)
         await worker.run(stop)
 

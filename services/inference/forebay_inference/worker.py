@@ -4,10 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
-import socket
 import time
-import uuid
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -17,8 +14,7 @@ from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.process import calm_collector
-from forebay_contracts.queueing.queue import JetStreamQueue, RequestQueue
-from forebay_contracts.queueing.states import KeyValueStateStore
+from forebay_contracts.queueing.protocols import Deliveries
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.telemetry import logs
 from forebay_contracts.version import VERSION
@@ -26,10 +22,11 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InferenceFailed
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
-from forebay_inference.attempt.runner import API_GONE, AttemptRunner, Interrupt
+from forebay_inference.attempt.endings import End, Ended
+from forebay_inference.attempt.runner import API_GONE, AttemptRunner
 from forebay_inference.engine.protocol import Engine, ModelInfo
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
-from forebay_inference.worker_metrics import WorkerMetrics, watch
+from forebay_inference.worker_metrics import watch
 
 KEEP_ALIVE_FRACTION = 3
 """The ack wait is restarted so many times before it could pass."""
@@ -40,24 +37,25 @@ log = logging.getLogger(__name__)
 class Worker:
     """Serves one model from one engine with a number of slots."""
 
-    def __init__(self, settings: InferenceSettings, connection: Connection, engine: Engine) -> None:
-        self.id = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    def __init__(
+        self,
+        worker_id: str,
+        settings: InferenceSettings,
+        connection: Connection,
+        engine: Engine,
+        deliveries: Deliveries,
+        runner: AttemptRunner,
+        apis: Presence[ApiInfo],
+    ) -> None:
+        self.id = worker_id
         self._settings = settings
         self._connection = connection
         self._engine = engine
-        self._queue: RequestQueue = JetStreamQueue(connection, settings.served_model)
-        self._apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
+        self._deliveries = deliveries
+        self._runner = runner
+        self._apis = apis
         self._heartbeat = Heartbeat(connection, names.WORKERS_BUCKET, self._describe)
-        self._runner = AttemptRunner(
-            worker=self.id,
-            connection=connection,
-            states=KeyValueStateStore(connection),
-            engine=engine,
-            api_alive=self._apis.is_alive,
-            max_deliveries=settings.max_deliveries,
-            metrics=WorkerMetrics(settings.served_model),
-        )
-        watch(settings.slots, lambda: len(self._runner.running), engine)
+        watch(settings.slots, lambda: len(runner.running), engine)
         self._watch = EngineWatch(engine, settings.engine_stall_timeout)
         self._started_at = time.time()
         self._status = WorkerStatus.LOADING
@@ -127,7 +125,7 @@ class Worker:
 
     async def _serve(self, stop: asyncio.Event) -> None:
         client = self._connection.client
-        await client.subscribe(names.cancel_subject("*"), cb=self._cancel_asked)
+        await client.subscribe(names.cancel_subject("*"), cb=self._cancelled)
         await client.subscribe(names.resend_subject("*"), cb=self._resend_asked)
         slots = [asyncio.create_task(self._slot()) for _ in range(self._settings.slots)]
         keepers = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._watch_engine())]
@@ -142,7 +140,7 @@ class Worker:
     async def _slot(self) -> None:
         """Pull one request at a time, so that capacity is claimed only when it is free."""
         while self._status is WorkerStatus.READY:
-            delivery = await self._queue.pull()
+            delivery = await self._deliveries.pull()
             await self._runner.run(delivery)
             if self._engine.fault() is not None:
                 self._broken.set()
@@ -154,15 +152,13 @@ class Worker:
             InferenceFailed: a slot had broken, which is a fault of ours: the worker must not end as if all were well.
         """
         self._set_status(WorkerStatus.DRAINING)
-        await self._queue.stop_pulling()
+        await self._deliveries.stop()
         patience_s = 0 if self._broken.is_set() else self._settings.drain_timeout
         _, late = await asyncio.wait(slots, timeout=patience_s)
         fault = self._watch.fault()
         for attempt in list(self._runner.running.values()):
-            if fault is not None:
-                attempt.stop(Interrupt.BROKEN, fault)
-            else:
-                attempt.stop(Interrupt.DRAINED, "the worker stops")
+            # It may be this request that a broken engine got stuck at: unlike a hand-over, that counts.
+            attempt.stop(Ended(End.HANDED_OVER) if fault is None else Ended(End.FAULT, fault=fault))
         if late:
             await asyncio.wait(late, timeout=self._settings.ack_wait)
         for slot in slots:
@@ -178,7 +174,7 @@ class Worker:
             await asyncio.sleep(self._settings.ack_wait / KEEP_ALIVE_FRACTION)
             for attempt in list(self._runner.running.values()):
                 if not self._apis.is_alive(names.api_of(attempt.request.reply_to)):
-                    attempt.stop(Interrupt.CANCELLED, API_GONE)
+                    attempt.stop(Ended(End.ABANDONED, reason=API_GONE))
                     continue
                 try:
                     await attempt.delivery.in_progress()
@@ -197,10 +193,12 @@ class Worker:
         closed = "the connection to NATS is closed" if self._connection.client.is_closed else None
         return Health(self._status, self._connection.connected, self._watch.fault() or closed)
 
-    async def _cancel_asked(self, msg: Msg) -> None:
+    async def _cancelled(self, msg: Msg) -> None:
+        if names.HEADER_CANCEL in (msg.headers or {}):
+            return  # a question to the api that holds the client, which decides
         attempt = self._runner.running.get(msg.subject.rsplit(".", 1)[1])
         if attempt is not None:
-            attempt.stop(Interrupt.CANCELLED, msg.data.decode(errors="replace")[:200])
+            attempt.stop(Ended(End.CANCELLED, reason=msg.data.decode(errors="replace")[:200]))
 
     async def _resend_asked(self, msg: Msg) -> None:
         attempt = self._runner.running.get(msg.subject.rsplit(".", 1)[1])

@@ -10,10 +10,10 @@ from rich.table import Table
 from forebay_cli import console
 from forebay_cli.connection import connected, settings
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.queueing import cancellation
-from forebay_contracts.queueing.queue import JetStreamQueue
+from forebay_contracts.queueing.admission import JetStreamAdmission
+from forebay_contracts.queueing.cancellation import Cancellation, NatsCancelNotices
 from forebay_contracts.queueing.recent_requests import recent_states
-from forebay_contracts.queueing.states import KeyValueStateStore
+from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, RequestNotFound
 from forebay_contracts.wire.state import RequestState, RequestStatus
@@ -71,9 +71,8 @@ async def cancel(request_id: str, *, as_json: bool) -> None:
     async with connected(settings()) as link:
         states = KeyValueStateStore(link)
         known = await _one(link, request_id)
-        queue = JetStreamQueue(link)
-        reason = "cancelled by the operator"
-        done = await cancellation.call_off(link, queue, states, request_id, RequestStatus.CANCELLED, reason)
+        cancellation = Cancellation(states, JetStreamAdmission(link), NatsCancelNotices(link))
+        done = await cancellation.cancel(request_id, "cancelled by the operator")
         latest = await states.get(request_id)
     ended = (latest.state if latest else known).status
     if as_json:

@@ -17,7 +17,7 @@ from forebay_cli import console
 from forebay_cli.connection import connected, settings
 from forebay_contracts.nats import presence
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.queueing.states import KeyValueStateStore
+from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import ModelQueue, QueueStatus, queue_status
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names

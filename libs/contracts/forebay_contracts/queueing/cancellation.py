@@ -1,68 +1,122 @@
-"""Calling a request off: one way for a client that left, DELETE, a passed deadline and `forebay cancel`."""
+"""Cancelling: one owner of it, whoever asks — a client that left, DELETE, a passed deadline, `forebay cancel`.
 
-import contextlib
+The api that holds a request's client decides how the request ends for that client. So whoever else wants to cancel it
+asks that api first, and ends the request itself only where no api answers for it.
+"""
+
+import asyncio
 import logging
 import time
+from typing import Final
 
 from nats.errors import Error as NatsError
 
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.queueing.queue import RequestQueue
-from forebay_contracts.queueing.states import StateStore, finish
+from forebay_contracts.queueing.protocols import Admission, CancelNotices, StateStore
+from forebay_contracts.queueing.state_store import end
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import StateUnreadable
-from forebay_contracts.wire.state import RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
+
+LOOKS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.3)
+"""Pauses between looks at the state while the api that holds the client may answer; about a second in all."""
 
 log = logging.getLogger(__name__)
 
 
-async def call_off(
-    connection: Connection,
-    queue: RequestQueue,
-    states: StateStore,
-    request_id: str,
-    outcome: RequestStatus,
-    reason: str,
-    sequence: int | None = None,
-) -> bool:
-    """End a request before its time: as `cancelled` or `timed_out`, for `reason`; False if it had ended before.
+class Cancellation:
+    """Ends requests before their time."""
 
-    Its place in the queue is free when this returns, its slot within one step of the engine. `sequence` is its
-    message's, where the caller knows it; otherwise it is read from the state.
+    def __init__(self, states: StateStore, admission: Admission, notices: CancelNotices) -> None:
+        self._states = states
+        self._admission = admission
+        self._notices = notices
 
-    Raises:
-        QueueUnavailable: NATS does not answer.
-    """
-    if sequence is None:
-        stored = await states.get(request_id)
-        if stored is None or stored.state.status.final:
+    async def cancel(self, request_id: str, reason: str) -> bool:
+        """Cancel a request of any api; False if it had ended before, or is not known.
+
+        Raises:
+            QueueUnavailable: NATS does not answer.
+        """
+        if (status := await self._status(request_id)) is None or status.final:
             return False
-        sequence = stored.state.sequence
-    try:
-        ended = await finish(states, request_id, outcome, reason)
-    except StateUnreadable as exc:
-        log.error("[RequestQueue] %s", exc.message)
-        ended = None
-    # Whether the message waits or is out cannot be told from here: it is taken out, and whoever runs it is told.
-    if sequence is not None:
-        await queue.remove(sequence)
-    with contextlib.suppress(NatsError):
-        await connection.client.publish(names.cancel_subject(request_id), reason.encode())
-    if ended is None:
-        return False
-    log.info(
-        "[RequestQueue] %s %s: %s",
-        request_id,
-        outcome.value.replace("_", " "),
-        reason,
-        extra=fields(
-            request_id=request_id,
-            model=ended.model,
-            type=ended.completion_type,
-            attempt=ended.attempt,
-            outcome=outcome.value,
-            total_s=time.time() - ended.queued_at,
-        ),
-    )
-    return True
+        await self._notices.ask(request_id, reason)
+        for pause_s in LOOKS_S:
+            await asyncio.sleep(pause_s)
+            if (status := await self._status(request_id)) is None or status.final:
+                return status is RequestStatus.CANCELLED
+        return await self.end(request_id, RequestStatus.CANCELLED, reason) is not None
+
+    async def end(
+        self,
+        request_id: str,
+        outcome: RequestStatus,
+        reason: str,
+        *,
+        unknown: RequestState | None = None,
+    ) -> RequestState | None:
+        """End a request as `cancelled` or `timed_out`; its last state, or None if it had ended before.
+
+        In this order: its state is final, it is counted, its place in the queue is free, its worker is told, which
+        stops within one step of the engine. `unknown` is its state where nothing is stored of it yet.
+
+        Raises:
+            QueueUnavailable: NATS does not answer.
+        """
+        state = unknown
+        try:
+            ended = await end(self._states, request_id, outcome, reason, unknown)
+        except StateUnreadable as exc:
+            log.error("[RequestQueue] %s", exc.message)
+            ended = None
+        else:
+            if ended is None:
+                return None
+            state = ended
+        # Whether the message waits or is out cannot be told from here: it is taken out, and whoever runs it is told.
+        if state is not None and state.sequence is not None:
+            await self._admission.remove(request_id, state.sequence)
+        await self._notices.tell(request_id, reason)
+        if ended is not None:
+            log.info(
+                "[RequestQueue] %s %s: %s",
+                request_id,
+                outcome.value.replace("_", " "),
+                reason,
+                extra=fields(
+                    request_id=request_id,
+                    model=ended.model,
+                    type=ended.completion_type,
+                    attempt=ended.attempt,
+                    outcome=outcome.value,
+                    total_s=max(time.time() - ended.queued_at, 0.0),
+                ),
+            )
+        return ended
+
+    async def _status(self, request_id: str) -> RequestStatus | None:
+        stored = await self._states.get(request_id)
+        return stored.state.status if stored is not None else None
+
+
+class NatsCancelNotices:
+    """On `inference.cancel.<request id>`; a question carries the header HEADER_CANCEL. See `CancelNotices`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def ask(self, request_id: str, reason: str) -> None:
+        """Ask the api that holds the client; workers leave it alone."""
+        await self._publish(request_id, reason, {names.HEADER_CANCEL: "ask"})
+
+    async def tell(self, request_id: str, reason: str) -> None:
+        """Tell all: the state is final already."""
+        await self._publish(request_id, reason, None)
+
+    async def _publish(self, request_id: str, reason: str, headers: dict[str, str] | None) -> None:
+        try:
+            await self._connection.client.publish(names.cancel_subject(request_id), reason.encode(), headers=headers)
+        except NatsError as exc:
+            # The state says so too, and whoever runs it finds out at its end.
+            log.debug("%s: nobody was told that it is cancelled: %r", request_id, exc)

@@ -1,76 +1,91 @@
-"""The queue in one process, without durability: for tests of what stands on a queue."""
+"""The seams in one process, without durability: for tests of what stands on them. See `protocols` for each method."""
 
 import asyncio
 import itertools
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from forebay_contracts.queueing.queue import Delivery
-from forebay_contracts.wire.errors import QueueFull
+from forebay_contracts.queueing.protocols import Delivery, Stored
+from forebay_contracts.queueing.state_store import OUTCOMES
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import QueueConflict, QueueFull
+from forebay_contracts.wire.frames import Completed, Delta, Frame, Resume, ResumedChoice, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestState, RequestStatus
 
 
 class InMemoryDelivery:
-    """A delivery from `InMemoryQueue`."""
+    """A delivery from `InMemoryQueue`; `verbs` are those called so far."""
 
-    def __init__(self, queue: "InMemoryQueue", sequence: int, data: bytes, attempt: int) -> None:
+    def __init__(self, queue: "InMemoryQueue", sequence: int, data: bytes, headers: Mapping[str, str]) -> None:
         self._queue = queue
         self.sequence = sequence
         self.data = data
-        self.headers: Mapping[str, str] = {}
-        self.attempt = attempt
+        self.headers = headers
+        self.num_delivered = queue.delivered[sequence]
+        self.verbs: list[str] = []
 
     async def ack(self) -> None:
         """Done."""
+        self.verbs.append("ack")
         self._queue.end(self.sequence)
 
     async def nak(self, delay_s: float = 0) -> None:
         """Back into the queue after `delay_s`."""
-        self._queue.give_back(self.sequence, delay_s)
+        self.verbs.append("nak")
+        self._queue.deliver_again(self.sequence, delay_s)
 
     async def term(self) -> None:
         """End for good."""
+        self.verbs.append("term")
         self._queue.end(self.sequence)
 
     async def in_progress(self) -> None:
         """In one process nobody else takes it."""
+        self.verbs.append("in_progress")
 
 
 class InMemoryQueue:
-    """The same promises in one process, without durability: for tests of what stands on a queue."""
+    """`Admission` and `Deliveries` in one."""
 
-    def __init__(self, max_queue_size: int, max_concurrent: int) -> None:
+    def __init__(self, max_queue_size: int = 100, max_concurrent: int = 10) -> None:
         self._max_queue_size = max_queue_size
         self._concurrency = asyncio.Semaphore(max_concurrent)
         self._sequences = itertools.count(1)
         self._by_id: dict[str, int] = {}
-        self._messages: OrderedDict[int, bytes] = OrderedDict()
-        self._attempts: dict[int, int] = {}
+        self._messages: dict[int, tuple[bytes, Mapping[str, str]]] = {}
         self._out: set[int] = set()
         self._ready: asyncio.Queue[int] = asyncio.Queue()
         self._pulls: set[asyncio.Task[Any]] = set()
+        self.delivered: Counter[int] = Counter()
 
     async def publish(self, request: InferenceRequest) -> int:
-        """See `RequestQueue.publish`."""
+        """Admit."""
         if request.id in self._by_id:
             return self._by_id[request.id]
+        headers = {names.HEADER_MSG_ID: request.id, names.HEADER_REPLY_TO: request.reply_to}
+        return self.put(request.encode(), headers)
+
+    def put(self, data: bytes, headers: Mapping[str, str]) -> int:
+        """Admit a message as it is, readable or not."""
         if len(self._messages) >= self._max_queue_size:
             raise QueueFull("the queue is full, try again later")
         sequence = next(self._sequences)
-        self._by_id[request.id] = sequence
-        self._messages[sequence] = request.encode()
+        self._by_id[headers[names.HEADER_MSG_ID]] = sequence
+        self._messages[sequence] = data, headers
         self._ready.put_nowait(sequence)
         return sequence
 
-    async def remove(self, sequence: int) -> bool:
-        """See `RequestQueue.remove`."""
-        present = sequence in self._messages
+    async def remove(self, request_id: str, sequence: int) -> bool:
+        """Take out, if it is this request's."""
+        if sequence not in self._messages or self._messages[sequence][1][names.HEADER_MSG_ID] != request_id:
+            return False
         self.end(sequence)
-        return present
+        return True
 
     async def pull(self) -> Delivery:
-        """See `RequestQueue.pull`."""
+        """The next that is ready, once there is capacity."""
         task = asyncio.current_task()
         assert task is not None
         self._pulls.add(task)
@@ -84,16 +99,12 @@ class InMemoryQueue:
         finally:
             self._pulls.discard(task)
         self._out.add(sequence)
-        self._attempts[sequence] = self._attempts.get(sequence, 0) + 1
-        return InMemoryDelivery(self, sequence, self._messages[sequence], self._attempts[sequence])
+        self.delivered[sequence] += 1
+        data, headers = self._messages[sequence]
+        return InMemoryDelivery(self, sequence, data, headers)
 
-    async def _next_sequence(self) -> int:
-        while (sequence := await self._ready.get()) not in self._messages:
-            pass  # it was taken out while it waited
-        return sequence
-
-    async def stop_pulling(self) -> None:
-        """See `RequestQueue.stop_pulling`."""
+    async def stop(self) -> None:
+        """Cancel the pulls that wait."""
         for task in self._pulls:
             task.cancel()
 
@@ -102,17 +113,129 @@ class InMemoryQueue:
         self._messages.pop(sequence, None)
         self._free(sequence)
 
-    def give_back(self, sequence: int, delay_s: float) -> None:
-        """Make a message available again after `delay_s`."""
+    def deliver_again(self, sequence: int, delay_s: float = 0) -> None:
+        """Make a message available again, as a nak does, or an ack wait that has passed."""
         self._free(sequence)
-        loop = asyncio.get_running_loop()
-        put: Callable[[int], None] = self._ready.put_nowait
-        if delay_s:
-            loop.call_later(delay_s, put, sequence)
-        else:
-            put(sequence)
+        asyncio.get_running_loop().call_later(delay_s, self._ready.put_nowait, sequence)
+
+    def forget_deliveries(self) -> None:
+        """As a server that was killed: everything that is out is delivered anew, for the first time as it seems."""
+        self.delivered.clear()
+        for sequence in sorted(self._out):
+            self.deliver_again(sequence)
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    async def _next_sequence(self) -> int:
+        while (sequence := await self._ready.get()) not in self._messages:
+            pass  # it was taken out while it waited
+        return sequence
 
     def _free(self, sequence: int) -> None:
         if sequence in self._out:
             self._out.discard(sequence)
             self._concurrency.release()
+
+
+class InMemoryStateStore:
+    """`StateStore`."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, Stored] = {}
+        self._counted: set[str] = set()
+        self._totals: Counter[RequestStatus] = Counter()
+        self._revisions = itertools.count(1)
+        self.history: list[RequestState] = []
+
+    async def get(self, request_id: str) -> Stored | None:
+        """The state."""
+        return self._states.get(request_id)
+
+    async def write(self, state: RequestState, revision: int) -> int:
+        """Compare and set."""
+        stored = self._states.get(state.id)
+        if (stored.revision if stored else 0) != revision:
+            raise QueueConflict(f"request {state.id}: its state was changed by somebody else")
+        self._states[state.id] = Stored(state, next(self._revisions))
+        self.history.append(state)
+        return self._states[state.id].revision
+
+    async def count(self, outcome: RequestStatus, request_id: str) -> None:
+        """Once a request."""
+        if request_id not in self._counted:
+            self._counted.add(request_id)
+            self._totals[outcome] += 1
+
+    async def totals(self) -> Mapping[RequestStatus, int]:
+        """By outcome."""
+        return {outcome: self._totals[outcome] for outcome in OUTCOMES}
+
+
+class InMemoryReplyChannel:
+    """`ReplyChannel` to a receiver in this process; without `receive` it is itself one, that takes everything.
+
+    `frames` are those that have come. Of those that are only sent, the next `losing` are lost.
+    """
+
+    def __init__(self, receive: Callable[[Frame], Resume] | None = None) -> None:
+        self._receive = receive or self._take
+        self._tokens: dict[int, list[int]] = {}
+        self.frames: list[Frame] = []
+        self.losing = 0
+
+    async def send(self, frame: bytes) -> None:
+        """Lost, or received at once."""
+        if self.losing:
+            self.losing -= 1
+        else:
+            self._received(frame)
+
+    async def ask(self, frame: bytes) -> Resume:
+        """Confirmed at once."""
+        return self._received(frame)
+
+    def _received(self, frame: bytes) -> Resume:
+        decoded = decode_frame(frame)
+        self.frames.append(decoded)
+        return self._receive(decoded)
+
+    def _take(self, frame: Frame) -> Resume:
+        if isinstance(frame, Completed):
+            for delta in frame.deltas:
+                self._add(delta)
+            if all(len(self._tokens.get(choice.index, ())) == choice.tokens for choice in frame.choices):
+                return Resume(wanted=False, outcome=RequestStatus.COMPLETED)
+        elif isinstance(frame, Delta):
+            self._add(frame)
+        elif frame.type == "failed":
+            return Resume(wanted=False, outcome=RequestStatus.FAILED)
+        choices = tuple(ResumedChoice(index=index, tokens=tuple(tokens)) for index, tokens in self._tokens.items())
+        return Resume(choices=choices)
+
+    def _add(self, delta: Delta) -> None:
+        tokens = self._tokens.setdefault(delta.index, [])
+        if delta.offset == len(tokens):
+            tokens.extend(delta.tokens)
+
+
+class InMemoryCancelNotices:
+    """`CancelNotices`: `asked` and `told` hold the ids; `on_ask` and `on_tell` are those concerned."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.told: list[str] = []
+        self.on_ask: list[Callable[[str, str], Awaitable[None]]] = []
+        self.on_tell: list[Callable[[str, str], Awaitable[None]]] = []
+
+    async def ask(self, request_id: str, reason: str) -> None:
+        """To whoever holds the client."""
+        self.asked.append(request_id)
+        for concerned in self.on_ask:
+            await concerned(request_id, reason)
+
+    async def tell(self, request_id: str, reason: str) -> None:
+        """To whoever runs it."""
+        self.told.append(request_id)
+        for concerned in self.on_tell:
+            await concerned(request_id, reason)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.queueing.states import StateStore
+from forebay_contracts.queueing.protocols import StateStore
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueUnavailable

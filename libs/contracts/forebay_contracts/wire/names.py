@@ -21,6 +21,8 @@ HEADER_REPLY_TO: Final = "Forebay-Reply-To"
 HEADER_MSG_ID: Final = "Nats-Msg-Id"
 HEADER_INCREMENT: Final = "Nats-Incr"
 HEADER_TTL: Final = "Nats-TTL"
+HEADER_CANCEL: Final = "Forebay-Cancel"
+"""On a cancel subject: `ask` marks a question to the api that holds the client; without it, the request has ended."""
 
 MODEL_METADATA: Final = "forebay.model"
 """Key of a consumer's metadata that holds the full name of its model."""
@@ -60,7 +62,7 @@ def reply_subjects(api: str) -> str:
 
 
 def cancel_subject(request_id: str) -> str:
-    """Where a request is called off; `*` for all."""
+    """Where a request is cancelled; `*` for all."""
     return f"inference.cancel.{request_id}"
 
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 from starlette.requests import ClientDisconnect, Request
 
-from forebay_api.in_flight.replies import ClientLeft
+from forebay_api.in_flight.answer import ClientLeft
 from forebay_api.openai.schemas import Misfit
 from forebay_contracts.wire.errors import InvalidRequest, RequestTooLarge
 

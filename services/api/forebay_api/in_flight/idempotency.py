@@ -18,7 +18,7 @@ from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 
 from forebay_api.in_flight.dispatcher import Dispatcher
-from forebay_api.in_flight.recording import Recording, View
+from forebay_api.in_flight.recorded_answer import RecordedAnswer, Recording
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Presence
 from forebay_contracts.wire import names
@@ -73,14 +73,14 @@ class IdempotentRequests:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Call off what runs without a client that waits for it."""
+        """Cancel what runs without a client that waits for it."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
     @contextlib.asynccontextmanager
-    async def attach(self, request: InferenceRequest, key: str) -> AsyncIterator[View]:
+    async def attach(self, request: InferenceRequest, key: str) -> AsyncIterator[RecordedAnswer]:
         """The answer of `key`, led here if nobody leads it.
 
         Raises:
@@ -97,12 +97,12 @@ class IdempotentRequests:
         if known_hash != body_hash:
             raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
         timeout_s = request.deadline - request.created_at
-        view = recording.view()
+        answer = recording.answer()
         timer = asyncio.get_running_loop().call_later(
-            timeout_s, view.fail, RequestTimeout(f"the request was not finished within {timeout_s:g} seconds")
+            timeout_s, answer.fail, RequestTimeout(f"the request was not finished within {timeout_s:g} seconds")
         )
         try:
-            yield view
+            yield answer
         finally:
             timer.cancel()
 
@@ -137,12 +137,12 @@ class IdempotentRequests:
         recording: Recording,
     ) -> None:
         try:
-            async with self._dispatcher.submit(request) as reply:
-                await reply.started()
+            async with self._dispatcher.submit(request) as answer:
+                await answer.started()
                 recording.begin()
-                async for deltas in reply.deltas():
+                async for deltas in answer.deltas():
                     recording.add(deltas)
-                completed = reply.completed
+                completed = answer.completed
             assert completed is not None
             kept = mine.model_copy(update={"deltas": tuple(recording.deltas), "completed": completed})
             try:

@@ -17,9 +17,9 @@ from forebay_api.clients.keys import Client
 from forebay_api.context import Context, authorized
 from forebay_api.http.bodies import read_body
 from forebay_api.http.error_answers import ErrorAnswers, about
+from forebay_api.in_flight.answer import Answer as PendingAnswer
+from forebay_api.in_flight.answer import ClientLeft, SlowReader
 from forebay_api.in_flight.idempotency import HEADER, scoped_key
-from forebay_api.in_flight.recording import View
-from forebay_api.in_flight.replies import ClientLeft, Reply, SlowReader
 from forebay_api.openai.embeddings import EmbeddingBody, EmbeddingFormat
 from forebay_api.openai.formats import ChatFormat, CompletionFormat, Format, WholeFormat, error_event
 from forebay_api.openai.schemas import ChatCompletionBody, CompletionBody
@@ -165,7 +165,7 @@ class EventStream(Response):
                 await self._send_events(reply, send)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_events(self, reply: Reply | View, send: Send) -> None:
+    async def _send_events(self, reply: PendingAnswer, send: Send) -> None:
         async def write(data: bytes) -> None:
             try:
                 async with asyncio.timeout(MAX_WRITE_STALL_S):
@@ -186,7 +186,7 @@ class EventStream(Response):
             # Not the message: it may quote the request.
             code = exc.code or exc.type
             known = about(self._queued, code=code)
-            if isinstance(reply, Reply):
+            if reply.attempt:
                 known["fields"]["attempt"] = reply.attempt
             log.info(
                 "%s %s broke off: %s", LOG_PREFIX[self._queued.completion_type], self._queued.id, code, extra=known
@@ -206,7 +206,7 @@ def _key(request: Request) -> str | None:
 
 def _submitted(
     context: Context, queued: InferenceRequest, key: str | None
-) -> contextlib.AbstractAsyncContextManager[Reply | View]:
+) -> contextlib.AbstractAsyncContextManager[PendingAnswer]:
     if key is None:
         return context.dispatcher.submit(queued)
     return context.idempotent.attach(queued, key)
@@ -217,7 +217,7 @@ class _Watching:
 
     __slots__ = ("_watcher",)
 
-    def __init__(self, receive: Receive, reply: Reply | View) -> None:
+    def __init__(self, receive: Receive, reply: PendingAnswer) -> None:
         self._watcher = asyncio.create_task(self._watch(receive, reply))
 
     async def __aenter__(self) -> None:
@@ -228,7 +228,7 @@ class _Watching:
         self._watcher.cancel()
 
     @staticmethod
-    async def _watch(receive: Receive, reply: Reply | View) -> None:
+    async def _watch(receive: Receive, reply: PendingAnswer) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         reply.fail(ClientLeft("the client left"))

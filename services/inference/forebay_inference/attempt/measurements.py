@@ -2,7 +2,7 @@
 
 import time
 
-from forebay_contracts.queueing.queue import Delivery
+from forebay_contracts.queueing.protocols import Delivery
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import Fields, fields
 from forebay_contracts.wire.request import InferenceRequest
@@ -20,13 +20,13 @@ class Measured:
     def __init__(self, metrics: WorkerMetrics, request: InferenceRequest, delivery: Delivery, worker: str) -> None:
         self._metrics = metrics
         self._request = request
-        self._attempt = delivery.attempt
+        self.attempt = delivery.num_delivered
         self._tokens_at: dict[int, float] = {}
         self._output = 0
         self._phase: tracing.AnySpan = tracing.NO_SPAN
         self.queue_wait_s: float | None = None
         self.first_token_s: float | None = None
-        if delivery.attempt == 1:
+        if delivery.num_delivered == 1:
             # Two machines' clocks: what is less than nothing is nothing.
             self.queue_wait_s = max(time.time() - request.created_at, 0.0)
             metrics.queue_wait.observe(self.queue_wait_s)
@@ -38,7 +38,7 @@ class Measured:
             {
                 "messaging.system": "nats",
                 "forebay.request_id": request.id,
-                "forebay.attempt": delivery.attempt,
+                "forebay.attempt": delivery.num_delivered,
                 "forebay.worker": worker,
                 "gen_ai.request.model": request.model,
             },
@@ -98,7 +98,7 @@ class Measured:
             request_id=self._request.id,
             model=self._request.model,
             type=self._request.completion_type.value,
-            attempt=self._attempt,
+            attempt=self.attempt,
             outcome=outcome,
             code=code,
             queue_wait_s=self.queue_wait_s,

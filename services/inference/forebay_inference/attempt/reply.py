@@ -1,58 +1,44 @@
-"""The reply of one attempt: frames to the api that waits, kept until the api has confirmed them all."""
+"""The reply of one attempt: frames to the receiver, kept until it has confirmed them all."""
 
 import asyncio
 import base64
-import contextlib
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Final
 
-from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
-from pydantic import ValidationError
-
-from forebay_contracts.nats.connection import Connection
+from forebay_contracts.queueing.protocols import ReplyChannel
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import Completed, Delta, Failed, FinishedChoice, Resume, Started
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
-from forebay_contracts.wire.state import Usage
+from forebay_contracts.wire.state import RequestStatus, Usage
 from forebay_inference.engine.protocol import Tokens, Vector
 
-log = logging.getLogger(__name__)
-
-CONFIRM_TIMEOUT_S = 2.0
-"""How long one try at a frame that the api must confirm may take."""
-
-RETRY_S = 0.25
-"""Pause between such tries."""
-
-RESEND_PAUSE_S = 0.01
+RESEND_PAUSE_S: Final = 0.01
 """Pause between sending what was missed and asking again whether all is there."""
 
-ANNOUNCE_AFTER_S = 0.02
+ANNOUNCE_AFTER_S: Final = 0.02
 """An answer that is no stream and ends sooner is not announced: its end says all."""
 
-UNARY_FLUSH_S = 0.25
+UNARY_FLUSH_S: Final = 0.25
 """A client that wants no stream needs no token at once: they are sent together, so often that a next attempt
 has little to do again."""
 
 
-class ReplyStream:
-    """Frames of one attempt at one request.
+class Reply:
+    """Frames of one attempt at one request, of which `attempt` is the number.
 
-    Everything sent is kept until the end, so that what the api missed can be sent again. An api that is gone
-    (nobody listens and its heartbeat is over) counts as having confirmed.
+    What was sent is kept as bytes until the end, so that what the receiver missed can be sent again: some 200 bytes a
+    token, a sixth of what the messages take.
     """
 
-    def __init__(
-        self, connection: Connection, request: InferenceRequest, attempt: int, api_alive: Callable[[], bool]
-    ) -> None:
-        self._connection = connection
+    def __init__(self, channel: ReplyChannel, request: InferenceRequest, worker: str) -> None:
+        self.attempt = 1
+        self._channel = channel
         self._request = request
-        self._attempt = attempt
-        self._api_alive = api_alive
+        self._worker = worker
         self._lengths: dict[int, int] = {}
-        self._sent: list[Delta] = []
+        self._sent: list[tuple[int, int, bytes]] = []
+        self._last: list[Delta] = []
         self._announcing: asyncio.TimerHandle | None = None
         self._announcement: asyncio.Task[None] | None = None
         self._held: list[Delta] = []
@@ -64,27 +50,30 @@ class ReplyStream:
         """Tokens of all choices so far, those of earlier attempts included; embeddings have none."""
         return 0 if self._request.completion_type is CompletionType.EMBEDDING else sum(self._lengths.values())
 
-    async def started(self, worker: str) -> Resume:
-        """Announce the attempt; from the second on, learn what the client has already.
-
-        `wanted` is false in the answer where nobody waits any more.
-        """
-        frame = Started(attempt=self._attempt, worker=worker)
-        if self._attempt == 1:
-            if self._request.stream:
-                await self._publish(frame.encode())
-            else:
-                self._announce_soon(frame.encode())
-            return Resume()
-        resume = await self._ask(frame.encode())
+    async def resume(self) -> Resume:
+        """Begin an attempt that is not the first: announce it, and learn what the client has already."""
+        resume = await self._channel.ask(self._started())
         self._lengths = {choice.index: len(choice.tokens) for choice in resume.choices}
+        self._sent, self._held, self._tails = [], [], []
         return resume
+
+    async def announce(self) -> None:
+        """Announce a first attempt, once the engine has accepted the request."""
+        if self._request.stream:
+            await self._channel.send(self._started())
+            return
+        loop, frame = asyncio.get_running_loop(), self._started()
+
+        def announce() -> None:
+            self._announcement = loop.create_task(self._channel.send(frame))
+
+        self._announcing = loop.call_later(ANNOUNCE_AFTER_S, announce)
 
     async def send(self, tokens: Tokens) -> None:
         """Send the next tokens of a choice, at once for a stream."""
         offset = self._lengths.get(tokens.index, 0)
         delta = Delta(
-            attempt=self._attempt,
+            attempt=self.attempt,
             index=tokens.index,
             offset=offset,
             tokens=tokens.token_ids,
@@ -109,79 +98,56 @@ class ReplyStream:
         """Send an embedding, in a frame of its own: all of them together would not fit into one."""
         values = base64.b64encode(vector.values).decode()
         self._lengths[vector.index] = 1
-        await self._deliver(Delta(attempt=self._attempt, index=vector.index, tokens=(0,), embedding=values))
+        await self._deliver(Delta(attempt=self.attempt, index=vector.index, tokens=(0,), embedding=values))
 
-    def close(self) -> None:
-        """Announce nothing any more."""
-        if self._announcing is not None:
-            self._announcing.cancel()
-
-    async def complete(self, finish_reasons: dict[int, str], usage: Usage) -> Resume:
-        """Send the end until the api has every token of the answer, or nobody waits for it."""
+    async def complete(self, finish_reasons: Mapping[int, str], usage: Usage) -> RequestStatus:
+        """Send the end until the receiver has every token of the answer; how the request ended for its client."""
         self.close()
         choices = tuple(
             FinishedChoice(index=index, finish_reason=reason, tokens=self._lengths.get(index, 0))
             for index, reason in sorted(finish_reasons.items())
         )
         last = self._take_held()
-        frame = Completed(attempt=self._attempt, choices=choices, usage=usage, deltas=(*last, *self._tails)).encode()
-        self._sent += last
-        while (resume := await self._ask(frame)).wanted:
+        frame = Completed(attempt=self.attempt, choices=choices, usage=usage, deltas=(*last, *self._tails)).encode()
+        self._last = last
+        while (resume := await self._channel.ask(frame)).wanted:
             await self.resend(resume)
             await asyncio.sleep(RESEND_PAUSE_S)
-        return resume
+        # Nobody got it whose api is gone.
+        return resume.outcome or RequestStatus.CANCELLED
 
-    async def fail(self, error: ApiError) -> None:
-        """Send the error that ends the request, until the api has it."""
+    async def fail(self, error: ApiError) -> RequestStatus | None:
+        """Send the error that ends the request until the receiver has it; how the request ended for its client."""
         self.close()
-        await self._ask(failed(self._attempt, error).encode())
+        return (await self._channel.ask(failed(self.attempt, error).encode())).outcome
 
     async def resend(self, have: Resume) -> None:
-        """Send again what the api, by what it has, does not have."""
+        """Send again what the receiver, by what it has, does not have."""
         lengths = {choice.index: len(choice.tokens) for choice in have.choices}
-        for delta in self._sent:
+        for index, offset, frame in self._sent:
+            if offset >= lengths.get(index, 0):
+                await self._channel.send(frame)
+        for delta in self._last:
             if delta.offset >= lengths.get(delta.index, 0):
-                await self._publish(delta.encode())
+                await self._channel.send(delta.encode())
 
-    def _announce_soon(self, frame: bytes) -> None:
-        loop = asyncio.get_running_loop()
+    def close(self) -> None:
+        """Announce nothing any more."""
+        if self._announcing is not None:
+            self._announcing.cancel()
 
-        def announce() -> None:
-            self._announcement = loop.create_task(self._publish(frame))
-
-        self._announcing = loop.call_later(ANNOUNCE_AFTER_S, announce)
+    def _started(self) -> bytes:
+        return Started(attempt=self.attempt, worker=self._worker).encode()
 
     async def _deliver(self, delta: Delta) -> None:
-        self._sent.append(delta)
         self._flushed_at = time.monotonic()
-        await self._publish(delta.encode())
+        frame = delta.encode()
+        self._sent.append((delta.index, delta.offset, frame))
+        await self._channel.send(frame)
 
     def _take_held(self) -> list[Delta]:
         held, self._held = self._held, []
         return join(held)
-
-    async def _publish(self, frame: bytes) -> None:
-        # Lost while there is no connection; the api notices the gap, at the latest at the end.
-        with contextlib.suppress(NatsError):
-            await self._connection.client.publish(self._request.reply_to, frame)
-
-    async def _ask(self, frame: bytes) -> Resume:
-        """Send a frame until the api answers it; an api that is gone wants nothing more."""
-        while time.time() < self._request.deadline:
-            try:
-                answer = await self._connection.requests.request(
-                    self._request.reply_to, frame, timeout_s=CONFIRM_TIMEOUT_S
-                )
-                return Resume.model_validate_json(answer.data)
-            except NoRespondersError:
-                if not self._api_alive():
-                    return Resume(wanted=False)
-            except (NatsError, TimeoutError) as exc:
-                log.debug("%s: the api did not confirm: %r", self._request.id, exc)
-            except ValidationError:
-                log.warning("[RequestQueue] %s: the api's answer cannot be read", self._request.id)
-            await asyncio.sleep(RETRY_S)
-        return Resume(wanted=False)
 
 
 def failed(attempt: int, error: ApiError) -> Failed:

@@ -1,110 +1,86 @@
-"""One attempt at one request, from its delivery to its end: the ack table of ARCHITECTURE.md in code.
-
-The order at the end is: the api has the whole answer, the state is final, the outcome is counted, and only then is
-the message acknowledged. Whatever dies in between, the message comes again and finds out what is done already.
-"""
+"""One attempt at one request, from its delivery to its ending; how each ending is applied stands in `endings`."""
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import Any
+from typing import Any, Final
 
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
-from forebay_contracts.nats.connection import Connection
-from forebay_contracts.queueing.queue import Delivery
-from forebay_contracts.queueing.states import StateStore, finish
+from forebay_contracts.queueing.protocols import CancelNotices, Delivery, ReplyChannel, StateStore
+from forebay_contracts.queueing.state_store import QUEUED_AFTER_S, end
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import (
     ApiError,
     InferenceFailed,
     QueueUnavailable,
+    RequestCancelled,
     RequestError,
     RequestTimeout,
     StateUnreadable,
 )
-from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_contracts.wire.state import RequestStatus, Usage
+from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
+from forebay_inference.attempt.endings import End, Ended, Told, settle
 from forebay_inference.attempt.measurements import Measured
-from forebay_inference.attempt.ownership import EndedBefore, Record, Superseded, patiently
-from forebay_inference.attempt.reply import ReplyStream, failed
-from forebay_inference.engine.protocol import (
-    Accepted,
-    Engine,
-    EngineFault,
-    Finished,
-    ResumeTokens,
-    Tokens,
-    Vector,
-    reason_of,
-    require_served,
-)
+from forebay_inference.attempt.ownership import EndedBefore, Ownership, Superseded, patiently
+from forebay_inference.attempt.reply import Reply, failed
+from forebay_inference.engine.protocol import Accepted, Engine, Finished, Tokens, Vector, reason_of, require_served
 from forebay_inference.worker_metrics import WorkerMetrics
 
-NAK_DELAY_S = 0.5
-"""Pause before a request whose attempt failed is tried again."""
-
-API_GONE = "the api that took it is gone"
+API_GONE: Final = "the api that took it is gone"
 
 log = logging.getLogger(__name__)
 
 
-class Interrupt(Enum):
-    """Why an attempt stops before its end."""
-
-    CANCELLED = auto()
-    DRAINED = auto()
-    BROKEN = auto()
-    DISOWNED = auto()
-
-
-@dataclass
+@dataclass(eq=False)
 class Attempt:
-    """A delivery that is being worked on. `claim` is the write that makes the request its own."""
+    """A request that is being worked on here. `number` counts its attempts, from 1."""
 
     request: InferenceRequest
     delivery: Delivery
-    record: Record
-    reply: ReplyStream
+    ownership: Ownership
+    reply: Reply
     measured: Measured
-    claim: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    outcome: RequestStatus | None = None
-    interrupt: asyncio.Future[tuple[Interrupt, str]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    number: int = 1
+    claim: asyncio.Task[int] = field(init=False)
+    stopped: asyncio.Future[Ended] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
-    def stop(self, why: Interrupt, reason: str) -> None:
-        """Stop generating within one step of the engine."""
-        if not self.interrupt.done():
-            self.interrupt.set_result((why, reason))
+    def stop(self, ended: Ended) -> None:
+        """Stop generating within one step of the engine, and end so."""
+        if not self.stopped.done():
+            self.stopped.set_result(ended)
 
 
 class AttemptRunner:
-    """Works off deliveries; `running` holds those it is at, by request id."""
+    """Works off deliveries; `running` holds those it is at, by request id.
+
+    `channel` makes the reply channel to a subject, asked until a deadline (seconds since the epoch).
+    """
 
     def __init__(
         self,
         *,
         worker: str,
-        connection: Connection,
         states: StateStore,
         engine: Engine,
+        channel: Callable[[str, float], ReplyChannel],
+        notices: CancelNotices,
         api_alive: Callable[[str], bool],
         max_deliveries: int,
         metrics: WorkerMetrics,
     ) -> None:
         self._worker = worker
-        self._connection = connection
         self._states = states
         self._engine = engine
+        self._channel = channel
+        self._notices = notices
         self._api_alive = api_alive
         self._max_deliveries = max_deliveries
         self._metrics = metrics
@@ -112,64 +88,229 @@ class AttemptRunner:
 
     async def run(self, delivery: Delivery) -> None:
         """Bring a delivery to its end; never raises but for cancellation."""
+        request_id = delivery.headers.get(names.HEADER_MSG_ID, "")
         try:
-            request = InferenceRequest.model_validate_json(delivery.data)
-        except ValidationError as exc:
-            request_id = delivery.headers.get(names.HEADER_MSG_ID, "")
-            await self._guarded(request_id, delivery, self._poisoned(request_id, delivery, exc))
-            return
-        await self._guarded(request.id, delivery, self._attempt(request, delivery))
-
-    async def _guarded(self, request_id: str, delivery: Delivery, work: Coroutine[Any, Any, None]) -> None:
-        known = fields(request_id=request_id, attempt=delivery.attempt)
-        try:
-            await work
+            try:
+                request = InferenceRequest.model_validate_json(delivery.data)
+            except ValidationError as exc:
+                await self._unreadable(request_id, delivery, exc)
+            else:
+                request_id = request.id
+                await self._run(request, delivery)
         except Superseded as exc:
-            log.info("[RequestQueue] %s", exc, extra=known)
+            log.info("[RequestQueue] %s", exc, extra=fields(request_id=request_id))
         except (QueueUnavailable, NatsError, TimeoutError) as exc:
-            log.warning("[RequestQueue] %s attempt %d given up: %s", request_id, delivery.attempt, exc, extra=known)
+            log.warning("[RequestQueue] %s given up: %s", request_id, exc, extra=fields(request_id=request_id))
 
-    async def _attempt(self, request: InferenceRequest, delivery: Delivery) -> None:
-        api = names.api_of(request.reply_to)
+    async def _run(self, request: InferenceRequest, delivery: Delivery) -> None:
+        if (running := self.running.get(request.id)) is not None:
+            # A server that was killed forgets what is out, and an ack wait can pass while NATS is away.
+            if await running.ownership.holds():
+                running.delivery = delivery
+                return
+            running.stop(Ended(End.SUPERSEDED))
         attempt = Attempt(
             request,
             delivery,
-            Record(self._states, request, delivery, self._worker),
-            ReplyStream(self._connection, request, delivery.attempt, lambda: self._api_alive(api)),
+            Ownership(self._states, request, self._worker, delivery.sequence),
+            Reply(self._channel(request.reply_to, request.deadline), request, self._worker),
             Measured(self._metrics, request, delivery, self._worker),
         )
-        attempt.claim = asyncio.create_task(self._claim(attempt))
+        self.running[request.id] = attempt
         try:
-            if delivery.attempt > 1:
-                await attempt.claim
-            # A first attempt has nobody before it: it generates while it claims, and writes no end before it has.
-            # Should the request not be its own after all, the api drops what it sent, or has an answer the sooner.
-            await self._work(attempt)
-        except EndedBefore:
-            await self._ended_before(attempt)
-        except StateUnreadable as exc:
-            # It cannot be written over, so nobody can ever end this request well.
-            log.error("[RequestQueue] %s", exc.message, extra=attempt.measured.fields())
-            await patiently(lambda: self._states.count(RequestStatus.FAILED, request.id))
-            await attempt.reply.fail(exc)
-            await delivery.term()
+            await self._claim_and_work(attempt)
         finally:
-            attempt.claim.cancel()
+            if self.running.get(request.id) is attempt:
+                del self.running[request.id]
             attempt.reply.close()
             attempt.measured.close()
 
-    async def _claim(self, attempt: Attempt) -> None:
+    async def _claim_and_work(self, attempt: Attempt) -> None:
+        """Claim the request, generate, and settle how it ended.
+
+        What has just arrived is generated while it is claimed: nobody can have been before. Should somebody have been
+        all the same, the claim tells, and the attempt begins anew with the number that it has got.
+        """
+        age_s = time.time() - attempt.request.created_at
+        fresh = attempt.delivery.num_delivered == 1 and age_s < QUEUED_AFTER_S
+        attempt.claim = asyncio.create_task(self._claim(attempt, fresh=fresh))
         try:
-            await attempt.record.claim()
-        except Exception:
-            attempt.stop(Interrupt.DISOWNED, "the request is not this attempt's")
+            if fresh:
+                with contextlib.suppress(_NotTheFirst):
+                    await self._settle(attempt, await self._work(attempt))
+                    return
+                attempt.stopped = asyncio.get_running_loop().create_future()
+            attempt.number = attempt.reply.attempt = await attempt.claim
+            await self._settle(attempt, await self._work(attempt))
+        except EndedBefore as exc:
+            await attempt.ownership.count(exc.state)
+            await self._settle(attempt, Ended(End.ENDED_BEFORE, error=_error_of(exc.state)))
+        except StateUnreadable as exc:
+            # It cannot be written over, so nobody can ever end this request well.
+            log.error("[RequestQueue] %s", exc.message, extra=attempt.measured.fields())
+            await patiently(lambda: self._states.count(RequestStatus.FAILED, attempt.request.id))
+            await self._settle(attempt, Ended(End.UNREADABLE, error=exc))
+        finally:
+            attempt.claim.cancel()
+
+    async def _claim(self, attempt: Attempt, *, fresh: bool) -> int:
+        try:
+            number = await attempt.ownership.claim(fresh=fresh)
+        except BaseException:
+            attempt.stop(Ended(End.SUPERSEDED))
             raise
-        number = attempt.delivery.attempt
+        if fresh and number != attempt.number:
+            attempt.stop(Ended(End.SUPERSEDED))
+        attempt.measured.attempt = number
         log.info(
             "[RequestQueue] %s processing, attempt %d", attempt.request.id, number, extra=attempt.measured.fields()
         )
+        return number
 
-    async def _poisoned(self, request_id: str, delivery: Delivery, error: ValidationError) -> None:
+    async def _work(self, attempt: Attempt) -> Ended:
+        """Generate until the answer is whole, the deadline has passed, or the attempt is stopped."""
+        request = attempt.request
+        if self._spent(attempt, attempt.number - 1):
+            message = f"generation failed in {self._max_deliveries} attempts"
+            return Ended(End.SPENT, error=InferenceFailed(message))
+        seconds = request.deadline - request.created_at
+        timed_out = Ended(
+            End.TIMED_OUT, error=RequestTimeout(f"the request was not finished within {seconds:g} seconds")
+        )
+        left_s = request.deadline - time.time()
+        if left_s <= 0:
+            return timed_out
+        if not self._api_alive(names.api_of(request.reply_to)):
+            return Ended(End.ABANDONED, reason=API_GONE)
+        generation = asyncio.create_task(self._generate(attempt))
+        try:
+            ends: set[asyncio.Future[Any]] = {generation, attempt.stopped}
+            await asyncio.wait(ends, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not generation.done():
+                generation.cancel()
+                await asyncio.wait({generation})
+            attempt.measured.generated()
+        if not generation.cancelled():
+            return generation.result()
+        return attempt.stopped.result() if attempt.stopped.done() else timed_out
+
+    def _spent(self, attempt: Attempt, attempts: int) -> bool:
+        # A hand-over is no failure of the request's: it does not count against it.
+        return attempts >= self._max_deliveries + attempt.ownership.handed_over
+
+    async def _generate(self, attempt: Attempt) -> Ended:
+        """All tokens to the reply; how that ended."""
+        request, reply, measured = attempt.request, attempt.reply, attempt.measured
+        resume = {}
+        if attempt.number > 1:
+            have = await reply.resume()
+            if not have.wanted:
+                return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome)
+            resume = {choice.index: choice.tokens for choice in have.choices}
+        prompt_tokens = cached_tokens = 0
+        reasons: dict[int, str] = {}
+        measured.generating()
+        try:
+            require_served(self._engine, request)
+            async with aclosing(self._engine.generate(request, resume)) as events:
+                async for event in events:
+                    match event:
+                        case Tokens():
+                            measured.tokens(event, resumed=any(resume.values()))
+                            await reply.send(event)
+                        case Vector():
+                            await reply.send_vector(event)
+                        case Finished():
+                            reasons[event.index] = event.finish_reason
+                            cached_tokens += event.cached_tokens
+                        case Accepted():
+                            prompt_tokens = event.prompt_tokens
+                            measured.accepted(prompt_tokens)
+                            if attempt.number == 1:
+                                await reply.announce()
+        except RequestError as exc:
+            return Ended(End.REFUSED, error=exc)
+        except Exception as exc:  # whatever an engine raises is a fault of this attempt, and none of the worker's
+            return Ended(End.FAULT, fault=reason_of(exc))
+        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=reply.token_count, cached_tokens=cached_tokens)
+        return Ended(End.COMPLETED, finish_reasons=reasons, usage=usage)
+
+    async def _settle(self, attempt: Attempt, ended: Ended) -> None:
+        if ended.how is not End.COMPLETED:
+            await self._own(attempt, ended)
+        if ended.how is End.FAULT:
+            log.error(
+                "[RequestQueue] %s attempt %d failed: %s",
+                attempt.request.id,
+                attempt.number,
+                ended.fault,
+                extra=attempt.measured.fields(code="engine_fault"),
+            )
+            attempt.measured.ended("engine_fault", "engine_fault")
+            if self._spent(attempt, attempt.number):
+                ended = Ended(End.SPENT, error=InferenceFailed("the generation failed"), fault=ended.fault)
+        await settle(
+            ended,
+            lambda: attempt.delivery,
+            lambda told, ended: self._tell(attempt, told, ended),
+            lambda status, ended: self._record(attempt, status, ended),
+        )
+        if ended.how in _LOGGED:
+            log.info("[RequestQueue] %s %s", attempt.request.id, _LOGGED[ended.how], extra=attempt.measured.fields())
+
+    @staticmethod
+    async def _own(attempt: Attempt, ended: Ended) -> None:
+        """Wait until the request is this attempt's; raises what came in between."""
+        if ended.how in (End.ENDED_BEFORE, End.UNREADABLE):
+            return
+        if await attempt.claim != attempt.number:
+            raise _NotTheFirst
+        if ended.how is End.SUPERSEDED:
+            raise Superseded(f"{attempt.request.id}: a newer attempt runs here")
+
+    async def _tell(self, attempt: Attempt, told: Told, ended: Ended) -> RequestStatus | None:
+        match told:
+            case Told.ANSWER:
+                assert ended.finish_reasons is not None
+                assert ended.usage is not None
+                return await attempt.reply.complete(ended.finish_reasons, ended.usage)
+            case Told.ERROR if ended.error is not None:
+                return await attempt.reply.fail(ended.error)
+            case Told.CANCEL:
+                # Should the api be there after all, its client gets a definite end instead of a wait for nothing.
+                await self._notices.tell(attempt.request.id, ended.reason or "")
+        return None
+
+    async def _record(self, attempt: Attempt, status: RequestStatus, ended: Ended) -> None:
+        await self._own(attempt, ended)
+        match status:
+            case RequestStatus.PROCESSING:
+                await attempt.ownership.fault(ended.fault or "")
+            case RequestStatus.QUEUED:
+                await attempt.ownership.hand_over()
+                attempt.measured.ended("handed_over")
+            case _ if ended.how is not End.UNREADABLE:
+                await self._record_end(attempt, status, ended)
+
+    async def _record_end(self, attempt: Attempt, status: RequestStatus, ended: Ended) -> None:
+        error = ended.error
+        told = (error.message if error else ended.reason) if status is not RequestStatus.COMPLETED else None
+        status = await attempt.ownership.end(status, error=told, fault=ended.fault, usage=ended.usage)
+        # What is wrong with a request may quote it: that goes to its client and its state, not into a log.
+        code = (error.code or error.type) if error is not None and error.status < 500 else None
+        attempt.measured.ended(status.value, (code or status.value) if told else None)
+        log.info(
+            "[RequestQueue] %s %s after %.3f s, attempt %d%s",
+            attempt.request.id,
+            status.value.replace("_", " "),
+            attempt.measured.total_s,
+            attempt.number,
+            f": {code or told}" if told else "",
+            extra=attempt.measured.fields(status.value, code),
+        )
+
+    async def _unreadable(self, request_id: str, delivery: Delivery, error: ValidationError) -> None:
         """A message that this worker cannot read: out with it, counted once, and said to the api that its headers name.
 
         An honest one is of an api with a newer schema. Another worker might read it, but none may be there.
@@ -182,211 +323,45 @@ class AttemptRunner:
             ".".join(str(part) for part in error.errors()[0]["loc"]) or "the JSON itself",
             error.errors()[0]["type"],
             f" (request {request_id})" if known else "",
-            extra=fields(request_id=request_id, attempt=delivery.attempt),
+            extra=fields(request_id=request_id),
         )
-        reply_to = delivery.headers.get(names.HEADER_REPLY_TO, "")
+
+        async def tell(_: Told, ended: Ended) -> RequestStatus | None:
+            reply_to = delivery.headers.get(names.HEADER_REPLY_TO, "")
+            if names.is_reply_subject(reply_to) and ended.error is not None:
+                await self._channel(reply_to, 0).send(failed(delivery.num_delivered, ended.error).encode())
+            return None
+
+        async def record(status: RequestStatus, ended: Ended) -> None:
+            if known and await patiently(lambda: self._states.get(request_id)) is not None:
+                message = ended.error.message if ended.error is not None else None
+                await patiently(lambda: end(self._states, request_id, status, message))
+            else:
+                await patiently(lambda: self._states.count(status, f"unreadable-{delivery.sequence}"))
+
         reason = InferenceFailed("a worker could not read the request: it may be older than the api")
-        if known and await patiently(lambda: self._states.get(request_id)) is not None:
-            await patiently(lambda: finish(self._states, request_id, RequestStatus.FAILED, reason.message))
-        else:
-            await patiently(lambda: self._states.count(RequestStatus.FAILED, f"unreadable-{delivery.sequence}"))
-        if names.is_reply_subject(reply_to):
-            await self._connection.client.publish(reply_to, failed(delivery.attempt, reason).encode())
-        await delivery.term()
+        await settle(Ended(End.UNREADABLE, error=reason), lambda: delivery, tell, record)
 
-    async def _ended_before(self, attempt: Attempt) -> None:
-        await attempt.record.count_end()
-        if attempt.delivery.attempt > 1:
-            # Should the api still wait, it lost the end together with the worker that sent it.
-            await attempt.reply.fail(InferenceFailed("the end of the answer was lost"))
-        await attempt.delivery.term()
-        log.info(
-            "[RequestQueue] %s had ended before it was pulled", attempt.request.id, extra=attempt.measured.fields()
-        )
 
-    async def _work(self, attempt: Attempt) -> None:
-        request = attempt.request
-        if self._attempts_are_spent(attempt, before=attempt.delivery.attempt - 1):
-            await self._fail(attempt, InferenceFailed(f"generation failed in {self._max_deliveries} attempts"))
-        elif time.time() >= request.deadline:
-            await self._time_out(attempt)
-        elif not self._api_alive(names.api_of(request.reply_to)):
-            await self._cancel(attempt, API_GONE)
-        else:
-            if (older := self.running.get(request.id)) is not None:
-                # Delivered here once more while NATS was away: the older attempt has lost its right to write.
-                older.stop(Interrupt.CANCELLED, "a newer attempt runs here")
-            self.running[request.id] = attempt
-            try:
-                await self._generate_or_stop(attempt)
-            finally:
-                if self.running.get(request.id) is attempt:
-                    del self.running[request.id]
+class _NotTheFirst(Exception):
+    """An attempt that took itself for the first has got another number."""
 
-    def _attempts_are_spent(self, attempt: Attempt, *, before: int) -> bool:
-        # A hand-over is no failure of the request's: it does not count against it.
-        return before >= self._max_deliveries + attempt.record.handed_over
 
-    async def _generate_or_stop(self, attempt: Attempt) -> None:
-        generation = asyncio.create_task(self._generate(attempt))
-        ends: set[asyncio.Future[Any]] = {generation, attempt.interrupt}
-        try:
-            await asyncio.wait(
-                ends,
-                timeout=max(attempt.request.deadline - time.time(), 0),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        finally:
-            if not generation.done():
-                generation.cancel()
-                await asyncio.wait({generation})
-            attempt.measured.generated()
-        if not generation.cancelled():
-            await self._generated(attempt, generation)
-        elif not attempt.interrupt.done():
-            await self._time_out(attempt)
-        else:
-            why, reason = attempt.interrupt.result()
-            if why is Interrupt.CANCELLED:
-                await self._cancel(attempt, reason)
-            elif why is Interrupt.DISOWNED:
-                await attempt.claim  # raises why
-            elif why is Interrupt.BROKEN:
-                # It may be this request that the engine got stuck at: unlike a hand-over, this counts.
-                await self._engine_failed(attempt, EngineFault(reason))
-            else:
-                await self._hand_over(attempt)
+_LOGGED: Final = {
+    End.HANDED_OVER: "handed over",
+    End.ENDED_BEFORE: "had ended before it was pulled",
+}
 
-    async def _generate(self, attempt: Attempt) -> tuple[dict[int, str], Usage] | None:
-        """All tokens to the reply; how each choice ended, or None where nobody wants them."""
-        request, reply, measured = attempt.request, attempt.reply, attempt.measured
-        resume: ResumeTokens = {}
-        if attempt.delivery.attempt > 1:
-            have: Resume = await reply.started(self._worker)
-            if not have.wanted:
-                attempt.outcome = have.outcome
-                return None
-            resume = {choice.index: choice.tokens for choice in have.choices}
-        require_served(self._engine, request)
-        resumed = any(resume.values())
-        measured.generating()
-        prompt_tokens = cached_tokens = 0
-        reasons: dict[int, str] = {}
-        async with aclosing(self._engine.generate(request, resume)) as events:
-            async for event in events:
-                match event:
-                    case Tokens():
-                        measured.tokens(event, resumed=resumed)
-                        await reply.send(event)
-                    case Vector():
-                        await reply.send_vector(event)
-                    case Finished():
-                        reasons[event.index] = event.finish_reason
-                        cached_tokens += event.cached_tokens
-                    case Accepted():
-                        prompt_tokens = event.prompt_tokens
-                        measured.accepted(prompt_tokens)
-                        if attempt.delivery.attempt == 1:
-                            await reply.started(self._worker)
-        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=reply.token_count, cached_tokens=cached_tokens)
-        return reasons, usage
 
-    async def _generated(self, attempt: Attempt, generation: asyncio.Task[tuple[dict[int, str], Usage] | None]) -> None:
-        error = generation.exception()
-        if error is None:
-            result = generation.result()
-            if result is None and attempt.outcome is RequestStatus.COMPLETED:
-                # The attempt before had sent the whole answer, and died before it could say so.
-                await self._finish(attempt, RequestStatus.COMPLETED)
-                await attempt.delivery.ack()
-            elif result is None:
-                await self._cancel(attempt, "nobody waits for it")
-            else:
-                await self._complete(attempt, *result)
-        elif isinstance(error, RequestError):
-            await self._fail(attempt, error)
-        else:
-            await self._engine_failed(attempt, error)
-
-    async def _complete(self, attempt: Attempt, reasons: dict[int, str], usage: Usage) -> None:
-        # The frame leaves first on the one connection that carries both: a state that is final says that the
-        # answer was on its way before.
-        finishing = asyncio.create_task(self._finish(attempt, RequestStatus.COMPLETED, usage=usage))
-        await attempt.reply.complete(reasons, usage)
-        await finishing
-        await attempt.delivery.ack()
-
-    async def _fail(self, attempt: Attempt, error: ApiError, *, fault: str | None = None) -> None:
-        # What is wrong with a request may quote it: that goes to its client and its state, not into a log.
-        code = (error.code or error.type) if error.status < 500 else None
-        finishing = asyncio.create_task(
-            self._finish(attempt, RequestStatus.FAILED, error=error.message, code=code, fault=fault)
-        )
-        await attempt.reply.fail(error)
-        await finishing
-        await attempt.delivery.term()
-
-    async def _engine_failed(self, attempt: Attempt, error: BaseException) -> None:
-        await attempt.claim
-        number, reason = attempt.delivery.attempt, reason_of(error)
-        log.error(
-            "[RequestQueue] %s attempt %d failed: %s",
-            attempt.request.id,
-            number,
-            reason,
-            extra=attempt.measured.fields(code="engine_fault"),
-        )
-        attempt.measured.ended("engine_fault", "engine_fault")
-        if self._attempts_are_spent(attempt, before=number):
-            await self._fail(attempt, InferenceFailed("the generation failed"), fault=reason)
-        else:
-            await attempt.record.failed(reason)
-            await attempt.delivery.nak(NAK_DELAY_S)
-
-    async def _time_out(self, attempt: Attempt) -> None:
-        seconds = attempt.request.deadline - attempt.request.created_at
-        error = RequestTimeout(f"the request was not finished within {seconds:g} seconds")
-        # The api tells its client by itself, by its own clock.
-        await self._finish(attempt, RequestStatus.TIMED_OUT, error=error.message)
-        await attempt.delivery.term()
-
-    async def _cancel(self, attempt: Attempt, reason: str) -> None:
-        await self._finish(attempt, RequestStatus.CANCELLED, error=reason)
-        if reason == API_GONE:
-            # Should it be there after all, its client gets a definite end instead of a wait for nothing.
-            with contextlib.suppress(NatsError):
-                await self._connection.client.publish(names.cancel_subject(attempt.request.id), reason.encode())
-        await attempt.delivery.term()
-
-    async def _hand_over(self, attempt: Attempt) -> None:
-        """Give a request back that this worker cannot finish: another goes on from the tokens that are out."""
-        await attempt.claim
-        with contextlib.suppress(Superseded):
-            await attempt.record.give_back()
-        await attempt.delivery.nak()
-        attempt.measured.ended("handed_over")
-        log.info("[RequestQueue] %s handed over", attempt.request.id, extra=attempt.measured.fields())
-
-    async def _finish(
-        self,
-        attempt: Attempt,
-        status: RequestStatus,
-        *,
-        error: str | None = None,
-        code: str | None = None,
-        fault: str | None = None,
-        usage: Usage | None = None,
-    ) -> None:
-        """Record how this attempt's request ended; where there is a `code`, it is logged instead of the `error`."""
-        await attempt.claim
-        status = await attempt.record.finish(status, error=error, fault=fault, usage=usage)
-        attempt.measured.ended(status.value, (code or status.value) if error else None)
-        log.info(
-            "[RequestQueue] %s %s after %.3f s, attempt %d%s",
-            attempt.request.id,
-            status.value.replace("_", " "),
-            attempt.measured.total_s,
-            attempt.delivery.attempt,
-            f": {code or error}" if error else "",
-            extra=attempt.measured.fields(status.value, code),
-        )
+def _error_of(state: RequestState) -> ApiError | None:
+    """What a client is told that still waits for a request which had ended; None where it has the answer."""
+    message = state.error or "the request has ended"
+    match state.status:
+        case RequestStatus.COMPLETED:
+            return None
+        case RequestStatus.TIMED_OUT:
+            return RequestTimeout(message)
+        case RequestStatus.CANCELLED:
+            return RequestCancelled(f"the request was cancelled: {message}")
+        case _:
+            return InferenceFailed(message)

@@ -1,34 +1,72 @@
-"""Pulling from a durable consumer: many slots of one worker over one inbox."""
+"""Deliveries from the durable consumer that all workers of a model share: many slots over one inbox."""
 
 import asyncio
 import json
 import logging
 import time
 from collections import deque
+from collections.abc import Mapping
+from typing import Final
 
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.queueing.protocols import Delivery
 from forebay_contracts.wire import names
 
-PULL_EXPIRES_S = 5.0
+PULL_EXPIRES_S: Final = 5.0
 """How long the server keeps a pull: short, since one that it forgot is only noticed by its end."""
 
-PULL_GRACE_S = 1.0
+PULL_GRACE_S: Final = 1.0
 """How much later than that a pull counts as forgotten."""
 
-PULL_RETRY_S = 0.5
+PULL_RETRY_S: Final = 0.5
 """Pause after a pull that the server refused."""
+
+ACK_TIMEOUT_S: Final = 1.0
+"""How long the server may take to confirm an ack; without it the message may come again, and finds that it is done."""
+
+FLUSH_TIMEOUT_S: Final = 1.0
+"""How long the server may take to hear that nothing more is wanted."""
 
 _EXPIRED = "408"
 
 log = logging.getLogger(__name__)
 
 
-class Pulls:
-    """Hands each message to the slot that has waited longest.
+class JetStreamDelivery:
+    """A delivery from the shared durable consumer; see `Delivery`."""
+
+    def __init__(self, connection: Connection, msg: Msg) -> None:
+        metadata = msg.metadata
+        self._requests = connection.requests
+        self._msg = msg
+        self.data: bytes = msg.data
+        self.headers: Mapping[str, str] = msg.headers or {}
+        self.num_delivered: int = metadata.num_delivered
+        self.sequence: int = metadata.sequence.stream
+
+    async def ack(self) -> None:
+        """Acknowledge and wait for the server to confirm it."""
+        await self._requests.request(self._msg.reply, b"+ACK", timeout_s=ACK_TIMEOUT_S)
+
+    async def nak(self, delay_s: float = 0) -> None:
+        """Give back; the server counts whole milliseconds."""
+        await self._msg.nak(delay=delay_s or None)
+
+    async def term(self) -> None:
+        """End for good."""
+        await self._msg.term()
+
+    async def in_progress(self) -> None:
+        """Restart the ack wait."""
+        await self._msg.in_progress()
+
+
+class JetStreamDeliveries:
+    """Hands each message of `model` to the slot that has waited longest; see `Deliveries`.
 
     The server is never asked for more messages than there are slots waiting: what it has been asked for and has
     neither sent nor declined is kept in `_asked`, as pairs of when it expires and for how many messages. A pull
@@ -46,7 +84,7 @@ class Pulls:
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def next(self) -> Msg:
+    async def pull(self) -> Delivery:
         """The next message, over reconnects and for ever."""
         async with self._starting:
             if self._subscription is None:
@@ -55,19 +93,19 @@ class Pulls:
         self._waiting.append(future)
         try:
             await self._ask()
-            return await future
+            return JetStreamDelivery(self._connection, await future)
         finally:
             if future in self._waiting:
                 self._waiting.remove(future)
 
-    async def stop(self, flush_timeout_s: float) -> None:
+    async def stop(self) -> None:
         """Unsubscribe: the server sees the lost interest and sends nothing more here. Waiting slots are cancelled."""
         subscription, self._subscription = self._subscription, None
         if self._timer is not None:
             self._timer.cancel()
         try:
             if subscription is not None:
-                await self._connection.client.flush(flush_timeout_s)
+                await self._connection.client.flush(FLUSH_TIMEOUT_S)
                 await subscription.unsubscribe()
         except (NatsError, TimeoutError) as exc:
             log.debug("pulls not taken back: %r", exc)
@@ -133,7 +171,8 @@ class Pulls:
             if not future.done():
                 future.set_result(msg)
                 return
-        await msg.nak()
+        # No slot waits for it any more: no attempt has begun, so the server may give it to another worker at once.
+        await self._connection.client.publish(msg.reply, b"-NAK")
 
     async def _declined(self, status: str, msg: Msg) -> None:
         headers = msg.headers or {}

@@ -1,8 +1,9 @@
-"""What has come back for one request: frames in, deltas out, no token twice and no hole passed on."""
+"""The answer of a request that is in flight here: frames in, deltas out, no token twice and no hole passed on."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
+from forebay_api.in_flight.answer import SlowReader, WorkerError
 from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
 from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Resume, ResumedChoice, Started
 from forebay_contracts.wire.request import InferenceRequest
@@ -12,39 +13,8 @@ MAX_UNREAD_DELTAS = 16_384
 """A client that reads so much slower than the model writes is given up."""
 
 
-class SlowReader(ApiError):
-    """The client does not read its stream: nobody will see this."""
-
-    status = 499
-    code = "slow_reader"
-
-
-class ClientLeft(ApiError):
-    """The client closed its connection: nobody will see this."""
-
-    status = 499
-    code = "client_left"
-
-
-class CalledOff(RequestCancelled):
-    """Somebody called the request off while its client still waited, for `reason`."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the request was cancelled: {reason}")
-        self.reason = reason
-
-
-class WorkerError(ApiError):
-    """An error as a worker reported it."""
-
-    def __init__(self, frame: Failed) -> None:
-        super().__init__(frame.message, param=frame.param, code=frame.code)
-        self.status = frame.status
-        self.type = frame.error_type
-
-
-class Reply:
-    """The answer to one request as far as it has come.
+class LiveAnswer:
+    """See `Answer`. `on_end` is called once, when it is known how the request ends for its client.
 
     Frames of an older attempt than the newest seen are dropped, so is a delta whose tokens are here already; one
     that leaves a hole is dropped too and `gap` is set until the missing ones have come. The tokens of each choice
@@ -56,9 +26,11 @@ class Reply:
         "_tokens",
         "_unread",
         "attempt",
+        "cancelling",
         "completed",
         "error",
         "gap",
+        "on_end",
         "registered",
         "registration",
         "request",
@@ -66,8 +38,9 @@ class Reply:
         "worker",
     )
 
-    def __init__(self, request: InferenceRequest) -> None:
+    def __init__(self, request: InferenceRequest, on_end: "Callable[[LiveAnswer], None]") -> None:
         self.request = request
+        self.on_end = on_end
         self.sequence: int | None = None
         self.attempt = 0
         self.worker: str | None = None
@@ -76,6 +49,7 @@ class Reply:
         self.error: ApiError | None = None
         self.registered = False
         self.registration: asyncio.Task[None] | None = None
+        self.cancelling: asyncio.Task[None] | None = None
         self._tokens: dict[int, list[int]] = {}
         self._unread: list[Delta] = []
         self._changed: asyncio.Future[None] | None = None
@@ -92,9 +66,11 @@ class Reply:
             return RequestStatus.COMPLETED
         if self.error is None:
             return None
-        if isinstance(self.error, WorkerError | InferenceFailed):
+        if isinstance(self.error, RequestTimeout) or self.error.code == RequestTimeout.code:
+            return RequestStatus.TIMED_OUT
+        if isinstance(self.error, WorkerError | InferenceFailed) and self.error.code != RequestCancelled.code:
             return RequestStatus.FAILED
-        return RequestStatus.TIMED_OUT if isinstance(self.error, RequestTimeout) else RequestStatus.CANCELLED
+        return RequestStatus.CANCELLED
 
     def have(self, attempt: int) -> Resume:
         """What has come so far, as the worker of `attempt` needs it to go on or to fill a gap.
@@ -123,12 +99,15 @@ class Reply:
                 self._complete(frame)
             case Failed():
                 self.error = WorkerError(frame)
+        if self.done:
+            self.on_end(self)
         self._wake()
 
     def fail(self, error: ApiError) -> None:
         """End the wait with `error`, unless it has ended."""
         if not self.done:
             self.error = error
+            self.on_end(self)
             self._wake()
 
     async def started(self) -> None:

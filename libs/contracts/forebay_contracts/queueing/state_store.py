@@ -1,13 +1,10 @@
-"""The state-store seam: what became of each request, and the totals; compare-and-set throughout."""
+"""States in the KV bucket `inference-requests`, totals in the counter stream; and how a state is changed."""
 
 import asyncio
-import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -15,25 +12,27 @@ from nats.js.errors import APIError, NotFoundError
 from pydantic import ValidationError
 
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.queueing import transitions
+from forebay_contracts.queueing.protocols import StateStore, Stored
 from forebay_contracts.telemetry import metrics
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
-STATE_TIMEOUT_S = 5.0
+STATE_TIMEOUT_S: Final = 5.0
 """How long one read or write of a state may take."""
 
-QUEUED_AFTER_S = 0.05
+QUEUED_AFTER_S: Final = 0.05
 """A request that a worker begins within this time is not written as `queued` before: nobody could have read it."""
 
-MAX_CONFLICTS = 20
+MAX_CONFLICTS: Final = 20
 """How often a change is tried anew when somebody else wrote first."""
 
-CONFLICT_PAUSE_S = 0.001
+CONFLICT_PAUSE_S: Final = 0.001
 """Pause before the second such try, doubled each time up to CONFLICT_PAUSE_MAX_S: a replica that a state is read
 from may lag behind the leader that it is written to."""
 
-CONFLICT_PAUSE_MAX_S = 0.25
+CONFLICT_PAUSE_MAX_S: Final = 0.25
 
 OUTCOMES: Final = (
     RequestStatus.COMPLETED,
@@ -47,41 +46,13 @@ _WRONG_LAST_SEQUENCE = (10071, 10164)
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A state as it was read: `revision` is what a change of it must name."""
-
-    state: RequestState
-    revision: int
-
-
-class StateStore(Protocol):
-    """States by request id, and a total for each outcome. All raise QueueUnavailable without an answer."""
-
-    async def get(self, request_id: str) -> Stored | None:
-        """The state, or None for an id that is unknown or forgotten. Raises StateUnreadable for one that is neither."""
-        ...
-
-    async def write(self, state: RequestState, revision: int) -> int:
-        """Write over `revision` (0: nothing there); the new revision. Raises QueueConflict if it is not the last."""
-        ...
-
-    async def count(self, outcome: RequestStatus, request_id: str) -> None:
-        """Add one to the total of `outcome`; once only for each request, whoever calls."""
-        ...
-
-    async def totals(self) -> Mapping[RequestStatus, int]:
-        """The total for each of OUTCOMES."""
-        ...
-
-
 async def change(
     store: StateStore, request_id: str, to: Callable[[RequestState | None], RequestState | None]
 ) -> Stored | None:
-    """Read, change and write until nobody interferes; what was written, or None where `to` wants no change.
+    """Read, change and write until nobody interferes; what was written, or None where nothing is to be written.
 
-    `to` gets the present state (None: there is none) and returns the next one, or None to leave it. A final
-    state is never offered to it.
+    `to` makes the next state of the present one (None: there is none) by `transitions`, or returns None to leave it.
+    A final state is never offered to it.
     """
     for conflicts in range(MAX_CONFLICTS):
         if conflicts > 1:
@@ -100,13 +71,17 @@ async def change(
     raise QueueConflict(f"request {request_id}: its state changed {MAX_CONFLICTS} times in a row")
 
 
-async def finish(store: StateStore, request_id: str, outcome: RequestStatus, error: str | None) -> RequestState | None:
-    """End a known request as `outcome` and count it; its last state, or None if it had ended before, or is unknown."""
+async def end(
+    store: StateStore, request_id: str, outcome: RequestStatus, error: str | None, unknown: RequestState | None = None
+) -> RequestState | None:
+    """End a request as `outcome` and count it; its last state, or None if it had ended before or is not known.
+
+    `unknown` is its state where nothing is stored of it.
+    """
 
     def to(state: RequestState | None) -> RequestState | None:
-        if state is None:
-            return None
-        return state.model_copy(update={"status": outcome, "error": error, "finished_at": time.time()})
+        base = state or unknown
+        return base and transitions.ended(base, outcome, stored=state is not None, error=error)
 
     if (stored := await change(store, request_id, to)) is None:
         return None
@@ -195,35 +170,3 @@ class KeyValueStateStore:
 def _counter_value(data: bytes) -> str:
     # {"val":"123"}: a decimal string, since counters have no upper bound.
     return data.decode().split('"val":"', 1)[-1].split('"', 1)[0]
-
-
-class InMemoryStateStore:
-    """The same promises in one process, without durability: for tests of what stands on a store."""
-
-    def __init__(self) -> None:
-        self._states: dict[str, Stored] = {}
-        self._counted: set[str] = set()
-        self._totals: Counter[RequestStatus] = Counter()
-        self._revisions = itertools.count(1)
-
-    async def get(self, request_id: str) -> Stored | None:
-        """See `StateStore.get`."""
-        return self._states.get(request_id)
-
-    async def write(self, state: RequestState, revision: int) -> int:
-        """See `StateStore.write`."""
-        stored = self._states.get(state.id)
-        if (stored.revision if stored else 0) != revision:
-            raise QueueConflict(f"request {state.id}: its state was changed by somebody else")
-        self._states[state.id] = Stored(state, next(self._revisions))
-        return self._states[state.id].revision
-
-    async def count(self, outcome: RequestStatus, request_id: str) -> None:
-        """See `StateStore.count`."""
-        if request_id not in self._counted:
-            self._counted.add(request_id)
-            self._totals[outcome] += 1
-
-    async def totals(self) -> Mapping[RequestStatus, int]:
-        """See `StateStore.totals`."""
-        return {outcome: self._totals[outcome] for outcome in OUTCOMES}

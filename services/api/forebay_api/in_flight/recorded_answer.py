@@ -15,13 +15,13 @@ class Recording:
         self.begun = False
         self.completed: Completed | None = None
         self.error: ApiError | None = None
-        self._views: list[View] = []
+        self._readers: list[RecordedAnswer] = []
 
-    def view(self) -> "View":
-        """A reader of its own."""
-        view = View(self)
-        self._views.append(view)
-        return view
+    def answer(self) -> "RecordedAnswer":
+        """The answer for one more client."""
+        answer = RecordedAnswer(self)
+        self._readers.append(answer)
+        return answer
 
     def begin(self) -> None:
         """A worker has started."""
@@ -45,12 +45,14 @@ class Recording:
             self._tell()
 
     def _tell(self) -> None:
-        for view in self._views:
-            view.changed.set()
+        for reader in self._readers:
+            reader.changed.set()
 
 
-class View:
+class RecordedAnswer:
     """What one client reads of a recording; it can give up without disturbing the others."""
+
+    attempt = 0
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording

@@ -1,0 +1,105 @@
+"""Admission through the stream `INFERENCE`."""
+
+import asyncio
+import json
+import math
+import time
+from typing import Final
+
+from nats.errors import Error as NatsError
+from nats.errors import MaxPayloadError
+from nats.js.errors import APIError
+
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.telemetry import tracing
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import QueueFull, QueueUnavailable, RequestTooLarge
+from forebay_contracts.wire.request import InferenceRequest
+
+TTL_GRACE_S: Final = 30
+"""The server drops a message so long after its deadline: later than any worker still runs it."""
+
+PUBLISH_TIMEOUT_S: Final = 1.0
+"""How long one try at a publish may take; another with the same Nats-Msg-Id makes its outcome known."""
+
+PUBLISH_RETRY_S: Final = 0.05
+"""Pause between such tries."""
+
+REMOVE_TIMEOUT_S: Final = 5.0
+"""How long each of the two requests of `remove` may take."""
+
+_STORE_FAILED = 10077
+_NO_RESOURCES = 10023
+_NOT_NOW = (409, 429, 503)
+"""Codes of answers that another try may better: an earlier try is still being agreed on by the cluster (409), its
+queue of proposals is long (429), JetStream is stopping, not up yet, or no longer the leader (503)."""
+
+_GET = f"$JS.API.DIRECT.GET.{names.STREAM}"
+_DELETE = f"$JS.API.STREAM.MSG.DELETE.{names.STREAM}"
+
+
+class JetStreamAdmission:
+    """See `Admission`. A publish waits `patience_s` for a NATS that is away, being restarted or electing a leader."""
+
+    def __init__(self, connection: Connection, *, patience_s: float = 0) -> None:
+        self._connection = connection
+        self._patience_s = patience_s
+
+    async def publish(self, request: InferenceRequest) -> int:
+        """See `Admission.publish`.
+
+        A publish without an answer (its ack was lost, the stream has no leader, NATS is away) is repeated for
+        `patience_s` with the same Nats-Msg-Id, which tells whether an earlier one was stored.
+        """
+        subject = names.request_subject(request.model, request.completion_type)
+        headers = {
+            names.HEADER_MSG_ID: request.id,
+            names.HEADER_DEADLINE: f"{request.deadline:.3f}",
+            names.HEADER_REPLY_TO: request.reply_to,
+        }
+        tracing.inject(headers)
+        payload = request.encode()
+        # A request that would only time out is not waited for.
+        give_up_at = time.monotonic() + min(self._patience_s, request.deadline - time.time())
+        while True:
+            ttl_s = math.ceil(request.deadline - time.time()) + TTL_GRACE_S
+            try:
+                headers[names.HEADER_TTL] = str(max(ttl_s, 1))
+                return await self._connection.requests.store(
+                    subject, payload, timeout_s=PUBLISH_TIMEOUT_S, headers=headers
+                )
+            except MaxPayloadError as exc:
+                most = self._connection.client.max_payload
+                raise RequestTooLarge(
+                    f"the request takes {len(payload)} bytes in the queue, and NATS takes {most}"
+                ) from exc
+            except APIError as exc:
+                # A store that is being closed fails with the same code, and says so in words alone.
+                if exc.err_code == _STORE_FAILED and "exceeded" in (exc.description or ""):
+                    raise QueueFull("the queue is full, try again later") from exc
+                if exc.code not in _NOT_NOW or exc.err_code == _NO_RESOURCES:
+                    raise QueueUnavailable(f"the queue takes nothing now: {exc.description}") from exc
+                failure: Exception = exc
+            except (NatsError, TimeoutError) as exc:
+                failure = exc
+            patience_s = give_up_at - time.monotonic()
+            if patience_s <= 0 or not await self._connection.wait_connected(patience_s):
+                raise QueueUnavailable("the queue cannot be reached, try again later") from failure
+            await asyncio.sleep(PUBLISH_RETRY_S)
+
+    async def remove(self, request_id: str, sequence: int) -> bool:
+        """See `Admission.remove`.
+
+        A store that lost its last records gives their sequences out again, so the message's Nats-Msg-Id is compared
+        first. It is deleted without being overwritten on the disk, which takes 0.3 ms instead of 15.
+        """
+        requests = self._connection.requests
+        try:
+            found = await requests.request(_GET, json.dumps({"seq": sequence}).encode(), timeout_s=REMOVE_TIMEOUT_S)
+            if (found.headers or {}).get(names.HEADER_MSG_ID) != request_id:
+                return False
+            order = json.dumps({"seq": sequence, "no_erase": True}).encode()
+            answer = json.loads((await requests.request(_DELETE, order, timeout_s=REMOVE_TIMEOUT_S)).data)
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the queue cannot be reached") from exc
+        return bool(answer.get("success"))

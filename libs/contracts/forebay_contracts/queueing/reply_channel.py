@@ -1,0 +1,58 @@
+"""The live reply channel: core NATS to the one api that holds the client."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+from pydantic import ValidationError
+
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.wire.frames import Resume
+from forebay_contracts.wire.state import RequestStatus
+
+CONFIRM_TIMEOUT_S: Final = 2.0
+"""How long one try at a frame that the api must confirm may take."""
+
+CONFIRM_RETRY_S: Final = 0.25
+"""Pause between such tries."""
+
+CONFIRM_GRACE_S: Final = 20.0
+"""How long after its deadline an api is still asked how its request ended: it answers as soon as NATS is back."""
+
+log = logging.getLogger(__name__)
+
+
+class LiveReplyChannel:
+    """Frames to `reply_to`; see `ReplyChannel`. Asking ends at `deadline` (seconds since the epoch) and some grace."""
+
+    def __init__(self, connection: Connection, reply_to: str, deadline: float, api_alive: Callable[[], bool]) -> None:
+        self._connection = connection
+        self._reply_to = reply_to
+        self._deadline = deadline
+        self._api_alive = api_alive
+
+    async def send(self, frame: bytes) -> None:
+        """See `ReplyChannel.send`."""
+        with contextlib.suppress(NatsError):
+            await self._connection.client.publish(self._reply_to, frame)
+
+    async def ask(self, frame: bytes) -> Resume:
+        """See `ReplyChannel.ask`. An api without a heartbeat is gone; one that never answers has timed out."""
+        while time.time() < self._deadline + CONFIRM_GRACE_S:
+            try:
+                answer = await self._connection.requests.request(self._reply_to, frame, timeout_s=CONFIRM_TIMEOUT_S)
+                return Resume.model_validate_json(answer.data)
+            except NoRespondersError:
+                if not self._api_alive():
+                    return Resume(wanted=False)
+            except (NatsError, TimeoutError) as exc:
+                log.debug("%s: the api did not confirm: %r", self._reply_to, exc)
+            except ValidationError:
+                log.warning("[RequestQueue] %s: the api's answer cannot be read", self._reply_to)
+            await asyncio.sleep(CONFIRM_RETRY_S)
+        return Resume(wanted=False, outcome=RequestStatus.TIMED_OUT)

@@ -1,0 +1,119 @@
+"""Every change of a request's state, as one pure table. Whoever writes a state makes it here.
+
+    queued → processing → completed | failed, and from either of the first two cancelled | timed_out
+
+A next attempt goes from `processing` to `processing` with a higher number, a worker that has to stop from `processing`
+back to `queued`. Nothing follows a final state.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from forebay_contracts.wire.errors import QueueConflict
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
+
+ALLOWED: Final[Mapping[RequestStatus | None, frozenset[RequestStatus]]] = {
+    None: frozenset(
+        {
+            RequestStatus.QUEUED,
+            RequestStatus.PROCESSING,
+            RequestStatus.FAILED,
+            RequestStatus.CANCELLED,
+            RequestStatus.TIMED_OUT,
+        }
+    ),
+    RequestStatus.QUEUED: frozenset(
+        {RequestStatus.PROCESSING, RequestStatus.FAILED, RequestStatus.CANCELLED, RequestStatus.TIMED_OUT}
+    ),
+    RequestStatus.PROCESSING: frozenset(RequestStatus),
+    RequestStatus.COMPLETED: frozenset(),
+    RequestStatus.FAILED: frozenset(),
+    RequestStatus.CANCELLED: frozenset(),
+    RequestStatus.TIMED_OUT: frozenset(),
+}
+"""From a status (None: nothing is stored) to those that may follow it."""
+
+MAX_REASON: Final = 500
+"""Characters of a fault that are kept."""
+
+LOST: Final = "it ended without a word: the worker was killed, or cut off from NATS for longer than ACK_WAIT"
+
+
+class TransitionRefused(QueueConflict):
+    """The table does not allow this change."""
+
+
+def queued(request: InferenceRequest, sequence: int | None) -> RequestState:
+    """The first state of a request that the queue took at `sequence`."""
+    return RequestState(
+        id=request.id,
+        status=RequestStatus.QUEUED,
+        completion_type=request.completion_type.value,
+        timestamp=request.created_at,
+        model=request.model,
+        queued_at=request.created_at,
+        deadline=request.deadline,
+        sequence=sequence,
+        key=request.key,
+    )
+
+
+def claimed(state: RequestState | None, request: InferenceRequest, worker: str, sequence: int) -> RequestState:
+    """The next attempt's: its number is one more than the last, whatever JetStream counts."""
+    before = state or queued(request, sequence)
+    return _changed(
+        state,
+        before,
+        RequestStatus.PROCESSING,
+        attempt=before.attempt + 1,
+        worker=worker,
+        sequence=sequence,
+        started_at=before.started_at or time.time(),
+        fault=_fault_before(before),
+    )
+
+
+def faulted(state: RequestState, reason: str) -> RequestState:
+    """The attempt failed, and another will follow."""
+    return _changed(state, state, RequestStatus.PROCESSING, fault=_fault(state, reason))
+
+
+def handed_over(state: RequestState) -> RequestState:
+    """The worker has to stop: the request waits for another one and keeps its tokens. This is no failed attempt."""
+    return _changed(state, state, RequestStatus.QUEUED, worker=None, handed_over=state.handed_over + 1)
+
+
+def ended(
+    state: RequestState,
+    outcome: RequestStatus,
+    *,
+    stored: bool = True,
+    error: str | None = None,
+    fault: str | None = None,
+    usage: Usage | None = None,
+) -> RequestState:
+    """The request ended as `outcome`; `error` is what its client is told, `fault` why its last attempt failed."""
+    changes: dict[str, Any] = {"error": error, "usage": usage, "finished_at": max(time.time(), state.queued_at)}
+    if fault is not None:
+        changes["fault"] = _fault(state, fault)
+    return _changed(state if stored else None, state, outcome, **changes)
+
+
+def _changed(stored: RequestState | None, base: RequestState, to: RequestStatus, **changes: Any) -> RequestState:
+    if to not in ALLOWED[stored.status if stored else None]:
+        raise TransitionRefused(
+            f"request {base.id}: {to.value} cannot follow {stored.status.value if stored else 'nothing'}"
+        )
+    return base.model_copy(update={"status": to, **changes})
+
+
+def _fault(state: RequestState, reason: str) -> str:
+    return f"attempt {state.attempt} on worker {state.worker}: {reason[:MAX_REASON]}"
+
+
+def _fault_before(state: RequestState) -> str | None:
+    """What the latest attempt until now failed of. One that ended without a word has not said so itself."""
+    silent = state.status is RequestStatus.PROCESSING and not (state.fault or "").startswith(_fault(state, ""))
+    return _fault(state, LOST) if silent else state.fault

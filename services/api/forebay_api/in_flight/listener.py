@@ -1,0 +1,88 @@
+"""What an api hears on NATS: frames for the requests in flight here, and that one of them is cancelled."""
+
+import asyncio
+import contextlib
+import logging
+from typing import Final
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from pydantic import ValidationError
+
+from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
+from forebay_contracts.telemetry.logs import fields
+from forebay_contracts.wire import names
+from forebay_contracts.wire.frames import Frame, Resume, Started, decode_frame
+
+REPLY_PENDING_MESSAGES: Final = 1_000_000
+REPLY_PENDING_BYTES: Final = 512 * 1024 * 1024
+"""How much may wait between the socket and the dispatcher; more is dropped, and fetched again as a gap."""
+
+log = logging.getLogger(__name__)
+
+
+class Listener:
+    """One subscription serves all requests of the api."""
+
+    def __init__(self, connection: Connection, dispatcher: Dispatcher) -> None:
+        self._connection = connection
+        self._dispatcher = dispatcher
+
+    async def start(self) -> None:
+        """Listen for frames and cancel notices."""
+        client = self._connection.client
+        await client.subscribe(
+            names.reply_subjects(self._dispatcher.instance),
+            cb=self._replied,
+            pending_msgs_limit=REPLY_PENDING_MESSAGES,
+            pending_bytes_limit=REPLY_PENDING_BYTES,
+        )
+        await client.subscribe(names.cancel_subject("*"), cb=self._cancelled)
+        self._connection.on_reconnect.append(self._reconnected)
+
+    async def _replied(self, msg: Msg) -> None:
+        request_id = msg.subject.rsplit(".", 1)[1]
+        try:
+            frame = decode_frame(msg.data)
+        except ValidationError as exc:
+            log.warning(
+                "[RequestQueue] %s: a reply that cannot be read was dropped (%d faults)",
+                request_id,
+                len(exc.errors()),
+                extra=fields(request_id=request_id),
+            )
+            return
+        answer = self._dispatcher.waiting.get(request_id)
+        with contextlib.suppress(NatsError):
+            if answer is None:
+                await self._turn_away(request_id, frame, msg)
+                return
+            had_gap = answer.gap
+            answer.receive(frame)
+            if msg.reply:
+                await msg.respond(answer.have(frame.attempt).encode())
+            elif answer.gap and not had_gap:
+                log.warning(
+                    "[RequestQueue] %s: frames were lost, asking for them again",
+                    request_id,
+                    extra=fields(request_id=request_id, attempt=answer.attempt),
+                )
+                await self._connection.client.publish(
+                    names.resend_subject(request_id), answer.have(frame.attempt).encode()
+                )
+
+    async def _turn_away(self, request_id: str, frame: Frame, msg: Msg) -> None:
+        """Tell a worker that nobody waits for what it does."""
+        if msg.reply:
+            await msg.respond(Resume(wanted=False, outcome=self._dispatcher.outcome(request_id)).encode())
+        elif isinstance(frame, Started):
+            await self._connection.client.publish(names.cancel_subject(request_id), b"nobody waits")
+
+    async def _cancelled(self, msg: Msg) -> None:
+        self._dispatcher.cancelled(msg.subject.rsplit(".", 1)[1], msg.data.decode(errors="replace")[:200])
+
+    async def _reconnected(self) -> None:
+        # Once every worker has heard of this api again: one that was away for longer counts as dead.
+        asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._dispatcher.end_what_has_ended)

@@ -1,0 +1,155 @@
+"""The queue in one process: dispatcher, attempt runners and the simulated engine on the in-memory twins."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_contracts.queueing.cancellation import Cancellation
+from forebay_contracts.queueing.memory import (
+    InMemoryCancelNotices,
+    InMemoryQueue,
+    InMemoryReplyChannel,
+    InMemoryStateStore,
+)
+from forebay_contracts.wire.frames import Delta, Frame, Resume
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.state import RequestState, RequestStatus
+from forebay_inference.attempt.endings import End, Ended
+from forebay_inference.attempt.runner import AttemptRunner
+from forebay_inference.engine.simulated import SimulatedEngine
+from forebay_inference.worker_metrics import WorkerMetrics
+
+MODEL = "m"
+API = "api-1"
+
+
+def request(orders: str = "", **fields: Any) -> InferenceRequest:
+    """A streamed chat for the simulated engine, of an api named API."""
+    now, request_id = time.time(), str(uuid.uuid4())
+    return InferenceRequest(
+        **{
+            "id": request_id,
+            "completion_type": CompletionType.CHAT,
+            "model": MODEL,
+            "created_at": now,
+            "deadline": now + 30,
+            "reply_to": f"inference.replies.{API}.{request_id}",
+            "stream": True,
+            "messages": ({"role": "user", "content": f"[[{orders}]]" if orders else "hi"},),
+            **fields,
+        }
+    )
+
+
+class Twins:
+    """One api and any number of workers. `alive` says whether the api's heartbeat is heard."""
+
+    def __init__(self, *, max_queue_size: int = 100, max_deliveries: int = 3) -> None:
+        self.queue = InMemoryQueue(max_queue_size)
+        self.states = InMemoryStateStore()
+        self.notices = InMemoryCancelNotices()
+        self.cancellation = Cancellation(self.states, self.queue, self.notices)
+        self.dispatcher = Dispatcher(
+            API, self.queue, self.states, self.cancellation, lambda _: contextlib.nullcontext()
+        )
+        self.alive = True
+        self.channels: list[InMemoryReplyChannel] = []
+        self._max_deliveries = max_deliveries
+        self._slots: list[asyncio.Task[None]] = []
+        self.notices.on_ask.append(self._hear)
+        self.notices.on_tell.append(self._hear)
+
+    def runner(self, worker: str = "w1") -> AttemptRunner:
+        """A runner that is given deliveries by hand."""
+        runner = AttemptRunner(
+            worker=worker,
+            states=self.states,
+            engine=SimulatedEngine(MODEL),
+            channel=self._channel,
+            notices=self.notices,
+            api_alive=lambda _: self.alive,
+            max_deliveries=self._max_deliveries,
+            metrics=WorkerMetrics(MODEL),
+        )
+
+        async def told(request_id: str, reason: str) -> None:
+            if (attempt := runner.running.get(request_id)) is not None:
+                attempt.stop(Ended(End.CANCELLED, reason=reason))
+
+        self.notices.on_tell.append(told)
+        return runner
+
+    def worker(self, name: str = "w1", slots: int = 4) -> AttemptRunner:
+        """A runner whose slots pull."""
+        runner = self.runner(name)
+
+        async def slot() -> None:
+            while True:
+                await runner.run(await self.queue.pull())
+
+        self._slots += [asyncio.create_task(slot()) for _ in range(slots)]
+        return runner
+
+    async def text(self, wanted: InferenceRequest) -> str:
+        """Submit, and read the answer to its end."""
+        async with self.dispatcher.submit(wanted) as answer:
+            return "".join([delta.text async for some in answer.deltas() for delta in some])
+
+    async def state(self, request_id: str) -> RequestState:
+        """The state that is stored."""
+        stored = await self.states.get(request_id)
+        assert stored is not None
+        return stored.state
+
+    async def reaches(self, request_id: str, *statuses: RequestStatus) -> RequestState:
+        """Wait until it has one of these."""
+        async with asyncio.timeout(5):
+            while True:
+                stored = await self.states.get(request_id)
+                if stored is not None and stored.state.status in statuses:
+                    return stored.state
+                await asyncio.sleep(0)
+
+    async def empty(self) -> None:
+        """Wait until nothing is in the queue."""
+        async with asyncio.timeout(5):
+            while len(self.queue):  # noqa: ASYNC110 - a queue tells nobody that it is empty
+                await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        """End the slots."""
+        for slot in self._slots:
+            slot.cancel()
+        await asyncio.gather(*self._slots, return_exceptions=True)
+        await self.dispatcher.close()
+
+    def _channel(self, reply_to: str, _: float) -> InMemoryReplyChannel:
+        request_id = reply_to.rsplit(".", 1)[-1]
+
+        def receive(frame: Frame) -> Resume:
+            answer = self.dispatcher.waiting.get(request_id)
+            if answer is None:
+                return Resume(wanted=False, outcome=self.dispatcher.outcome(request_id))
+            answer.receive(frame)
+            # Nobody looks at what a delta is answered, and it would be all tokens each time.
+            return Resume() if isinstance(frame, Delta) else answer.have(frame.attempt)
+
+        self.channels.append(InMemoryReplyChannel(receive))
+        return self.channels[-1]
+
+    async def _hear(self, request_id: str, reason: str) -> None:
+        self.dispatcher.cancelled(request_id, reason)
+
+
+@contextlib.asynccontextmanager
+async def twins(**options: Any) -> AsyncIterator[Twins]:
+    """Twins for the length of a block."""
+    made = Twins(**options)
+    try:
+        yield made
+    finally:
+        await made.close()
