@@ -12,7 +12,7 @@ import pytest
 from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import connect
 from forebay_contracts.nats.permissions import covers
-from forebay_contracts.queueing.pulls import PULL_EXPIRES_S, PULL_GRACE_S
+from forebay_contracts.queueing.deliveries import PULL_EXPIRES_S, PULL_GRACE_S
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
