@@ -1,7 +1,7 @@
-# The api. From the root of the repository: docker build -f deploy/images/api.Dockerfile -t forebay-api:latest .
+# The api. Run in the root of the repository: docker build -f deploy/images/api.Dockerfile -t forebay-api:latest .
 
 ARG BASE=python:3.11-slim-bookworm
-# An image with wheels in its root folder; given one, the build takes all packages from it and needs no network.
+# An image with wheels in its root folder. If given, the build takes all packages from it and needs no network.
 ARG WHEELS=scratch
 
 FROM ${WHEELS} AS wheels
@@ -11,7 +11,7 @@ RUN python -m venv /build && python -m venv --without-pip /opt/forebay
 COPY --from=wheels . /wheels/
 COPY constraints/build.lock constraints/api.lock /locks/
 ARG PIP_INDEX_URL
-# Of nkeys there is no wheel: it is built, by what build.lock holds.
+# nkeys has no wheel. The packages of build.lock build it.
 RUN if ls /wheels/*.whl > /dev/null 2>&1; then from="--no-index --find-links /wheels"; fi; \
     pip="/build/bin/python -m pip --no-cache-dir --disable-pip-version-check"; \
     $pip install $from --require-hashes --only-binary :all: -r /locks/build.lock && \
@@ -20,7 +20,7 @@ RUN if ls /wheels/*.whl > /dev/null 2>&1; then from="--no-index --find-links /wh
 COPY pyproject.toml README.md LICENSE /src/
 COPY libs /src/libs
 COPY services /src/services
-# What `forebay --version` says: there is no .git here to ask.
+# The output of `forebay --version`. There is no .git here to derive it from.
 ARG VERSION=0
 RUN export SETUPTOOLS_SCM_PRETEND_VERSION_FOR_FOREBAY="$VERSION"; \
     pip="/build/bin/python -m pip --no-cache-dir --disable-pip-version-check"; \
@@ -35,13 +35,13 @@ LABEL org.opencontainers.image.title="Forebay api" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# The base brings pip for those who build on it; what runs needs none.
+# The base image has pip. The running image does not need it.
 RUN rm -rf /usr/local/bin/pip* /usr/share/python-wheels $(python -c "import glob, sysconfig; p = sysconfig.get_paths(); \
         print(p['stdlib'] + '/ensurepip', *glob.glob(p['purelib'] + '/pip*'), *glob.glob(p['purelib'] + '/setuptools*'))") && \
     groupadd --gid 10001 forebay && \
     useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin forebay
 COPY --from=build /opt/forebay /opt/forebay
-# The root may be read-only: /tmp, of which a tmpfs is enough, is all that is written to.
+# The root may be read-only. The api writes only to /tmp, for which a tmpfs is enough.
 ENV PATH=/opt/forebay/bin:$PATH \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \

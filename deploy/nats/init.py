@@ -1,10 +1,10 @@
-"""Everything that a NATS server with `forebay.conf` needs to be tried out: keys, certificates, `site.conf`.
+"""Make keys, certificates and `site.conf` for a trial of a NATS server with `forebay.conf`.
 
     python deploy/nats/init.py FOLDER [--host NAME ...] [--store-dir DIR] [--max-store SIZE]
 
 Writes into FOLDER a copy of forebay.conf, site.conf, an NKey seed for each role (ROLE.seed), a certificate
-authority (ca.pem) and a server certificate for the hosts. What is there already is kept, so that a second call with
-one ROLE.seed removed makes a new key for that role alone. Needs the packages of `forebay` and the command `openssl`.
+authority (ca.pem) and a server certificate for the hosts. Existing files are kept. To make a new key for one role,
+remove its ROLE.seed and run the script again. Needs the packages of `forebay` and the command `openssl`.
 """
 
 import argparse
@@ -20,10 +20,10 @@ ROLES = ("admin", "api", "inference", "operator")
 CERTIFICATE_DAYS = 365
 
 SITE = """\
-# What is particular to this site; forebay.conf includes it. Public keys, no secrets.
+# The settings of this site. forebay.conf includes this file. It has public keys and no secrets.
 
 listen: "{listen}"
-http: "127.0.0.1:8222"      # monitoring answers everybody who reaches it
+http: "127.0.0.1:8222"      # monitoring has no access control
 STORE: "{store_dir}"
 MAX_STORE: {max_store}
 
@@ -41,7 +41,7 @@ tls: {{
 
 
 def main() -> None:
-    """Make what is not there yet."""
+    """Make the files that are missing."""
     parser = argparse.ArgumentParser(description="Keys, certificates and site.conf for a NATS server of Forebay.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--host", action="append", help="name or address of the server; localhost and 127.0.0.1 too")
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def public_key(file: Path) -> str:
-    """The public key of the seed in `file`, which is made if it is not there."""
+    """Return the public key of the seed in `file`. Make the seed if it is missing."""
     if not file.exists():
         write_secret(file, nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
     pair = nkeys.from_seed(bytearray(file.read_bytes().strip()))
@@ -78,13 +78,13 @@ def public_key(file: Path) -> str:
 
 
 def write_secret(file: Path, secret: bytes) -> None:
-    """Write what only its owner may read."""
+    """Write a file that only its owner may read."""
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
         out.write(secret + b"\n")
 
 
 def certificates(folder: Path, hosts: list[str]) -> None:
-    """A certificate authority, and a certificate of its for `hosts`, on elliptic curve keys."""
+    """Make a certificate authority and its certificate for `hosts`, with elliptic curve keys."""
     kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     days = ["-days", str(CERTIFICATE_DAYS)]
     names = ",".join(("IP:" if host.replace(".", "").isdigit() or ":" in host else "DNS:") + host for host in hosts)
@@ -102,7 +102,7 @@ def certificates(folder: Path, hosts: list[str]) -> None:
 
 
 def openssl(*arguments: object) -> None:
-    """Run it; its output is shown if it fails."""
+    """Run a command. Show its output if it fails."""
     done = subprocess.run(["openssl", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"openssl {arguments[0]} failed:\n{done.stderr}")

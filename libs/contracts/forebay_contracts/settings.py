@@ -1,6 +1,6 @@
-"""Settings: from the environment and `.env`, unprefixed, one class a service.
+"""Settings from the environment and `.env`, without a prefix. Each service has one class.
 
-Every setting is a field here and a line of `queue-config.env.example`; a test holds the two together.
+Every setting is a field here and a line of `queue-config.env.example`. A test keeps both equal.
 """
 
 import re
@@ -29,20 +29,20 @@ ENV_FILE: Final = ".env"
 
 
 class Settings(BaseSettings):
-    """What every part of Forebay needs to find the queue and to agree on its limits."""
+    """The settings of every process: how to find the queue, and its limits."""
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE, env_file_encoding="utf-8", extra="ignore", frozen=True, env_ignore_empty=True
     )
 
     max_concurrent_requests: int = Field(
-        1, ge=1, le=10_000, description="Most requests of one model processed at once, over all its workers"
+        1, ge=1, le=10_000, description="Most requests of one model that run at once, over all its workers"
     )
     max_queue_size: int = Field(
         100,
         ge=1,
         le=10_000_000,
-        description="Most requests admitted and unfinished, waiting and processing together",
+        description="Most unfinished requests, waiting and running together",
     )
     request_timeout: float = Field(
         300, ge=1, le=86_400, description="Seconds from arrival until a request ends with 408"
@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     )
     model_name: str | None = Field(
         None,
-        description="Name under which clients ask for the model; empty: the hub id, or the last part of a path",
+        description="Name by which clients ask for the model; empty: the hub id, or the last part of a path",
     )
     model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Further names for the model, comma-separated"
@@ -64,32 +64,32 @@ class Settings(BaseSettings):
         5,
         ge=1,
         le=3600,
-        description="Seconds without a sign of life from a worker until its request goes to another",
+        description="Seconds without progress reports from a worker until its request is redelivered to another",
     )
     request_state_ttl: float = Field(
         3600,
         ge=1,
         le=2_592_000,
-        description="Seconds that a request's state can be looked up after its last change",
+        description="Seconds for which a request's state is kept after its last change",
     )
     nats_url: str | None = Field(
-        None, description="NATS servers, comma-separated; empty: `forebay up` starts one of its own"
+        None, description="URLs of NATS servers, comma-separated; empty: `forebay up` starts one of its own"
     )
     nats_credentials: Path | None = Field(None, description="Credentials file (JWT and NKey) for NATS")
     nats_nkey_seed: Path | None = Field(None, description="File with the NKey seed of this service's NATS user")
-    nats_tls_ca: Path | None = Field(None, description="CA certificate that NATS servers are checked against")
+    nats_tls_ca: Path | None = Field(None, description="CA certificate that verifies the NATS servers")
     nats_tls_cert: Path | None = Field(None, description="Client certificate for NATS; needs NATS_TLS_KEY")
     nats_tls_key: Path | None = Field(None, description="Private key of the client certificate")
     nats_replicas: Annotated[Literal[1, 3, 5], BeforeValidator(_number)] = Field(
-        1, description="Copies of stream, states and counters in a NATS cluster"
+        1, description="Replicas of stream, states and counters in a NATS cluster"
     )
     data_dir: Path = Field(
-        default_factory=_default_data_dir, description="Folder of model files and of the embedded NATS server"
+        default_factory=_default_data_dir, description="Folder for model files, logs and the embedded NATS server"
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged")
-    log_format: Literal["text", "json"] = Field("text", description="Log lines for people (text) or machines (json)")
-    log_prompts: bool = Field(False, description="Whether the api logs what clients ask, for debugging")
-    metrics: bool = Field(True, description="Whether anything is measured and shown at /metrics")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Lowest level that is logged")
+    log_format: Literal["text", "json"] = Field("text", description="Format of log lines: text, or json for programs")
+    log_prompts: bool = Field(False, description="Whether the api logs the bodies of requests, for debugging")
+    metrics: bool = Field(True, description="Whether metrics are recorded and served at /metrics")
 
     @field_validator("model_aliases", mode="before")
     @classmethod
@@ -147,45 +147,45 @@ class Settings(BaseSettings):
 
 
 class ApiSettings(Settings):
-    """What the api needs besides."""
+    """The further settings of the api."""
 
     api_host: str = Field("127.0.0.1", min_length=1, description="Address that the api listens on")
     api_port: int = Field(8091, ge=0, le=65_535, description="Port that the api listens on")
-    api_processes: int = Field(1, ge=1, le=64, description="Api processes behind the one port")
+    api_processes: int = Field(1, ge=1, le=64, description="Number of api processes that share the port")
     no_worker_policy: Literal["wait", "refuse"] = Field(
-        "wait", description="What becomes of a request whose model has no worker now: it waits, or gets 503"
+        "wait", description="If the model of a request has no worker now: the request waits, or gets 503"
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="Keys that clients may use, comma-separated; neither these nor a file: open to all"
+        (), description="Keys that clients may use, comma-separated; without keys and file, everybody may use the api"
     )
     api_keys_file: Path | None = Field(
-        None, description="TOML file of further keys: names, hashes and limits; read again when it changes"
+        None, description="TOML file of further keys with names, hashes and limits; read again when it changes"
     )
     key_max_requests: int | None = Field(
         None,
         ge=1,
         le=10_000_000,
-        description="Most requests of one key admitted and unfinished; empty: MAX_QUEUE_SIZE alone bounds them",
+        description="Most unfinished requests of one key; empty: only MAX_QUEUE_SIZE limits them",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Origins whose pages may call the api from a browser, comma-separated; empty: none"
+        (), description="Origins whose pages may call the api from a browser (CORS), comma-separated; empty: none"
     )
     max_request_bytes: int = Field(
         900_000,
         ge=1_024,
         le=60_000_000,
-        description="Largest body; NATS itself takes 1 MB unless it is told otherwise",
+        description="Largest body of a request; the default limit of NATS for a message is 1 MB",
     )
     body_timeout: float = Field(
-        60, ge=1, le=3600, description="Seconds that a client has to send a request's body, once its headers are there"
+        60, ge=1, le=3600, description="Seconds that a client has to send a body after its headers"
     )
     admission_patience: float = Field(
-        10, ge=0, le=3600, description="Seconds that a new request waits for NATS, away or electing, before its 503"
+        10, ge=0, le=3600, description="Seconds that a new request waits for NATS before it gets 503"
     )
     shutdown_delay: float = Field(
-        0, ge=0, le=600, description="Seconds after SIGTERM of still serving while not ready, for balancers to notice"
+        0, ge=0, le=600, description="Seconds after SIGTERM in which the api still serves but is not ready"
     )
-    drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
+    drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds after SIGTERM for running requests to end")
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
@@ -204,37 +204,37 @@ class ApiSettings(Settings):
 
 
 class InferenceSettings(Settings):
-    """What a worker needs besides."""
+    """The further settings of a worker."""
 
     worker_slots: int | None = Field(
         None,
         ge=1,
         le=10_000,
-        description="Most requests that one worker processes; empty: MAX_CONCURRENT_REQUESTS",
+        description="Most requests that one worker runs at once; empty: MAX_CONCURRENT_REQUESTS",
     )
     llm_batch_size: int = Field(
         256, ge=1, le=1_000_000, description="Most tokens in one forward pass of the continuous batch"
     )
     model_quantization: Literal["auto", "none", "int8", "nf4", "fp4"] = Field(
-        "auto", description="bitsandbytes quantization; auto: nf4, or what the checkpoint has already"
+        "auto", description="bitsandbytes quantization; auto: the checkpoint's own, else nf4"
     )
     model_device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
     inference_engine: Literal["transformers", "embedding", "simulated"] = Field(
         "transformers",
-        description="transformers, embedding (vectors), or simulated for tests of everything but the model",
+        description="transformers, embedding (a sentence-transformers model), or simulated (no model, for tests)",
     )
-    drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds that running requests get after SIGTERM")
+    drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds after SIGTERM for running requests to end")
     engine_stall_timeout: float = Field(
         120,
         ge=1,
         le=86_400,
-        description="Seconds without a forward pass, with requests in the batch, after which a worker gives up",
+        description="Seconds without a forward pass, with requests in the batch, after which the worker exits",
     )
     metrics_port: int | None = Field(
         None,
         ge=0,
         le=65_535,
-        description="Port of a worker's /metrics and /health, each worker its own; empty: none",
+        description="Port of a worker's /metrics and /health, different for each worker of a machine; empty: none",
     )
     metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of a worker's /metrics and /health")
 
@@ -262,7 +262,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def load(cls: type[S], **overrides: Any) -> S:
-    """Read the settings, turning every fault into one sentence each.
+    """Read the settings, and describe every error in one sentence.
 
     Raises:
         ConfigurationError: naming each setting that is wrong and why.
