@@ -44,8 +44,8 @@ def overhead(part: dict[str, Any]) -> str:
             text.append(f"\n### {title}: {clients} clients\n\n{table(head, rows)}")
     ceiling = figures["ceiling"]
     text.append(
-        f"\nThe load generators alone, against prepared bytes: wrk {ceiling['wrk_requests_per_s']:,.0f} requests/s, "
-        f"the driver {ceiling['driver_requests_per_s']:,.0f}, and {ceiling['driver_streams_per_s']:,.0f} streams/s."
+        f"\nThe load generators alone, against a server with prepared answers: wrk {ceiling['wrk_requests_per_s']:,.0f} requests/s, "
+        f"the driver {ceiling['driver_requests_per_s']:,.0f} requests/s and {ceiling['driver_streams_per_s']:,.0f} streams/s."
     )
     text += [f"\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items()]
     return "\n".join(text)
@@ -92,7 +92,7 @@ def backlog(part: dict[str, Any]) -> str:
 def goals(parts: Parts) -> str:
     """The measures that have a goal, as far as their parts were run; a median decides."""
     quick = [name for name, part in parts.items() if part["stamp"]["quick"]]
-    note = f"\n\nQuick runs, to be replaced: {', '.join(quick)}." if quick else ""
+    note = f"\n\nQuick runs, which need a full run: {', '.join(quick)}." if quick else ""
     rows: list[list[str]] = []
 
     def row(measure: str, goal: str, measured: str, met: bool) -> None:
@@ -119,14 +119,14 @@ def goals(parts: Parts) -> str:
         )
         if "LiteLLM" in whole["64"]:
             times = whole["64"]["LiteLLM"]["forebay_to_this"]["requests_per_s"]
-            row("the same ÷ LiteLLM's", "≥ 3", cell(times, 1), times["median"] >= 3)
+            row("requests/s ÷ LiteLLM's, 64 clients", "≥ 3", cell(times, 1), times["median"] >= 3)
     if "goals" in parts:
         one = parts["goals"]["figures"]
         first, bare = one["first_token_at_half_load"]["p99"], one["first_token_at_half_load"]["bare_http"]["p99"]
         row(
             "first token, 64 clients, half load, p99",
             "≤ 15 ms",
-            f"{cell(first)} ms; of the engine behind HTTP alone {cell(bare)} ms",
+            f"{cell(first)} ms; the engine behind HTTP alone: {cell(bare)} ms",
             first["median"] <= 15,
         )
         relayed = one["relayed_by_1_worker"]["tokens_per_s"]
@@ -139,7 +139,7 @@ def goals(parts: Parts) -> str:
             refused["median"] <= 10 and rate["median"] >= 1000,
         )
         each = one["waiting_memory"]["bytes_each_less_body"]
-        row("memory a waiting request, less its body", "≤ 20 KB", f"{each / 1000:.1f} KB", each <= 20_000)
+        row("memory of a waiting request, without its body", "≤ 20 KB", f"{each / 1000:.1f} KB", each <= 20_000)
     if "overload" in parts:
         kept = parts["overload"]["figures"]["goodput_at_4_to_peak"]
         row("goodput at 4× ÷ peak", "≥ 0.95", str(kept), kept >= 0.95)
@@ -154,7 +154,7 @@ def goals(parts: Parts) -> str:
         )
     if "tokens" in parts:
         ratio = parts["tokens"]["figures"]["bare"]["ratio"]
-        row("the model's tokens/s ÷ bare engine, 8 clients", "≥ 0.97", cell(ratio, 3), ratio["median"] >= 0.97)
+        row("tokens/s of the model ÷ the bare engine's, 8 clients", "≥ 0.97", cell(ratio, 3), ratio["median"] >= 0.97)
     if "observability" in parts:
         ratio = parts["observability"]["figures"]["requests"]
         row("requests/s with all observability ÷ without", "≥ 0.95", cell(ratio, 3), ratio["median"] >= 0.95)
@@ -175,9 +175,9 @@ def tokens(part: dict[str, Any]) -> str:
     title = "Tokens" if figures["weights"]["forebay"] == "bf16" else f"Tokens, {figures['weights']['forebay']}"
     picture = f"{plot('tokens', 'Tokens/s by clients', part)}\n\n" if title == "Tokens" else ""
     text = (
-        f"## {title}\n\n{origin(part)}\n\n{picture}{table(head, rows)}\n\nThe whole system ÷ the engine's class in one process, "
-        f"{bare['clients']} clients, {bare['pairs']} pairs: {cell(bare['ratio'], 3)} of its tokens/s. The worker's CPU "
-        f"time a token ÷ the bare engine's: {cell(bare['worker_cpu_to_bare'], 3)}; what is over 1 is not the engine."
+        f"## {title}\n\n{origin(part)}\n\n{picture}{table(head, rows)}\n\nTokens/s of the whole system ÷ those of the engine "
+        f"alone in one process, {bare['clients']} clients, {bare['pairs']} pairs: {cell(bare['ratio'], 3)}. The worker's "
+        f"CPU time for a token ÷ the bare engine's: {cell(bare['worker_cpu_to_bare'], 3)}. The part above 1 is Forebay's."
     )
     if seen := figures.get("aiperf"):
         names = {"tokens_per_s": "tokens/s", "first_ms": "first token ms", "between_ms": "between tokens ms"}
@@ -186,7 +186,7 @@ def tokens(part: dict[str, Any]) -> str:
             for field, name in names.items()
         ]
         head = [f"Forebay, {seen['clients']} clients", "by AIPerf", "by this script", "ratio"]
-        text += f"\n\nThe same load, {seen['requests']} requests, as AIPerf sees it:\n\n{table(head, rows)}"
+        text += f"\n\nThe same load, {seen['requests']} requests, measured by AIPerf:\n\n{table(head, rows)}"
     return text + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
 
 
@@ -211,12 +211,12 @@ def loadgen(part: dict[str, Any]) -> str:
     ratio_head += ["Forebay ÷ this, by AIPerf: requests/s", "first token", "between tokens"]
     text = (
         f"## AIPerf and the driver\n\n{origin(part)}\n\nStreams of {figures['tokens']} tokens, one every "
-        f"{figures['delay_ms']} ms, {figures['rounds']} turns each. Is the driver of the other parts to be believed? "
-        f"The load is the same, so a ratio of 1 says that it is.\n\n{table(head, rows)}\n\n{table(ratio_head, ratios)}\n\n"
-        f"Against prepared bytes, {ceiling['clients']} clients, AIPerf takes {ceiling['aiperf_requests_per_s']:,.0f} "
-        f"streams/s, the driver {ceiling['driver_requests_per_s']:,.0f}: what AIPerf reports near "
-        "the first is AIPerf's own, and so is a wait for the first token that it sees with every system and the driver "
-        "does not."
+        f"{figures['delay_ms']} ms, {figures['rounds']} turns each. This part checks the driver of the other parts. "
+        f"Both send the same load, so a ratio near 1 confirms the driver.\n\n{table(head, rows)}\n\n{table(ratio_head, ratios)}\n\n"
+        f"Against a server with prepared answers, {ceiling['clients']} clients, AIPerf takes {ceiling['aiperf_requests_per_s']:,.0f} "
+        f"streams/s, the driver {ceiling['driver_requests_per_s']:,.0f}. If AIPerf reports a rate "
+        "near its own maximum, AIPerf is the limit. If AIPerf sees a wait for the first token with every system, and the "
+        "driver does not, AIPerf causes it."
     )
     return text + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
 
@@ -229,23 +229,24 @@ def cold(part: dict[str, Any]) -> str:
         for each in one["idle"]
     ]
     return (
-        f"## Cold and idle\n\n{origin(part)}\n\n`forebay up` with the model there: ready after {one['ready_s']} s, "
-        f"a first answer of 4 tokens after {one['first_answer_s']} s. The virtual environment has {one['venv_mb']:,.0f} "
-        f"MB, the model {one['model_mb']:,.0f} MB. From a clone: `make install`, then `make run`. Idle for "
+        f"## Cold and idle\n\n{origin(part)}\n\n`forebay up` with a fetched model is ready after {one['ready_s']} "
+        f"s. A first answer of 4 tokens is there after {one['first_answer_s']} s. The virtual environment has "
+        f"{one['venv_mb']:,.0f} MB, the model {one['model_mb']:,.0f} MB. The table shows the processes while idle for "
         f"{one['idle_seconds']} s:\n\n{table(['process', 'CPU of a core', 'resident MB', 'own MB'], rows)}"
     )
 
 
 def observability(part: dict[str, Any]) -> str:
-    """What it costs to be seen."""
+    """The cost of metrics, logs and traces."""
     one = part["figures"]
     return (
-        f"## Cost of all observability{', against silence' if one['silent'] else ''}\n\n{origin(part)}\n\n"
-        f"{', '.join(one['on'])} on (JSON lines, {one['sampled']:.0%} of the requests traced, a scrape every "
-        f"{one['scrape_s']:g} s), against no metrics, no traces and "
-        f"{'no lines below warnings' if one['silent'] else 'text lines'}; {one['clients']} clients, {one['blocks']} "
-        f"pairs of systems that took {one['pairs']} turns of {one['turn_s']:g} s each: {cell(one['requests'], 3)} of "
-        f"the requests/s, {cell(one['cpu'], 3)} of the CPU time a request of api and worker."
+        f"## Cost of all observability{', against no log lines' if one['silent'] else ''}\n\n{origin(part)}\n\n"
+        f"One system has on: {', '.join(one['on'])} (JSON lines, {one['sampled']:.0%} of the requests traced, a scrape "
+        f"every {one['scrape_s']:g} s). The other has no metrics, no traces and "
+        f"{'no log lines below warnings' if one['silent'] else 'text log lines'}. {one['clients']} clients, "
+        f"{one['blocks']} pairs of systems, {one['pairs']} turns of {one['turn_s']:g} s each. With ÷ without: "
+        f"{cell(one['requests'], 3)} of the requests/s, {cell(one['cpu'], 3)} of the CPU time of api and worker for a "
+        f"request."
     )
 
 
@@ -266,9 +267,9 @@ PAGE = {
 def benchmarks_page(parts: Parts) -> str:
     """docs/benchmarks.md."""
     intro = (
-        "# Benchmarks\n\nMade by `make bench-report` from the JSON that `make bench` writes; nothing here is written by "
-        "hand. Medians, in brackets the least and the most; a ratio is of turns of the same round. How each part "
-        "measures is in [its folder](../tests/benchmarks/README.md).\n"
+        "# Benchmarks\n\n`make bench-report` writes this page from the JSON files of `make bench`. No figure is written by "
+        "hand. A cell has the median, and in brackets the minimum and the maximum. A ratio compares turns of the same "
+        "round. [The README of the scripts](../tests/benchmarks/README.md) says how each part measures.\n"
     )
     made = [goals(parts)] if parts else []
     made += [one(parts[name]) for name, one in PAGE.items() if name in parts]

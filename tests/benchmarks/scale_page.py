@@ -1,5 +1,5 @@
 # ruff: noqa: E501 -- prose
-"""docs/scale.md: arithmetic from measured figures, and how they grow."""
+"""docs/scale.md: arithmetic from measured figures, and their growth."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def scale(part: dict[str, Any]) -> str:
     notes = {
         "workers": [
             growth("requests/s by workers", workers if bend is None else [one for one in workers if one[0] <= bend]),
-            f"up to {bend:g} workers; more bring less than half of what the first did"
+            f"up to {bend:g} workers; each further worker adds less than half of the first"
             if bend is not None
             else f"no knee up to {workers[-1][0]:g} workers",
             *(
@@ -57,8 +57,8 @@ def scale(part: dict[str, Any]) -> str:
         head = [name.replace("_", " "), key.replace("_per_s", "/s"), *(f"{who} MB" for who in one_of(points)["rss_mb"])]
         text.append(f"{table(head, rows)}\n\n{'; '.join(notes[name])}.")
     text.append(
-        "n^k is the power that fits best. Memory is what comes on top of the first row. Load and system share the "
-        f"{part['stamp']['cores']} cores: where they are full, more processes bring nothing."
+        "n^k is the power with the best fit. The growth of memory is the part above the first row. Load and system share "
+        f"the {part['stamp']['cores']} cores. When these are busy, more processes do not help."
     )
     return "\n\n".join(text)
 
@@ -70,17 +70,17 @@ def one_of(curve: dict[str, Any]) -> dict[str, Any]:
 
 
 def waiting(part: dict[str, Any]) -> str:
-    """What each waiting request costs the api."""
+    """The memory of the api for each waiting request."""
     points = [(count, memory["uss"]) for count, memory in part["figures"]["waiting_memory"]["points"]]
     line = linear("api by 1,000 waiting requests, bodies of 109 bytes included", points, 1000, "MB")
-    return f"## What waiting costs\n\n{origin(part)}\n\n{line}."
+    return f"## Memory of waiting requests\n\n{origin(part)}\n\n{line}."
 
 
 def scale_page(parts: Parts) -> str:
     """docs/scale.md: arithmetic from measured figures."""
     text = [
-        "# Scale\n\nReckoned by `make bench-report` from what `make bench` measured; on another machine the figures are "
-        "others, the arithmetic is the same."
+        "# Scale\n\n`make bench-report` computes this page from the results of `make bench`. Another machine has other "
+        "figures. The arithmetic stays the same."
     ]
     if "goals" in parts and "overhead" in parts:
         wire = parts["goals"]["figures"]["wire"]
@@ -92,29 +92,31 @@ def scale_page(parts: Parts) -> str:
         ]
         head = ["a request", "messages in", "out", "bytes in", "out"]
         text.append(
-            f"## What a request costs\n\n{origin(parts['goals'])}\n\n{table(head, rows)}\n\nWhole answers have 5 tokens, "
-            "streamed ones 20, at nats-server."
+            f"## What a request costs\n\n{origin(parts['goals'])}\n\n{table(head, rows)}\n\nCounted at "
+            "nats-server. Whole answers have 5 tokens, streamed ones 20."
         )
         rows = [[name, f"{value['median']:.2f} ms", f"{1000 / value['median']:,.0f}"] for name, value in cpu.items()]
         text.append(
-            "## What one core carries\n\n64 clients, not streamed. CPU time a request, and its reciprocal:\n\n"
-            f"{table(['process', 'CPU a request', 'requests/s of a core'], rows)}\n\nAn api process relays "
-            f"{tokens:,.0f} tokens a CPU second: {tokens / 20:,.0f} streams at 20 tokens/s each."
+            "## What one core can serve\n\n64 clients, not streamed. The table has the CPU time of a request, and its "
+            "reciprocal:\n\n"
+            f"{table(['process', 'CPU time of a request', 'requests/s of one core'], rows)}\n\nAn api process "
+            f"relays {tokens:,.0f} tokens in a second of CPU time. That is {tokens / 20:,.0f} streams at 20 tokens/s each."
         )
         ratio = cpu["nats-server"]["median"]
         text.append(
-            f"## The first wall\n\napi and worker processes share nothing but NATS, so more of them carry more. What does "
-            f"not divide is the one leader of the stream `INFERENCE`: at {ratio:.2f} ms of CPU a request, one core of it "
-            f"carries about {1000 / ratio:,.0f} requests/s, the states and counters included, and a file-stored stream "
-            "is written in order. With three replicas each write also waits for two others.\n\nAt the wall:\n\n"
-            "1. Leaders of different streams can sit on different nodes of a cluster: first place the states' bucket and "
-            "the counters away from `INFERENCE`.\n"
-            "2. A stream a model, or a group of models: their subjects are apart already "
-            "(`inference.requests.<model>.<type>`), and a request names one model. The limit `MAX_QUEUE_SIZE` then "
-            "holds for each stream.\n"
-            "3. Regions: a cluster each with streams of its own, joined by gateways (a super-cluster) or leaf nodes; "
-            "clients go to the nearest, since an answer's tokens should not cross regions.\n\nNone of the three is "
-            "built: below the wall they would only be more to run."
+            f"## The first limit\n\nApi and worker processes share nothing but NATS, so more processes serve more requests. "
+            f"The leader of the stream `INFERENCE` cannot be divided. A request costs {ratio:.2f} ms of its CPU time, so "
+            f"one core serves about {1000 / ratio:,.0f} requests/s, including states and counters. A file-stored stream "
+            "is written in order. With three replicas each write also waits for another server.\n\nThree changes would "
+            "raise this limit:\n\n"
+            "1. Different nodes of a cluster lead different streams. First move the leaders of the states' bucket and of "
+            "the counters away from that of `INFERENCE`.\n"
+            "2. Each model, or each group of models, gets a stream of its own. Their subjects differ already "
+            "(`inference.requests.<model>.<type>`), and a request names one model. `MAX_QUEUE_SIZE` then limits each "
+            "stream.\n"
+            "3. Each region gets a cluster with streams of its own. Gateways (a super-cluster) or leaf nodes connect the "
+            "clusters. Clients use the nearest region, because the tokens of an answer should not cross regions.\n\n"
+            "Forebay has none of the three. Below the limit they would only add work for operators."
         )
     if "fifty_workers" in parts:
         one = parts["fifty_workers"]["figures"]
@@ -128,7 +130,7 @@ def scale_page(parts: Parts) -> str:
             ["idle, all workers", f"{idle['workers_percent_of_a_core']} % of a core"],
             ["idle, nats-server", f"{idle['nats_percent_of_a_core']} % of a core, {idle['nats_rss_mb']:.0f} MB"],
             ["idle messages", f"{idle['messages_per_s']} a second (heartbeats, pulls)"],
-            ["a worker's own memory", f"{idle['worker_uss_mb']} MB"],
+            ["private memory of a worker", f"{idle['worker_uss_mb']} MB"],
         ]
         text.append(
             f"## {one['workers']} workers on one machine\n\n{origin(parts['fifty_workers'])}\n\n"
