@@ -36,6 +36,8 @@ from forebay_inference.worker_metrics import WorkerMetrics
 
 API_GONE: Final = "the api that took it is gone"
 
+NOT_RECEIVED: Final = "the answer was not received: its client or the api is gone"
+
 log = logging.getLogger(__name__)
 
 
@@ -295,7 +297,8 @@ class AttemptRunner:
 
     async def _record_end(self, attempt: Attempt, status: RequestStatus, ended: Ended) -> None:
         error = ended.error
-        told = (error.message if error else ended.reason) if status is not RequestStatus.COMPLETED else None
+        reason = error.message if error else ended.reason or NOT_RECEIVED
+        told = None if status is RequestStatus.COMPLETED else reason
         status = await attempt.ownership.end(status, error=told, fault=ended.fault, usage=ended.usage)
         # What is wrong with a request may quote it: that goes to its client and its state, not into a log.
         code = (error.code or error.type) if error is not None and error.status < 500 else None
