@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import driver, systems
 from benchmarks.common import cpu_s, drive, free_port, log, memory_mb, part_main, slope, spread
-from support.stack import running
+from support.stack import Stack, running
 
 BUDGET_S = 200
 LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
+WAITING = {"max_concurrent_requests": 1, "max_queue_size": 10_000, "request_timeout": 300}
+"""Settings under which all requests but one wait."""
 
 
 async def first_token(rounds: int, seconds: float) -> dict[str, Any]:
@@ -76,29 +78,33 @@ async def refusals(rounds: int, seconds: float) -> dict[str, Any]:
     }
 
 
-async def waiting_memory(most: int) -> dict[str, Any]:
-    """What each waiting request adds to the api's own memory."""
-    settings = {"max_concurrent_requests": 1, "max_queue_size": 10_000, "request_timeout": 300}
-    async with systems.forebay(**settings) as (_, stack, _):
-        api = stack.apis[0]
-        request = driver.request_bytes(1, stream=False, delay_ms=250_000)
-        await stack.status()
-        points = [(0.0, memory_mb(api.process.pid))]
-        open_ones: list[asyncio.StreamWriter] = []
-        while len(open_ones) < most:
-            for _ in range(most // 5):
-                _, writer = await asyncio.open_connection("127.0.0.1", api.port)
-                writer.write(request)
-                open_ones.append(writer)
-            async with asyncio.timeout(60):
-                while (await stack.status())["active_requests"] < len(open_ones):  # noqa: ASYNC110
-                    await asyncio.sleep(0.1)
-            points.append((float(len(open_ones)), memory_mb(api.process.pid)))
-        for writer in open_ones:
-            writer.transport.abort()
+async def waiting_memory(stack: Stack, most: int) -> dict[str, Any]:
+    """What each waiting request adds to the api's own memory, in bytes; the stack has the settings WAITING."""
+    api = stack.apis[0]
+    request = driver.request_bytes(1, stream=False, delay_ms=250_000)
+    await stack.status()
+    points = [(0.0, memory_mb(api.process.pid))]
+    open_ones: list[asyncio.StreamWriter] = []
+    while len(open_ones) < most:
+        for _ in range(most // 5):
+            _, writer = await asyncio.open_connection("127.0.0.1", api.port)
+            writer.write(request)
+            open_ones.append(writer)
+        async with asyncio.timeout(60):
+            while (await stack.status())["active_requests"] < len(open_ones):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        points.append((float(len(open_ones)), memory_mb(api.process.pid)))
+    for writer in open_ones:
+        writer.transport.abort()
     each = slope([(count, memory["uss"]) for count, memory in points]) * 1e6
     body = len(request.partition(b"\r\n\r\n")[2])
     return {"points": points, "bytes_each": round(each), "body_bytes": body, "bytes_each_less_body": round(each - body)}
+
+
+async def waiting(most: int) -> dict[str, Any]:
+    """The memory of a waiting request in a system of its own."""
+    async with systems.forebay(**WAITING) as (_, stack, _):
+        return await waiting_memory(stack, most)
 
 
 async def wire(requests: int) -> dict[str, Any]:
@@ -133,7 +139,7 @@ async def measure(quick: bool) -> dict[str, Any]:
         "relayed_by_1_worker": lambda: relayed(rounds, seconds, 1),
         "relayed_by_2_workers": lambda: relayed(rounds, seconds, 2),
         "refusals": lambda: refusals(rounds, seconds),
-        "waiting_memory": lambda: waiting_memory(500 if quick else 5000),
+        "waiting_memory": lambda: waiting(500 if quick else 5000),
         "wire": lambda: wire(50 if quick else 300),
     }
     for name, step in steps.items():

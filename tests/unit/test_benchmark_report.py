@@ -98,6 +98,15 @@ def _goals() -> dict[str, Any]:
     )
 
 
+def _observability() -> dict[str, Any]:
+    engines = {
+        "10": {"requests": _spread(0.99), "cpu": _spread(1.01)},
+        "0": {"requests": _spread(0.9), "cpu": _spread(1.1)},
+    }
+    turns = {"clients": 16, "blocks": 5, "pairs": 20, "turn_s": 0.2, "scrape_s": 5.0}
+    return _part(on=["metrics", "logs"], silent=False, sampled=0.01, by_token_ms=engines, **turns)
+
+
 PARTS = {
     "overload": _overload,
     "overhead": _overhead,
@@ -106,6 +115,7 @@ PARTS = {
     "loadgen": _loadgen,
     "scale": _scale,
     "goals": _goals,
+    "observability": _observability,
 }
 
 
@@ -137,6 +147,15 @@ def test_what_aiperf_and_the_driver_say_stands_side_by_side(tmp_path: Path) -> N
     assert "AIPerf takes 420 streams/s, the driver 56,000" in page
     assert "Not measured: LiteLLM: not there" in page
     assert "| tokens/s | 89.00 | 89.00 | 1.00 |" in page
+
+
+def test_observability_has_its_goal_where_a_token_takes_time(tmp_path: Path) -> None:
+    page = report.benchmarks_page(report.load(_results(tmp_path)))
+    assert (
+        "| requests/s with all observability ÷ without, 10 ms a token | ≥ 0.95 | 0.990 (-0.010 to 1.990) | met |"
+        in page
+    )
+    assert "| 0 ms | 0.900 (-0.100 to 1.900) | 1.100 (0.100 to 2.100) |" in page
 
 
 def test_each_curve_has_its_order(tmp_path: Path) -> None:
