@@ -14,8 +14,9 @@ the api's own memory (as goals.py measures it). `--delay-ms` is the time of a to
 A block is one pair of systems, and the next block starts new ones: two equal systems differ by a few percent for as
 long as they live. With `--old HEAD` on a clean tree, the spread of the ratios is the error of the measurement.
 
-Prints one line for each measurement: median, least and most of new ÷ old over all blocks (for memory, less is better),
-and the medians of both. In full it takes about 5 minutes, with --quick one.
+Prints one line for each measurement: median, least and most of new ÷ old over all blocks, and the medians of both.
+"CPU ms" is the CPU time of api and worker for one request; for it and for memory, less is better. In full it takes
+about 5 minutes, with --quick one.
 """
 
 import argparse
@@ -87,6 +88,7 @@ async def requests(names: list[str], trees: dict[str, Path], options: argparse.N
                     await pairs([*systems.values()], options.pairs)
                 for name, system in systems.items():
                     found[f"requests/s, {mode}, {clients} clients"][name].append(system.requests_per_s())
+                    found[f"CPU ms, {mode}, {clients} clients"][name].append(sum(system.cpu_ms().values()))
 
 
 async def memory(names: list[str], trees: dict[str, Path], options: argparse.Namespace, found: Figures) -> None:
@@ -115,7 +117,7 @@ def table(found: Figures) -> str:
     lines = [f"{'new ÷ old':34} {'median':>7} {'min':>7} {'max':>7} {'old':>9} {'new':>9}"]
     for name, values in found.items():
         ratio = ratios(values["new"], values["old"])
-        medians = " ".join(f"{statistics.median(values[system]):9.0f}" for system in ("old", "new"))
+        medians = " ".join(f"{statistics.median(values[system]):9.4g}" for system in ("old", "new"))
         lines.append(f"{name:34} {ratio['median']:7.3f} {ratio['min']:7.3f} {ratio['max']:7.3f} {medians}")
     return "\n".join(lines)
 

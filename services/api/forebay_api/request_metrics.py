@@ -4,10 +4,10 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 
 from forebay_contracts.queueing.state_store import OUTCOMES
-from forebay_contracts.telemetry.metrics import FAST_S, REGISTRY, WAIT_S, Histogram, bound
+from forebay_contracts.telemetry.metrics import FAST_S, REGISTRY, WAIT_S, bound
 from forebay_contracts.wire.errors import (
     ApiError,
     InvalidApiKey,

@@ -18,7 +18,7 @@ from forebay_api.watching.drain_rate import Rates
 from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.status import ModelQueue, model_queue
-from forebay_contracts.telemetry.metrics import GATHER_S, REGISTRY
+from forebay_contracts.telemetry.metrics import REGISTRY
 from forebay_contracts.wire import names
 from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 
@@ -92,8 +92,7 @@ class Exposition:
         self._reading = asyncio.Lock()
         self._registry = CollectorRegistry()
         self._registry.register(self._gauges)
-        self._shared = MULTIPROCESS_DIR in os.environ
-        if self._shared:
+        if MULTIPROCESS_DIR in os.environ:
             MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
         else:
             self._registry.register(REGISTRY)
@@ -104,8 +103,6 @@ class Exposition:
             if time.monotonic() - self._read_at >= REFRESH_S:
                 self._gauges.reading = await self._read()
                 self._read_at = time.monotonic()
-        if self._shared:
-            await asyncio.sleep(GATHER_S)  # by then the other processes have recorded what was measured until now
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
