@@ -142,7 +142,7 @@ def _guarded(settings: ApiSettings, listener: socket.socket) -> int:
 
 
 def _report(error: ForebayError) -> int:
-    logging.shutdown()  # what it said before comes before
+    logs.write_out()
     print(f"forebay api: {error}", file=sys.stderr)
     return 2 if isinstance(error, ConfigurationError) else 1
 

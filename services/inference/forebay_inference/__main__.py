@@ -1,7 +1,6 @@
 """`python -m forebay_inference`: a worker in the foreground, until SIGTERM or SIGINT."""
 
 import asyncio
-import logging
 import os
 import signal
 import socket
@@ -87,7 +86,7 @@ def main() -> int:
         tracing.configure("forebay-inference")
         uvloop.run(serve(settings))
     except ForebayError as exc:
-        logging.shutdown()  # what it said before comes before
+        logs.write_out()
         print(f"forebay inference: {exc}", file=sys.stderr)
         return 2 if isinstance(exc, ConfigurationError) else 1
     return 0
