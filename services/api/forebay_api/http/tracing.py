@@ -3,6 +3,7 @@
 from collections.abc import Awaitable
 from typing import Final
 
+from opentelemetry.trace import Span
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forebay_contracts.telemetry import tracing
@@ -27,17 +28,17 @@ class TraceMiddleware:
             return self._app(scope, receive, send)
         context = {_CONTEXT[name]: value.decode("latin-1") for name, value in scope["headers"] if name in _CONTEXT}
         span = tracing.serve(*served, context)
-        if not isinstance(span, tracing.Span):
+        if not span.is_recording():
             return self._app(scope, receive, send)
         span.set_attribute("forebay.request_id", scope["state"]["request_id"])
         return self._recorded(span, scope, receive, send)
 
-    async def _recorded(self, span: tracing.Span, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _recorded(self, span: Span, scope: Scope, receive: Receive, send: Send) -> None:
         async def noting_status(message: Message) -> None:
             if message["type"] == "http.response.start":
                 span.set_attribute("http.response.status_code", message["status"])
                 if message["status"] >= 500:
-                    span.fail()
+                    tracing.fail(span=span)
             await send(message)
 
         with tracing.current(span):

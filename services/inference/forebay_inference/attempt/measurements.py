@@ -1,6 +1,8 @@
-"""What is noticed of one attempt: its metrics, its spans, and the durations that its log lines carry."""
+"""The metrics and spans of one attempt, and the fields of its log lines."""
 
 import time
+
+from opentelemetry.trace import INVALID_SPAN, Span
 
 from forebay_contracts.queueing.protocols import Delivery
 from forebay_contracts.telemetry import tracing
@@ -11,10 +13,10 @@ from forebay_inference.worker_metrics import WorkerMetrics
 
 
 class Measured:
-    """One attempt, from when its request was taken until it ends; times are seconds.
+    """One attempt, from its delivery to its end; times are seconds.
 
-    The queue wait is that of the first attempt: what a later one waited for is not the queue alone. Its span goes on
-    with the trace that the message carries, so that all attempts at a request are in one.
+    Only a first attempt has a queue wait: a later one also waited for the attempt before it. All attempts at a request
+    are in the trace that the message carries.
     """
 
     def __init__(self, metrics: WorkerMetrics, request: InferenceRequest, delivery: Delivery, worker: str) -> None:
@@ -23,12 +25,11 @@ class Measured:
         self.attempt = delivery.num_delivered
         self._tokens_at: dict[int, float] = {}
         self._output = 0
-        self._phase: tracing.AnySpan = tracing.NO_SPAN
+        self._phase: Span = INVALID_SPAN
         self.queue_wait_s: float | None = None
         self.first_token_s: float | None = None
         if delivery.num_delivered == 1:
-            # Two machines' clocks: what is less than nothing is nothing.
-            self.queue_wait_s = max(time.time() - request.created_at, 0.0)
+            self.queue_wait_s = max(self.total_s, 0.0)  # the clocks of two machines may differ
             metrics.queue_wait.observe(self.queue_wait_s)
         else:
             metrics.redeliveries.inc()
@@ -45,23 +46,23 @@ class Measured:
         )
 
     def generating(self) -> None:
-        """The engine is given the request."""
+        """The engine gets the request."""
         self._phase = tracing.start("prefill", within=self._span)
 
     def accepted(self, prompt_tokens: int) -> None:
-        """The engine has taken it."""
+        """The engine has accepted it."""
         self._metrics.input_tokens.inc(prompt_tokens)
         self._phase.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
 
     def tokens(self, event: Tokens, *, resumed: bool) -> None:
-        """The engine has made tokens; the first of a `resumed` request were made by an earlier attempt."""
+        """The engine has made tokens; an earlier attempt made the first token of a `resumed` request."""
         count = len(event.token_ids)
         if not count:
             return
         now = time.perf_counter()
         if not self._output:
             if not resumed:
-                self.first_token_s = max(time.time() - self._request.created_at, 0.0)
+                self.first_token_s = max(self.total_s, 0.0)
                 self._metrics.first_token.observe(self.first_token_s)
             self._phase.end()
             self._phase = tracing.start("decode", within=self._span)
@@ -72,19 +73,19 @@ class Measured:
         self._tokens_at[event.index] = now
 
     def generated(self) -> None:
-        """The engine has the request no more."""
+        """The engine no longer has the request."""
         self._metrics.output_tokens.inc(self._output)
         self._phase.set_attribute("gen_ai.usage.output_tokens", self._output)
         self._phase.end()
 
     def ended(self, outcome: str, code: str | None = None) -> None:
-        """The attempt ended so, with `code` as what went wrong."""
+        """The attempt has this outcome; `code` says what went wrong."""
         self._span.set_attribute("forebay.outcome", outcome)
         if code is not None:
-            self._span.fail(code)
+            tracing.fail(code, self._span)
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """The attempt is over."""
         self._span.end()
 
     @property
@@ -93,7 +94,7 @@ class Measured:
         return time.time() - self._request.created_at
 
     def fields(self, outcome: str | None = None, code: str | None = None) -> dict[str, Fields]:
-        """For `extra` of a log line."""
+        """The `extra` of a log line."""
         return fields(
             request_id=self._request.id,
             model=self._request.model,
