@@ -1,4 +1,4 @@
-"""What a worker shows over HTTP: its metrics, and its health to probes."""
+"""The HTTP server of a worker: its metrics, and its health for probes."""
 
 import asyncio
 import concurrent.futures
@@ -18,7 +18,7 @@ from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.health import Health
 
 LOOP_PATIENCE_S: Final = 3.0
-"""An event loop that does not answer for so long is stuck: neither heartbeats nor tokens leave the process."""
+"""An event loop that does not answer for so long is stuck: the process sends neither heartbeats nor tokens."""
 
 CONNECTION_TIMEOUT_S: Final = 10.0
 """How long a connection may stay silent."""
@@ -42,7 +42,7 @@ class _Server(ThreadingHTTPServer):
         self._loop = loop
 
     def health(self) -> Health | None:
-        """The worker's health, or None where its event loop does not answer."""
+        """The worker's health, None if its event loop does not answer."""
 
         async def ask() -> Health:
             return self._health()
@@ -88,13 +88,13 @@ class _Handler(MetricsHandler):
 
 
 def serve(settings: InferenceSettings, health: Callable[[], Health]) -> int | None:
-    """Serve on METRICS_PORT from threads, for as long as the process lives; the port, None where it is off.
+    """Serve on METRICS_PORT from threads, until the process ends; the port, None where METRICS_PORT is not set.
 
-    `/metrics` (not with METRICS=false), `/health/live` and `/health/ready`; `health` is called on the event loop that
-    runs now, whose silence is a finding too.
+    The paths are `/metrics` (not with METRICS=false), `/health/live` and `/health/ready`. `health` is called on the
+    running event loop; if that does not answer, the worker is not healthy.
 
     Raises:
-        ConfigurationError: the port cannot be had.
+        ConfigurationError: the port is taken or not allowed.
     """
     if settings.metrics_port is None:
         return None

@@ -1,4 +1,4 @@
-"""Whether a worker is well: for probes, and for the worker itself, which ends when its engine serves nothing more."""
+"""The health of a worker: for probes, and for the worker itself, which ends when its engine is broken or stuck."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -6,12 +6,12 @@ from typing import Final
 from forebay_inference.engine.protocol import Engine
 
 CHECK_INTERVAL_S: Final = 1.0
-"""Time between two looks at the engine."""
+"""Time between two checks of the engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a worker is: `status` as its heartbeat says it, `fault` why it should be replaced, None while it is well."""
+    """`status` is that of the heartbeat; `fault` says why the worker must be replaced, None while it is healthy."""
 
     status: str
     nats_connected: bool
@@ -19,7 +19,7 @@ class Health:
 
     @property
     def live(self) -> bool:
-        """Whether it may go on, be it loading, serving or draining."""
+        """Whether it may go on, while it loads, serves or drains."""
         return self.fault is None
 
     @property
@@ -29,9 +29,9 @@ class Health:
 
 
 class EngineWatch:
-    """Finds an engine that is broken or stuck. `look` is to be called every CHECK_INTERVAL_S.
+    """Finds an engine that is broken or stuck, if `look` is called every CHECK_INTERVAL_S.
 
-    Looks are counted instead of seconds: a process that was itself stopped for a while has seen nothing meanwhile.
+    It counts calls and not seconds: while the whole process is stopped, the engine cannot make a step.
     """
 
     def __init__(self, engine: Engine, stall_timeout_s: float) -> None:
@@ -41,14 +41,14 @@ class EngineWatch:
         self._looks_without_a_step = 0
 
     def look(self) -> None:
-        """Note whether the engine has made a step since the last look, or has nothing to do."""
+        """Check whether the engine has made a step since the last call, or has nothing to do."""
         load = self._engine.load()
         moved = load.steps != self._steps or load.sequences == 0
         self._looks_without_a_step = 0 if moved else self._looks_without_a_step + 1
         self._steps = load.steps
 
     def fault(self) -> str | None:
-        """Why the engine serves nothing any more, or None while it does."""
+        """Why the engine serves no more requests, None while it does."""
         if (fault := self._engine.fault()) is not None:
             return fault
         if self._looks_without_a_step * CHECK_INTERVAL_S >= self._stall_timeout_s:

@@ -1,4 +1,4 @@
-"""What a worker measures."""
+"""The metrics of a worker."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -61,7 +61,7 @@ class WorkerMetrics:
 
 
 def watch(slots: int, busy: Callable[[], int], engine: Engine) -> None:
-    """Have the gauges ask for their values when they are scraped."""
+    """Let each scrape ask the worker for the values of the gauges."""
 
     def cache_usage() -> float:
         usage = engine.load().cache_usage

@@ -1,4 +1,4 @@
-"""Log lines: text for people, JSON for machines. Never a key, and no prompt unless LOG_PROMPTS asks for it."""
+"""Log lines, as text or JSON. No line has a key, and none has a prompt unless LOG_PROMPTS is true."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ TEXT_FORMAT: Final = "%(asctime)s %(levelname)-7s %(message)s"
 
 
 class Fields(TypedDict, total=False):
-    """What a line can carry besides its message: the same names in every line. Times: seconds; None is left out."""
+    """The fields that a line can have besides its message. Times are seconds; a field that is None is left out."""
 
     request_id: str
     key: str | None
@@ -41,7 +41,7 @@ class Fields(TypedDict, total=False):
 
 
 def fields(**values: Unpack[Fields]) -> dict[str, Fields]:
-    """For `extra` of a log line."""
+    """The `extra` of a log line."""
     return {"fields": values}
 
 

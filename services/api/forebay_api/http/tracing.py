@@ -1,4 +1,4 @@
-"""The span of an HTTP request: an ASGI middleware, there only where traces are sent."""
+"""The span of an HTTP request, by an ASGI middleware that is installed only where traces are on."""
 
 from collections.abc import Awaitable
 from typing import Final
@@ -12,17 +12,17 @@ _CONTEXT: Final = {b"traceparent": "traceparent", b"tracestate": "tracestate"}
 
 
 class TraceMiddleware:
-    """Begins the trace of each request to `paths`, or goes on with the one that its `traceparent` names."""
+    """Begins the trace of each request to `paths`, or continues the trace of its `traceparent`."""
 
     def __init__(self, app: ASGIApp, paths: frozenset[str]) -> None:
         self._app: Final = app
-        # Names and attributes of the spans: made once, since the sampler is asked with them for each request.
+        # Name and attributes of the span by path, made once and not for each request.
         self._spans: Final = {
             path: (f"POST {path}", {"http.request.method": "POST", "url.path": path}) for path in paths
         }
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """The ASGI call; it stands in between only where a span is recorded."""
+        """The ASGI call."""
         served = self._spans.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if served is None:
             return self._app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""`/metrics` as Prometheus reads it: what this api measured, and the queue's gauges as NATS has them now."""
+"""The text of `/metrics`: what this api measured, and the gauges of the queue, read from NATS."""
 
 import asyncio
 import os
@@ -23,15 +23,15 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 
 REFRESH_S = 1.0
-"""Scrapes within so long of each other are given the same gauges: no number of them makes NATS busier."""
+"""Scrapes within so long of each other get the same gauges, so that many scrapers cost NATS no more than one."""
 
 MULTIPROCESS_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
-"""Where the processes of one api keep what they count (prometheus_client's own variable)."""
+"""The folder in which the processes of one api count (a variable of prometheus_client)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The queue as NATS had it; `max_size` None: NATS does not answer."""
+    """The queue at one time; `max_size` is None if NATS did not answer."""
 
     max_size: int | None = None
     lines: Sequence[ModelQueue] = ()
@@ -39,7 +39,7 @@ class Reading:
 
 
 class QueueGauges(Collector):
-    """The newest reading as metrics. They are of the whole deployment: every api shows the same."""
+    """The newest reading as metrics. They describe the whole deployment, so every api shows the same."""
 
     def __init__(self) -> None:
         self.reading = Reading()

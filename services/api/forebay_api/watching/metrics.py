@@ -1,4 +1,4 @@
-"""`GET /metrics`: for Prometheus, open to all."""
+"""`GET /metrics`, for Prometheus, without a key."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -11,7 +11,7 @@ router = APIRouter(tags=["metrics"])
 
 @router.get("/metrics", response_class=Response)
 async def get_metrics(request: Request, context: Open) -> Response:
-    """What this api measured, and the queue's gauges; over all processes of this api."""
+    """What all processes of this api measured, and the gauges of the queue."""
     if context.exposition is None:
         return Response("METRICS is false\n", 404, media_type="text/plain")
     body, content_type = await context.exposition.render(request.headers.get("accept", ""))
