@@ -29,17 +29,15 @@ log = logging.getLogger(__name__)
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(
-        self, host: str, port: int, *, health: Callable[[], Health], loop: asyncio.AbstractEventLoop, metrics: bool
-    ) -> None:
+    def __init__(self, settings: InferenceSettings, port: int, health: Callable[[], Health]) -> None:
         # An IPv6 address needs a socket of its family.
         self.address_family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            settings.metrics_host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         super().__init__((str(address[0]), port), _Handler)
-        self.metrics = metrics
+        self.metrics = settings.metrics
         self._health = health
-        self._loop = loop
+        self._loop = asyncio.get_running_loop()
 
     def health(self) -> Health | None:
         """The worker's health, None if its event loop does not answer."""
@@ -98,19 +96,12 @@ def serve(settings: InferenceSettings, health: Callable[[], Health]) -> int | No
     """
     if settings.metrics_port is None:
         return None
-    loop = asyncio.get_running_loop()
     try:
-        server = _Server(
-            settings.metrics_host, settings.metrics_port, health=health, loop=loop, metrics=settings.metrics
-        )
+        server = _Server(settings, settings.metrics_port, health)
     except OSError as exc:
         where = f"{settings.metrics_host}:{settings.metrics_port}"
         raise ConfigurationError(f"cannot serve metrics on {where}: {exc.strerror or exc}") from exc
     threading.Thread(target=server.serve_forever, daemon=True, name="exposition").start()
-    log.info(
-        "[RequestQueue] %s on %s:%d",
-        "metrics" if settings.metrics else "health",
-        settings.metrics_host,
-        server.server_port,
-    )
+    what = "metrics" if settings.metrics else "health"
+    log.info("[RequestQueue] %s on %s:%d", what, settings.metrics_host, server.server_port)
     return server.server_port
