@@ -9,12 +9,14 @@ from typing import Generic, TypeVar
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
+from nats.js.errors import NotFoundError
 from pydantic import ValidationError
 
 from forebay_contracts.nats import direct_get
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
 from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import QueueUnavailable
 from forebay_contracts.wire.heartbeats import ServiceInfo
 
 HEARTBEAT_INTERVAL_S = 1.0
@@ -102,7 +104,7 @@ class Presence(Generic[Info]):
         """
         await self._connection.client.subscribe(names.bucket_subjects(self._bucket), cb=self._heard)
         self._task = asyncio.create_task(self._stay_attentive())
-        with contextlib.suppress(NatsError, TimeoutError):
+        with contextlib.suppress(QueueUnavailable):
             for info in await read(self._connection, self._bucket, self._kind):
                 self._seen.setdefault(info.id, (time.monotonic(), info))
 
@@ -164,16 +166,21 @@ class Presence(Generic[Info]):
 
 
 async def read(connection: Connection, bucket: str, kind: type[Info]) -> list[Info]:
-    """The heartbeats in `bucket` now, by id.
+    """The heartbeats in `bucket` now, by id; none where the bucket does not exist yet.
 
     Raises:
-        NotFoundError: there is no such bucket.
-        nats.errors.Error, TimeoutError: NATS does not answer.
+        QueueUnavailable: NATS does not answer.
     """
     subjects = names.bucket_subjects(bucket)
     prefix = subjects.removesuffix(">")
     found: dict[str, Info] = {}
-    for msg in await direct_get.messages(connection, names.bucket_stream(bucket), subjects):
+    try:
+        messages = await direct_get.messages(connection, names.bucket_stream(bucket), subjects)
+    except NotFoundError:
+        return []
+    except (NatsError, TimeoutError, OSError) as exc:
+        raise QueueUnavailable("NATS did not answer") from exc
+    for msg in messages:
         with contextlib.suppress(ValidationError):
             found[(msg.headers or {})["Nats-Subject"].removeprefix(prefix)] = kind.model_validate_json(msg.data)
     return [found[member] for member in sorted(found)]

@@ -126,8 +126,7 @@ async def ensure(
         QueueUnavailable: NATS does not answer.
     """
     consumer = consumer_config(settings, model, aliases)
-    allowed = await permissions.own(connection)
-    if allowed is not None and not allowed.publish.permit(f"$JS.API.STREAM.CREATE.{names.STREAM}"):
+    if not await may_change(connection):
         return await _expect(connection, settings, consumer)
     give_up_at = time.monotonic() + START_PATIENCE_S
     while True:
@@ -147,6 +146,12 @@ async def ensure(
         if time.monotonic() >= give_up_at:
             raise QueueUnavailable(f"NATS did not answer while the topology was checked: {failure!r}") from failure
         await asyncio.sleep(START_RETRY_S)
+
+
+async def may_change(connection: Connection) -> bool:
+    """Whether this NATS user may make and change the topology."""
+    allowed = await permissions.own(connection)
+    return allowed is None or allowed.publish.permit(f"$JS.API.STREAM.CREATE.{names.STREAM}")
 
 
 async def _ensure_all(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> list[str]:
@@ -178,7 +183,9 @@ async def _expect(connection: Connection, settings: Settings, consumer: Consumer
         await asyncio.sleep(START_RETRY_S)
 
 
-async def drift(connection: Connection, settings: Settings, model: str) -> list[str]:
+async def drift(
+    connection: Connection, settings: Settings, model: str, aliases: Sequence[str] | None = None
+) -> list[str]:
     """What `ensure` would change, changing nothing: each missing or different thing in a few words.
 
     Raises:
@@ -186,7 +193,7 @@ async def drift(connection: Connection, settings: Settings, model: str) -> list[
         QueueUnavailable: NATS does not answer.
     """
     try:
-        missing, different = await _compare(connection, settings, consumer_config(settings, model))
+        missing, different = await _compare(connection, settings, consumer_config(settings, model, aliases))
     except (NatsError, TimeoutError, OSError) as exc:
         raise QueueUnavailable(f"the topology cannot be read: {exc!r}") from exc
     return missing + different
@@ -224,9 +231,28 @@ async def _queue_bytes(connection: Connection, settings: Settings) -> int | None
 
 
 async def consumers(connection: Connection) -> list[ConsumerInfo]:
-    """The live consumers, one a model."""
-    infos: list[ConsumerInfo] = await connection.jetstream.consumers_info(names.STREAM)
+    """The live consumers, one a model; none where the stream does not exist yet.
+
+    Raises:
+        QueueUnavailable: NATS does not answer.
+    """
+    try:
+        infos: list[ConsumerInfo] = await connection.jetstream.consumers_info(names.STREAM)
+    except NotFoundError:
+        return []
+    except (NatsError, TimeoutError, OSError) as exc:
+        raise QueueUnavailable("the queue cannot be reached") from exc
     return infos
+
+
+def model_of(consumer: ConsumerInfo) -> str:
+    """The full name of the model whose requests `consumer` hands out; its own name where the metadata has none."""
+    return str((consumer.config.metadata or {}).get(names.MODEL_METADATA, consumer.name))
+
+
+def aliases_of(consumer: ConsumerInfo) -> tuple[str, ...]:
+    """The other names of that model."""
+    return tuple(filter(None, (consumer.config.metadata or {}).get(names.ALIASES_METADATA, "").split(",")))
 
 
 async def known_models(connection: Connection) -> dict[str, tuple[str, ...]]:
@@ -235,16 +261,10 @@ async def known_models(connection: Connection) -> dict[str, tuple[str, ...]]:
     Raises:
         QueueUnavailable: NATS does not answer.
     """
-    try:
-        found = [consumer.config.metadata or {} for consumer in await consumers(connection)]
-    except NotFoundError:
-        return {}
-    except (NatsError, TimeoutError, OSError) as exc:
-        raise QueueUnavailable("the queue cannot be reached") from exc
     return {
-        metadata[names.MODEL_METADATA]: tuple(filter(None, metadata.get(names.ALIASES_METADATA, "").split(",")))
-        for metadata in found
-        if names.MODEL_METADATA in metadata
+        model_of(consumer): aliases_of(consumer)
+        for consumer in await consumers(connection)
+        if names.MODEL_METADATA in (consumer.config.metadata or {})
     }
 
 

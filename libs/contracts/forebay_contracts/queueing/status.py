@@ -109,7 +109,7 @@ def model_queue(consumer: ConsumerInfo) -> ModelQueue:
     config = consumer.config
     until = datetime.fromisoformat(config.pause_until).timestamp() if consumer.paused and config.pause_until else None
     return ModelQueue(
-        model=(config.metadata or {}).get(names.MODEL_METADATA, consumer.name),
+        model=topology.model_of(consumer),
         consumer=consumer.name,
         waiting=consumer.num_pending or 0,
         processing=consumer.num_ack_pending or 0,

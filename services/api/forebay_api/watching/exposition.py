@@ -20,6 +20,7 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.status import ModelQueue, model_queue
 from forebay_contracts.telemetry.metrics import REGISTRY
 from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import QueueUnavailable
 from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 
 REFRESH_S = 1.0
@@ -114,7 +115,7 @@ class Exposition:
             stream, consumers = await asyncio.gather(
                 self._connection.jetstream.stream_info(names.STREAM), topology.consumers(self._connection)
             )
-        except (NatsError, TimeoutError, OSError):
+        except (NatsError, TimeoutError, OSError, QueueUnavailable):
             return Reading(workers=workers)
         lines = [model_queue(consumer) for consumer in consumers]
         self._rates.sample(stream.state.last_seq - stream.state.messages, stream.state.messages, lines)
