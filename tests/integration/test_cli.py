@@ -43,7 +43,7 @@ async def test_topology_is_applied_and_shown(tmp_path: Path, nats_server: NatsSe
     async def run(*command: str, **settings: object) -> Ended:
         return await forebay("topology", *command, data_dir=tmp_path, nats_url=nats_server.url, **settings)
 
-    assert (await run("show")).stderr.startswith("forebay: the topology is not (all) there yet")
+    assert (await run("show")).stderr.startswith("forebay: the topology is not complete yet")
     dry = (await run("apply", "--dry-run", "--json")).json()
     assert "stream INFERENCE is not there" in dry["changes"]
     assert (await run("show")).code == 1

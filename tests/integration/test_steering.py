@@ -29,7 +29,9 @@ async def forebay(stack: Stack, *arguments: str, **settings: object) -> Ended:
 async def test_a_paused_model_waits_and_goes_on(nats_server: NatsServer) -> None:
     async with running(nats_server, max_concurrent_requests=2, ack_wait=30) as stack:
         runs = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=100]]"))
-        await stack.workers[0].logged("processing, attempt 1")
+        await holds(stack, 1)
+        (request_id,) = await ids(stack)
+        await stack.reaches(request_id, RequestStatus.PROCESSING)
         stack.workers[0].signal(signal.SIGSTOP)  # it has not ended when the command comes to it
         paused = await forebay(stack, "pause", MODEL)
         assert (paused.code, paused.stdout) == (
@@ -148,7 +150,10 @@ async def test_one_worker_is_drained_and_the_other_takes_over(nats_server: NatsS
         state = await stack.reaches(request_id, RequestStatus.PROCESSING)
         busy = next(worker for worker in stack.workers if worker.id == state.worker)
         drained = await forebay(stack, "drain", busy.id)
-        assert (drained.code, drained.stdout) == (0, f"{busy.id} drains: it takes nothing more, finishes 1 and ends\n")
+        assert (drained.code, drained.stdout) == (
+            0,
+            f"{busy.id} drains: it takes no new requests, finishes 1 and exits\n",
+        )
         answer = await runs
         assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 120)
         assert await busy.ended() == 0

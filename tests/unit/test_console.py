@@ -42,7 +42,7 @@ def request() -> RequestState:
 
 def printed(made: Table) -> str:
     terminal = Console(width=80, file=io.StringIO())
-    console.print_table(made, terminal)
+    console.print_tables(made, on=terminal)
     assert isinstance(terminal.file, io.StringIO)
     return terminal.file.getvalue()
 

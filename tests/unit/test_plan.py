@@ -266,7 +266,7 @@ def test_the_rule_of_thumb_holds() -> None:
 
 def test_the_most_precise_that_serves_enough() -> None:
     def best(gib: int, **options: Any) -> str:
-        made = plan.make(plan.Options(f"{gib}GiB", "8B", **options), Settings(_env_file=None))
+        made = plan.make(of_params("8B", 8_000_000_000), gib * GIB, **options)
         return made.best.quantization if made.best else "nothing"
 
     assert [best(gib) for gib in (4, 8, 16, 24)] == ["nothing", "nf4", "int8", "none"]

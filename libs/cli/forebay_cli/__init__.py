@@ -1,1 +1,1 @@
-"""The `forebay` command: it starts the services as processes and looks at the queue; it imports no service."""
+"""The `forebay` command. It starts the services as processes, reads the queue from NATS and imports no service."""

@@ -15,24 +15,30 @@ from rich.status import Status
 from rich.table import Table
 
 REPEAT_AFTER_S = 10.0
-"""Where there is no terminal, a progress that differs in its numbers alone is printed again after so long."""
+"""Without a terminal, a progress of which only the numbers change is printed again after this time."""
 
 PIPE_WIDTH = 240
+"""Columns of a table where stdout is no terminal."""
 
-# Where stdout is no terminal, a table must not be cut to the width of one.
+LONG_COLUMNS = {"model": 12, "status": 10, "engine": 12, "error": 24, "subjects": 20, "found": 30, "fix": 20}
+"""The columns that fold on a narrow terminal, with the width that each keeps. The others are never cut."""
+
+VALUE_MIN_WIDTH = 20
+"""The width that a value beside its name keeps."""
+
 stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Progress:
-    """One line that says what is waited for: redrawn on a terminal, printed when it changes elsewhere."""
+    """One line that says what the command waits for: redrawn on a terminal, else printed when it changes."""
 
     def __init__(self) -> None:
         self._status: Status | None = Status("", console=stderr) if stderr.is_terminal else None
         self._printed = ("", 0.0)
 
     def show(self, text: str) -> None:
-        """`text` is the state now."""
+        """Replace the line by `text`."""
         if self._status is not None:
             self._status.update(escape(text))
             self._status.start()
@@ -44,52 +50,53 @@ class Progress:
             say(text)
 
     def stop(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         if self._status is not None:
             self._status.stop()
 
 
 def say(text: str) -> None:
-    """A line on stderr, for people."""
+    """Print a line on stderr."""
     stderr.print(text, markup=False)
 
 
 def say_of_child(child: str, line: str) -> None:
-    """A log line of a child process."""
-    stderr.print(f"{child}: {line}", markup=False)
+    """Print a log line of a child process on stderr."""
+    say(f"{child}: {line}")
 
 
 def fail(text: str) -> None:
-    """An error, as one sentence on stderr."""
+    """Print an error on stderr."""
     stderr.print(f"forebay: {text}", markup=False, style="red" if stderr.is_terminal else None)
 
 
 def print_json(value: Any, *, one_line: bool = False) -> None:
-    """`value` on stdout, for programs."""
+    """Print `value` on stdout as JSON."""
     stdout.out(json.dumps(value, indent=None if one_line else 2, ensure_ascii=False))
 
 
-LONG_COLUMNS = {"model": 12, "status": 10, "engine": 12, "error": 24, "subjects": 20, "found": 30, "fix": 20}
-"""Columns that give way where a terminal is narrow, down to so much; the others are never cut."""
-
-VALUE_MIN_WIDTH = 20
-"""What a value beside its name keeps."""
+def print_result(value: Any, text: str, *, as_json: bool) -> None:
+    """Print on stdout what a command did: as JSON, or as a line for people."""
+    if as_json:
+        print_json(value)
+    else:
+        stdout.print(text, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A table of `rows`; an empty cell for None."""
+    """A table of `rows`; None is an empty cell."""
     return _table(title, [(column, LONG_COLUMNS.get(column)) for column in columns], rows)
 
 
 def pairs(title: str, values: Mapping[str, object], across: int = 1) -> Table:
-    """Names and their values, so many of them side by side."""
+    """A table of names and their values, `across` of them side by side."""
     items = list(values.items())
     lines = [[cell for item in items[at : at + across] for cell in item] for at in range(0, len(items), across)]
     return _table(title, [("", None), ("", VALUE_MIN_WIDTH)] * across, lines)
 
 
 def _table(title: str, columns: Sequence[tuple[str, int | None]], rows: Sequence[Sequence[object]]) -> Table:
-    """`columns` have what they keep at least; None: all."""
+    """`columns`: name, and the width that each keeps when it folds; None: it never folds."""
     looks: Any = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "pad_edge": False}
     names = [name for name, _ in columns]
     made = Table(title=title, show_header=any(names), padding=(0, 1, 0, 0), **looks)
@@ -103,8 +110,9 @@ def _table(title: str, columns: Sequence[tuple[str, int | None]], rows: Sequence
     return made
 
 
-def print_table(made: Table, on: Console = stdout) -> None:
-    """A table on stdout. A terminal that is too narrow for it wraps its lines, so that nothing of it is lost."""
-    # After each column come a space and a line of the box, and one before the first.
-    needed = sum(column.min_width or 0 for column in made.columns) + 2 * len(made.columns) + 1
-    Console(file=on.file, highlight=False, width=max(on.width, needed)).print(made, crop=False)
+def print_tables(*tables: Table, on: Console = stdout) -> None:
+    """Print tables. A terminal that is too narrow for one wraps its lines, so that nothing is cut."""
+    for made in tables:
+        # A column is followed by a space and a line of the box; one more line comes before the first.
+        needed = sum(column.min_width or 0 for column in made.columns) + 2 * len(made.columns) + 1
+        Console(file=on.file, highlight=False, width=max(on.width, needed)).print(made, crop=False)

@@ -1,16 +1,19 @@
-"""`forebay chat`: a conversation over the HTTP api, the answer shown as it is made.
+"""`forebay chat`: a conversation over the HTTP api; the answer is printed as it is generated.
 
-Not asynchronous, so that Ctrl-C reaches what waits: the prompt, or the answer.
+It is not asynchronous, so that Ctrl-C reaches what waits: the prompt or the answer.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import typer
 
 from forebay_cli import console
+from forebay_cli.declarations import AsJson
+from forebay_cli.local.addresses import url_of
+from forebay_contracts.settings import ApiSettings, load
 from forebay_contracts.wire.errors import ConfigurationError, ForebayError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -22,49 +25,46 @@ class ChatError(ForebayError):
     """The api did not answer, or answered with an error."""
 
 
-@dataclass(frozen=True)
-class Api:
-    """Where the api is, and who asks."""
-
-    base_url: str
-    api_key: str | None
-
-    def client(self) -> httpx.Client:
-        """An HTTP client; an answer may take as long as the api lets it."""
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        return httpx.Client(base_url=self.base_url.rstrip("/") + "/", headers=headers, timeout=timeout)
-
-
-def chat(api: Api, model: str | None, message: str | None, *, as_json: bool = False) -> None:
-    """Ask once, or, without a message, hold a conversation until the input ends.
-
-    Raises:
-        ConfigurationError: JSON is wanted of a conversation, or the address is none.
-        ChatError: the one question was not answered. In a conversation errors are printed, and it goes on.
-    """
+def chat(
+    message: Annotated[str | None, typer.Argument(help="The question; without it, a conversation.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="The api.", show_default="of API_HOST and API_PORT")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key.", show_default="the first of API_KEYS")] = None,
+    model: Annotated[str | None, typer.Option(help="Model.", show_default="the first that is served")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Chat with a model over the api."""
+    settings = load(ApiSettings)
+    key = api_key or next((known.get_secret_value() for known in settings.api_keys), None)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    url = base_url or url_of(settings.api_host, settings.api_port) + "/v1"
     if as_json and message is None:
         raise ConfigurationError("--json is for one answer: give a MESSAGE")
     try:
-        with api.client() as client:
+        with httpx.Client(
+            base_url=url.rstrip("/") + "/",
+            headers=headers,
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),  # The api bounds the time of an answer.
+            event_hooks={"response": [_raise_for_error]},
+        ) as client:
             chosen = model or _first_model(client)
             if message is None:
-                _converse(api, client, chosen)
+                _converse(url, client, chosen)
                 return
-            ask = _answer_as_json if as_json else _answer
-            ask(client, chosen, [{"role": "user", "content": message}])
+            answer = _answer_as_json if as_json else _answer
+            answer(client, chosen, [{"role": "user", "content": message}])
     except httpx.InvalidURL as exc:
-        raise ConfigurationError(f"{api.base_url!r} is no address of an api: {exc}") from exc
+        raise ConfigurationError(f"{url!r} is no address of an api: {exc}") from exc
     except httpx.TransportError as exc:
-        raise _unreachable(api, exc) from exc
+        raise _unreachable(url, exc) from exc
 
 
-def _unreachable(api: Api, exc: httpx.TransportError) -> ChatError:
-    return ChatError(f"cannot reach the api at {api.base_url}: {str(exc) or type(exc).__name__}")
+def _unreachable(url: str, exc: httpx.TransportError) -> ChatError:
+    return ChatError(f"cannot reach the api at {url}: {str(exc) or type(exc).__name__}")
 
 
-def _converse(api: Api, client: httpx.Client, model: str) -> None:
-    console.say(f"talking to {model}; an empty line begins anew, Ctrl-C stops an answer, Ctrl-D ends")
+def _converse(url: str, client: httpx.Client, model: str) -> None:
+    """Ask line by line until the input ends. An error is printed, and the conversation goes on."""
+    console.say(f"talking to {model}; an empty line starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends")
     history: list[dict[str, str]] = []
     while (line := _read_line()) is not None:
         if not line.strip():
@@ -75,16 +75,14 @@ def _converse(api: Api, client: httpx.Client, model: str) -> None:
             text = _answer(client, model, [*history, question])
         except ChatError as exc:
             console.fail(str(exc))
-            continue
         except httpx.TransportError as exc:
-            # An api that is started again is there for the next question.
-            console.fail(str(_unreachable(api, exc)))
-            continue
+            # An api that has started again answers the next question.
+            console.fail(str(_unreachable(url, exc)))
         except KeyboardInterrupt:
-            # Closing the connection calls the request off; the conversation goes on without it.
+            # The closed connection cancels the request.
             console.say(" (stopped)")
-            continue
-        history += [question, {"role": "assistant", "content": text}]
+        else:
+            history += [question, {"role": "assistant", "content": text}]
 
 
 def _read_line() -> str | None:
@@ -96,20 +94,18 @@ def _read_line() -> str | None:
 
 def _first_model(client: httpx.Client) -> str:
     response = client.get("models")
-    _raise_for_error(response)
     try:
         models = response.json()["data"]
     except (ValueError, KeyError, TypeError) as exc:
-        raise ChatError(f"{response.url} is no list of models: is that the address of an api, with /v1?") from exc
+        raise ChatError(f"{response.url} returned no list of models: is it the address of an api, with /v1?") from exc
     if not models:
         raise ChatError("the api serves no model yet")
     return str(models[0]["id"])
 
 
 def _answer_as_json(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> None:
-    """Print the answer once it is whole; its id is the one that `forebay requests --id` takes."""
+    """Print the whole answer. Its `id` is what `forebay requests --id` takes."""
     response = client.post("chat/completions", json={"model": model, "messages": messages})
-    _raise_for_error(response)
     answer = response.json()
     (choice,) = answer["choices"]
     console.print_json(
@@ -124,14 +120,10 @@ def _answer_as_json(client: httpx.Client, model: str, messages: list[dict[str, s
 
 
 def _answer(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> str:
-    """Print the answer as it comes; the whole of it."""
+    """Print the answer as it is generated; returns the whole."""
     text = ""
-    with client.stream(
-        "POST", "chat/completions", json={"model": model, "messages": messages, "stream": True}
-    ) as response:
-        if response.is_error:
-            response.read()
-            _raise_for_error(response)
+    body = {"model": model, "messages": messages, "stream": True}
+    with client.stream("POST", "chat/completions", json=body) as response:
         for piece in _pieces(response):
             text += piece
             console.stdout.out(piece, end="")
@@ -140,7 +132,7 @@ def _answer(client: httpx.Client, model: str, messages: list[dict[str, str]]) ->
 
 
 def _pieces(response: httpx.Response) -> Iterator[str]:
-    """The text of the answer, piece by piece, from the server-sent events."""
+    """The text of the answer, delta by delta, from the server-sent events."""
     for line in response.iter_lines():
         data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
         if data == "[DONE]":
@@ -153,7 +145,7 @@ def _pieces(response: httpx.Response) -> Iterator[str]:
             raise ChatError(f"{_describe(event['error'])} ({_request(response)})")
         for choice in event["choices"]:
             yield choice["delta"].get("content") or ""
-    # An answer without its end is broken, however good it looks.
+    # An answer without [DONE] is not complete.
     console.stdout.out("")
     raise ChatError(f"the answer broke off ({_request(response)})")
 
@@ -161,6 +153,7 @@ def _pieces(response: httpx.Response) -> Iterator[str]:
 def _raise_for_error(response: httpx.Response) -> None:
     if response.is_success:
         return
+    response.read()
     try:
         described = _describe(response.json()["error"])
     except (ValueError, KeyError, TypeError):
@@ -170,7 +163,7 @@ def _raise_for_error(response: httpx.Response) -> None:
 
 
 def _request(response: httpx.Response) -> str:
-    """Which one it was, for `forebay requests --id`."""
+    """The request's id, for `forebay requests --id`."""
     return f"request {response.headers.get(REQUEST_ID_HEADER, 'unknown')}"
 
 

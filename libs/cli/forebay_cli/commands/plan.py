@@ -1,36 +1,25 @@
 """`forebay plan`: settings that fit a model into a GPU's memory."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
 
 from forebay_cli import console
+from forebay_cli.declarations import AsJson
 from forebay_cli.sizing.gpu_memory import MAX_SLOTS, QUANTIZATIONS, RESERVE_BYTES, Fit, ModelShape, fit, recommended
 from forebay_cli.sizing.model_shape import find_folder, of_folder, of_params, parse_params, parse_size
-from forebay_contracts.settings import Settings
+from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import ConfigurationError
 
 USUAL_CONTEXT = 8192
-"""The context that is planned for where none is asked for; many models could take far more than is ever used."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What was asked for; `model` is a hub id, a folder, or a size like 8B."""
-
-    gpu_memory: str
-    model: str | None = None
-    layers: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    context: int | None = None
-    quantization: str | None = None
-    concurrency: int = 4
-    request_seconds: float = 6.0
+"""The context without --context. Many models could take far more than requests ever use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The recommendation (None: nothing fits), and what each quantization leaves room for."""
+    """What each quantization leaves room for, and the recommended one; None: none fits."""
 
     shape: ModelShape
     gpu_bytes: int
@@ -40,7 +29,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The settings that are recommended."""
+        """The recommended settings."""
         if self.best is None:
             return {}
         return {
@@ -51,51 +40,74 @@ class Plan:
         }
 
 
-def make(options: Options, settings: Settings) -> Plan:
-    """The plan for `options`.
-
-    Raises:
-        ConfigurationError: the memory is no size, or the shape of the model is not known here.
-    """
-    gpu_bytes = parse_size(options.gpu_memory)
-    shape = _shape(options, settings)
-    context = min(options.context or USUAL_CONTEXT, shape.context_length)
-    if shape.carried is not None and options.quantization not in (None, "auto"):
-        raise ConfigurationError(f"{shape.name} is quantized already ({shape.carried}): it is loaded as it is")
-    wanted: tuple[str, ...] = (options.quantization,) if options.quantization else QUANTIZATIONS
-    fits = [
-        fit(
-            shape,
-            gpu_bytes,
-            quantization,
-            context,
-            requests_per_slot=max(1, int(settings.request_timeout / options.request_seconds)),
-            max_slots=MAX_SLOTS,
-        )
-        for quantization in (("auto",) if shape.carried is not None else wanted)
-    ]
-    return Plan(shape, gpu_bytes, context, fits, recommended(fits, options.concurrency, context))
-
-
-def show(plan: Plan, *, as_json: bool) -> None:
-    """Print the plan; raises ConfigurationError where nothing fits, after it is printed."""
+def plan(
+    gpu_bytes: Annotated[
+        int, typer.Option("--gpu-memory", help="Memory of the GPU, as 24GiB.", parser=parse_size, metavar="SIZE")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model on this machine, a folder, or a size like 8B.", show_default="DEFAULT_MODEL"),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="With a size: its layers.", min=1)] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="With a size: heads of keys and values.", min=1)] = None,
+    head_dim: Annotated[int | None, typer.Option(help="With a size: numbers in a head.", min=1)] = None,
+    context: Annotated[
+        int, typer.Option(help="Tokens of the longest request, its answer included.", min=512)
+    ] = USUAL_CONTEXT,
+    quantization: Annotated[
+        Literal["none", "int8", "nf4", "fp4"] | None,
+        typer.Option(help="Only this one.", show_default="the most precise that serves --concurrency"),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 4,
+    request_seconds: Annotated[float, typer.Option(help="Seconds that one request runs.", min=0.1)] = 6.0,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend settings that fit a model into a GPU's memory."""
+    settings = load(Settings)
+    shape = _shape(model or settings.default_model, settings.data_dir, layers, kv_heads, head_dim)
+    per_slot = max(1, int(settings.request_timeout / request_seconds))
+    made = make(shape, gpu_bytes, context, quantization, concurrency, requests_per_slot=per_slot)
     if as_json:
-        console.print_json(_as_json(plan))
+        console.print_json(_as_json(made))
     else:
-        _print(plan)
-    if plan.best is None:
-        smallest = min(plan.fits, key=lambda one: one.weights_bytes)
+        _print(made)
+    if made.best is None:
+        smallest = min(made.fits, key=lambda one: one.weights_bytes)
         raise ConfigurationError(
-            f"{plan.shape.name} does not fit into {_gib(plan.gpu_bytes)}: its weights take "
+            f"{shape.name} does not fit into {_gib(gpu_bytes)}: its weights take "
             f"{_gib(smallest.weights_bytes)} with {smallest.quantization}, the GPU's own needs {_gib(RESERVE_BYTES)}"
         )
 
 
-def _shape(options: Options, settings: Settings) -> ModelShape:
-    model = options.model or settings.default_model
+def make(
+    shape: ModelShape,
+    gpu_bytes: int,
+    context: int = USUAL_CONTEXT,
+    quantization: str | None = None,
+    concurrency: int = 4,
+    *,
+    requests_per_slot: int = 50,
+) -> Plan:
+    """The plan for `concurrency` requests of `context` tokens; `requests_per_slot` as `fit` takes it.
+
+    Raises:
+        ConfigurationError: `quantization` is given for a checkpoint that is quantized already.
+    """
+    context = min(context, shape.context_length)
+    if shape.carried is not None and quantization is not None:
+        raise ConfigurationError(f"{shape.name} is quantized already ({shape.carried}): it is loaded as it is")
+    candidates = ("auto",) if shape.carried is not None else (quantization,) if quantization else QUANTIZATIONS
+    fits = [
+        fit(shape, gpu_bytes, one, context, requests_per_slot=requests_per_slot, max_slots=MAX_SLOTS)
+        for one in candidates
+    ]
+    return Plan(shape, gpu_bytes, context, fits, recommended(fits, concurrency, context))
+
+
+def _shape(model: str, data_dir: Path, layers: int | None, kv_heads: int | None, head_dim: int | None) -> ModelShape:
     if (params := parse_params(model)) is not None:
-        return of_params(model, params, options.layers, options.kv_heads, options.head_dim)
-    folder = find_folder(model, settings.data_dir)
+        return of_params(model, params, layers, kv_heads, head_dim)
+    folder = find_folder(model, data_dir)
     if folder is None:
         raise ConfigurationError(
             f"{model} is not on this machine: give a folder with its config.json, or its size, as --model 8B "
@@ -104,43 +116,35 @@ def _shape(options: Options, settings: Settings) -> ModelShape:
     return of_folder(model, folder)
 
 
-def _as_json(plan: Plan) -> dict[str, Any]:
+def _as_json(made: Plan) -> dict[str, Any]:
     return {
-        "model": asdict(plan.shape) | {"params": plan.shape.params},
-        "gpu_bytes": plan.gpu_bytes,
+        "model": asdict(made.shape) | {"params": made.shape.params},
+        "gpu_bytes": made.gpu_bytes,
         "reserve_bytes": RESERVE_BYTES,
-        "context": plan.context,
-        "settings": plan.settings,
-        "fits": [asdict(one) for one in plan.fits],
+        "context": made.context,
+        "settings": made.settings,
+        "fits": [asdict(one) for one in made.fits],
     }
 
 
-def _print(plan: Plan) -> None:
-    shape = plan.shape
+def _print(made: Plan) -> None:
+    shape = made.shape
     columns = ("quantization", "weights", "KV cache", "activations", "left", "context", "concurrent", "batch", "queue")
-    rows = [
-        (one.quantization, _gib(one.weights_bytes), "does not fit", *[None] * 6)
-        if not one.slots
-        else (
-            one.quantization,
-            _gib(one.weights_bytes),
-            _gib(one.cache_bytes),
-            _gib(one.activation_bytes),
-            _gib(one.free_bytes - one.cache_bytes - one.activation_bytes),
-            one.context,
-            one.slots,
-            one.batch_tokens,
-            one.queue_size,
-        )
-        for one in plan.fits
-    ]
     title = (
-        f"{shape.name}: {shape.params / 1e9:.2f} billion parameters, {plan.fits[0].kv_bytes_per_token / 1024:g} KiB of "
-        f"KV cache a token, in {_gib(plan.gpu_bytes)} less {_gib(RESERVE_BYTES)} for CUDA"
+        f"{shape.name}: {shape.params / 1e9:.2f} billion parameters, {made.fits[0].kv_bytes_per_token / 1024:g} KiB of "
+        f"KV cache a token, in {_gib(made.gpu_bytes)} less {_gib(RESERVE_BYTES)} for CUDA"
     )
-    console.print_table(console.table(title, columns, rows))
-    for name, value in plan.settings.items():
+    console.print_tables(console.table(title, columns, [_row(one) for one in made.fits]))
+    for name, value in made.settings.items():
         console.stdout.print(f"{name}={value}", markup=False)
+
+
+def _row(one: Fit) -> tuple[object, ...]:
+    if not one.slots:
+        return (one.quantization, _gib(one.weights_bytes), "does not fit", *[None] * 6)
+    left = one.free_bytes - one.cache_bytes - one.activation_bytes
+    sizes = (one.weights_bytes, one.cache_bytes, one.activation_bytes, left)
+    return (one.quantization, *map(_gib, sizes), one.context, one.slots, one.batch_tokens, one.queue_size)
 
 
 def _gib(size: int) -> str:

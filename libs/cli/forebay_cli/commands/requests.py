@@ -1,108 +1,80 @@
-"""`forebay requests` and `cancel`: what became of requests, as NATS has it, with no service asked."""
+"""`forebay requests`: the states of requests, read from NATS without any service."""
 
 import heapq
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Annotated
 
+import typer
 from rich.table import Table
 
 from forebay_cli import console
-from forebay_cli.connection import connected, settings
+from forebay_cli.declarations import AsJson, duration_s, synchronous
+from forebay_cli.nats_connection import connected, load_settings
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.queueing.admission import JetStreamAdmission
-from forebay_contracts.queueing.cancellation import Cancellation, NatsCancelNotices
 from forebay_contracts.queueing.recent_requests import recent_states
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import QueueConflict, RequestNotFound
+from forebay_contracts.wire.errors import RequestNotFound
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
-SCANNED_CHANGES = 20_000
-"""`forebay requests` looks through so many of the latest changes of state, whatever it is asked for."""
+MAX_STATES_READ = 20_000
+"""The latest changes of state that are searched; older ones are not found."""
 
 
-@dataclass(frozen=True)
-class Filter:
-    """Which requests are asked for; None: whichever."""
+@synchronous
+async def requests(
+    status: Annotated[RequestStatus | None, typer.Option(help="Only those in this state.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only those of this model: its name, or the end of it.")] = None,
+    since_s: Annotated[
+        float | None,
+        typer.Option(
+            "--since", help="Only those queued within the last 90s, 10m, 2h.", parser=duration_s, metavar="DURATION"
+        ),
+    ] = None,
+    request_id: Annotated[str | None, typer.Option("--id", help="Only this one, with all its fields.")] = None,
+    limit: Annotated[int, typer.Option(help="Most requests to show.", min=1, max=10_000)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest requests and their states."""
 
-    status: RequestStatus | None = None
-    model: str | None = None
-    since_s: float | None = None
-    request_id: str | None = None
-
-    def wants(self, state: RequestState) -> bool:
-        """Whether `state` is one of them."""
+    def wanted(state: RequestState) -> bool:
         return (
-            self.status in (None, state.status)
-            and (self.model is None or state.model == self.model or state.model.endswith("/" + self.model))
-            and (self.since_s is None or state.queued_at >= time.time() - self.since_s)
+            status in (None, state.status)
+            and (model is None or state.model == model or state.model.endswith("/" + model))
+            and (since_s is None or state.queued_at >= time.time() - since_s)
         )
 
-
-async def requests(wanted: Filter, *, limit: int, as_json: bool) -> None:
-    """Print the newest requests, newest first; one that is asked for by its id with all that is known of it.
-
-    Raises:
-        RequestNotFound: one was asked for by its id, and is not known (any more).
-    """
-    async with connected(settings()) as link:
-        if wanted.request_id is None:
-            states = await recent_states(link, SCANNED_CHANGES)
-            found = heapq.nlargest(limit, filter(wanted.wants, states), key=lambda state: state.queued_at)
+    async with connected(load_settings()) as link:
+        if request_id is None:
+            states = filter(wanted, await recent_states(link, MAX_STATES_READ))
+            found = heapq.nlargest(limit, states, key=lambda state: state.queued_at)
         else:
-            found = [await _one(link, wanted.request_id)]
+            found = [await find(link, request_id)]
     if as_json:
         console.print_json([state.model_dump(mode="json") for state in found])
-        return
-    if wanted.request_id is not None:
-        console.print_table(request_table(found[0]))
-        return
-    console.print_table(requests_table(found))
+    else:
+        console.print_tables(requests_table(found) if request_id is None else request_table(found[0]))
 
 
-async def cancel(request_id: str, *, as_json: bool) -> None:
-    """Call a request off.
+async def find(link: Connection, request_id: str) -> RequestState:
+    """The state of one request.
 
     Raises:
-        RequestNotFound: no such request is known (any more).
-        QueueConflict: it has ended already.
+        RequestNotFound: its state is not stored, or not any more.
     """
-    async with connected(settings()) as link:
-        states = KeyValueStateStore(link)
-        known = await _one(link, request_id)
-        cancellation = Cancellation(states, JetStreamAdmission(link), NatsCancelNotices(link))
-        done = await cancellation.cancel(request_id, "cancelled by the operator")
-        latest = await states.get(request_id)
-    ended = (latest.state if latest else known).status
-    if as_json:
-        console.print_json({"id": request_id, "cancelled": done, "status": ended})
-    if not done:
-        raise QueueConflict(f"request {request_id} has ended already: {ended.value}")
-    if not as_json:
-        console.stdout.print(f"cancelled {request_id}", markup=False)
-
-
-async def _one(link: Connection, request_id: str) -> RequestState:
-    # An id goes into subjects: what cannot be one goes no further.
+    # The id becomes part of a subject.
     stored = await KeyValueStateStore(link).get(request_id) if names.is_request_id(request_id) else None
     if stored is None:
         raise RequestNotFound(
-            f"no request {request_id} is known: it was refused before it was queued, which the api's log line "
-            f"`{request_id} answered` tells, or it is older than REQUEST_STATE_TTL"
+            f"no request {request_id} is known: it was refused before it was queued (the api's log line "
+            f"`{request_id} answered` says why), or it is older than REQUEST_STATE_TTL"
         )
     return stored.state
 
 
-def _durations(state: RequestState) -> tuple[str, str | None]:
-    """How long it waited for its first attempt, and how long it has run since, other attempts included."""
-    now, started = time.time(), state.started_at
-    waited = (started or state.finished_at or now) - state.queued_at
-    return f"{waited:.2f} s", None if started is None else f"{(state.finished_at or now) - started:.2f} s"
-
-
 def request_table(state: RequestState) -> Table:
-    """All that is known of one request."""
+    """Every field of one request."""
     waited, ran = _durations(state)
     known = state.model_dump(mode="json", exclude={"schema_version", "id", "timestamp", "usage"}, exclude_none=True)
     for name in ("queued_at", "started_at", "finished_at", "deadline"):
@@ -112,23 +84,28 @@ def request_table(state: RequestState) -> Table:
     return console.pairs(f"Request {state.id}", known | {"waited": waited} | ({"ran": ran} if ran else {}) | usage)
 
 
-def requests_table(states: Sequence[RequestState]) -> Table:
+def requests_table(states: Iterable[RequestState]) -> Table:
     """A line for each of `states`."""
     columns = ("id", "status", "type", "model", "queued", "waited", "ran", "attempt", "tokens", "error")
-    return console.table("Requests", columns, [_request_row(state) for state in states])
+    return console.table("Requests", columns, [_row(state) for state in states])
 
 
-def _request_row(state: RequestState) -> tuple[object, ...]:
-    waited, ran = _durations(state)
+def _row(state: RequestState) -> tuple[object, ...]:
     return (
         state.id,
         state.status.value,
         state.completion_type,
         state.model,
         time.strftime("%H:%M:%S", time.localtime(state.queued_at)),
-        waited,
-        ran,
+        *_durations(state),
         state.attempt,
         state.usage.completion_tokens if state.usage else None,
         state.error if state.fault is None else f"{state.error or ''} ({state.fault})".strip(),
     )
+
+
+def _durations(state: RequestState) -> tuple[str, str | None]:
+    """The wait for the first attempt, and the time since then over all attempts."""
+    now, started = time.time(), state.started_at
+    waited = (started or state.finished_at or now) - state.queued_at
+    return f"{waited:.2f} s", None if started is None else f"{(state.finished_at or now) - started:.2f} s"

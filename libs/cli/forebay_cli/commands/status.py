@@ -1,22 +1,21 @@
-"""`forebay status`: the queue's numbers and the workers as NATS has them, with no service asked."""
+"""`forebay status`: the queue's numbers, the models and the workers, read from NATS without any service."""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, NoReturn
 
-from nats.errors import Error as NatsError
-from nats.js.errors import NotFoundError
+import typer
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from forebay_cli import console
-from forebay_cli.connection import connected, settings
+from forebay_cli.declarations import AsJson, synchronous
+from forebay_cli.nats_connection import connected, load_settings
 from forebay_contracts.nats import presence
-from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import ModelQueue, QueueStatus, queue_status
 from forebay_contracts.version import VERSION
@@ -27,112 +26,77 @@ from forebay_contracts.wire.heartbeats import WorkerInfo
 WATCH_INTERVAL_S = 1.0
 
 NUMBERS_ACROSS = 3
-"""Of the queue, side by side: 80 columns and 24 lines have room for the workers too."""
+"""Numbers of the queue side by side, so that 80 columns and 24 lines have room for the workers too."""
+
+Seen = tuple[QueueStatus, list[WorkerInfo]]
 
 
-async def status(*, watch: bool, as_json: bool) -> None:
-    """Print the queue's numbers and the workers, once or every second.
-
-    Raises:
-        QueueUnavailable: NATS does not answer; when watched, only where it does not at first.
-    """
-    read = settings()
+@synchronous
+async def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Refresh every second; goes on while NATS is unreachable.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the queue's numbers, the models and the workers."""
+    read = load_settings()
     async with connected(read) as link:
         states = KeyValueStateStore(link)
 
-        async def look() -> tuple[QueueStatus, list[WorkerInfo]]:
-            alive = await workers(link)
-            return await queue_status(link, states, read, alive), alive
+        async def look() -> Seen:
+            workers = await presence.read(link, names.WORKERS_BUCKET, WorkerInfo)
+            return await queue_status(link, states, read, workers), workers
 
-        if not watch:
-            numbers, alive = await look()
-            if as_json:
-                console.print_json(_as_json(numbers, alive))
-                return
-            for made in tables(numbers, alive):
-                console.print_table(made)
-            return
-        with _shown(as_json=as_json) as show:
-            while True:
-                try:
-                    show(await look(), "")
-                except QueueUnavailable as exc:
-                    show(None, str(exc))
-                await asyncio.sleep(WATCH_INTERVAL_S)
-
-
-async def workers(link: Connection) -> list[WorkerInfo]:
-    """The workers that are alive.
-
-    Raises:
-        QueueUnavailable: NATS does not answer.
-    """
-    try:
-        return await presence.read(link, names.WORKERS_BUCKET, WorkerInfo)
-    except NotFoundError:
-        return []
-    except (NatsError, TimeoutError, OSError) as exc:
-        raise QueueUnavailable("NATS did not answer") from exc
-
-
-Seen = tuple[QueueStatus, list[WorkerInfo]]
-Show = Callable[[Seen | None, str], None]
-"""Shows what was seen, or why nothing could be."""
-
-
-def _shown(*, as_json: bool) -> contextlib.AbstractContextManager[Show]:
+        if watch:
+            await watching(look, as_json=as_json)
+        seen = await look()
     if as_json:
-        return _as_json_lines()
-    # A live display prints nothing elsewhere.
-    drawn = console.stdout.is_terminal and not console.stdout.is_dumb_terminal
-    return _on_terminal() if drawn else _as_text()
+        console.print_json(_as_json(*seen))
+    else:
+        console.print_tables(*tables(*seen))
 
 
-@contextlib.contextmanager
-def _as_json_lines() -> Iterator[Show]:
-    def show(seen: Seen | None, error: str) -> None:
-        console.print_json(_as_json(*seen) if seen else {"error": error}, one_line=True)
-
-    yield show
-
-
-@contextlib.contextmanager
-def _as_text() -> Iterator[Show]:
-    def show(seen: Seen | None, error: str) -> None:
-        console.stdout.out(f"{time.strftime('%F %T')} {error}".rstrip())
-        for made in tables(*seen) if seen else ():
-            console.print_table(made)
-
-    yield show
-
-
-@contextlib.contextmanager
-def _on_terminal() -> Iterator[Show]:
-    """One screen that is drawn again; while NATS is away, the last one under the reason."""
-    last: Sequence[Table] = ()
-
-    def show(seen: Seen | None, error: str) -> None:
-        nonlocal last
-        last = tables(*seen) if seen else last
-        live.update(Group(*([Text(error, style="red")] if error else []), *last), refresh=True)
-
-    with Live(console=console.stdout, auto_refresh=False) as live:
-        yield show
+async def watching(look: Callable[[], Awaitable[Seen]], *, as_json: bool) -> NoReturn:
+    """Show what `look` returns every second. Where it fails, a terminal keeps the last tables below the reason."""
+    # rich redraws on a terminal only.
+    redraws = not as_json and console.stdout.is_terminal and not console.stdout.is_dumb_terminal
+    last: list[Table] = []
+    task = asyncio.current_task()
+    with Live(console=console.stdout, auto_refresh=False) if redraws else contextlib.nullcontext() as live:
+        while True:
+            seen, error = None, ""
+            try:
+                seen = await look()
+            except QueueUnavailable as exc:
+                error = str(exc)
+            made = tables(*seen) if seen else []
+            if as_json:
+                console.print_json(_as_json(*seen) if seen else {"error": error}, one_line=True)
+            elif live is None:
+                console.stdout.out(f"{time.strftime('%F %T')} {error}".rstrip())
+                console.print_tables(*made)
+            else:
+                last = made or last
+                live.update(Group(*([Text(error, style="red")] if error else []), *last), refresh=True)
+            # Up to Python 3.11 `wait_for`, by which nats-py waits, can swallow the cancellation that Ctrl-C is.
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError
+            await asyncio.sleep(WATCH_INTERVAL_S)
 
 
-def _as_json(numbers: QueueStatus, alive: list[WorkerInfo]) -> dict[str, Any]:
-    # `workers` is a number in QueueStatus; here it is the workers themselves, whose number it was.
-    return numbers.model_dump() | {"workers": [worker.model_dump(mode="json") for worker in alive]}
+def _as_json(numbers: QueueStatus, workers: list[WorkerInfo]) -> dict[str, Any]:
+    # In QueueStatus `workers` is a number. Here it is the list of them.
+    return numbers.model_dump() | {"workers": [worker.model_dump(mode="json") for worker in workers]}
 
 
-def tables(numbers: QueueStatus, alive: list[WorkerInfo]) -> list[Table]:
-    """What a person sees: the workers first, since a small screen is cut below."""
+def tables(numbers: QueueStatus, workers: list[WorkerInfo]) -> list[Table]:
+    """The tables for a person. The workers come first, since a small screen is cut below."""
     fields = numbers.model_dump(exclude={"workers", "workers_ready", "models"})
     return [
         console.table(
             f"Workers: {numbers.workers_ready} of {numbers.workers} ready",
             ("id", "busy", "status", "model", "engine"),
-            [_worker_row(worker) for worker in alive],
+            [_worker_row(worker) for worker in workers],
         ),
         console.table(
             "Models", ("model", "waiting", "processing/limit", "paused until"), list(map(_model_row, numbers.models))
@@ -142,9 +106,9 @@ def tables(numbers: QueueStatus, alive: list[WorkerInfo]) -> list[Table]:
 
 
 def _worker_row(worker: WorkerInfo) -> tuple[object, ...]:
-    """Its version only where it is another than this command's: one line more for each worker otherwise."""
-    other = worker.version if worker.version != VERSION else None
-    engine = (worker.engine, worker.quantization, worker.device, other)
+    """The version is shown only where it differs from this command's: it costs a line for each worker."""
+    version = worker.version if worker.version != VERSION else None
+    engine = (worker.engine, worker.quantization, worker.device, version)
     return (
         worker.id,
         f"{worker.busy}/{worker.slots}",

@@ -1,19 +1,20 @@
-"""`forebay up`: everything on this machine, one process each, in order up and in order down."""
+"""`forebay up`: nats-server, api and workers on this machine, one process each."""
 
 import asyncio
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Coroutine
-from dataclasses import dataclass
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import typer
 
 from forebay_cli import console
-from forebay_cli.local import nats_server
+from forebay_cli.declarations import synchronous
+from forebay_cli.local import addresses, nats_server
 from forebay_cli.local.supervisor import Child, ChildDied, Supervisor
 from forebay_contracts.nats import connection, presence, topology
 from forebay_contracts.nats.connection import Connection
@@ -22,60 +23,66 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 
-LOOK_INTERVAL_S = 0.2
-"""How often a start is looked at. Nothing is looked at any more once everything is ready."""
+READY_POLL_S = 0.2
+"""Interval of the readiness checks during start-up. There are none after it."""
 
 DRAIN_MARGIN_S = 10.0
-"""How much longer than DRAIN_TIMEOUT a service may take to end, before it is killed."""
+"""Time beyond DRAIN_TIMEOUT after which a service is killed."""
 
 NATS_STAGE, WORKER_STAGE, API_STAGE = range(3)
-"""Ended the last first: no new requests, then no running ones, then nothing that is still needed."""
-
-_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""The last stage ends first: the api stops new requests, then the workers finish, then nobody needs NATS."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of `forebay up`; None: as the settings say."""
+@synchronous
+async def up(
+    host: Annotated[str | None, typer.Option(help="Address of the api (API_HOST).", show_default="127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the api (API_PORT).", show_default="8091", min=0, max=65_535)
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Worker processes.", min=1, max=64)] = 1,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="transformers, embedding, simulated (INFERENCE_ENGINE).", show_default="transformers"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Models, the NATS store, logs (DATA_DIR).", show_default="~/.cache/forebay"),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every log line of every process.")] = False,
+) -> None:
+    """Start nats-server (unless NATS_URL is set), the api and workers on this machine.
 
-    host: str | None = None
-    port: int | None = None
-    workers: int = 1
-    engine: str | None = None
-    data_dir: Path | None = None
-    verbose: bool = False
-
-    def overrides(self) -> dict[str, Any]:
-        """The options as settings by name."""
-        data_dir = self.data_dir.expanduser().resolve() if self.data_dir else None
-        given = {"api_host": self.host, "api_port": self.port, "inference_engine": self.engine, "data_dir": data_dir}
-        return {name: value for name, value in given.items() if value is not None}
+    Prints `ready http://HOST:PORT` once requests are answered. SIGINT and SIGTERM let running requests finish.
+    """
+    folder = data_dir.expanduser().resolve() if data_dir else None
+    options = {"api_host": host, "api_port": port, "inference_engine": engine, "data_dir": folder}
+    given = {name: value for name, value in options.items() if value is not None}
+    raise typer.Exit(await _run(Deployment(given, workers, verbose=verbose)))
 
 
 class Deployment:
-    """The processes of one `forebay up`, and the settings that they share."""
+    """The processes of one `forebay up` and their settings; `given` are the ones from its options."""
 
-    def __init__(self, options: Options) -> None:
-        overrides = options.overrides()
-        self.api = load(ApiSettings, **overrides)
-        self.inference = load(InferenceSettings, **overrides)
-        self.workers = options.workers
+    def __init__(self, given: Mapping[str, Any], workers: int, *, verbose: bool) -> None:
+        self.api = load(ApiSettings, **given)
+        load(InferenceSettings, **given)  # Wrong settings of a worker stop the start here.
+        self.workers = workers
         self.data_dir = self.api.data_dir.expanduser().resolve()
-        self.port = self.api.api_port or nats_server.free_port("127.0.0.1")
-        self.supervisor = Supervisor(self.data_dir / "logs", console.say_of_child, verbose=options.verbose)
-        # The environment is stronger than `.env`, so what was given here holds for the children.
-        self.env = os.environ | {name.upper(): str(value) for name, value in overrides.items()}
+        self.port = self.api.api_port or addresses.free_port("127.0.0.1")
+        self.supervisor = Supervisor(self.data_dir / "logs", console.say_of_child, verbose=verbose)
+        # In the children the environment overrides `.env`, and so do the options.
+        self.env = os.environ | {name.upper(): str(value) for name, value in given.items()}
         self.env |= {"API_PORT": str(self.port), "DATA_DIR": str(self.data_dir), "PYTHONUNBUFFERED": "1"}
         self._progress = console.Progress()
 
     @property
     def url(self) -> str:
-        """Where the api answers, as seen from this machine."""
-        return url_of(self.api.api_host, self.port)
+        """The api's address on this machine."""
+        return addresses.url_of(self.api.api_host, self.port)
 
     def check_port(self) -> None:
-        """Refuse a port that is taken, before anything is started."""
-        if fault := nats_server.why_not_listen(self.api.api_host, self.port):
+        """Raise ConfigurationError where the api's port is taken."""
+        if fault := addresses.why_not_listen(self.api.api_host, self.port):
             raise ConfigurationError(
                 f"the api cannot listen on {self.api.api_host}:{self.port} ({fault}): give another --port or --host"
             )
@@ -85,39 +92,33 @@ class Deployment:
         try:
             settings = self.api.model_copy(update={"nats_url": await self._nats_url()})
             self.env["NATS_URL"] = str(settings.nats_url)
-            link = await connection.connect(settings, "forebay up")
-            try:
+            async with connection.connected(settings, "forebay up") as link:
                 await self._start_services(link, settings)
-            finally:
-                await link.close()
         finally:
             self._progress.stop()
 
-    async def drain(self) -> list[str]:
-        """End everything in order; a sentence for each fault."""
-        return await self.supervisor.drain(self._patience_s)
-
     async def _nats_url(self) -> str:
         if self.api.nats_url is not None:
-            nats_server.forget_url(self.data_dir)
             return self.api.nats_url
         self._progress.show("starting nats-server")
-        embedded = nats_server.prepare(self.data_dir, self.api.max_request_bytes)
-        child = await self.supervisor.start("nats-server", embedded.command, self.env, stage=NATS_STAGE)
+        command, url = nats_server.prepare(self.data_dir, self.api.max_request_bytes)
+        child = await self.supervisor.start("nats-server", command, self.env, stage=NATS_STAGE)
         await child.said(nats_server.READY_LINE)
-        self._progress.show(f"nats-server on {embedded.url}, its store in {self.data_dir / 'nats'}")
-        return embedded.url
+        self._progress.show(f"nats-server on {url}, its store in {self.data_dir / 'nats'}")
+        return url
 
     async def _start_services(self, link: Connection, settings: ApiSettings) -> None:
         await topology.ensure(link, settings, settings.served_model)
         workers: presence.Presence[WorkerInfo] = presence.Presence(link, names.WORKERS_BUCKET, WorkerInfo)
         await workers.start()
-        # With a NATS of one's own, workers of other machines may be there already: ours are those to come.
+        # On the NATS of NATS_URL, workers of other machines may be alive already. Ours are the ones that come.
         others = {worker.id for worker in workers.alive()}
+        start, python = self.supervisor.start, [sys.executable, "-m"]
         for number in range(1, self.workers + 1):
-            # A worker that `forebay drain` ended is no crash: the others go on, and with none left, requests wait.
-            await self._start_service(f"worker {number}", "forebay_inference", WORKER_STAGE, may_leave=True)
-        await self._start_service("api", "forebay_api", API_STAGE)
+            # `forebay drain` may end a worker. The others go on; with none left, requests wait.
+            command = [*python, "forebay_inference"]
+            await start(f"worker {number}", command, self.env, stage=WORKER_STAGE, may_leave=True)
+        await start("api", [*python, "forebay_api"], self.env, stage=API_STAGE)
         try:
             await self._until_ready(workers, others)
         finally:
@@ -127,15 +128,16 @@ class Deployment:
         async with httpx.AsyncClient(timeout=2, trust_env=False) as client:
             while True:
                 ours = [worker for worker in workers.alive() if worker.id not in others]
-                waiting = [_waiting_for(worker) for worker in ours if worker.status is not WorkerStatus.READY]
+                waiting = [
+                    f"worker {worker.id}: {worker.progress or worker.status.value}"
+                    for worker in ours
+                    if worker.status is not WorkerStatus.READY
+                ]
                 waiting += ["a worker to start"] * (self.workers - len(ours))
                 if not waiting and await self._api_is_ready(client):
                     return
                 self._progress.show("waiting for " + (", ".join(dict.fromkeys(waiting)) or "the api"))
-                await asyncio.sleep(LOOK_INTERVAL_S)
-
-    async def _start_service(self, name: str, module: str, stage: int, *, may_leave: bool = False) -> None:
-        await self.supervisor.start(name, [sys.executable, "-m", module], self.env, stage=stage, may_leave=may_leave)
+                await asyncio.sleep(READY_POLL_S)
 
     async def _api_is_ready(self, client: httpx.AsyncClient) -> bool:
         try:
@@ -143,13 +145,13 @@ class Deployment:
         except httpx.TransportError:
             return False
 
-    def _patience_s(self, child: Child) -> float:
+    def patience_s(self, child: Child) -> float:
+        """How long `child` may take to end."""
         return DRAIN_MARGIN_S + (0 if child.name == "nats-server" else self.api.drain_timeout + self.api.shutdown_delay)
 
 
-async def run(options: Options) -> int:
-    """Bring everything up, say that it is ready, and take it down on SIGINT or SIGTERM; the exit code."""
-    deployment = Deployment(options)
+async def _run(deployment: Deployment) -> int:
+    """Start everything, print the ready line, and end everything on SIGINT or SIGTERM; returns the exit code."""
     deployment.check_port()
     with nats_server.exclusive(deployment.data_dir):
         stopped = _stop_on_signals(deployment.supervisor)
@@ -163,14 +165,14 @@ async def run(options: Options) -> int:
             console.fail(f"{exc}\nforebay: draining the others")
             code = 1
         finally:
-            faults = await deployment.drain()
+            faults = await deployment.supervisor.drain(deployment.patience_s)
         for fault in faults:
             console.fail(fault)
         return 1 if faults else code
 
 
 def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; any further one kills."""
+    """An event that the first SIGINT or SIGTERM sets. The second one kills all children."""
     stopped = asyncio.Event()
 
     def on_signal() -> None:
@@ -184,7 +186,7 @@ def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
 
 
 async def _first(*coroutines: Coroutine[Any, Any, Any]) -> Any:
-    """The result of the first that ends, or its error; the others are cancelled."""
+    """The result or the error of the first that ends; the others are cancelled."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -195,13 +197,3 @@ async def _first(*coroutines: Coroutine[Any, Any, Any]) -> Any:
         for task in tasks:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
-
-
-def url_of(host: str, port: int) -> str:
-    """Where an api that listens on `host` answers, as seen from its own machine."""
-    host = _WILDCARDS.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _waiting_for(worker: WorkerInfo) -> str:
-    return f"worker {worker.id}: {worker.progress or worker.status.value}"

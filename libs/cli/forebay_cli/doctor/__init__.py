@@ -1,1 +1,1 @@
-"""The checks of `forebay doctor`."""
+"""The checks of `forebay doctor`, a module for each kind."""

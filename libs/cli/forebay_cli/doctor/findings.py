@@ -1,4 +1,4 @@
-"""What `forebay doctor` finds."""
+"""What a check of `forebay doctor` finds."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ Severity = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; `fix` says what to do about it."""
+    """The result of one check; `fix` says what to do about it."""
 
     check: str
     severity: Severity
@@ -17,7 +17,7 @@ class Finding:
 
 
 def size(count: float) -> str:
-    """Bytes in a unit that suits them."""
+    """A number of bytes in its largest unit, as 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

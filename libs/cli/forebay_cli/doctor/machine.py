@@ -1,4 +1,4 @@
-"""`forebay doctor` of this machine: its disk and its models."""
+"""The disk and the model on this machine."""
 
 import hashlib
 import os
@@ -13,11 +13,11 @@ LOW_DISK_BYTES = 5 * 2**30
 TOO_LOW_DISK_BYTES = 2**30
 
 MANIFEST = "SHA256SUMS"
-"""In the folder of a converted model: its files' checksums, as `sha256sum` writes them."""
+"""The checksums of a converted model's files, in its folder, in the format of `sha256sum`."""
 
 
 def findings(read: Settings) -> list[Finding]:
-    """What is wrong here, or not."""
+    """Run the checks."""
     data_dir = read.data_dir.expanduser()
     return [*_disk(data_dir), *_model_cache(read.default_model, data_dir)]
 
@@ -29,7 +29,7 @@ def _disk(data_dir: Path) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(there).free
     severity: Severity = "problem" if free < TOO_LOW_DISK_BYTES else "warning" if free < LOW_DISK_BYTES else "ok"
-    fix = "" if severity == "ok" else "make room, or set DATA_DIR to a larger disk"
+    fix = "" if severity == "ok" else "free some space, or set DATA_DIR to a larger disk"
     yield Finding("disk", severity, f"{size(free)} free for DATA_DIR={data_dir}", fix)
 
 
@@ -48,31 +48,26 @@ def _model_cache(model: str, data_dir: Path) -> Iterator[Finding]:
         if (data_dir / "hub" / f"models--{slug}").is_dir():
             yield Finding("model", "ok", f"{model} is in the hub's cache, which keeps checksums of its own")
         else:
-            # The default one comes as a package; a worker on another machine has a cache of its own.
+            # The default model comes as a package, and a worker on another machine has its own cache.
             yield Finding("model", "ok", f"{model} is not on this machine: its first worker here fetches it")
     partial = list((data_dir / "models").glob(f".{slug}*.partial-*"))
     if partial:
-        fix = "none if a worker is starting now; else its next start removes it"
-        yield Finding("model", "warning", f"{partial[0]} is half made", fix)
+        fix = "none if a worker is starting now; else the next start removes it"
+        yield Finding("model", "warning", f"{partial[0]} is incomplete", fix)
 
 
 def _checked(folder: Path) -> Iterator[Finding]:
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        yield Finding("model", "ok", f"{folder} is complete; it was made before checksums were written")
+        yield Finding("model", "ok", f"{folder} is complete; it is older than the checksums")
         return
-    fix = f"remove the folder: `rm -r {folder}`; the next start makes it anew"
-    wrong = [name for digest, name in _lines(manifest) if _digest(folder / name) != digest]
+    fix = f"remove the folder: `rm -r {folder}`; the next start makes it again"
+    lines = (line.partition("  ") for line in manifest.read_text().splitlines())
+    wrong = [name for digest, _, name in lines if _digest(folder / name) != digest]
     if wrong:
         yield Finding("model", "problem", f"{folder}: {', '.join(wrong)} is not what was written", fix)
     else:
         yield Finding("model", "ok", f"{folder} is complete, its checksums are right")
-
-
-def _lines(manifest: Path) -> Iterator[tuple[str, str]]:
-    for line in manifest.read_text().splitlines():
-        digest, _, name = line.partition("  ")
-        yield digest, name
 
 
 def _digest(path: Path) -> str | None:

@@ -1,1 +1,1 @@
-"""Processes of this machine that `forebay up` runs."""
+"""The processes of `forebay up` on this machine."""

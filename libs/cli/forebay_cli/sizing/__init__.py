@@ -1,1 +1,1 @@
-"""How much memory a model needs."""
+"""The memory that a model needs."""

@@ -1,7 +1,7 @@
-"""The arithmetic behind `forebay plan`: what of a GPU's memory goes where, and what settings fit into the rest.
+"""The arithmetic of `forebay plan`: what fills a GPU's memory, and which settings fit into it.
 
-`docs/sizing.md` explains it; a test holds the tables there to these functions, and others hold the functions to
-what a real model takes. All sizes are in bytes, all token counts are whole sequences: prompt and answer together.
+`docs/sizing.md` explains it. Tests compare the tables there with these functions, and the functions with what a real
+model takes. All sizes are in bytes; all token counts are of whole sequences, prompt and answer together.
 """
 
 from dataclasses import dataclass
@@ -11,40 +11,40 @@ BF16_BYTES: Final = 2
 FP32_BYTES: Final = 4
 
 BLOCK_SIZE: Final = 64
-"""bitsandbytes keeps one fp32 scale for so many 4-bit weights."""
+"""4-bit weights for each fp32 scale of bitsandbytes."""
 
 RESERVE_BYTES: Final = 768 << 20
-"""The CUDA context, kernels and library workspaces, and what the allocator cannot use."""
+"""The CUDA context, kernels, the workspaces of libraries, and fragmentation of the allocator."""
 
 CACHE_SHARE: Final = 0.8
-"""The part of the memory left by the weights that the engine gives the KV cache at most."""
+"""The largest part of the memory beside the weights that the engine gives to the KV cache."""
 
 PAGE_TOKENS: Final = 256
-"""The KV cache of a sequence is made of pages of so many tokens on a GPU."""
+"""Tokens in a page of the KV cache on a GPU."""
 
 SPARE_PAGES: Final = 2
-"""Pages that the engine keeps for itself."""
+"""Pages that the engine reserves."""
 
 QUANTIZATIONS: Final = ("none", "int8", "nf4")
-"""From the most precise to the smallest; fp4 takes what nf4 does, and answers worse."""
+"""From the most precise to the smallest. fp4 is left out: it takes the same memory as nf4 and answers worse."""
 
 BATCH_SIZES: Final = (2048, 1024, 512, 256, 128, 64, 32)
-"""LLM_BATCH_SIZE, tried in this order. Beyond the first a pass takes longer, and no more prompts a second."""
+"""LLM_BATCH_SIZE, tried in this order. A larger batch makes a pass longer and prefills no more tokens a second."""
 
 MAX_SLOTS: Final = 64
-"""Concurrency beyond which computing, not memory, is what limits the usual GPU."""
+"""The most concurrent requests: beyond it, compute limits the usual GPU and memory does not."""
 
 SMALLEST_CONTEXT: Final = 512
-"""A cache that holds no sequence of so many tokens is of no use."""
+"""The shortest context that is recommended."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What of a model its memory depends on.
+    """The properties of a model that its memory depends on.
 
-    `linear_params` are those of the layers' matrices, which quantization makes smaller, in `linear_rows` rows;
-    `other_params` (embeddings, output head, norms) always stay in 16 bits. `stored_bytes` is set for a checkpoint
-    that is quantized already (`carried` says how), which is loaded as it is.
+    `linear_params` are those of the layers' matrices, which quantization makes smaller, in `linear_rows` rows.
+    `other_params` (embeddings, output head, norms) always stay in 16 bits. A checkpoint that is quantized already
+    (`carried` says how) has its size in `stored_bytes` and is loaded as it is.
     """
 
     name: str
@@ -69,7 +69,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What one quantization leaves room for. `slots` 0: not even one short request fits."""
+    """What one quantization leaves room for. With 0 `slots` not even one short request fits."""
 
     quantization: str
     weights_bytes: int
@@ -84,7 +84,7 @@ class Fit:
 
 
 def weights_bytes(shape: ModelShape, quantization: str) -> int:
-    """The weights in GPU memory, scales included."""
+    """The weights in GPU memory, with their scales."""
     if shape.stored_bytes is not None:
         return shape.stored_bytes
     match quantization:
@@ -103,10 +103,10 @@ def kv_bytes_per_token(shape: ModelShape) -> int:
 
 
 def activation_bytes(shape: ModelShape, batch_tokens: int, cache_tokens: int) -> int:
-    """The most that one forward pass holds at once.
+    """The largest memory of one forward pass.
 
-    For each of its tokens the hidden states, the feed-forward layer and the logits (in 16 and in 32 bits); besides,
-    one layer's keys and values read from the whole cache, and the attention mask over it.
+    Each of its tokens needs hidden states, the feed-forward layer and logits (in 16 and in 32 bits). The pass also
+    needs one layer's keys and values of the whole cache, and the attention mask over it.
     """
     per_token = BF16_BYTES * (4 * shape.hidden + 3 * shape.intermediate) + shape.vocabulary * (BF16_BYTES + FP32_BYTES)
     read = cache_tokens * kv_bytes_per_token(shape) // shape.layers
@@ -117,8 +117,8 @@ def activation_bytes(shape: ModelShape, batch_tokens: int, cache_tokens: int) ->
 def fit(
     shape: ModelShape, gpu_bytes: int, quantization: str, context: int, *, requests_per_slot: int, max_slots: int
 ) -> Fit:
-    """How many requests of `context` tokens fit, and in which passes; a context that is too long is cut, as the
-    engine does. `requests_per_slot` is how many requests one slot ends within REQUEST_TIMEOUT."""
+    """How many requests of `context` tokens fit, and the batch for them. A context that is too long is cut, as the
+    engine cuts it. `requests_per_slot` is the number of requests that one slot finishes within REQUEST_TIMEOUT."""
     weights, per_token = weights_bytes(shape, quantization), kv_bytes_per_token(shape)
     free = max(0, gpu_bytes - RESERVE_BYTES - weights)
     most_tokens = (int(free * CACHE_SHARE) // (per_token * PAGE_TOKENS) - SPARE_PAGES) * PAGE_TOKENS
@@ -132,22 +132,12 @@ def fit(
     )
     if not slots or not batch:
         return Fit(quantization, weights, per_token, 0, 0, free, context, 0, 0, 0)
-    return Fit(
-        quantization=quantization,
-        weights_bytes=weights,
-        kv_bytes_per_token=per_token,
-        cache_bytes=cache,
-        activation_bytes=activation_bytes(shape, batch, tokens),
-        free_bytes=free,
-        context=context,
-        slots=slots,
-        batch_tokens=batch,
-        queue_size=slots * requests_per_slot,
-    )
+    activations, queue = activation_bytes(shape, batch, tokens), slots * requests_per_slot
+    return Fit(quantization, weights, per_token, cache, activations, free, context, slots, batch, queue)
 
 
 def recommended(fits: list[Fit], wanted_slots: int, wanted_context: int) -> Fit | None:
-    """The most precise that serves `wanted_slots` requests of `wanted_context`; else the one that serves most."""
+    """The most precise one that serves `wanted_slots` requests of `wanted_context`, else the one that serves most."""
     usable = [one for one in fits if one.slots]
     whole = [one for one in usable if one.context >= wanted_context]
     enough = next((one for one in whole if one.slots >= wanted_slots), None)

@@ -1,4 +1,4 @@
-"""The shape of a model: from its `config.json` and weight files on this machine, or from a few numbers."""
+"""The shape of a model, from its `config.json` and weight files on this machine or from a few numbers."""
 
 import json
 import math
@@ -18,7 +18,7 @@ _POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 _CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _MAX_HEADER_BYTES: Final = 100_000_000
 
-# Of this many parameters, the usual model of today looks like this:
+# The usual model of a number of parameters:
 # layers, heads of keys and values, their size, hidden size, feed-forward size, vocabulary.
 _TYPICAL: Final = (
     (0.5e9, (24, 2, 64, 896, 4864, 151_936)),
@@ -55,10 +55,10 @@ def parse_params(text: str) -> int | None:
 def of_params(
     name: str, params: int, layers: int | None = None, kv_heads: int | None = None, head_dim: int | None = None
 ) -> ModelShape:
-    """A model of so many parameters; what is not given is as in the usual model nearest to that size."""
+    """A model of `params` parameters. What is not given comes from the usual model of the nearest size."""
     _, usual = min(_TYPICAL, key=lambda one: abs(math.log(one[0] / params)))
     hidden, intermediate, vocabulary = usual[3:]
-    # Large models have an output head besides the embeddings, small ones use the same matrix for both.
+    # Large models have an output head beside the embeddings. Small models use one matrix for both.
     other = min(vocabulary * hidden * (1 if params < 4e9 else 2), params // 2)
     layers = layers or usual[0]
     return ModelShape(
@@ -77,30 +77,30 @@ def of_params(
 
 
 def of_folder(name: str, folder: Path) -> ModelShape:
-    """The model in `folder`: its shape from `config.json`, its parameters from the weight files where they are there.
+    """The model in `folder`: its shape from `config.json`, its parameters from the weight files if they are there.
 
     Raises:
-        ConfigurationError: `config.json` cannot be read, or does not say what is needed.
+        ConfigurationError: `config.json` cannot be read or lacks a field.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
         shape = _of_config(name, config.get("text_config") or config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise ConfigurationError(
-            f"{folder / 'config.json'} does not say how large the model is ({exc!r}): give --params, --layers, "
-            "--kv-heads and --head-dim"
+            f"{folder / 'config.json'} does not say how large the model is ({exc!r}): give its size, as --model 8B "
+            "with --layers, --kv-heads and --head-dim"
         ) from exc
     files = sorted(folder.glob("*.safetensors"))
     if (carried := config.get("quantization_config")) is not None:
         if not files:
-            raise ConfigurationError(f"{name} is quantized already, and its weights are not here to be measured")
+            raise ConfigurationError(f"{name} is quantized already, and its weight files are missing")
         stored = sum(file.stat().st_size for file in files)
         return replace(shape, carried=str(carried.get("quant_method", "quantized")), stored_bytes=stored)
     return _with_weights(shape, files) if files else shape
 
 
 def find_folder(model: str, data_dir: Path) -> Path | None:
-    """Where `model` is on this machine: a folder of that name, Forebay's own store, or the hub client's cache."""
+    """The folder of `model` on this machine: of that name, in Forebay's store, or in the cache of the hub's client."""
     path = Path(model).expanduser()
     if (path / "config.json").is_file():
         return path
@@ -140,7 +140,7 @@ def _of_config(name: str, config: dict[str, Any]) -> ModelShape:
 
 
 def _with_weights(shape: ModelShape, files: list[Path]) -> ModelShape:
-    """The same with its parameters counted in the headers of the weight files."""
+    """`shape` with its parameters counted from the headers of the weight files."""
     linear = rows = other = 0
     for name, tensor in _tensors(files):
         size = math.prod(tensor)
@@ -152,7 +152,7 @@ def _with_weights(shape: ModelShape, files: list[Path]) -> ModelShape:
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, list[int]]]:
-    # The format: 8 bytes length, then JSON (https://huggingface.co/docs/safetensors).
+    # A file starts with 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors).
     for file in files:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")

@@ -1,0 +1,23 @@
+"""`forebay key`: a new API key."""
+
+from typing import Annotated
+
+import typer
+
+from forebay_cli import console
+from forebay_contracts import keys
+
+
+def key(
+    name: Annotated[str, typer.Argument(help="The client's name in logs and metrics.")],
+    max_requests: Annotated[
+        int | None,
+        typer.Option(help="Most requests it may have in the queue.", min=1, show_default="KEY_MAX_REQUESTS"),
+    ] = None,
+    operator: Annotated[bool, typer.Option(help="May see and cancel everybody's requests.")] = False,
+) -> None:
+    """Make an API key. The entry for API_KEYS_FILE goes to stdout; the key goes to stderr, this once."""
+    made = keys.make()
+    entry = keys.written(name, made, max_requests=max_requests, operator=operator)
+    console.say(f"the key of {name}, shown this once: {made}")
+    print(entry, end="")

@@ -1,0 +1,132 @@
+"""What the roles of deploy/nats/forebay.conf need, and whether the user of this connection has it."""
+
+from typing import Final
+
+from forebay_cli.doctor.findings import Finding
+from forebay_contracts.nats import permissions
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.permissions import Permissions
+from forebay_contracts.settings import Settings
+from forebay_contracts.wire import names
+from forebay_contracts.wire.state import RequestStatus
+
+_JS: Final = "$JS.API."
+_GET: Final = f"{_JS}DIRECT.GET."
+_REQUESTS = names.bucket_stream(names.REQUESTS_BUCKET)
+_WORKERS = names.bucket_stream(names.WORKERS_BUCKET)
+_APIS = names.bucket_stream(names.APIS_BUCKET)
+_ANSWERS = names.bucket_stream(names.ANSWERS_BUCKET)
+_CONSUMER_INFO = f"{_JS}CONSUMER.INFO.{names.STREAM}.*"
+_STREAM_INFO = f"{_JS}STREAM.INFO.*"
+
+# The numbers of the queue, the states and the heartbeats.
+_READS_QUEUE = (
+    _STREAM_INFO,
+    f"{_JS}CONSUMER.LIST.{names.STREAM}",
+    _CONSUMER_INFO,
+    f"{_GET}{_REQUESTS}",
+    f"{_GET}{_REQUESTS}.>",
+    f"{_GET}{_WORKERS}",
+    f"{_GET}{_APIS}",
+    f"{_GET}{names.COUNTERS}.>",
+)
+
+# Between accounts, the server replaces reply subjects by these.
+_ACROSS_ACCOUNTS = "_R_.>"
+
+
+def _values(bucket: str) -> str:
+    return names.bucket_subjects(bucket).replace(">", "*")
+
+
+PUBLISHES: Final = {
+    "api": (
+        "inference.requests.*.*",
+        names.cancel_subject("*"),
+        names.resend_subject("*"),
+        "inference.counters.*",
+        _values(names.REQUESTS_BUCKET),
+        _values(names.ANSWERS_BUCKET),
+        _values(names.APIS_BUCKET),
+        f"{_GET}{names.STREAM}",
+        f"{_JS}STREAM.MSG.DELETE.{names.STREAM}",
+        *_READS_QUEUE,
+        f"{_GET}{_ANSWERS}.>",
+        _ACROSS_ACCOUNTS,
+    ),
+    "inference": (
+        f"{_JS}CONSUMER.MSG.NEXT.{names.STREAM}.*",
+        f"$JS.ACK.{names.STREAM}.>",
+        names.reply_subjects("*"),
+        names.cancel_subject("*"),
+        "inference.counters.*",
+        _values(names.REQUESTS_BUCKET),
+        _values(names.WORKERS_BUCKET),
+        _STREAM_INFO,
+        _CONSUMER_INFO,
+        f"{_GET}{_REQUESTS}.>",
+        f"{_GET}{_APIS}",
+        _ACROSS_ACCOUNTS,
+    ),
+    "operator": (f"{_JS}INFO", *_READS_QUEUE),
+    "admin": (
+        f"{_JS}STREAM.CREATE.*",
+        f"{_JS}STREAM.UPDATE.*",
+        f"{_JS}CONSUMER.DURABLE.CREATE.{names.STREAM}.*",
+        f"{_JS}CONSUMER.PAUSE.{names.STREAM}.*",
+        names.drain_subject("*"),
+        # `forebay cancel`
+        _values(names.REQUESTS_BUCKET),
+        names.counter_subject(RequestStatus.CANCELLED),
+        names.cancel_subject("*"),
+        f"{_GET}{names.STREAM}",
+        f"{_JS}STREAM.MSG.DELETE.{names.STREAM}",
+        f"{_GET}{_REQUESTS}.>",
+    ),
+}
+"""By role, the subjects that it publishes to. `$SYS.REQ.USER.INFO`, which this check itself asks, is left out."""
+
+SUBSCRIBES: Final = {
+    "api": (
+        "_INBOX.api.>",
+        names.reply_subjects("*"),
+        names.cancel_subject("*"),
+        names.bucket_subjects(names.WORKERS_BUCKET),
+        names.bucket_subjects(names.APIS_BUCKET),
+        names.bucket_subjects(names.REQUESTS_BUCKET),
+        _values(names.ANSWERS_BUCKET),
+    ),
+    "inference": (
+        "_INBOX.inference.>",
+        names.cancel_subject("*"),
+        names.resend_subject("*"),
+        names.drain_subject("*"),
+        names.bucket_subjects(names.APIS_BUCKET),
+    ),
+    "operator": ("_INBOX.cli.>",),
+    "admin": ("_INBOX.cli.>",),
+}
+"""By role, the subjects that it subscribes to."""
+
+
+def missing(own: Permissions, role: str) -> list[str]:
+    """What `role` needs and a user with the permissions `own` lacks."""
+    return [
+        *(f"publish to {subject}" for subject in PUBLISHES[role] if not own.publish.permit(subject)),
+        *(f"subscribe to {subject}" for subject in SUBSCRIBES[role] if not own.subscribe.permit(subject)),
+    ]
+
+
+async def check(link: Connection, _: Settings) -> list[Finding]:
+    """The roles that this user can take, or what it lacks for the role that it is nearest to."""
+    own = await permissions.own(link)
+    if own is None:
+        fix = "for an api's or a worker's user, give `--role`; else allow it to publish to `$SYS.REQ.USER.INFO`"
+        return [Finding("permissions", "warning", "the server does not say what this user may do", fix)]
+    lacks = {role: missing(own, role) for role in PUBLISHES}
+    able = [role for role, lacking in lacks.items() if not lacking]
+    if able:
+        return [Finding("permissions", "ok", f"this user has the permissions of {', '.join(able)}")]
+    role = min(lacks, key=lambda role: len(lacks[role]) / len(PUBLISHES[role] + SUBSCRIBES[role]))
+    fix = f"allow it in {role.upper()}_MAY of deploy/nats/forebay.conf, and reload the server"
+    return [Finding("permissions", "problem", f"as {role}, this user may not {lack}", fix) for lack in lacks[role]]
