@@ -11,8 +11,7 @@ from forebay_contracts import keys
 def key(
     name: Annotated[str, typer.Argument(help="The client's name in logs and metrics.")],
     max_requests: Annotated[
-        int | None,
-        typer.Option(help="Most requests it may have in the queue.", min=1, show_default="KEY_MAX_REQUESTS"),
+        int | None, typer.Option(help="Most of its requests in the queue.", min=1, show_default="KEY_MAX_REQUESTS")
     ] = None,
     operator: Annotated[bool, typer.Option(help="May see and cancel everybody's requests.")] = False,
 ) -> None:

@@ -75,7 +75,7 @@ def plan(
         smallest = min(made.fits, key=lambda one: one.weights_bytes)
         raise ConfigurationError(
             f"{shape.name} does not fit into {_gib(gpu_bytes)}: its weights take "
-            f"{_gib(smallest.weights_bytes)} with {smallest.quantization}, the GPU's own needs {_gib(RESERVE_BYTES)}"
+            f"{_gib(smallest.weights_bytes)} with {smallest.quantization}, and CUDA needs {_gib(RESERVE_BYTES)}"
         )
 
 
