@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from forebay_cli.commands import plan
+from forebay_cli.commands.plan import fit_all
 from forebay_cli.sizing.gpu_memory import (
     BATCH_SIZES,
     CACHE_SHARE,
@@ -265,9 +265,11 @@ def test_the_rule_of_thumb_holds() -> None:
 
 
 def test_the_most_precise_that_serves_enough() -> None:
-    def best(gib: int, **options: Any) -> str:
-        made = plan.make(of_params("8B", 8_000_000_000), gib * GIB, **options)
-        return made.best.quantization if made.best else "nothing"
+    def best(gib: int, concurrency: int = 4, quantization: str | None = None) -> str:
+        shape = of_params("8B", 8_000_000_000)
+        fits = fit_all(shape, gib * GIB, 8192, quantization, requests_per_slot=50)
+        found = recommended(fits, concurrency, 8192)
+        return found.quantization if found else "nothing"
 
     assert [best(gib) for gib in (4, 8, 16, 24)] == ["nothing", "nf4", "int8", "none"]
     assert best(24, concurrency=14) == "nf4"

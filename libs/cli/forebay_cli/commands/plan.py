@@ -1,8 +1,8 @@
 """`forebay plan`: settings that fit a model into a GPU's memory."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,29 +15,6 @@ from forebay_contracts.wire.errors import ConfigurationError
 
 USUAL_CONTEXT = 8192
 """The context without --context. Many models could take far more than requests ever use."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What each quantization leaves room for, and the recommended one; None: none fits."""
-
-    shape: ModelShape
-    gpu_bytes: int
-    context: int
-    fits: list[Fit]
-    best: Fit | None
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """The recommended settings."""
-        if self.best is None:
-            return {}
-        return {
-            "MODEL_QUANTIZATION": self.best.quantization,
-            "MAX_CONCURRENT_REQUESTS": str(self.best.slots),
-            "LLM_BATCH_SIZE": str(self.best.batch_tokens),
-            "MAX_QUEUE_SIZE": str(self.best.queue_size),
-        }
 
 
 def plan(
@@ -63,45 +40,48 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Recommend settings that fit a model into a GPU's memory."""
-    settings = load(Settings)
-    shape = _shape(model or settings.default_model, settings.data_dir, layers, kv_heads, head_dim)
-    per_slot = max(1, int(settings.request_timeout / request_seconds))
-    made = make(shape, gpu_bytes, context, quantization, concurrency, requests_per_slot=per_slot)
+    read = load(Settings)
+    shape = _shape(model or read.default_model, read.data_dir, layers, kv_heads, head_dim)
+    context = min(context, shape.context_length)
+    per_slot = max(1, int(read.request_timeout / request_seconds))
+    fits = fit_all(shape, gpu_bytes, context, quantization, requests_per_slot=per_slot)
+    best = recommended(fits, concurrency, context)
+    settings = {} if best is None else best.settings
     if as_json:
-        console.print_json(_as_json(made))
+        found = {
+            "model": asdict(shape) | {"params": shape.params},
+            "gpu_bytes": gpu_bytes,
+            "reserve_bytes": RESERVE_BYTES,
+            "context": context,
+            "settings": settings,
+            "fits": [asdict(one) for one in fits],
+        }
+        console.print_json(found)
     else:
-        _print(made)
-    if made.best is None:
-        smallest = min(made.fits, key=lambda one: one.weights_bytes)
+        _print(shape, gpu_bytes, fits, settings)
+    if best is None:
+        smallest = min(fits, key=lambda one: one.weights_bytes)
         raise ConfigurationError(
             f"{shape.name} does not fit into {_gib(gpu_bytes)}: its weights take "
             f"{_gib(smallest.weights_bytes)} with {smallest.quantization}, and CUDA needs {_gib(RESERVE_BYTES)}"
         )
 
 
-def make(
-    shape: ModelShape,
-    gpu_bytes: int,
-    context: int = USUAL_CONTEXT,
-    quantization: str | None = None,
-    concurrency: int = 4,
-    *,
-    requests_per_slot: int = 50,
-) -> Plan:
-    """The plan for `concurrency` requests of `context` tokens; `requests_per_slot` as `fit` takes it.
+def fit_all(
+    shape: ModelShape, gpu_bytes: int, context: int, quantization: str | None, *, requests_per_slot: int
+) -> list[Fit]:
+    """`fit` for each quantization, or for the given one.
 
     Raises:
         ConfigurationError: `quantization` is given for a checkpoint that is quantized already.
     """
-    context = min(context, shape.context_length)
     if shape.carried is not None and quantization is not None:
         raise ConfigurationError(f"{shape.name} is quantized already ({shape.carried}): it is loaded as it is")
     candidates = ("auto",) if shape.carried is not None else (quantization,) if quantization else QUANTIZATIONS
-    fits = [
+    return [
         fit(shape, gpu_bytes, one, context, requests_per_slot=requests_per_slot, max_slots=MAX_SLOTS)
         for one in candidates
     ]
-    return Plan(shape, gpu_bytes, context, fits, recommended(fits, concurrency, context))
 
 
 def _shape(model: str, data_dir: Path, layers: int | None, kv_heads: int | None, head_dim: int | None) -> ModelShape:
@@ -116,26 +96,14 @@ def _shape(model: str, data_dir: Path, layers: int | None, kv_heads: int | None,
     return of_folder(model, folder)
 
 
-def _as_json(made: Plan) -> dict[str, Any]:
-    return {
-        "model": asdict(made.shape) | {"params": made.shape.params},
-        "gpu_bytes": made.gpu_bytes,
-        "reserve_bytes": RESERVE_BYTES,
-        "context": made.context,
-        "settings": made.settings,
-        "fits": [asdict(one) for one in made.fits],
-    }
-
-
-def _print(made: Plan) -> None:
-    shape = made.shape
+def _print(shape: ModelShape, gpu_bytes: int, fits: list[Fit], settings: dict[str, str]) -> None:
     columns = ("quantization", "weights", "KV cache", "activations", "left", "context", "concurrent", "batch", "queue")
     title = (
-        f"{shape.name}: {shape.params / 1e9:.2f} billion parameters, {made.fits[0].kv_bytes_per_token / 1024:g} KiB of "
-        f"KV cache a token, in {_gib(made.gpu_bytes)} less {_gib(RESERVE_BYTES)} for CUDA"
+        f"{shape.name}: {shape.params / 1e9:.2f} billion parameters, {fits[0].kv_bytes_per_token / 1024:g} KiB of "
+        f"KV cache a token, in {_gib(gpu_bytes)} less {_gib(RESERVE_BYTES)} for CUDA"
     )
-    console.print_tables(console.table(title, columns, [_row(one) for one in made.fits]))
-    for name, value in made.settings.items():
+    console.print_tables(console.table(title, columns, [_row(one) for one in fits]))
+    for name, value in settings.items():
         console.stdout.print(f"{name}={value}", markup=False)
 
 

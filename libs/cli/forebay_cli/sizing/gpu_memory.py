@@ -82,6 +82,16 @@ class Fit:
     batch_tokens: int
     queue_size: int
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings for it."""
+        return {
+            "MODEL_QUANTIZATION": self.quantization,
+            "MAX_CONCURRENT_REQUESTS": str(self.slots),
+            "LLM_BATCH_SIZE": str(self.batch_tokens),
+            "MAX_QUEUE_SIZE": str(self.queue_size),
+        }
+
 
 def weights_bytes(shape: ModelShape, quantization: str) -> int:
     """The weights in GPU memory, with their scales."""
