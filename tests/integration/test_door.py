@@ -135,9 +135,47 @@ async def test_no_such_route(stack: Stack) -> None:
         assert summary(response) == (status, "invalid_request_error", None, None), (method, path)
         assert error_of(response)["message"].startswith(f"{method} {path}: ")
         assert ("allow" in response.headers) == (status == 405)
-    head = await stack.http.head(f"{stack.apis[0].url}/v1/models", headers=KEY)
-    assert (head.status_code, head.content) == (405, b"")
-    assert head.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", {"POST"}),
+        ("HEAD", "/v1/embeddings", {"POST"}),
+        ("OPTIONS", "/v1/models", {"GET", "HEAD"}),
+        ("OPTIONS", "/v1/queue/request/x", {"GET", "HEAD", "DELETE"}),
+        ("POST", "/openapi.json", {"GET", "HEAD"}),
+    ],
+)
+async def test_allow_names_every_method_of_a_path(stack: Stack, method: str, path: str, allowed: set[str]) -> None:
+    response = await stack.http.request(method, stack.apis[0].url + path, headers=KEY)
+    assert response.status_code == 405
+    assert set(response.headers["allow"].split(", ")) == allowed
+
+
+async def test_head_is_answered_where_get_is(stack: Stack) -> None:
+    for path in (
+        "/v1/models",
+        "/v1/queue/status",
+        "/v1/queue/events",
+        "/health/live",
+        "/metrics",
+        "/",
+        "/openapi.json",
+    ):
+        url = stack.apis[0].url + path
+        head = await stack.http.head(url, headers=KEY)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["x-request-id"]
+        async with stack.http.stream("GET", url, headers=KEY) as full:
+            assert head.headers["content-type"] == full.headers["content-type"]
+    assert (await stack.http.head(f"{stack.apis[0].url}/v1/models")).status_code == 401
+    assert (await stack.http.head(f"{stack.apis[0].url}/nowhere")).status_code == 404
+
+
+async def test_health_is_the_readiness(stack: Stack) -> None:
+    short, ready = [await stack.http.get(stack.apis[0].url + path) for path in ("/health", "/health/ready")]
+    assert (short.status_code, short.json().keys()) == (200, ready.json().keys())
 
 
 async def test_odd_ids(stack: Stack) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
-from starlette.requests import Request
 
-from forebay_api.http.bodies import read_body
-from forebay_api.openai.schemas import ChatCompletionBody, CompletionBody
+from forebay_api.http.bodies import validated
+from forebay_api.openai.chat.body import ChatCompletionBody
+from forebay_api.openai.completions.body import CompletionBody
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_contracts.wire.request import Sampling
+from forebay_contracts.wire.request import CompletionType, Sampling
 
 PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
 Body = ChatCompletionBody | CompletionBody
@@ -100,17 +100,17 @@ def table() -> dict[tuple[str, str], str]:
     return told
 
 
-async def read(endpoint: str, fields: dict[str, Any]) -> Body:
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}
-
-    return await read_body(Request({"type": "http", "headers": []}, receive), BODIES[endpoint], 1 << 20)
+def read(endpoint: str, fields: dict[str, Any]) -> Body:
+    return validated(BODIES[endpoint], json.dumps(fields).encode())
 
 
-async def meaning(endpoint: str, fields: dict[str, Any]) -> tuple[Any, ...]:
+def meaning(endpoint: str, fields: dict[str, Any]) -> tuple[Any, ...]:
     """All that a body comes to."""
-    body = await read(endpoint, fields)
-    request = body.request(request_id="i", model=body.model, created_at=0, deadline=0, reply_to="", key=None)
+    body = read(endpoint, fields)
+    kind = CompletionType(endpoint.removesuffix("s"))
+    request = body.request(
+        id="i", completion_type=kind, model=body.model, created_at=0, deadline=0, reply_to="", key=None
+    )
     return request, body.include_usage
 
 
@@ -122,18 +122,18 @@ def test_the_table_is_complete(endpoint: str) -> None:
 
 
 @pytest.mark.parametrize(("endpoint", "name"), table())
-async def test_a_parameter_fares_as_the_table_says(endpoint: str, name: str) -> None:
+def test_a_parameter_fares_as_the_table_says(endpoint: str, name: str) -> None:
     sample, others = SAMPLES[name]
     plain = LEAST[endpoint] | ({} if table()[endpoint, name] in ("unknown", "refused") else others)
     given = plain | {name: OTHER_SAMPLES.get((endpoint, name), sample)}
     match table()[endpoint, name]:
         case "honoured":
-            assert await meaning(endpoint, given) != await meaning(endpoint, plain)
+            assert meaning(endpoint, given) != meaning(endpoint, plain)
         case "no effect":
-            assert await meaning(endpoint, given) == await meaning(endpoint, plain)
+            assert meaning(endpoint, given) == meaning(endpoint, plain)
         case "refused" | "unknown":
             with pytest.raises(InvalidRequest) as refused:
-                await read(endpoint, given)
+                read(endpoint, given)
             assert (refused.value.status, refused.value.param) == (400, name)
             assert name in refused.value.message
         case other:
@@ -141,9 +141,9 @@ async def test_a_parameter_fares_as_the_table_says(endpoint: str, name: str) -> 
 
 
 @pytest.mark.parametrize(("name", "value"), [("modalities", ["text", "audio"]), ("reasoning_effort", "high")])
-async def test_what_would_have_an_effect_is_refused(name: str, value: Any) -> None:
+def test_what_would_have_an_effect_is_refused(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        await read("chat", LEAST["chat"] | {name: value})
+        read("chat", LEAST["chat"] | {name: value})
     assert str(refused.value.param).startswith(name)
 
 

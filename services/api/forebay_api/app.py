@@ -1,4 +1,4 @@
-"""The application: builds the parts, in order, and takes them down again."""
+"""The application: builds the parts in order, and stops them again."""
 
 import contextlib
 import logging
@@ -8,20 +8,24 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.clients.limits import KeyLimits
 from forebay_api.context import Context
+from forebay_api.create import Create
 from forebay_api.http import openapi
-from forebay_api.http.error_answers import ErrorAnswers
+from forebay_api.http.errors import ErrorAnswers
 from forebay_api.http.headers import REQUEST_ID_HEADER, HeadersMiddleware
+from forebay_api.http.routing import Routes
 from forebay_api.http.tracing import TraceMiddleware
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.listener import Listener
-from forebay_api.openai import models, routes
-from forebay_api.watching import docs, events, health, metrics, page, queue
+from forebay_api.openai import models
+from forebay_api.routes import ENDPOINTS
+from forebay_api.watching import events, health, metrics, page, queue
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
@@ -44,17 +48,14 @@ log = logging.getLogger(__name__)
 
 def create_app(context: Context) -> ASGIApp:
     """The HTTP side of a running api."""
-    app = FastAPI(title="Forebay", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.context = context
-    paths = frozenset(route.path for route in routes.routes)
-    errors = ErrorAnswers(context, paths)
-    errors.install(app)
-    app.router.routes.extend(routes.routes)
-    for module in (models, queue, events, health, metrics, page, docs):
-        app.include_router(module.router)
-    openapi.install(app, keys=bool(context.settings.api_keys or context.settings.api_keys_file))
-    # Around FastAPI, not in it: what is served ahead of it has the same headers.
-    served: ASGIApp = routes.Completions(app, errors)
+    rest = FastAPI(title="Forebay", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    rest.state.context = context
+    for module in (models, queue, events, health, metrics, page):
+        rest.include_router(module.router)
+    openapi.install(rest, ENDPOINTS, keys=bool(context.settings.api_keys or context.settings.api_keys_file))
+    paths = frozenset(endpoint.path for endpoint in ENDPOINTS)
+    routes = [Route(endpoint.path, Create(endpoint, context), methods=[endpoint.method]) for endpoint in ENDPOINTS]
+    served: ASGIApp = Routes(routes, rest, ErrorAnswers(context, paths))
     if tracing.enabled():
         served = TraceMiddleware(served, paths)
     served = HeadersMiddleware(served, context)

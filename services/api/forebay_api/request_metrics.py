@@ -8,17 +8,6 @@ from prometheus_client import Counter, Histogram
 
 from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.telemetry.metrics import FAST_S, REGISTRY, WAIT_S, bound
-from forebay_contracts.wire.errors import (
-    ApiError,
-    InvalidApiKey,
-    InvalidRequest,
-    KeyLimitReached,
-    ModelNotFound,
-    ModelUnavailable,
-    QueueFull,
-    QueueUnavailable,
-    RequestTooLarge,
-)
 from forebay_contracts.wire.state import RequestStatus
 
 ADMITTED: Final = Counter(
@@ -51,17 +40,6 @@ KEY_REQUESTS: Final = Counter(
 )
 PUBLISH: Final = Histogram(
     "forebay_publish_seconds", "Time until the queue took or refused a request", buckets=FAST_S, registry=REGISTRY
-)
-
-_REASONS: Final[tuple[tuple[type[ApiError], str], ...]] = (
-    (QueueFull, "queue_full"),
-    (QueueUnavailable, "queue_unavailable"),
-    (ModelUnavailable, "model_unavailable"),
-    (ModelNotFound, "model_not_found"),
-    (InvalidApiKey, "invalid_api_key"),
-    (RequestTooLarge, "request_too_large"),
-    (KeyLimitReached, "key_limit_reached"),
-    (InvalidRequest, "invalid_request"),
 )
 
 
@@ -97,14 +75,6 @@ def key_requests(key: str, result: str) -> Any:
 
 
 @functools.cache
-def rejections() -> dict[type[ApiError], Any]:
-    """The counter for each kind of rejection, all there from the start: the first of a kind is a change too."""
-    return {kind: bound(REJECTED, reason) for kind, reason in _REASONS}
-
-
-def rejected(error: ApiError) -> None:
-    """A completion request was answered with `error`; one that had been admitted is none of these."""
-    for kind, counter in rejections().items():
-        if isinstance(error, kind):
-            counter.inc()
-            return
+def rejected(reason: str) -> Any:
+    """The counter of completion requests that were answered without being queued, for this reason."""
+    return bound(REJECTED, reason)

@@ -1,24 +1,33 @@
-"""Reading a body: bounded before it is read whole, and a fault in it said as OpenAI says it."""
+"""Reading a body: bounded before it is read whole, and a fault in it told as OpenAI tells it."""
 
-from typing import Any, TypeVar
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 from starlette.requests import ClientDisconnect, Request
 
 from forebay_api.in_flight.answer import ClientLeft
-from forebay_api.openai.schemas import Misfit
+from forebay_api.openai.body import Misfit
 from forebay_contracts.wire.errors import InvalidRequest, RequestTooLarge
 
+LARGE_BYTES: Final = 64 * 1024
+"""A larger body takes milliseconds to validate, and is validated beside the event loop."""
+
 Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
+
+# One thread, with which the event loop shares the interpreter. More threads would leave it a smaller share.
+_large_bodies: Final = ThreadPoolExecutor(1, "large-bodies")
 
 
-async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
-    """The validated body.
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body as it came.
 
     Raises:
         RequestTooLarge: larger than `max_bytes`; not read any further.
-        InvalidRequest: not JSON, or not a body of this kind.
         ClientLeft: the client closed the connection while sending.
     """
     length = request.headers.get("content-length", "0")
@@ -32,10 +41,22 @@ async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
                 raise _too_large(max_bytes)
     except ClientDisconnect as exc:
         raise ClientLeft("the client left while sending") from exc
+    return bytes(data)
+
+
+async def off_loop(size: int, work: Callable[[], Result]) -> Result:
+    """The result of `work` on a body of `size` bytes. No body, however large, holds the event loop."""
+    if size <= LARGE_BYTES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_large_bodies, work)
+
+
+def validated(kind: type[Body], data: bytes) -> Body:
+    """The body. Raises InvalidRequest if it is not JSON, or not a body of this kind."""
     try:
-        return kind.model_validate_json(bytes(data))
+        return kind.model_validate_json(data)
     except ValidationError as exc:
-        raise _invalid(exc, bytes(data)) from exc
+        raise _invalid(exc, data) from exc
     except RecursionError as exc:
         raise InvalidRequest("the body is nested too deeply") from exc
 
@@ -50,8 +71,8 @@ def _invalid(exc: ValidationError, data: bytes) -> InvalidRequest:
         return InvalidRequest(f"We could not parse the JSON body of your request: {_reason(errors[0])}")
     body = from_json(data)
     faults = [(_path(error, body), error) for error in errors]
-    # Where a union is given, each of its members reports a fault: the one that got furthest was meant, and of
-    # several, one that found the right type.
+    # Each member of a union reports a fault. The client meant the member that got furthest, or of several the one that
+    # found the right type.
     path, first = max(faults, key=lambda fault: (len(fault[0]), not _is_type(fault[1])))
     param = _written(path) or None
     code, what = _code(first)
@@ -70,7 +91,7 @@ def _invalid(exc: ValidationError, data: bytes) -> InvalidRequest:
 
 
 def _path(error: ErrorDetails, body: object) -> tuple[str | int, ...]:
-    """Where in the body the fault is. Pydantic names members of unions and keys on the way: they are left out."""
+    """Where in the body the fault is, without the members of unions that Pydantic names on the way."""
     missing = error["type"] == "missing"
     path: list[str | int] = []
     node: Any = body

@@ -1,20 +1,13 @@
-"""The OpenAPI document: what FastAPI derives, and the three routes that read their bodies by themselves."""
+"""The OpenAPI document: FastAPI's operations, and those of the table of endpoints."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from forebay_api.openai.embeddings import EmbeddingBody
-from forebay_api.openai.schemas import ChatCompletionBody, CompletionBody
-
-BODIES: dict[str, tuple[type[BaseModel], str]] = {
-    "/v1/chat/completions": (ChatCompletionBody, "Answer a conversation"),
-    "/v1/completions": (CompletionBody, "Continue a prompt"),
-    "/v1/embeddings": (EmbeddingBody, "Turn texts into vectors"),
-}
+from forebay_api.routes import Endpoint
 
 _REF = "#/components/schemas/"
 _ANSWERS = {
@@ -47,14 +40,14 @@ _ERROR_SCHEMA = {
 }
 
 
-def install(app: FastAPI, *, keys: bool) -> None:
-    """Have `app` serve the whole document at /openapi.json; `keys`: whether /v1 asks for one."""
+def install(app: FastAPI, endpoints: Sequence[Endpoint], *, keys: bool) -> None:
+    """Make `app` serve the document at /openapi.json; `keys`: whether /v1 needs a key."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             _, bodies = models_json_schema(
-                [(body, "validation") for body, _ in BODIES.values()], ref_template=_REF + "{model}"
+                [(endpoint.body, "validation") for endpoint in endpoints], ref_template=_REF + "{model}"
             )
             components = schema.setdefault("components", {}).setdefault("schemas", {})
             components.update(bodies["$defs"], Error=_ERROR_SCHEMA)
@@ -63,7 +56,8 @@ def install(app: FastAPI, *, keys: bool) -> None:
                     _tell_errors(path, operation["responses"])
             components.pop("HTTPValidationError", None)
             components.pop("ValidationError", None)
-            schema["paths"] = {path: {"post": _operation(*body)} for path, body in BODIES.items()} | schema["paths"]
+            queued = {endpoint.path: {endpoint.method.lower(): _operation(endpoint)} for endpoint in endpoints}
+            schema["paths"] = queued | schema["paths"]
             if keys:
                 schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
                 for path, operations in schema["paths"].items():
@@ -76,12 +70,12 @@ def install(app: FastAPI, *, keys: bool) -> None:
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _operation(body: type[BaseModel], summary: str) -> dict[str, Any]:
+def _operation(endpoint: Endpoint) -> dict[str, Any]:
     return {
         "tags": ["completions"],
-        "summary": summary,
-        "operationId": f"create_{body.__name__}",
-        "requestBody": {"required": True, "content": _json({"$ref": _REF + body.__name__})},
+        "summary": endpoint.summary,
+        "operationId": f"create_{endpoint.body.__name__}",
+        "requestBody": {"required": True, "content": _json({"$ref": _REF + endpoint.body.__name__})},
         "responses": {
             status: {
                 "description": description,
@@ -95,7 +89,7 @@ def _operation(body: type[BaseModel], summary: str) -> dict[str, Any]:
 
 
 def _tell_errors(path: str, responses: dict[str, Any]) -> None:
-    """What a derived operation can answer besides; FastAPI's own error shape is never sent."""
+    """Replace FastAPI's error shape, which is never sent, by ours."""
     responses.pop("422", None)
     if path.startswith("/v1"):
         for status in ("400", "401", "404", "503"):

@@ -1,4 +1,4 @@
-"""`/health/live` and `/health/ready`: for probes, open to all."""
+"""`/health/live` and `/health/ready`: for probes, open to all. `/health` is `/health/ready` by another name."""
 
 from typing import Any
 
@@ -16,11 +16,12 @@ async def live(context: Open) -> dict[str, str]:
     return {"status": "live"}
 
 
+@router.get("", include_in_schema=False)
 @router.get("/ready")
 async def ready(context: Open) -> Response:
-    """Requests can be taken: NATS is connected, and the api is not about to leave.
+    """Requests can be taken: NATS is connected, and the api is not shutting down.
 
-    Workers are told of but not needed for it: without one, requests wait in the queue.
+    Workers are listed but not required: without one, requests wait in the queue.
     """
     connected = context.connection.connected
     ok = connected and not context.draining

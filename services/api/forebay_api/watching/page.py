@@ -1,52 +1,51 @@
-"""`/`: the page that shows the queue. Static files of this package, and nothing from anywhere else."""
+"""`/` and `/docs`: the page that shows the queue, and Swagger UI. They load no file from another server."""
 
 import functools
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 
 HEADERS = {
-    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    # The page runs only scripts of its own, and no other page may frame it. The icons of Swagger UI are data URLs.
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'",
     "referrer-policy": "no-referrer",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",
 }
-"""The page runs its own script alone, and no other page may hold it in a frame."""
 
-PARTS = {
-    "app.js": "text/javascript",
-    "common.js": "text/javascript",
-    "queue.js": "text/javascript",
-    "requests.js": "text/javascript",
-    "chat.js": "text/javascript",
-    "style.css": "text/css",
-    "icon.svg": "image/svg+xml",
+FILES = {
+    "/": ("forebay_api.watching", "static/index.html"),
+    **{
+        f"/page/{name}": ("forebay_api.watching", f"static/{name}")
+        for name in ("app.js", "common.js", "queue.js", "requests.js", "chat.js", "style.css", "icon.svg")
+    },
+    "/docs": ("forebay_api.watching", "static/docs.html"),
+    "/docs/start.js": ("forebay_api.watching", "static/docs.js"),
+    "/docs/swagger-ui.js": ("fastapi_offline", "static/swagger-ui-bundle.js"),
+    "/docs/swagger-ui.css": ("fastapi_offline", "static/swagger-ui.css"),
 }
-"""The files that the page is made of, and nothing else of its folder."""
+"""For each path, the package and the name of its file."""
 
-router = APIRouter(include_in_schema=False)
+MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
-
-@router.get("/")
-async def index() -> Response:
-    """The page itself; what it shows, it asks for with the key of whoever looks at it."""
-    return _file("index.html", "text/html")
+router = APIRouter()
 
 
-@router.get("/page/{name}")
-async def part(name: str) -> Response:
-    """Its scripts, looks and icon."""
-    if name not in PARTS:
-        raise HTTPException(404, "there is no such file")
-    return _file(name, PARTS[name])
+def _route(package: str, name: str) -> Callable[[Request], Awaitable[Response]]:
+    @functools.cache
+    def content() -> bytes:
+        return files(package).joinpath(name).read_bytes()
+
+    async def serve(_: Request) -> Response:
+        return Response(content(), media_type=MEDIA_TYPES[name.rsplit(".", 1)[1]], headers=HEADERS)
+
+    return serve
 
 
-def _file(name: str, media_type: str) -> Response:
-    return Response(_content(name), media_type=media_type, headers=HEADERS)
-
-
-@functools.cache
-def _content(name: str) -> bytes:
-    return (Path(__file__).parent / "static" / name).read_bytes()
+for _path, _file in FILES.items():
+    router.add_route(_path, _route(*_file), include_in_schema=False)

@@ -1,0 +1,170 @@
+"""The route of every endpoint that queues a request, from the request's body to the end of its answer."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Final, cast
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from forebay_api.context import Context
+from forebay_api.http import sse
+from forebay_api.http.bodies import off_loop, read_body, validated
+from forebay_api.http.errors import about
+from forebay_api.in_flight.answer import Answer, ClientLeft, SlowReader
+from forebay_api.in_flight.idempotency import HEADER, scoped_key
+from forebay_api.openai.format import Format, StreamFormat
+from forebay_api.routes import Endpoint
+from forebay_contracts.telemetry import tracing
+from forebay_contracts.telemetry.logs import fields
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import ApiError
+from forebay_contracts.wire.frames import Completed
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestStatus
+
+EARLY_HEADER: Final = "forebay-stream"
+"""`Forebay-Stream: early` asks for a stream's headers, with the request's id, as soon as the request is queued."""
+
+log = logging.getLogger(__name__)
+
+
+class Create:
+    """The route of one endpoint.
+
+    Nothing is sent before a worker has begun, so that an error until then is an HTTP status.
+    """
+
+    def __init__(self, endpoint: Endpoint, context: Context) -> None:
+        self._endpoint = endpoint
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. Raises the ApiError that the client gets instead of an answer."""
+        endpoint, context, request = self._endpoint, self._context, Request(scope, receive)
+        client = request.state.client = context.keys.check(request)
+        data = await read_body(request, context.settings.max_request_bytes)
+        size = len(data)
+        body = await off_loop(size, partial(validated, endpoint.body, data))
+        model = await context.models.admit(body.model, endpoint.completion_type)
+        request_id, now = request.state.request_id, time.time()
+        log.info(
+            "%s %s received for %s%s",
+            endpoint.log_prefix,
+            request_id,
+            model,
+            f" from {client.name}" if client.name else "",
+            extra=fields(request_id=request_id, model=model, type=endpoint.completion_type.value, key=client.name),
+        )
+        if context.settings.log_prompts:
+            log.info("%s %s asks %s", endpoint.log_prefix, request_id, body.model_dump_json(exclude_unset=True))
+        build = partial(
+            body.request,
+            id=request_id,
+            completion_type=endpoint.completion_type,
+            model=model,
+            created_at=now,
+            deadline=now + context.settings.request_timeout,
+            reply_to=names.reply_subject(context.dispatcher.instance, request_id),
+            key=client.name,
+        )
+        queued = request.state.queued = await off_loop(size, build)
+        answer_format = endpoint.format(queued, body)
+        del data, body, build  # The request may wait for long: only what it needs is kept.
+
+        submitted: AbstractAsyncContextManager[Answer]
+        if (key := request.headers.get(HEADER)) is None:
+            submitted = context.dispatcher.submit(queued)
+        else:
+            key = scoped_key(key, request.headers.get("authorization", ""))
+            submitted = context.idempotent.attach(queued, key)
+        async with submitted as answer:
+            leaving = asyncio.create_task(_fail_when_client_leaves(receive, answer))
+            try:
+                if queued.stream:
+                    early = request.headers.get(EARLY_HEADER) == "early"
+                    await (context.dispatcher.registered(queued.id) if early else answer.started())
+                    await sse.begin(send)
+                    await _stream(endpoint, queued, answer, cast(StreamFormat, answer_format), send, early=early)
+                    return
+                whole = await _whole(endpoint, queued, answer, answer_format)
+            finally:
+                leaving.cancel()
+        await Response(whole, media_type="application/json")(scope, receive, send)
+
+
+async def _whole(endpoint: Endpoint, queued: InferenceRequest, answer: Answer, answer_format: Format) -> bytes:
+    """The whole answer, once it is complete."""
+    deltas = [delta async for some in answer.deltas() for delta in some]
+    assert answer.completed is not None
+    _log_end(endpoint, queued, answer.completed)
+    return answer_format.whole(deltas, answer.completed)
+
+
+async def _stream(
+    endpoint: Endpoint,
+    queued: InferenceRequest,
+    answer: Answer,
+    answer_format: StreamFormat,
+    send: Send,
+    *,
+    early: bool,
+) -> None:
+    """Write the answer as events while it comes. An error is the last event; a client that left gets none."""
+    with contextlib.suppress(ClientLeft, SlowReader):
+        try:
+            if early:
+                await sse.write(send, b": queued\n\n")
+                await answer.started()
+            await sse.write(send, answer_format.opening())
+            async for deltas in answer.deltas():
+                await sse.write(send, b"".join(map(answer_format.chunk, deltas)))
+        except (ClientLeft, SlowReader):
+            raise
+        except ApiError as exc:
+            _log_failure(endpoint, queued, answer, exc)
+            await sse.write(send, answer_format.failure(exc), last=True)
+            return
+        assert answer.completed is not None
+        await sse.write(send, answer_format.closing(answer.completed), last=True)
+        _log_end(endpoint, queued, answer.completed)
+
+
+async def _fail_when_client_leaves(receive: Receive, answer: Answer) -> None:
+    await sse.client_left(receive)
+    answer.fail(ClientLeft("the client left"))
+
+
+def _log_failure(endpoint: Endpoint, queued: InferenceRequest, answer: Answer, error: ApiError) -> None:
+    # The code and not the message, which may quote the request.
+    code = error.code or error.type
+    known = about(queued, code=code)
+    if answer.attempt:
+        known["fields"]["attempt"] = answer.attempt
+    log.info("%s %s broke off: %s", endpoint.log_prefix, queued.id, code, extra=known)
+    tracing.fail(code)
+
+
+def _log_end(endpoint: Endpoint, queued: InferenceRequest, completed: Completed) -> None:
+    usage = completed.usage
+    log.info(
+        "%s %s completed in %.3f s: %d + %d tokens, attempt %d",
+        endpoint.log_prefix,
+        queued.id,
+        time.time() - queued.created_at,
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        completed.attempt,
+        extra=about(
+            queued,
+            attempt=completed.attempt,
+            outcome=RequestStatus.COMPLETED.value,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+        ),
+    )

@@ -1,0 +1,41 @@
+"""Server-sent events over ASGI: the start of a stream, writes with a bound, and a client that leaves."""
+
+import asyncio
+from typing import Final
+
+from starlette.types import Receive, Send
+
+from forebay_api.in_flight.answer import SlowReader
+
+MAX_WRITE_STALL_S: Final = 30.0
+"""A client whose connection takes nothing for so long is disconnected."""
+
+_HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+async def begin(send: Send) -> None:
+    """Send status 200 and the headers of a stream, whose length is unknown."""
+    await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+
+
+async def write(send: Send, data: bytes, *, last: bool = False) -> None:
+    """Send `data`; with `last`, the answer ends.
+
+    Raises:
+        SlowReader: the connection took nothing for MAX_WRITE_STALL_S.
+    """
+    try:
+        async with asyncio.timeout(MAX_WRITE_STALL_S):
+            await send({"type": "http.response.body", "body": data, "more_body": not last})
+    except TimeoutError:
+        raise SlowReader("the client does not read its stream") from None
+
+
+async def client_left(receive: Receive) -> None:
+    """Wait until the client has closed its connection, or the answer is complete."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

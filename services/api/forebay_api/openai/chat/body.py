@@ -1,0 +1,166 @@
+"""The body of `POST /v1/chat/completions`.
+
+Source: https://platform.openai.com/docs/api-reference/chat/create.
+"""
+
+from typing import Annotated, Any, Literal, Self, Unpack
+
+from pydantic import Field, model_validator
+
+from forebay_api.openai.body import Bool, GenerationBody, Int, Many, Misfit, OpenModel, Origin, StrictModel
+from forebay_contracts.wire.request import InferenceRequest
+
+MAX_TOP_LOGPROBS = 20
+
+
+class ContentPart(OpenModel):
+    """A part of a message's content; only text is understood."""
+
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionCall(OpenModel):
+    """The function that the model called, its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(OpenModel):
+    """A call that an earlier answer made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(OpenModel):
+    """One message of a conversation."""
+
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: str | Many[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Many[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise Misfit("content", f"a message of role {self.role!r} needs content")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates expect it: content parts joined to one text."""
+        message = self.model_dump(exclude_none=True, mode="json")
+        if isinstance(self.content, tuple):
+            message["content"] = "".join(part.text or part.refusal or "" for part in self.content)
+        return message
+
+
+class FunctionDefinition(OpenModel):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Bool | None = None
+
+
+class Tool(OpenModel):
+    """A tool that the model may use."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(StrictModel):
+    """The name of one function."""
+
+    name: str
+
+
+class NamedToolChoice(StrictModel):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(OpenModel):
+    """A named JSON schema that the answer must satisfy."""
+
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: Bool | None = None
+
+
+class ResponseFormat(StrictModel):
+    """What the answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise Misfit("json_schema", "json_schema is needed with type json_schema, and only there")
+        return self
+
+
+class ChatCompletionBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    logprobs: Bool = False
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Many[Tool] = ()
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: Bool = True
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    modalities: Many[Literal["text"]] | None = None
+    reasoning_effort: Literal["none"] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise Misfit(
+                "max_tokens", "max_tokens and max_completion_tokens are two names of one limit: send one of them"
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise Misfit("top_logprobs", "top_logprobs is only allowed when logprobs is true")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise Misfit("tool_choice", "tool_choice is only allowed when tools are given")
+        if isinstance(self.tool_choice, NamedToolChoice):
+            wanted = self.tool_choice.function.name
+            if wanted not in {tool.function.name for tool in self.tools}:
+                raise Misfit("tool_choice", f"the function {wanted!r} is not among the tools")
+        return self
+
+    def request(self, **origin: Unpack[Origin]) -> InferenceRequest:
+        """The request as it goes into the queue."""
+        choice, wanted = self.tool_choice, self.response_format
+        return InferenceRequest(
+            **origin,
+            stream=self.stream,
+            messages=tuple(message.plain() for message in self.messages),
+            n=self.n,
+            sampling=self.sampling(
+                max_tokens=self.max_completion_tokens or self.max_tokens,
+                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            ),
+            tools=tuple(tool.model_dump(mode="json", exclude_none=True) for tool in self.tools),
+            tool_choice=choice.model_dump() if isinstance(choice, NamedToolChoice) else choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=(
+                wanted.model_dump(mode="json", by_alias=True, exclude_none=True)
+                if wanted is not None and wanted.type != "text"
+                else None
+            ),
+            chat_template_kwargs=self.chat_template_kwargs,
+        )

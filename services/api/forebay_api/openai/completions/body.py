@@ -1,0 +1,61 @@
+"""The body of `POST /v1/completions`.
+
+Source: https://platform.openai.com/docs/api-reference/completions/create.
+"""
+
+from typing import Annotated, Self, Unpack
+
+from pydantic import Field, model_validator
+
+from forebay_api.openai.body import MAX_CHOICES, Bool, GenerationBody, Int, Many, Misfit, Origin, Token, as_many
+from forebay_contracts.wire.request import InferenceRequest
+
+MAX_LOGPROBS = 5
+
+Prompt = (
+    str
+    | Annotated[Many[Token], Field(min_length=1)]
+    | Annotated[Many[str], Field(min_length=1)]
+    | Annotated[Many[Annotated[Many[Token], Field(min_length=1)]], Field(min_length=1)]
+)
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: Prompt
+    max_tokens: Annotated[Int, Field(ge=0)] = 16
+    best_of: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: Bool = False
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.best_of is not None:
+            if self.best_of < self.n:
+                raise Misfit("best_of", "best_of must be at least n")
+            if self.stream and self.best_of > self.n:
+                raise Misfit("best_of", "best_of larger than n cannot be streamed")
+        if self.max_tokens == 0 and not self.echo:
+            raise Misfit("max_tokens", "max_tokens=0 is only of use with echo")
+        if len(self.prompts) * (self.best_of or self.n) > MAX_CHOICES:
+            raise Misfit("prompt", f"at most {MAX_CHOICES} choices over all prompts")
+        return self
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...], ...]:
+        """The prompts, one or many, as text or token ids."""
+        return as_many(self.prompt)
+
+    def request(self, **origin: Unpack[Origin]) -> InferenceRequest:
+        """The request as it goes into the queue."""
+        return InferenceRequest(
+            **origin,
+            stream=self.stream,
+            prompts=self.prompts,
+            n=self.n,
+            best_of=self.best_of if self.best_of != self.n else None,
+            echo=self.echo,
+            sampling=self.sampling(max_tokens=self.max_tokens, logprobs=self.logprobs),
+        )

@@ -1,0 +1,44 @@
+"""The body of `POST /v1/embeddings`.
+
+Source: https://platform.openai.com/docs/api-reference/embeddings/create.
+"""
+
+from typing import Annotated, Literal, Unpack
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from forebay_api.openai.body import Int, Many, Origin, RequestBody, Token, as_many
+from forebay_contracts.wire.request import InferenceRequest
+
+MAX_INPUTS = 2048
+MAX_DIMENSIONS = 65_536
+
+_Text = Annotated[str, Field(min_length=1)]
+_Tokens = Annotated[Many[Token], Field(min_length=1)]
+Input = _Text | _Tokens | Annotated[Many[_Text], Field(min_length=1)] | Annotated[Many[_Tokens], Field(min_length=1)]
+
+
+class EmbeddingBody(RequestBody):
+    """`POST /v1/embeddings`."""
+
+    input: Input
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[Int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+
+    @field_validator("input")
+    @classmethod
+    def _not_too_many(cls, value: Input) -> Input:
+        # Not a bound on the union's members: the error would name the faults of the other members too.
+        if not isinstance(value, str) and not isinstance(value[0], int) and len(value) > MAX_INPUTS:
+            raise PydanticCustomError("too_long", "at most {max_length} inputs", {"max_length": MAX_INPUTS})
+        return value
+
+    @property
+    def inputs(self) -> tuple[str | tuple[int, ...], ...]:
+        """The inputs, one or many, as text or token ids."""
+        return as_many(self.input)
+
+    def request(self, **origin: Unpack[Origin]) -> InferenceRequest:
+        """The request as it goes into the queue."""
+        return InferenceRequest(**origin, prompts=self.inputs, dimensions=self.dimensions)
