@@ -27,8 +27,10 @@ async def recent_states(connection: Connection, changes: int) -> list[RequestSta
     return found
 
 
-async def recent_changes(connection: Connection, changes: int) -> list[Msg]:
+async def recent_changes(connection: Connection, changes: int, after: int = 0) -> list[Msg]:
     """The same as they are stored, undecoded, each with its `Nats-Subject` and `Nats-Sequence`.
+
+    With `after`, only those of a later revision; all of them if the bucket has not come so far, being another one.
 
     Raises:
         QueueUnavailable: NATS does not answer, or no service has been started yet.
@@ -37,6 +39,8 @@ async def recent_changes(connection: Connection, changes: int) -> list[Msg]:
     try:
         info = await connection.jetstream.stream_info(stream)
         first = max(info.state.first_seq, info.state.last_seq - changes + 1, 1)
+        if after <= info.state.last_seq:
+            first = max(first, after + 1)
         if info.state.messages == 0:
             return []
         return await direct_get.messages(connection, stream, names.bucket_subjects(names.REQUESTS_BUCKET), first)

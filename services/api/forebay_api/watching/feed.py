@@ -1,24 +1,24 @@
-"""The live view of the queue for whoever watches: one subscription an api process, however many listen.
+"""The live view of the queue: one reader of the states in an api process, however many listen.
 
-While nobody listens nothing is subscribed to, kept or asked for. While somebody does, changes of state are heard
-from the bucket's subjects as they are written, the numbers are read once a second, and both are told to all
-listeners together, at most four times a second. There is no buffer for a listener: what it has not been told yet
-is what has changed since it was told last. Where that is more than a message holds, or is kept no more, it is told
-the newest requests anew, to be shown instead of what it knows.
+While nobody listens, nothing is subscribed to, kept or asked for. While somebody does, new states are read from the
+bucket as soon as one of its subjects is heard, and the queue's numbers once a second. All listeners are told at most
+four times a second. No listener has a buffer: it is told what has changed since its last message. If that is more than
+a message holds, or is no longer kept, it is told the newest requests instead, and to forget the others.
+
+A KV watch would do the reading, but needs a consumer. A user that may create consumers can make them deliver to any
+subject of its account, so an api may not create one (docs/security-nats.md). Therefore the subscription only says that
+something has changed. Batched direct gets then read what it is, in the order of the bucket's revisions.
 """
 
 import asyncio
 import contextlib
-import functools
 import json
 import logging
-import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
-from operator import attrgetter
 
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -30,7 +30,7 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.recent_requests import recent_changes
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import InvalidApiKey, QueueError, TooManyListeners
+from forebay_contracts.wire.errors import InvalidApiKey, QueueError, QueueUnavailable, TooManyListeners
 from forebay_contracts.wire.heartbeats import WorkerInfo
 from forebay_contracts.wire.state import RequestState
 
@@ -38,62 +38,48 @@ MAX_LISTENERS = 100
 """Most listeners of one api process; one more gets 503."""
 
 MAX_LISTENERS_OF_KEY = 10
-"""Most of them with one key that is no operator's."""
+"""Most listeners with one key that is no operator's."""
 
 OPERATORS_LISTENERS = 10
-"""How many of them are left to operators, whoever else listens."""
+"""Listeners reserved for operators."""
 
 MIN_INTERVAL_S = 0.25
 """Least time between two messages to a listener."""
 
-NUMBERS_INTERVAL_S = 1.0
-"""How often the queue's numbers are read while somebody listens, and the most time between two messages."""
+MAX_INTERVAL_S = 1.0
+"""Most time between two messages, and how often the queue's numbers are read."""
+
+SETTLE_S = 0.02
+"""Time from hearing of a write until it is read: a cluster stores it a moment later."""
+
+READ_TIMEOUT_S = 2.0
+"""How long NATS may take to be read before listeners are told without its answer."""
 
 MAX_REQUESTS = 50
-"""How many requests a message tells of."""
+"""Most requests in one message."""
 
 MAX_KEPT = 1_000
-"""How many requests are kept, those that changed last and rather unfinished ones: a key sees few of them."""
+"""Most requests kept: those that changed last, unfinished ones before others. A key sees few of them."""
 
-LOADED_CHANGES = 2_000
-"""How many of the bucket's latest changes the first listener has read, about two for each request."""
-
-MAX_REVISIONS = 10_000
-"""Of how many requests it is known which writes can be no news any more, kept or not."""
-
-FIRST_WRITE_S = 10.0
-"""How old a request may be of which nothing is known, for what claims to be its first write to be believed."""
+MAX_CHANGES = 2_000
+"""Most changes read at once, some two for each request."""
 
 _NOTHING = -1
-"""The version that a listener has been told who is to be told the newest requests."""
-
-_QUEUED_AT = re.compile(rb'"queued_at":(\d+(?:\.\d+)?)')
-_UNFINISHED = (b'"status":"queued"', b'"status":"processing"')
+"""The revision of a listener that is to be told the newest requests."""
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, slots=True)
 class Change:
-    """A state as it was heard. Decoded when it is told: of the changes of a busy second most are overtaken by then."""
+    """A state at its revision in the bucket."""
 
-    request_id: str
-    version: int
-    queued_at: float
-    data: bytes
-
-    @functools.cached_property
-    def state(self) -> RequestState | None:
-        """The state, None where it cannot be read."""
-        try:
-            return RequestState.model_validate_json(self.data)
-        except ValidationError:
-            log.debug("the state of %s cannot be read", self.request_id)
-            return None
+    revision: int
+    state: RequestState
 
 
 class Feed:
-    """Server-sent events: `event: queue` with JSON of `connected, status, workers, reset, requests`."""
+    """Server-sent events: `event: queue` with JSON of `at, connected, status, workers, reset, requests`."""
 
     def __init__(
         self,
@@ -107,15 +93,19 @@ class Feed:
         self._listening: list[Client] = []
         self._starting = asyncio.Lock()
         self._subscription: Subscription | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        # Both in the order of their versions. What has been dropped has no version above the floor.
+        self._task: asyncio.Task[None] | None = None
+        # Both in the order of their revisions.
         self._unfinished: OrderedDict[str, Change] = OrderedDict()
         self._ended: OrderedDict[str, Change] = OrderedDict()
-        self._version = self._floor = 0
-        self._revisions: OrderedDict[str, int] = OrderedDict()
-        self._stale = False
+        self._revision = 0
+        """The newest revision read."""
+        self._dropped = 0
+        """The newest revision that is no longer kept, or was not read."""
+        self._stale = True
+        """Whether the revisions after the newest one may be of another bucket, or too many to read."""
         self._numbers: QueueStatus | None = None
-        self._news = asyncio.Event()
+        self._numbers_at = 0.0
+        self._heard_write = asyncio.Event()
         self._told = asyncio.Event()
         self._closed = False
         connection.on_reconnect.append(self._reconnected)
@@ -126,14 +116,14 @@ class Feed:
         return len(self._listening)
 
     async def listen(self, caller: Callable[[], Client]) -> AsyncGenerator[bytes, None]:
-        """Events until the api stops; the first one tells the newest requests. To be closed by who iterates.
+        """Events until the api stops, the first with the newest requests. Whoever iterates must close it.
 
-        `caller` says who listens, and is asked again before each event: once it raises InvalidApiKey, there are no
-        more; with other rights than before, it is told what it may see now.
+        `caller` says who listens, and is asked again before each event. Once it raises InvalidApiKey, the events end.
+        If its rights have changed, the listener is told what it may see now.
 
         Raises:
-            InvalidApiKey: as `caller` does at once.
-            TooManyListeners: as many listen already as may.
+            InvalidApiKey: the first call of `caller` raised it.
+            TooManyListeners: there are as many listeners as there may be.
             QueueUnavailable: NATS does not answer.
         """
         client = admitted = caller()
@@ -143,12 +133,12 @@ class Feed:
             async with self._starting:
                 if self._subscription is None:
                     await self._start()
-            version = _NOTHING
+            known = _NOTHING
             while True:
-                # Taken before the event is sent: what changes meanwhile is for the next one.
-                told, newest = self._told, self._version
-                yield self._event(version, client)
-                version = newest
+                # Taken before the event is sent: what changes meanwhile belongs to the next one.
+                told, newest = self._told, self._revision
+                yield self._event(known, client)
+                known = newest
                 await told.wait()
                 if self._closed:
                     return
@@ -157,14 +147,14 @@ class Feed:
                 except InvalidApiKey:
                     return
                 if now != client:
-                    client, version = now, _NOTHING
+                    client, known = now, _NOTHING
         finally:
             self._listening.remove(admitted)
             if not self._listening:
                 await self._stop()
 
     async def close(self) -> None:
-        """Let every listener end: the api stops."""
+        """End every listener's events: the api stops."""
         self._closed = True
         self._tell()
 
@@ -179,115 +169,96 @@ class Feed:
         subject = names.bucket_subjects(names.REQUESTS_BUCKET)
         self._subscription = await self._connection.client.subscribe(subject, cb=self._heard)
         try:
-            await self._load()
-            self._numbers = await self._read_numbers()
+            await self._read()
         except BaseException:
             await self._stop()
             raise
-        self._tasks = [asyncio.create_task(self._tell_all()), asyncio.create_task(self._keep_counting())]
+        self._task = asyncio.create_task(self._follow())
 
     async def _stop(self) -> None:
         subscription, self._subscription = self._subscription, None
-        for task in self._tasks:
-            task.cancel()
-        self._tasks = []
-        self._forget()
+        if self._task is not None:
+            self._task.cancel()
+        self._stale, self._numbers_at = True, 0
         if subscription is not None:
             with contextlib.suppress(NatsError):
                 await subscription.unsubscribe()
 
-    def _forget(self) -> None:
-        self._unfinished.clear()
-        self._ended.clear()
-        self._revisions.clear()
-        self._version += 1
-        self._floor = self._version
-
-    async def _load(self) -> None:
-        """Read what there is, in place of what was known before."""
-        before, self._stale = self._version, False
-        try:
-            stored = await recent_changes(self._connection, LOADED_CHANGES)
-        except QueueError:
-            self._stale = True
-            raise
-        heard = [(change, self._revisions.get(change.request_id, 0)) for change in self._since(before)]
-        self._forget()
-        for msg in stored:
-            if msg.data and msg.headers:
-                self._keep(_request_id(msg.headers["Nats-Subject"]), int(msg.headers["Nats-Sequence"]), msg.data)
-        # What was heard meanwhile is newer, unless it is what was read, or a write that lost to it.
-        for change, revision in reversed(heard):
-            if revision > self._revisions.get(change.request_id, 0):
-                self._keep(change.request_id, revision, change.data)
+    async def _heard(self, _: Msg) -> None:
+        self._heard_write.set()
 
     async def _reconnected(self) -> None:
-        # What was written meanwhile was not heard. It is read by who asks once a second, until there is an answer.
         self._stale = True
 
-    async def _heard(self, msg: Msg) -> None:
-        if not msg.data:
-            return
-        request_id = _request_id(msg.subject)
-        # Writes that lose their compare-and-set are heard too: they name a revision that another has named.
-        over = int((msg.headers or {}).get("Nats-Expected-Last-Subject-Sequence", 0))
-        known = self._revisions.get(request_id)
-        if known is None and not over and time.time() - _queued_at(msg.data) > FIRST_WRITE_S:
-            return  # Most likely it lost to a first write that was not heard here, or is remembered no more.
-        if over >= (known or 0):
-            self._keep(request_id, over + 1, msg.data)
-
-    def _keep(self, request_id: str, revision: int, data: bytes) -> None:
-        """Keep a state whose revision is `revision` or more."""
-        self._version += 1
-        self._revisions[request_id] = revision
-        self._revisions.move_to_end(request_id)
-        if len(self._revisions) > MAX_REVISIONS:
-            self._revisions.popitem(last=False)
-        self._unfinished.pop(request_id, None)
-        self._ended.pop(request_id, None)
-        # Within a string the quotes would be escaped.
-        kept = self._unfinished if any(status in data for status in _UNFINISHED) else self._ended
-        kept[request_id] = Change(request_id, self._version, _queued_at(data), data)
-        if len(self._unfinished) + len(self._ended) > MAX_KEPT:
-            _, dropped = (self._ended or self._unfinished).popitem(last=False)
-            self._floor = max(self._floor, dropped.version)
-        self._news.set()
-
-    async def _tell_all(self) -> None:
+    async def _follow(self) -> None:
         while True:
-            # Also without news: who hears nothing takes the connection for lost, and keys are looked at again.
+            # Also told without news: a client that hears nothing assumes that the connection is lost.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(NUMBERS_INTERVAL_S):
-                    await self._news.wait()
-            self._news.clear()
+                async with asyncio.timeout(MAX_INTERVAL_S):
+                    await self._heard_write.wait()
+                    await asyncio.sleep(SETTLE_S)
+            self._heard_write.clear()
+            try:
+                async with asyncio.timeout(READ_TIMEOUT_S):
+                    await self._read()
+            except (QueueError, TimeoutError) as exc:
+                self._numbers = None
+                log.debug("the queue cannot be read: %r", exc)
             self._tell()
             await asyncio.sleep(MIN_INTERVAL_S)
+
+    async def _read(self) -> None:
+        """Read the changes since the last time, and the numbers if they are due."""
+        if not self._connection.connected:
+            raise QueueUnavailable("NATS is away")
+        self._stale, stale = False, self._stale
+        try:
+            changes = await recent_changes(self._connection, MAX_CHANGES, 0 if stale else self._revision)
+        except BaseException:
+            self._stale = True
+            raise
+        if changes:
+            oldest, newest = _revision(changes[0]), _revision(changes[-1])
+            stale = stale or oldest <= self._revision or newest - self._revision > MAX_CHANGES
+        if stale:
+            self._unfinished.clear()
+            self._ended.clear()
+        for msg in changes:
+            self._keep((msg.headers or {})["Nats-Subject"].rsplit(".", 1)[1], _revision(msg), msg.data)
+        if stale:
+            self._dropped = self._revision
+        if time.monotonic() - self._numbers_at >= MAX_INTERVAL_S:
+            self._numbers = await self._read_numbers()
+            self._numbers_at = time.monotonic()
+
+    def _keep(self, request_id: str, revision: int, data: bytes) -> None:
+        self._revision = revision
+        self._unfinished.pop(request_id, None)
+        self._ended.pop(request_id, None)
+        try:
+            state = RequestState.model_validate_json(data)
+        except ValidationError:  # deleted, or written by a newer version
+            return
+        kept = self._ended if state.status.final else self._unfinished
+        kept[request_id] = Change(revision, state)
+        if len(self._unfinished) + len(self._ended) > MAX_KEPT:
+            _, dropped = (self._ended or self._unfinished).popitem(last=False)
+            self._dropped = max(self._dropped, dropped.revision)
 
     def _tell(self) -> None:
         told, self._told = self._told, asyncio.Event()
         told.set()
 
-    async def _keep_counting(self) -> None:
-        while True:
-            await asyncio.sleep(NUMBERS_INTERVAL_S)
-            try:
-                if self._stale:
-                    await self._load()
-                self._numbers = await self._read_numbers()
-            except QueueError as exc:
-                self._numbers = None
-                log.debug("the queue's numbers cannot be read: %s", exc)
-            self._news.set()
-
-    def _event(self, since: int, client: Client) -> bytes:
-        reset = since < self._floor
+    def _event(self, known: int, client: Client) -> bytes:
+        reset = known < self._dropped or known > self._revision
         if not reset:
-            told = list(islice(_visible(self._since(since), client), MAX_REQUESTS + 1))
+            told = list(islice(_visible(self._since(known), client), MAX_REQUESTS + 1))
             reset = len(told) > MAX_REQUESTS
         if reset:
             newest = sorted(
-                chain(self._unfinished.values(), self._ended.values()), key=attrgetter("queued_at"), reverse=True
+                chain(self._unfinished.values(), self._ended.values()),
+                key=lambda change: change.state.queued_at,
+                reverse=True,
             )
             told = list(islice(_visible(newest, client), MAX_REQUESTS))
         body = {
@@ -296,29 +267,22 @@ class Feed:
             "status": self._numbers.model_dump() if self._numbers else None,
             "workers": [worker.model_dump(mode="json") for worker in self._workers()],
             "reset": reset,
+            # `fault` says what went wrong inside: that is for operators.
             "requests": [
-                # What went wrong inside is for who runs it.
-                state.model_dump(mode="json") | ({} if client.operator else {"fault": None})
-                for state in told
+                state.model_dump(mode="json") | ({} if client.operator else {"fault": None}) for state in told
             ],
         }
         return b"event: queue\ndata: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
-    def _since(self, version: int) -> Iterator[Change]:
-        """What has changed since then, of the unfinished and of the others the last first."""
+    def _since(self, revision: int) -> Iterator[Change]:
+        """What has changed since `revision`: unfinished requests first, of each kind the newest change first."""
         for kept in (self._unfinished, self._ended):
-            yield from takewhile(lambda change: change.version > version, reversed(kept.values()))
+            yield from takewhile(lambda change: change.revision > revision, reversed(kept.values()))
 
 
 def _visible(changes: Iterable[Change], client: Client) -> Iterator[RequestState]:
-    return (state for change in changes if (state := change.state) is not None and client.may_see(state.key))
+    return (change.state for change in changes if client.may_see(change.state.key))
 
 
-def _request_id(subject: str) -> str:
-    return subject.rsplit(".", 1)[1]
-
-
-def _queued_at(data: bytes) -> float:
-    """When the request of a state was queued, without reading all of it; 0 where it does not say."""
-    found = _QUEUED_AT.search(data)
-    return float(found[1]) if found else 0.0
+def _revision(msg: Msg) -> int:
+    return int((msg.headers or {})["Nats-Sequence"])
