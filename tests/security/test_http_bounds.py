@@ -90,6 +90,36 @@ async def test_headers_that_do_not_come(stack: Stack) -> None:
         refused(answer, 408)
 
 
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"nonsense\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET /v1/models HTTP/1.1\r\nhost x\r\n\r\n",
+        b"GET http://[ HTTP/1.1\r\nhost: x\r\n\r\n",
+        POST + b"content-length: many\r\n\r\n",
+        POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"CONNECT example.com:443 HTTP/1.1\r\nhost: x\r\n\r\n",
+    ],
+)
+async def test_what_is_not_http_gets_an_error_in_the_usual_shape(stack: Stack, request_bytes: bytes) -> None:
+    refused(await send(stack.apis[0], request_bytes), 400)
+
+
+async def test_an_offer_to_upgrade_is_ignored(stack: Stack) -> None:
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "[[tokens=2]]"}]}).encode()
+    offer = POST + b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+    head = offer + b"content-length: %d\r\n\r\n" % len(body)
+    chunked = offer + b"transfer-encoding: chunked\r\n\r\n%x\r\n" % len(body)
+    last = GET + b"connection: close\r\n\r\n"
+    for pieces in ((head + body,), (head, body[:9], body[9:]), (chunked + body + b"\r\n0\r\n\r\n",)):
+        answer = await send(stack.apis[0], *pieces, last)
+        assert b'"content":"t0 t1"' in answer
+        assert answer.count(b"HTTP/1.1 200 ") == 2  # the connection goes on
+    socket = GET + b"connection: upgrade, close\r\nupgrade: websocket\r\nsec-websocket-key: x\r\n\r\n"
+    assert (await send(stack.apis[0], socket)).startswith(b"HTTP/1.1 200 ")
+
+
 async def test_a_body_that_does_not_come(stack: Stack) -> None:
     refused(await send(stack.apis[0], POST + b"content-length: 100\r\n\r\n{"), 408)
     refused(await send(stack.apis[0], POST + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n"), 408)
@@ -97,6 +127,29 @@ async def test_a_body_that_does_not_come(stack: Stack) -> None:
     answer = await send(stack.apis[0], GET + b"content-length: 100\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.count(b"HTTP/1.1") <= 2
+
+
+async def test_no_body_holds_up_others(stack: Stack) -> None:
+    """Bodies of hundreds of thousands of faults, or of parts that are all good, while others want an answer."""
+    api = stack.apis[0]
+
+    async def post(path: str, **fields: object) -> int:
+        body = json.dumps({"model": MODEL, **fields}).encode()
+        return (await stack.http.post(f"{api.url}/v1/{path}", content=body)).status_code
+
+    many = 100_000
+    bad = [post("completions", prompt=[item] * many) for item in ({}, [], 0.5)]
+    bad += [post("embeddings", input=[{}] * many), post("chat/completions", messages=[1] * many)]
+    good = [post("completions", prompt=[7] * many, max_tokens=1) for _ in range(10)]
+    attack = asyncio.gather(*bad, *good)
+    longest_s = 0.0
+    while not attack.done():
+        began = asyncio.get_running_loop().time()
+        assert (await stack.http.get(f"{api.url}/health/live")).status_code == 200
+        longest_s = max(longest_s, asyncio.get_running_loop().time() - began)
+    assert await attack == [400] * len(bad) + [200] * len(good)
+    # Each of the first took seconds, and so did the others together. On an idle machine it is now some 50 ms.
+    assert longest_s < 1.5
 
 
 async def test_an_answer_outlasts_the_time_for_a_body(stack: Stack) -> None:

@@ -1,13 +1,14 @@
 """uvicorn's HTTP on httptools, with bounds on what a client sends before there is a request to answer.
 
-httptools itself takes headers without an end, and uvicorn waits for them for ever. It also writes an answer in pieces,
-each of which is a system call and a packet: here they leave together.
+httptools accepts headers without an end, and uvicorn waits for them without a timeout. uvicorn also writes an answer in
+pieces, each of them a system call and a packet; here they leave together.
 """
 
 import json
 from asyncio import AbstractEventLoop, TimerHandle, Transport
 from typing import Any, Final
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEAD_BYTES: Final = 32 * 1024
@@ -16,11 +17,11 @@ MAX_HEAD_BYTES: Final = 32 * 1024
 MAX_HEADERS: Final = 100
 
 HEAD_TIMEOUT_S: Final = 10.0
-"""How long a client may take over a request's line and headers, from its first byte or its connection on."""
+"""Time for a request's line and headers, from its first byte or from the connection on."""
 
 
 class GatheringTransport:
-    """Writes what one turn of the event loop has for a connection at once: head and body, many tokens of a stream."""
+    """Writes at once what one turn of the event loop has for a connection: head and body, many tokens of a stream."""
 
     __slots__ = ("_loop", "_parts", "_transport")
 
@@ -52,9 +53,9 @@ class GatheringTransport:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """One connection. What exceeds a bound is answered 431 or 408 and closed."""
+    """One connection. A request that exceeds a bound or is not HTTP is answered 431, 408 or 400, and closes it."""
 
-    # As plain attributes they would double the memory of the connection's own: more than what instances share.
+    # Without slots these attributes would double the memory of the connection's own.
     __slots__ = ("_body_timeout_s", "_head_bytes", "_in_body", "_refused", "_silent_bytes", "_timer")
 
     def __init__(self, *args: Any, body_timeout_s: float, **options: Any) -> None:
@@ -80,13 +81,34 @@ class BoundedHttp(HttpToolsProtocol):
         """See asyncio.Protocol."""
         if self._refused:
             return
-        # Bytes that have brought nothing yet, neither a whole head nor a piece of body: httptools keeps them all.
+        # Bytes since the last whole head or piece of body. httptools keeps them all.
         self._silent_bytes += len(data)
         if self._timer is None:
             self._arm(HEAD_TIMEOUT_S)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as exc:
+            self._ignore_upgrade(data[exc.args[0] :])
+        except HttpParserError:
+            self._refuse(400, "the request is not valid HTTP")
         if self._silent_bytes > MAX_HEAD_BYTES:
             self._refuse(431, "the request's headers are too large")
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read the request again without its `Upgrade` header, as RFC 9110 7.8 allows.
+
+        httptools ends a request that has one after its headers, and `rest`, its body, would be lost.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(400, "CONNECT is not supported")
+            return
+        head = b"%b %b HTTP/%b\r\n" % (method, self.url, self.parser.get_http_version().encode())
+        lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.data_received(b"".join((head, *lines, b"\r\n", rest)))
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -108,12 +130,12 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is there: the application begins."""
-        if self._refused:
+        if self._refused or self.parser.should_upgrade():
             return
         self._silent_bytes = 0
-        self._in_body = True
         self._arm(self._body_timeout_s)
         super().on_headers_complete()
+        self._in_body = True
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
@@ -123,6 +145,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        if self.parser.should_upgrade():
+            return
         self._silent_bytes = 0
         self._in_body = False
         self._disarm()
@@ -141,7 +165,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _expired(self) -> None:
         self._timer = None
         if self._answers_before():
-            # The answer to the request before is under way: its client is no idler.
+            # The client waits for the answer to its request before.
             self._arm(HEAD_TIMEOUT_S)
         else:
             self._refuse(408, "the request did not arrive in time")
