@@ -145,6 +145,18 @@ def test_the_environment_is_stronger_than_the_file(monkeypatch: pytest.MonkeyPat
     assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
 
 
+@pytest.mark.parametrize("name", ["API_KEYS", "CORS_ORIGINS"])
+@pytest.mark.parametrize("value", [",", " ", " , ,"])
+def test_a_list_that_is_set_and_names_nothing_is_an_error(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=f"{name}=.*names nothing"):
+        load(ApiSettings)
+    monkeypatch.setenv(name, "")
+    assert load(ApiSettings).api_keys == ()
+
+
 def test_a_number_of_a_choice_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NATS_REPLICAS", "3")
     assert load(Settings).nats_replicas == 3

@@ -190,9 +190,13 @@ class ApiSettings(Settings):
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
+        if not isinstance(value, str):
+            return value
+        parts = tuple(part.strip() for part in value.split(",") if part.strip())
+        # Without keys the api is open to all, which must not come from a slip.
+        if value and not parts:
+            raise ValueError("this names nothing; leave it empty to have none")
+        return parts
 
     @field_validator("cors_origins")
     @classmethod
