@@ -1,4 +1,4 @@
-"""What the routes work with: built by `app`, reached as `request.app.state.context`."""
+"""What the routes work with, built by `app`. FastAPI's routes reach it as `request.app.state.context`."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -37,7 +37,7 @@ class Context:
     draining: bool = False
 
 
-# Coroutines, though they await nothing: FastAPI would run plain functions in a thread each.
+# FastAPI would run plain functions in a thread each.
 async def context(request: Request) -> Context:
     """The running api that serves `request`."""
     found: Context = request.app.state.context
@@ -45,14 +45,14 @@ async def context(request: Request) -> Context:
 
 
 async def authorized(request: Request) -> Context:
-    """The same, for clients with a valid key only."""
+    """The same. Raises InvalidApiKey without a valid key."""
     found = await context(request)
     request.state.client = found.keys.check(request)
     return found
 
 
 async def caller(request: Request) -> Client:
-    """Whose key `request` carries."""
+    """The client whose key `request` carries."""
     return (await context(request)).keys.check(request)
 
 

@@ -26,7 +26,7 @@ from forebay_contracts.wire.errors import ConfigurationError, ForebayError
 
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 20_000
-"""Connections of one api process, idle ones included; one more is answered 503 and closed."""
+"""Most connections of one api process, idle ones included; one more is answered 503 and closed."""
 SPARE_FILES = 256
 BACKLOG = 4096
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which after a signal goes on for SHUTDOWN_DELAY, not ready any more."""
+    """uvicorn's server. After a signal it serves on for SHUTDOWN_DELAY, but is not ready any more."""
 
     def __init__(self, config: uvicorn.Config, context: Context) -> None:
         super().__init__(config)
@@ -42,12 +42,12 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, which waits for open connections: those who watch the queue would stay for ever."""
+        """End the feed first: uvicorn waits for open connections, and listeners never leave by themselves."""
         await self._context.feed.close()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First be seen to be leaving, then leave; a second signal leaves at once."""
+        """Be unready for SHUTDOWN_DELAY, then stop; a second signal stops at once."""
         delay_s = self._context.settings.shutdown_delay
         leave = functools.partial(super().handle_exit, sig, frame)
         if delay_s and not self._context.draining:
@@ -58,14 +58,14 @@ class Server(uvicorn.Server):
 
 
 def configure(settings: ApiSettings) -> None:
-    """What a process sets up once, before anything else of it is built."""
+    """Set up logs, metrics and traces of this process, before anything else is built."""
     logs.configure(settings)
     metrics.configure(settings)
     tracing.configure("forebay-api")
 
 
 async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
-    """One api process: connected to NATS first, then serving on `sockets`, until it is told to stop."""
+    """Connect to NATS, then serve on `sockets` until a signal."""
     raise_file_limit(MAX_CONNECTIONS + SPARE_FILES)
     async with running(settings) as context:
         calm_collector()
@@ -73,7 +73,7 @@ async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
 
 
 def process(listener: socket.socket, parent: int) -> None:
-    """What each of several api processes runs."""
+    """The main function of each of several api processes."""
     die_with_parent(parent)
     settings = load(ApiSettings)
     configure(settings)
@@ -92,11 +92,11 @@ def main() -> int:
         listener = _listen(settings)
     except OSError as exc:
         return _report(ConfigurationError(f"cannot listen on {settings.api_host}:{settings.api_port}: {exc.strerror}"))
-    # With API_PORT=0 the system chooses one: it is said here.
+    # With API_PORT=0 the system chooses the port.
     log.info("[RequestQueue] listening on %s:%d", settings.api_host, listener.getsockname()[1])
     if settings.api_processes > 1:
         with tempfile.TemporaryDirectory(prefix="forebay-metrics-") as shared:
-            # Read by prometheus_client when the children import it: they count in files that each can sum up.
+            # Read by prometheus_client on import: the children count in files, which each of them can sum up.
             os.environ.setdefault(MULTIPROCESS_DIR, shared)
             return _supervise(settings.api_processes, listener)
     _survive_signals()
@@ -104,7 +104,7 @@ def main() -> int:
 
 
 def _supervise(count: int, listener: socket.socket) -> int:
-    """Run `count` processes on one listener; when one ends, all do: whoever supervises this one sees it."""
+    """Run `count` processes on one listener. When one ends, all end, so that whoever started this one sees it."""
     spawn = multiprocessing.get_context("spawn")
     children = [
         spawn.Process(target=process, args=(listener, os.getpid()), name=f"api-{number}") for number in range(count)
@@ -126,7 +126,7 @@ def _supervise(count: int, listener: socket.socket) -> int:
 
 
 def _survive_signals() -> None:
-    # uvicorn raises the signal that ended it once more when it is done; to have drained is a success.
+    # uvicorn raises the signal again once it has drained, but a drained process ends with 0.
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: None)
 
@@ -152,7 +152,7 @@ def _listen(settings: ApiSettings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((settings.api_host, settings.api_port))
-    # From here on nobody is turned away: who comes before the api has started waits for it.
+    # From here on the system accepts connections; they wait until the api has started.
     listener.listen(BACKLOG)
     return listener
 

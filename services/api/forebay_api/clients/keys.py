@@ -17,21 +17,21 @@ from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidApiKey
 
 REREAD_S = 2.0
-"""How often the keys file is looked at. Read, not watched: a mounted Secret is swapped by a link above it."""
+"""How often the keys file is read. It is not watched: Kubernetes swaps a mounted Secret by a link above it."""
 
 _SECRET: Final = secrets.token_bytes(32)
 
 SHORT_KEY = 16
-"""Shorter keys of API_KEYS can be guessed, and are warned of."""
+"""Shorter keys of API_KEYS can be guessed, and cause a warning."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Whose key a request carries; `name` None: the api is open to all.
+    """The owner of a key; `name` None: the api is open to all.
 
-    An operator sees and calls off everybody's requests, others their own. `max_requests` None: no bound.
+    An operator sees and cancels everybody's requests, others their own. `max_requests` None: no bound.
     """
 
     name: str | None = None
@@ -39,7 +39,7 @@ class Client:
     max_requests: int | None = None
 
     def may_see(self, key: str | None) -> bool:
-        """Whether a request that came with the key of this name is any of its business."""
+        """Whether the client may see requests of the key of this name."""
         return self.operator or key == self.name
 
 
@@ -47,7 +47,7 @@ ANYBODY: Final = Client(operator=True)
 
 
 class ApiKeys:
-    """Who may come in; with no keys configured, everybody."""
+    """Who may use the api; without any keys, everybody."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._file = settings.api_keys_file
@@ -59,10 +59,10 @@ class ApiKeys:
         self._follower: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Read the keys file, and from then on whenever it has changed.
+        """Read the keys file, and follow its changes from then on.
 
         Raises:
-            ConfigurationError: it cannot be read, or cannot be meant.
+            ConfigurationError: the file cannot be read, or is not valid.
         """
         self._use({})
         if self._file is not None:
@@ -70,18 +70,18 @@ class ApiKeys:
             self._follower = asyncio.create_task(self._follow(self._file))
 
     async def stop(self) -> None:
-        """Look at the file no more."""
+        """Stop following the file."""
         if self._follower is not None:
             self._follower.cancel()
 
     def check(self, request: Request) -> Client:
-        """Whose request it is. Raises InvalidApiKey unless it carries one of the keys."""
+        """The client of a request. Raises InvalidApiKey unless it carries one of the keys."""
         if not self._clients:
             return ANYBODY
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not given:
             raise InvalidApiKey("You didn't provide an API key: send it as `Authorization: Bearer YOUR_KEY`.")
-        # The bytes as they came: header values are decoded so.
+        # Starlette decodes header values as latin-1: this gives the bytes as they came.
         found = self._clients.get(_place(hashlib.sha256(given.strip().encode("latin-1")).digest()))
         if found is None:
             raise InvalidApiKey("Incorrect API key provided.")
@@ -99,7 +99,7 @@ class ApiKeys:
                 self._reread(file)
                 complaint = ""
             except ConfigurationError as exc:
-                # Half written, or a slip: whoever could come in still can, until it is put right.
+                # It may be half written. The keys of before are valid until it is repaired.
                 if (said := str(exc)) != complaint:
                     log.error("[RequestQueue] %s; the keys of before stay", said)
                     complaint = said
@@ -138,16 +138,16 @@ class ApiKeys:
 
 
 def _place(digest: bytes) -> bytes:
-    """Where in the table the client of a key's hash stands.
+    """The place of a key's hash in the table of clients.
 
-    This process alone can tell where that is, so that the time a search takes says nothing of the keys that are good.
-    That is a comparison in constant time with all of them at once.
+    It depends on a secret of this process. So the time of a search tells nothing about valid keys, as if the key were
+    compared with each of them in constant time.
     """
     return hashlib.blake2b(digest, key=_SECRET, digest_size=32).digest()
 
 
 def _plain(given: Iterable[SecretStr], max_requests: int | None) -> dict[bytes, Client]:
-    """The keys of API_KEYS, of which all are trusted alike: they are nameless, so they are numbered."""
+    """The clients of API_KEYS. The keys have no names, so they are numbered; all of them are operators'."""
     found = {}
     for number, secret in enumerate(dict.fromkeys(key.get_secret_value() for key in given), start=1):
         if len(secret) < SHORT_KEY:

@@ -14,15 +14,15 @@ from forebay_contracts.wire.heartbeats import ApiInfo
 _UNBOUNDED: Final = contextlib.nullcontext()
 
 RETRY_AFTER_S: Final = 1
-"""Where nothing is known of how fast a key's requests end."""
+"""Retry-After as long as nothing is known about how fast a key's requests end."""
 
 
 class KeyLimits:
-    """What each key has admitted and unfinished, waiting and processing together.
+    """How many requests each key has admitted and unfinished, waiting and processing together.
 
-    What was admitted here is counted exactly, what was admitted at other apis as their heartbeats said last, at most
-    a second ago: the bound costs a request nothing but a look, an api that dies takes its count along, and between
-    two heartbeats a key can get past the bound by at most as many again for each further api that it asks.
+    Requests of this api are counted exactly. Those of other apis are known from their heartbeats, at most a second old.
+    So the bound costs a request no round trip, and the count of an api that dies goes with it. Between two heartbeats a
+    key can exceed the bound by as many again for each further api that it asks.
     """
 
     def __init__(self, keys: ApiKeys, others: Callable[[], Iterable[ApiInfo]]) -> None:

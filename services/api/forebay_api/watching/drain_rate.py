@@ -1,4 +1,4 @@
-"""How fast the queue moves, for Retry-After and the estimated wait: measured where it is asked for, never polled."""
+"""How fast the queue moves, for Retry-After and the estimated wait. Measured when somebody asks, never polled."""
 
 import itertools
 import math
@@ -12,29 +12,29 @@ from forebay_contracts.queueing.status import ModelQueue
 WINDOW_S = 60.0
 SAMPLE_INTERVAL_S = 1.0
 MIN_SPAN_S = 0.1
-"""Over less, one request more or less would be any rate."""
+"""Over less time, one request more or less makes any rate."""
 
 MAX_RETRY_AFTER_S = 60
 
 
 class DrainRate:
-    """Places freed per second of work, from samples of how many requests have left ever.
+    """Places freed per second of work, from samples of how many requests have left so far.
 
-    What is sampled is the server's own count, so it is the rate of the whole deployment, whichever api asks. Time that
-    began with nothing to do says nothing of how fast it can be, and is left out.
+    The samples are the server's own count, so every api finds the rate of the whole deployment. Time that began with an
+    empty queue is left out: it does not tell how fast the queue can be.
     """
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, int, bool]] = deque()
 
     def sample(self, left: int, *, busy: bool = True) -> None:
-        """Note that `left` requests have left so far, and whether there are any to leave; samples less than a second
-        apart are kept as one."""
+        """Note that `left` requests have left so far, and whether any are there. Of samples less than a second apart
+        one is kept."""
         now = time.monotonic()
         if len(self._samples) > 1 and self._samples[-1][0] - self._samples[-2][0] < SAMPLE_INTERVAL_S:
-            # Of the two the one that work began with; what was idle before it counts for nothing.
+            # Of the two, the one at which work began: idle time before it does not count.
             del self._samples[-1 if self._samples[-2][2] else -2]
-        # The count begins anew where the stream was made anew.
+        # The stream has been created anew.
         if self._samples and left < self._samples[-1][1]:
             self._samples.clear()
         self._samples.append((now, left, busy))
@@ -46,11 +46,11 @@ class DrainRate:
         if not self._samples:
             return True
         at, _, busy = self._samples[-1]
-        # The first of a burst is when the measurement begins.
+        # The measurement begins with the first request of a burst.
         return not busy or time.monotonic() - at >= SAMPLE_INTERVAL_S
 
     def wait_s(self, places: int) -> float | None:
-        """Seconds until `places` more have left, or None where nothing has left lately."""
+        """Seconds until `places` more have left, None if none has left lately."""
         if len(self._samples) < 2 or time.monotonic() - self._samples[-1][0] > WINDOW_S:
             return None
         worked_s, left = 0.0, 0
@@ -63,7 +63,7 @@ class DrainRate:
         return places * worked_s / left
 
     def retry_after_s(self) -> int | None:
-        """Whole seconds until a place should be free, or None where nothing is known."""
+        """Whole seconds until a place should be free, None if unknown."""
         seconds = self.wait_s(1)
         return None if seconds is None else min(max(math.ceil(seconds), 1), MAX_RETRY_AFTER_S)
 
@@ -76,7 +76,7 @@ class Rates:
     lines: defaultdict[str, DrainRate] = field(default_factory=lambda: defaultdict(DrainRate))
 
     def sample(self, left: int, messages: int, models: Iterable[ModelQueue]) -> None:
-        """Note what the stream and the consumers of `models` tell."""
+        """Note the counts of the stream and of the consumers of `models`."""
         self.queue.sample(left, busy=messages > 0)
         for line in models:
             self.lines[line.model].sample(line.delivered, busy=line.waiting > 0)

@@ -1,6 +1,6 @@
-"""`/v1/queue`: how full the queue is, what became of one request, and calling it off."""
+"""`/v1/queue`: how full the queue is, what became of one request, and cancelling it."""
 
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter
 
@@ -11,6 +11,14 @@ from forebay_contracts.queueing.status import QueueStatus, queue_status
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestNotFound
 from forebay_contracts.wire.state import RequestState, RequestStatus
+
+# fmt: off
+SHOWN: Final = {
+    "id", "status", "completion_type", "timestamp", "error", "fault", "model", "attempt", "worker", "queued_at",
+    "started_at", "finished_at", "usage",
+}
+# fmt: on
+"""The fields of a state that clients see. Only operators see `fault`, which says what went wrong inside."""
 
 router = APIRouter(prefix="/v1/queue", tags=["queue"])
 
@@ -36,28 +44,13 @@ async def get_request(request_id: str, context: Authorized, caller: Caller) -> d
             line.sample(place.moved)
             position, wait_s = place.position, line.wait_s(place.position)
             estimated_wait_s = None if wait_s is None else round(wait_s, 1)
-    return {
-        "id": state.id,
-        "status": state.status.value,
-        "completion_type": state.completion_type,
-        "timestamp": state.timestamp,
-        "error": state.error,
-        "fault": state.fault if caller.operator else None,
-        "model": state.model,
-        "attempt": state.attempt,
-        "worker": state.worker,
-        "queued_at": state.queued_at,
-        "started_at": state.started_at,
-        "finished_at": state.finished_at,
-        "position": position,
-        "estimated_wait_s": estimated_wait_s,
-        "usage": state.usage,
-    }
+    shown = state.model_dump(include=SHOWN) | {"position": position, "estimated_wait_s": estimated_wait_s}
+    return shown if caller.operator else shown | {"fault": None}
 
 
 @router.delete("/request/{request_id}")
 async def cancel_request(request_id: str, context: Authorized, caller: Caller) -> dict[str, Any]:
-    """Call a request off, waiting or running; one that has ended stays as it ended."""
+    """Cancel a request, waiting or running; one that has ended stays as it ended."""
     await context.dispatcher.registered(request_id)
     await _state(context, caller, request_id)
     cancelled = await context.dispatcher.cancel(request_id, "by DELETE /v1/queue/request")
@@ -66,9 +59,9 @@ async def cancel_request(request_id: str, context: Authorized, caller: Caller) -
 
 
 async def _state(context: Context, caller: Client, request_id: str) -> RequestState:
-    # An id goes into subjects: one that cannot be an id goes no further.
+    # An id becomes part of a subject: what cannot be an id must not.
     stored = await context.states.get(request_id) if names.is_request_id(request_id) else None
-    # What is somebody else's is as unknown as what never was.
+    # A client is not told that another's request exists.
     if stored is None or not caller.may_see(stored.state.key):
         raise RequestNotFound(f"No request {request_id!r} is known.", param="request_id")
     return stored.state

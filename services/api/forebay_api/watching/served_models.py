@@ -1,8 +1,8 @@
-"""Which models there are: what live workers serve, and those that requests can wait for meanwhile.
+"""Which models there are: those that live workers serve, and those that requests can wait for.
 
-A model is *known* when it is DEFAULT_MODEL, when a live worker serves it, or when it has a consumer on NATS, which
-is made by its first worker and stays. Any other name is a 404. Whether a request for a known model without a worker
-waits for one or is refused is NO_WORKER_POLICY.
+A model is *known* if it is DEFAULT_MODEL, if a live worker serves it, or if it has a consumer on NATS, which its first
+worker creates and which stays. Any other name is a 404. NO_WORKER_POLICY says whether a request for a known model
+without a worker waits for one or is refused.
 """
 
 import asyncio
@@ -16,21 +16,21 @@ from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 from forebay_contracts.wire.request import CompletionType
 
 KNOWN_MODELS_AGE_S = 1.0
-"""For so long NATS is not asked again which models have a consumer, however many unknown names come."""
+"""Least time between two questions to NATS for known models, however many unknown names come."""
 
 _BY_READINESS = (WorkerStatus.READY, WorkerStatus.LOADING, WorkerStatus.DRAINING)
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model, and its live workers: those that are ready first, of equals the longest there."""
+    """A model and its live workers: ready ones first, and of those the oldest first."""
 
     name: str
     workers: tuple[WorkerInfo, ...]
 
     @property
     def best(self) -> WorkerInfo | None:
-        """The worker whose word on the model counts."""
+        """The worker that speaks for the model."""
         return self.workers[0] if self.workers else None
 
     def count(self, status: WorkerStatus) -> int:
@@ -39,10 +39,7 @@ class ServedModel:
 
 
 class Models:
-    """Names and aliases, from the live workers at each question.
-
-    `known` asks NATS which models have a consumer, with their aliases.
-    """
+    """Names and aliases of models. `known` asks NATS for the models that have a consumer, with their aliases."""
 
     def __init__(
         self,
@@ -58,11 +55,11 @@ class Models:
         self._asking = asyncio.Lock()
 
     async def resolve(self, name: str) -> str:
-        """The model that `name` means: a name before an alias, DEFAULT_MODEL before others.
+        """The model that `name` means. A name goes before an alias, and DEFAULT_MODEL before others.
 
         Raises:
-            ModelNotFound: nobody knows it.
-            QueueUnavailable: no live worker does, and NATS cannot be asked.
+            ModelNotFound: no model has this name or alias.
+            QueueUnavailable: no live worker serves it, and NATS does not answer.
         """
         return await self._resolve(name, self._workers())
 
@@ -84,7 +81,7 @@ class Models:
         Raises:
             ModelNotFound, QueueUnavailable: see `resolve`.
             UnsupportedByModel: its workers serve other types of requests.
-            ModelUnavailable: it has no worker that serves or loads it, and NO_WORKER_POLICY is to refuse.
+            ModelUnavailable: no worker serves or loads it, and NO_WORKER_POLICY is `refuse`.
         """
         alive = list(self._workers())
         model = await self._resolve(name, alive)
