@@ -5,7 +5,6 @@ import contextlib
 import logging
 import time
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import Final, cast
 
 from starlette.requests import Request
@@ -50,7 +49,7 @@ class Create:
         client = request.state.client = context.keys.check(request)
         data = await read_body(request, context.settings.max_request_bytes)
         size = len(data)
-        body = await off_loop(size, partial(validated, endpoint.body, data))
+        body = await off_loop(size, validated, endpoint.body, data)
         model = await context.models.admit(body.model, endpoint.completion_type)
         request_id, now = request.state.request_id, time.time()
         log.info(
@@ -63,7 +62,8 @@ class Create:
         )
         if context.settings.log_prompts:
             log.info("%s %s asks %s", endpoint.log_prefix, request_id, body.model_dump_json(exclude_unset=True))
-        build = partial(
+        queued = request.state.queued = await off_loop(
+            size,
             body.request,
             id=request_id,
             completion_type=endpoint.completion_type,
@@ -73,9 +73,8 @@ class Create:
             reply_to=names.reply_subject(context.dispatcher.instance, request_id),
             key=client.name,
         )
-        queued = request.state.queued = await off_loop(size, build)
         answer_format = endpoint.format(queued, body)
-        del data, body, build  # The request may wait for long: only what it needs is kept.
+        del data, body  # The request may wait for long: only what it needs is kept.
 
         submitted: AbstractAsyncContextManager[Answer]
         if (key := request.headers.get(HEADER)) is None:

@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Any, Final, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
@@ -17,9 +18,10 @@ LARGE_BYTES: Final = 64 * 1024
 """A larger body takes milliseconds to validate, and is validated beside the event loop."""
 
 Body = TypeVar("Body", bound=BaseModel)
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# One thread, with which the event loop shares the interpreter. More threads would leave it a smaller share.
+# The event loop shares the interpreter with it. More threads would leave the loop a smaller share.
 _large_bodies: Final = ThreadPoolExecutor(1, "large-bodies")
 
 
@@ -44,11 +46,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(data)
 
 
-async def off_loop(size: int, work: Callable[[], Result]) -> Result:
-    """The result of `work` on a body of `size` bytes. No body, however large, holds the event loop."""
+async def off_loop(
+    size: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """What `work` on a body of `size` bytes gives. A large body is worked on in a thread."""
     if size <= LARGE_BYTES:
-        return work()
-    return await asyncio.get_running_loop().run_in_executor(_large_bodies, work)
+        return work(*args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_large_bodies, partial(work, *args, **kwargs))
 
 
 def validated(kind: type[Body], data: bytes) -> Body:

@@ -30,6 +30,9 @@ from forebay_contracts.wire.errors import (
 )
 from forebay_contracts.wire.request import InferenceRequest
 
+UNMEASURED_RETRY_AFTER_S: Final = 1
+"""Retry-After of a full queue until its rate has been measured."""
+
 log = logging.getLogger(__name__)
 
 
@@ -129,4 +132,4 @@ class ErrorAnswers:
             with contextlib.suppress(Exception):  # only Retry-After depends on it
                 state = (await self._context.connection.jetstream.stream_info(names.STREAM)).state
                 rate.sample(state.last_seq - state.messages, busy=state.messages > 0)
-        return rate.retry_after_s()
+        return rate.retry_after_s() or UNMEASURED_RETRY_AFTER_S
