@@ -1,0 +1,198 @@
+"""The route that queues a request, on the in-memory queue: what its client gets, piece by piece, and when."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import httpx
+import pytest
+from starlette.types import ASGIApp, Message, Scope
+
+from forebay_api.app import create_app
+from forebay_api.clients.keys import ApiKeys
+from forebay_api.context import Context
+from forebay_api.http import sse
+from forebay_api.routes import ENDPOINTS
+from forebay_api.watching.drain_rate import Rates
+from forebay_api.watching.served_models import Models
+from forebay_contracts.settings import ApiSettings
+from forebay_contracts.wire.state import RequestStatus
+from support.twins import MODEL, Twins, twins
+
+CHAT = "/v1/chat/completions"
+NONE: Any = None
+"""Stands for what these routes do not use."""
+
+
+@pytest.fixture
+async def system() -> AsyncIterator[Twins]:
+    async with twins(max_deliveries=1) as made:
+        yield made
+
+
+async def nobody_else() -> dict[str, tuple[str, ...]]:
+    return {}
+
+
+def app(system: Twins) -> ASGIApp:
+    settings = ApiSettings(default_model=MODEL, request_timeout=30, _env_file=None)
+    return create_app(
+        Context(
+            settings=settings,
+            connection=NONE,
+            states=system.states,
+            dispatcher=system.dispatcher,
+            idempotent=NONE,
+            workers=NONE,
+            models=Models(settings, list, nobody_else),
+            keys=ApiKeys(settings),
+            rates=Rates(),
+            feed=NONE,
+            exposition=None,
+        )
+    )
+
+
+def body(orders: str, **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": f"[[{orders}]]"}], **fields}
+
+
+async def post(system: Twins, path: str, fields: dict[str, Any], **headers: str) -> httpx.Response:
+    transport = httpx.ASGITransport(app(system))
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        return await client.post(path, json=fields, headers=headers)
+
+
+class RawClient:
+    """One request by ASGI, so that a test decides when its client reads and when it leaves."""
+
+    def __init__(self, system: Twins, fields: dict[str, Any], *, reads: bool = True, **headers: str) -> None:
+        self.sent: list[Message] = []
+        self.changed = asyncio.Event()
+        self.left = asyncio.Event()
+        self._reads = reads
+        self._body: bytes | None = json.dumps(fields).encode()
+        scope: Scope = {
+            "type": "http",
+            "method": "POST",
+            "path": CHAT,
+            "query_string": b"",
+            "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+        }
+        self.served = asyncio.ensure_future(cast(Any, app(system)(scope, self._receive, self._send)))
+
+    async def _receive(self) -> Message:
+        if self._body is not None:
+            data, self._body = self._body, None
+            return {"type": "http.request", "body": data, "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+        self.changed.set()
+        if not self._reads and message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def has(self, count: int) -> None:
+        """Wait until so many messages have been sent."""
+        async with asyncio.timeout(5):
+            while len(self.sent) < count:
+                self.changed.clear()
+                await self.changed.wait()
+
+
+async def test_a_stream_and_the_whole_are_one_answer(system: Twins) -> None:
+    system.worker()
+    streamed = await post(system, CHAT, body("tokens=3", stream=True, stream_options={"include_usage": True}))
+    assert streamed.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *events, done, end = streamed.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    text = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+    whole = (await post(system, CHAT, body("tokens=3"))).json()
+    assert text == whole["choices"][0]["message"]["content"] == "t0 t1 t2"
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[0]["id"] == f"chatcmpl-{streamed.headers['x-request-id']}"
+    assert not system.dispatcher.waiting
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_error_before_the_first_token_is_a_status(system: Twins, stream: bool) -> None:
+    system.worker()
+    answer = await post(system, CHAT, body("dance", stream=stream))
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_an_error_after_it_is_the_last_event(system: Twins) -> None:
+    system.worker()
+    answer = await post(system, CHAT, body("tokens=1 fail", stream=True))
+    assert answer.status_code == 200
+    assert json.loads(answer.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == (
+        "inference_failed"
+    )
+    assert "[DONE]" not in answer.text
+
+
+async def test_nothing_is_sent_before_a_worker_has_begun(system: Twins) -> None:
+    client = RawClient(system, body("tokens=1", stream=True))
+    early = RawClient(system, body("tokens=1", stream=True), forebay_stream="early")
+    await early.has(2)
+    assert early.sent[0]["status"] == 200
+    assert early.sent[1]["body"] == b": queued\n\n"
+    assert not client.sent
+    system.worker()
+    async with asyncio.timeout(5):
+        await asyncio.gather(client.served, early.served)
+    assert client.sent[0]["status"] == 200
+    assert client.sent[-1]["more_body"] is early.sent[-1]["more_body"] is False
+
+
+async def test_a_client_that_leaves_cancels_its_request(system: Twins) -> None:
+    system.worker()
+    client = RawClient(system, body("tokens=100 delay_ms=1000", stream=True))
+    await client.has(2)
+    client.left.set()
+    await client.served
+    assert client.sent[-1].get("more_body", True)
+    await system.empty()
+    (request_id,) = system.notices.told
+    assert (await system.state(request_id)).status is RequestStatus.CANCELLED
+
+
+async def test_a_client_that_does_not_read_is_given_up(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_WRITE_STALL_S", 0.05)
+    system.worker()
+    client = RawClient(system, body("tokens=100 delay_ms=1000", stream=True), reads=False)
+    async with asyncio.timeout(5):
+        await client.served
+    assert [message["type"] for message in client.sent] == ["http.response.start", "http.response.body"]
+    await system.empty()
+    (request_id,) = system.notices.told
+    assert (await system.state(request_id)).status is RequestStatus.CANCELLED
+
+
+async def test_a_full_queue_is_a_503() -> None:
+    async with twins(max_queue_size=1) as system:
+        waiting = RawClient(system, body("tokens=1", stream=True), forebay_stream="early")
+        await waiting.has(2)
+        answer = await post(system, CHAT, body("tokens=1", stream=True))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_full")
+        assert (answer.headers["x-should-retry"], answer.headers["retry-after"]) == ("true", "1")
+        waiting.left.set()
+        await waiting.served
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.path)
+async def test_each_row_of_the_table_is_a_route(system: Twins, endpoint: Any) -> None:
+    answer = await post(system, endpoint.path, {"model": MODEL})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "missing_required_parameter")
+    transport = httpx.ASGITransport(app(system))
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        wrong = await client.put(endpoint.path)
+        document = (await client.get("/openapi.json")).json()
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, endpoint.method)
+    operation = document["paths"][endpoint.path][endpoint.method.lower()]
+    assert operation["summary"] == endpoint.summary
+    assert endpoint.body.__name__ in document["components"]["schemas"]
