@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from forebay_api.clients.keys import ApiKeys
@@ -54,7 +53,7 @@ def create_app(context: Context) -> ASGIApp:
         rest.include_router(module.router)
     openapi.install(rest, ENDPOINTS, keys=bool(context.settings.api_keys or context.settings.api_keys_file))
     paths = frozenset(endpoint.path for endpoint in ENDPOINTS)
-    routes = [Route(endpoint.path, Create(endpoint, context), methods=[endpoint.method]) for endpoint in ENDPOINTS]
+    routes = {(endpoint.method, endpoint.path): Create(endpoint, context) for endpoint in ENDPOINTS}
     served: ASGIApp = Routes(routes, rest, ErrorAnswers(context, paths))
     if tracing.enabled():
         served = TraceMiddleware(served, paths)

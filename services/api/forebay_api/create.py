@@ -74,19 +74,18 @@ class Create:
             key=client.name,
         )
         answer_format = endpoint.format(queued, body)
-        del data, body  # The request may wait for long: only what it needs is kept.
-
+        early = request.headers.get(EARLY_HEADER) == "early"
         submitted: AbstractAsyncContextManager[Answer]
         if (key := request.headers.get(HEADER)) is None:
             submitted = context.dispatcher.submit(queued)
         else:
             key = scoped_key(key, request.headers.get("authorization", ""))
             submitted = context.idempotent.attach(queued, key)
+        del request, data, body  # It may wait for long: only what it needs is kept.
         async with submitted as answer:
             leaving = asyncio.create_task(_fail_when_client_leaves(receive, answer))
             try:
                 if queued.stream:
-                    early = request.headers.get(EARLY_HEADER) == "early"
                     await (context.dispatcher.registered(queued.id) if early else answer.started())
                     await sse.begin(send)
                     await _stream(endpoint, queued, answer, cast(StreamFormat, answer_format), send, early=early)
@@ -135,7 +134,8 @@ async def _stream(
 
 
 async def _fail_when_client_leaves(receive: Receive, answer: Answer) -> None:
-    await sse.client_left(receive)
+    while (await receive())["type"] != "http.disconnect":
+        pass
     answer.fail(ClientLeft("the client left"))
 
 

@@ -1,14 +1,14 @@
 """Which route serves a request, and what becomes of its errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Final
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Route, Router
-from starlette.types import Message, Receive, Scope, Send
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forebay_api.http.errors import ErrorAnswers
 from forebay_contracts.wire.errors import ApiError
@@ -17,13 +17,15 @@ _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 class Routes:
-    """Serves `routes`, and by FastAPI every other path.
+    """Serves `routes`, by method and path, and by FastAPI every other path.
 
     The routes that carry the load do without FastAPI's layers, which cost each request three times the CPU and memory.
+    Starlette's router would cost them 3 us, and 5 % of the memory of a request that waits.
     """
 
-    def __init__(self, routes: Sequence[Route], rest: FastAPI, errors: ErrorAnswers) -> None:
-        self._router = Router(routes, redirect_slashes=False, default=rest)
+    def __init__(self, routes: Mapping[tuple[str, str], ASGIApp], rest: FastAPI, errors: ErrorAnswers) -> None:
+        self._routes = routes
+        self._paths = frozenset(path for _, path in routes)
         self._rest = rest
         self._errors = errors
         for kind in (ApiError, HTTPException, Exception):
@@ -31,15 +33,25 @@ class Routes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
-        scope["app"] = self._rest
-        if scope["method"] == "HEAD":
-            scope, send = {**scope, "method": "GET"}, _head_of(send)
+        route = self._routes.get((scope["method"], scope["path"]))
+        if route is None:
+            await self._serve_rest(scope, receive, send)
+            return
         try:
-            await self._router(scope, receive, send)
+            await route(scope, receive, send)
         except Exception as exc:
             answer = await self._answer(Request(scope), exc)
-            # Where an answer has begun, uvicorn refuses a second one and closes the connection.
+            # If an answer has begun, uvicorn refuses a second one and closes the connection.
             await answer(scope, receive, send)
+
+    async def _serve_rest(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in self._paths:
+            answer = await self._answer(Request(scope), HTTPException(405))
+            await answer(scope, receive, send)
+        elif scope["method"] == "HEAD":
+            await self._rest({**scope, "method": "GET"}, receive, _head_of(send))
+        else:
+            await self._rest(scope, receive, send)
 
     async def _answer(self, request: Request, exc: Exception) -> Response:
         if isinstance(exc, HTTPException) and exc.status_code == 405:
@@ -48,11 +60,11 @@ class Routes:
 
     def _methods_of(self, scope: Scope) -> list[str]:
         """Every method that the path of `scope` has a route for. Starlette names those of one route alone."""
-        routes = (*self._router.routes, *self._rest.routes)
         found = [
             method
             for method in _METHODS
-            if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
+            if (method, scope["path"]) in self._routes
+            or any(route.matches({**scope, "method": method})[0] is Match.FULL for route in self._rest.routes)
         ]
         return ["HEAD", *found] if "GET" in found else found
 

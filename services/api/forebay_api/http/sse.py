@@ -1,9 +1,9 @@
-"""Server-sent events over ASGI: the start of a stream, writes with a bound, and a client that leaves."""
+"""Server-sent events over ASGI: the start of a stream, and writes with a bound."""
 
 import asyncio
 from typing import Final
 
-from starlette.types import Receive, Send
+from starlette.types import Send
 
 from forebay_api.in_flight.answer import SlowReader
 
@@ -33,9 +33,3 @@ async def write(send: Send, data: bytes, *, last: bool = False) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": not last})
     except TimeoutError:
         raise SlowReader("the client does not read its stream") from None
-
-
-async def client_left(receive: Receive) -> None:
-    """Wait until the client has closed its connection, or the answer is complete."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -28,7 +28,7 @@ class QueueEvents(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call. An error before the first event is an HTTP status."""
-        leaving = asyncio.create_task(sse.client_left(receive))
+        leaving = asyncio.create_task(_left(receive))
         try:
             async with contextlib.aclosing(self._feed.listen(self._caller)) as events:
                 first = await anext(events)
@@ -55,3 +55,8 @@ async def get_queue_events(request: Request, context: Authorized) -> Response:
     told of its own requests only, without `fault` (what went wrong inside). A key that is taken away ends the stream.
     """
     return QueueEvents(context.feed, lambda: context.keys.check(request))
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
