@@ -141,6 +141,7 @@ async def test_no_body_holds_up_others(stack: Stack) -> None:
     bad = [post("completions", prompt=[item] * many) for item in ({}, [], 0.5)]
     bad += [post("embeddings", input=[{}] * many), post("chat/completions", messages=[1] * many)]
     good = [post("completions", prompt=[7] * many, max_tokens=1) for _ in range(10)]
+    good.append(post("embeddings", input=["text"] * 2048, dimensions=384))
     attack = asyncio.gather(*bad, *good)
     longest_s = 0.0
     while not attack.done():

@@ -30,6 +30,9 @@ from forebay_contracts.wire.state import RequestStatus
 EARLY_HEADER: Final = "forebay-stream"
 """`Forebay-Stream: early` asks for a stream's headers, with the request's id, as soon as the request is queued."""
 
+LOGPROB_BYTES: Final = 1_000
+"""About what one token's log probabilities are in JSON."""
+
 log = logging.getLogger(__name__)
 
 
@@ -101,7 +104,8 @@ async def _whole(endpoint: Endpoint, queued: InferenceRequest, answer: Answer, a
     deltas = [delta async for some in answer.deltas() for delta in some]
     assert answer.completed is not None
     _log_end(endpoint, queued, answer.completed)
-    return answer_format.whole(deltas, answer.completed)
+    size = sum(len(delta.text) + len(delta.embedding) + LOGPROB_BYTES * len(delta.logprobs) for delta in deltas)
+    return await off_loop(size, answer_format.whole, deltas, answer.completed)
 
 
 async def _stream(

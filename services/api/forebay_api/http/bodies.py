@@ -15,14 +15,14 @@ from forebay_api.openai.body import Misfit
 from forebay_contracts.wire.errors import InvalidRequest, RequestTooLarge
 
 LARGE_BYTES: Final = 64 * 1024
-"""A larger body takes milliseconds to validate, and is validated beside the event loop."""
+"""More takes milliseconds to validate or to write, which is done beside the event loop."""
 
 Body = TypeVar("Body", bound=BaseModel)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 # The event loop shares the interpreter with it. More threads would leave the loop a smaller share.
-_large_bodies: Final = ThreadPoolExecutor(1, "large-bodies")
+_thread: Final = ThreadPoolExecutor(1, "large-bodies")
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -49,10 +49,10 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 async def off_loop(
     size: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """What `work` on a body of `size` bytes gives. A large body is worked on in a thread."""
+    """The result of `work` on `size` bytes. It runs in a thread if that takes milliseconds."""
     if size <= LARGE_BYTES:
         return work(*args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_large_bodies, partial(work, *args, **kwargs))
+    return await asyncio.get_running_loop().run_in_executor(_thread, partial(work, *args, **kwargs))
 
 
 def validated(kind: type[Body], data: bytes) -> Body:

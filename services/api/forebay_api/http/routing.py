@@ -20,7 +20,7 @@ class Routes:
     """Serves `routes`, by method and path, and by FastAPI every other path.
 
     The routes that carry the load do without FastAPI's layers, which cost each request three times the CPU and memory.
-    Starlette's router would cost them 3 us, and 5 % of the memory of a request that waits.
+    They also do without Starlette's router: three coroutines more for each request that waits, and 3 us.
     """
 
     def __init__(self, routes: Mapping[tuple[str, str], ASGIApp], rest: FastAPI, errors: ErrorAnswers) -> None:
