@@ -17,8 +17,10 @@ from typing import Any
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
-from forebay_inference.engine.protocol import Tokens
-from forebay_inference.engine.transformers import TransformersEngine
+from forebay_inference.engine.events import Tokens
+from forebay_inference.engine.text.model import TextModel
+from forebay_inference.engine.transformers.engine import TransformersEngine
+from forebay_inference.models.store import ensure_model
 
 ANIMALS = ("cat", "dog", "fox", "hen", "cow", "pig", "bee", "ant")
 
@@ -42,7 +44,7 @@ def chat(text: str, **sampling: Any) -> InferenceRequest:
     )
 
 
-async def ours(engine: TransformersEngine, clients: int, tokens: int, turn: int) -> tuple[float, float]:
+async def ours(engine: TextModel, clients: int, tokens: int, turn: int) -> tuple[float, float]:
     """Tokens a second over all clients, and the median time to the first token in ms."""
     first: list[float] = []
 
@@ -105,10 +107,9 @@ async def measure(arguments: argparse.Namespace, quantization: str) -> None:
     settings = InferenceSettings(
         model_quantization=quantization, max_concurrent_requests=max(arguments.clients), data_dir=arguments.data_dir
     )
-    engine = TransformersEngine.from_settings(settings)
+    engine = TextModel(TransformersEngine(settings))
     await engine.start(lambda line: None)
-    assert engine._serving is not None
-    folder = Path(engine._serving.loaded.tokenizer.name_or_path)
+    folder = ensure_model(settings.default_model, settings.data_dir, lambda line: None)
     manager, tokenizer = await asyncio.to_thread(start_library, folder, quantization)
     for clients in arguments.clients:
         rows = []

@@ -21,7 +21,7 @@ from benchmarks.common import memory_mb
 BYTES_PER_CACHED_TOKEN = 23_040
 """Of the default model; see docs/engine.md."""
 
-_LIBRARIES = "import sys, forebay_inference.worker, forebay_inference.engine.transformers, bitsandbytes, torch\n"
+_LIBRARIES = "import sys, forebay_inference.worker, forebay_inference.engine.transformers.engine, bitsandbytes, torch\n"
 # The first product starts the threads and their buffers, which are not the model's.
 _IMPORTED = _LIBRARIES + "torch.ones(64, 64) @ torch.ones(64, 64)\nprint('ready', flush=True)\nsys.stdin.read()"
 

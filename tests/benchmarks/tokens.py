@@ -31,8 +31,9 @@ from benchmarks.bench_engine import chat, prompt
 from benchmarks.common import CACHE, Background, Unavailable, free_port, log, part_main, peer_python, ratios, spread
 from benchmarks.loadgen import aiperf
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.engine.protocol import Tokens
-from forebay_inference.engine.transformers import TransformersEngine
+from forebay_inference.engine.events import Tokens
+from forebay_inference.engine.text.model import TextModel
+from forebay_inference.engine.transformers.engine import TransformersEngine
 from support.stack import data_dir
 
 BUDGET_S = 370
@@ -89,7 +90,7 @@ async def turn(http: httpx.AsyncClient, server: Server, clients: int, tokens: in
     return figures(time.perf_counter() - began, answers)
 
 
-async def bare_turn(engine: TransformersEngine, clients: int, tokens: int, number: int) -> dict[str, float]:
+async def bare_turn(engine: TextModel, clients: int, tokens: int, number: int) -> dict[str, float]:
     """The same of the engine in this process."""
 
     async def one(client: int) -> tuple[float, float, int]:
@@ -196,7 +197,7 @@ async def beside_bare(
     settings = InferenceSettings(
         _env_file=None, model_quantization=quantization, max_concurrent_requests=max(CLIENTS), data_dir=data_dir()
     )
-    engine = TransformersEngine.from_settings(settings)
+    engine = TextModel(TransformersEngine(settings))
     await engine.start(lambda line: None)
     whole, bare = [], []
     try:

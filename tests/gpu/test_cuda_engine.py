@@ -9,7 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from forebay_contracts.settings import InferenceSettings  # noqa: E402
-from forebay_inference.engine.transformers import TransformersEngine  # noqa: E402
+from forebay_inference.engine.text.model import TextModel  # noqa: E402
+from forebay_inference.engine.transformers.engine import TransformersEngine  # noqa: E402
 from support.engine import answer, chat  # noqa: E402
 
 pytestmark = [
@@ -30,7 +31,7 @@ async def test_the_engine_answers_on_cuda(quantization: str) -> None:
         model_device="cuda:0",
         max_concurrent_requests=4,
     )
-    engine = TransformersEngine.from_settings(settings)
+    engine = TextModel(TransformersEngine(settings))
     info = await engine.start(lambda line: None)
     try:
         assert (info.device, info.quantization) == ("cuda:0", quantization)
@@ -47,7 +48,7 @@ async def test_the_engine_answers_on_cuda(quantization: str) -> None:
 
 
 async def test_auto_finds_the_gpu_and_quantizes_to_nf4() -> None:
-    engine = TransformersEngine.from_settings(InferenceSettings(_env_file=None, data_dir=DATA_DIR))
+    engine = TextModel(TransformersEngine(InferenceSettings(_env_file=None, data_dir=DATA_DIR)))
     info = await engine.start(lambda line: None)
     await engine.close()
     assert (info.device, info.quantization) == ("cuda:0", "nf4")

@@ -183,7 +183,7 @@ async def test_a_loading_worker_is_seen_and_waited_for(nats_server: NatsServer) 
         assert (await waiting).status_code == 200
         found = await sees(stack, lambda found: found[DEFAULT]["status"] == "ready")
         assert found[DEFAULT]["workers"] == {"loading": 1, "ready": 1, "draining": 0}
-        assert (found[DEFAULT]["progress"], found[DEFAULT]["context_length"]) == (None, 32_768)
+        assert (found[DEFAULT]["progress"], found[DEFAULT]["context_length"]) == (None, 1 << 20)
         change(status=WorkerStatus.DRAINING)
         await sees(stack, lambda found: found[DEFAULT]["workers"] == {"loading": 0, "ready": 1, "draining": 1})
 

@@ -222,7 +222,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "progress": None,
             "slots": 3,
             "busy": 0,
-            "context_length": 32768,
+            "context_length": 1 << 20,
             "quantization": "none",
             "device": "none",
             "engine": "simulated",

@@ -241,7 +241,7 @@ async def test_models(client: openai.AsyncOpenAI) -> None:
         "workers": {"loading": 0, "ready": 1, "draining": 0},
         "aliases": ["your-model", "gpt-4o", MODEL],
         "completion_types": ["chat", "completion", "embedding"],
-        "context_length": 32_768,
+        "context_length": 1 << 20,
         "quantization": "none",
     }
     assert await client.models.retrieve(MODEL) == model

@@ -1,12 +1,25 @@
-"""Requests for an engine, and what came back, folded."""
+"""A model for tests, requests for it, and what came back, folded."""
 
+import contextlib
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
 from forebay_contracts.wire.frames import TokenLogprob
 from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
-from forebay_inference.engine.protocol import Accepted, Engine, Finished, ResumeTokens, Tokens
+from forebay_inference.engine.events import Accepted, Finished, Model, ResumeTokens, Tokens
+from forebay_inference.engine.simulated import SimulatedEngine
+from forebay_inference.engine.text.embeddings import EmbeddingModel
+from forebay_inference.engine.text.model import TextModel
+
+
+def simulated_model() -> TextModel:
+    """The simulated engine with the text layer, started: that waits for nothing."""
+    engine = SimulatedEngine()
+    model = TextModel(engine, EmbeddingModel(engine))
+    with contextlib.suppress(StopIteration):
+        model.start(lambda line: None).send(None)
+    return model
 
 
 def chat(text: str = "What is the capital of France?", **fields: Any) -> InferenceRequest:
@@ -51,11 +64,11 @@ class Answer:
     pieces: list[str] = field(default_factory=list)
 
 
-async def answers(engine: Engine, request: InferenceRequest, resume: ResumeTokens | None = None) -> dict[int, Answer]:
+async def answers(model: Model, request: InferenceRequest, resume: ResumeTokens | None = None) -> dict[int, Answer]:
     """Every choice, by index. Checks the order of the events on the way."""
     found: dict[int, Answer] = {}
     accepted = 0
-    async for event in engine.generate(request, resume or {}):
+    async for event in model.generate(request, resume or {}):
         match event:
             case Accepted():
                 accepted += 1
@@ -76,7 +89,7 @@ async def answers(engine: Engine, request: InferenceRequest, resume: ResumeToken
     return found
 
 
-async def answer(engine: Engine, request: InferenceRequest, resume: ResumeTokens | None = None) -> Answer:
+async def answer(model: Model, request: InferenceRequest, resume: ResumeTokens | None = None) -> Answer:
     """The only choice."""
-    (found,) = (await answers(engine, request, resume)).values()
+    (found,) = (await answers(model, request, resume)).values()
     return found

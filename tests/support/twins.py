@@ -20,8 +20,8 @@ from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 from forebay_inference.attempt.endings import End, Ended
 from forebay_inference.attempt.runner import AttemptRunner
-from forebay_inference.engine.simulated import SimulatedEngine
 from forebay_inference.worker_metrics import WorkerMetrics
+from support.engine import simulated_model
 
 MODEL = "m"
 API = "api-1"
@@ -68,7 +68,7 @@ class Twins:
         runner = AttemptRunner(
             worker=worker,
             states=self.states,
-            engine=SimulatedEngine(MODEL),
+            engine=simulated_model(),
             channel=self._channel,
             notices=self.notices,
             api_alive=lambda _: self.alive,

@@ -1,10 +1,11 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_inference.engine.text.detokenizer import ChoiceText, Detokenizer, StopStrings
+from forebay_inference.engine.text.choice import ChoiceText
+from forebay_inference.engine.text.detokenizer import Decoder, Detokenizer, StopStrings
 
 # One to five pieces of this alphabet make overlaps of stop strings likely, and most characters several bytes long.
 texts = st.text(alphabet="ab\n é€𝄞\ufffd", max_size=40)
@@ -19,8 +20,8 @@ def byte_tokens(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
     return data, [data[a:b] for a, b in pairwise(bounds)]
 
 
-def decoder(vocabulary: Sequence[bytes]) -> Callable[[Sequence[int]], str]:
-    return lambda ids: b"".join(vocabulary[i] for i in ids).decode("utf-8", "replace")
+def decoder(vocabulary: Sequence[bytes]) -> Decoder:
+    return Decoder(lambda ids: b"".join(vocabulary[i] for i in ids).decode("utf-8", "replace"))
 
 
 @given(byte_tokens())
@@ -64,9 +65,9 @@ def test_a_stop_string_never_leaks(case: tuple[bytes, list[bytes]], stops: list[
     choice = ChoiceText(decoder(tokens), stops)
     shown = ""
     for index in range(len(tokens)):
-        shown += choice.push(index)
+        shown += choice.push(index)[0]
         assert expected.startswith(shown)
-    shown += choice.flush()
+    shown += choice.flush()[0]
     assert shown == expected
     assert choice.stopped == (matched is not None)
 

@@ -21,31 +21,34 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, ForebayError
 from forebay_contracts.wire.heartbeats import ApiInfo
 from forebay_inference.attempt.runner import AttemptRunner
-from forebay_inference.engine.protocol import Engine
+from forebay_inference.engine.events import Model
 from forebay_inference.engine.simulated import SimulatedEngine
+from forebay_inference.engine.text.embeddings import EmbeddingModel
+from forebay_inference.engine.text.model import TextModel
 from forebay_inference.exposition import serve as expose
 from forebay_inference.worker import Worker
 from forebay_inference.worker_metrics import WorkerMetrics
 
 
-def build_engine(settings: InferenceSettings) -> Engine:
-    """The engine that INFERENCE_ENGINE names."""
+def build_model(settings: InferenceSettings) -> Model:
+    """The model that a worker serves, on the engine that INFERENCE_ENGINE names."""
     if settings.inference_engine == "simulated":
-        return SimulatedEngine(settings.served_model)
+        simulated = SimulatedEngine()
+        return TextModel(simulated, EmbeddingModel(simulated))
+    # Imported here, since it takes seconds and a simulated worker needs no torch.
     if settings.inference_engine == "embedding":
         from forebay_inference.engine.embedding.engine import EmbeddingEngine
 
-        return EmbeddingEngine.from_settings(settings)
-    # Imported here, since it takes seconds and a simulated worker needs no torch.
-    from forebay_inference.engine.transformers import TransformersEngine
+        return EmbeddingModel(EmbeddingEngine(settings))
+    from forebay_inference.engine.transformers.engine import TransformersEngine
 
-    return TransformersEngine.from_settings(settings)
+    return TextModel(TransformersEngine(settings))
 
 
 def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
     """A worker on NATS."""
     worker_id = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-    engine = build_engine(settings)
+    model = build_model(settings)
     apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
 
     def channel(reply_to: str, deadline: float) -> LiveReplyChannel:
@@ -54,7 +57,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
     runner = AttemptRunner(
         worker=worker_id,
         states=KeyValueStateStore(connection),
-        engine=engine,
+        engine=model,
         channel=channel,
         notices=NatsCancelNotices(connection),
         api_alive=apis.is_alive,
@@ -62,7 +65,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
         metrics=WorkerMetrics(settings.served_model),
     )
     deliveries = JetStreamDeliveries(connection, settings.served_model)
-    return Worker(worker_id, settings, connection, engine, deliveries, runner, apis)
+    return Worker(worker_id, settings, connection, model, deliveries, runner, apis)
 
 
 async def serve(settings: InferenceSettings) -> None:

@@ -24,7 +24,8 @@ from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
 from forebay_inference.attempt.endings import End, Ended
 from forebay_inference.attempt.runner import API_GONE, AttemptRunner
-from forebay_inference.engine.protocol import Engine, ModelInfo
+from forebay_inference.engine.events import Model
+from forebay_inference.engine.protocol import LoadedModel
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
 from forebay_inference.worker_metrics import watch
 
@@ -42,7 +43,7 @@ class Worker:
         worker_id: str,
         settings: InferenceSettings,
         connection: Connection,
-        engine: Engine,
+        engine: Model,
         deliveries: Deliveries,
         runner: AttemptRunner,
         apis: Presence[ApiInfo],
@@ -60,7 +61,7 @@ class Worker:
         self._started_at = time.time()
         self._status = WorkerStatus.LOADING
         self._progress: str | None = None
-        self._model: ModelInfo | None = None
+        self._model: LoadedModel | None = None
         self._broken = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
-from forebay_inference.engine.protocol import Tokens
+from forebay_inference.engine.events import Tokens
 from forebay_inference.engine.simulated import SimulatedEngine
+from forebay_inference.engine.text.model import TextModel
 
-_ENGINE = SimulatedEngine("peer")
+_started: list[TextModel] = []
 
 
 async def pieces(body: dict[str, Any]) -> AsyncIterator[str]:
@@ -22,7 +23,11 @@ async def pieces(body: dict[str, Any]) -> AsyncIterator[str]:
         reply_to="",
         messages=tuple(body["messages"]),
     )
-    async for event in _ENGINE.generate(request, {}):
+    if not _started:
+        model = TextModel(SimulatedEngine())
+        await model.start(lambda line: None)
+        _started.append(model)
+    async for event in _started[0].generate(request, {}):
         if isinstance(event, Tokens):
             yield event.text
 

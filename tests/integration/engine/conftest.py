@@ -8,7 +8,8 @@ import pytest
 import pytest_asyncio
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.engine.transformers import TransformersEngine
+from forebay_inference.engine.text.model import TextModel
+from forebay_inference.engine.transformers.engine import TransformersEngine
 
 # Read before the settings of the machine are hidden from the tests: the model is fetched once, for all runs.
 DATA_DIR = Path(os.environ.get("DATA_DIR") or Path.home() / ".cache" / "forebay")
@@ -21,11 +22,11 @@ def data_dir() -> Path:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engine() -> AsyncIterator[TransformersEngine]:
+async def engine() -> AsyncIterator[TextModel]:
     settings = InferenceSettings(
         _env_file=None, data_dir=DATA_DIR, model_quantization="nf4", max_concurrent_requests=4, llm_batch_size=64
     )
-    engine = TransformersEngine.from_settings(settings)
+    engine = TextModel(TransformersEngine(settings))
     lines: list[str] = []
     info = await engine.start(lines.append)
     assert (info.quantization, info.device, info.context_length) == ("nf4", "cpu", 8192)

@@ -8,8 +8,11 @@ import pytest
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_inference.engine.protocol import EngineFault, Tokens
-from forebay_inference.engine.transformers import TransformersEngine, memory
+from forebay_inference.engine.events import Tokens
+from forebay_inference.engine.protocol import EngineFault
+from forebay_inference.engine.text.model import TextModel
+from forebay_inference.engine.transformers import memory
+from forebay_inference.engine.transformers.engine import TransformersEngine
 from forebay_inference.health import EngineWatch
 from support.engine import answer, chat, completion
 
@@ -22,11 +25,11 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "cache_budget", lambda device: 8 * 32 * 23_040)
 
 
-async def started(data_dir: Path) -> TransformersEngine:
+async def started(data_dir: Path) -> TextModel:
     settings = InferenceSettings(
         _env_file=None, data_dir=data_dir, model_quantization="none", max_concurrent_requests=8, llm_batch_size=64
     )
-    engine = TransformersEngine.from_settings(settings)
+    engine = TextModel(TransformersEngine(settings))
     info = await engine.start(lambda line: None)
     assert info.quantization == "none"
     return engine
@@ -54,8 +57,7 @@ async def test_a_dead_generation_thread_fails_its_requests_and_says_why(
 ) -> None:
     engine = await started(data_dir)
     try:
-        assert engine._serving is not None
-        runner = engine._serving.batch._manager.batch_processor.model_runner
+        runner = engine.engine._serving.batch._manager.batch_processor.model_runner
 
         def out_of_memory(*_: object) -> None:
             raise MemoryError("no more")
@@ -85,8 +87,7 @@ async def test_a_forward_pass_that_never_ends_is_found(data_dir: Path, monkeypat
     engine = await started(data_dir)
     go_on = threading.Event()
     try:
-        assert engine._serving is not None
-        runner = engine._serving.batch._manager.batch_processor.model_runner
+        runner = engine.engine._serving.batch._manager.batch_processor.model_runner
         compute = runner.compute_batch
 
         def hang(*args: object, **kwargs: object) -> object:

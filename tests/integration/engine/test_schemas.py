@@ -13,8 +13,8 @@ import torch
 from jsonschema import validate
 from transformers import AutoTokenizer
 
-from forebay_contracts.wire.request import Sampling
-from forebay_inference.engine.protocol import EngineFault
+from forebay_inference.engine.protocol import EngineFault, SamplingParameters
+from forebay_inference.engine.text.grammars import grammar_of
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose
 from forebay_inference.models.store import ensure_model
@@ -32,11 +32,11 @@ def parts(data_dir: Path) -> tuple[Any, Grammars]:
 
 
 def written_at_random(tokenizer: Any, grammars: Grammars, wanted: dict[str, Any], seed: int) -> str:
-    grammar = grammars.grammar({"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}, None)
+    grammar = grammar_of({"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}, None, grammars.fault)
     assert grammar is not None
     guide = grammars.guide(grammar)
     size = len(tokenizer)
-    chooser = TokenChooser(Sampling(), str(seed), (), (), size, torch.device("cpu"), guide)
+    chooser = TokenChooser(SamplingParameters(seed=str(seed)), (), (), size, torch.device("cpu"), guide)
     tokens: list[int] = []
     scores = torch.zeros(1, size)
     # What ends something is made likely where it is allowed, or a random writer hardly finds it.
@@ -67,7 +67,7 @@ def test_a_fault_quotes_neither_schema_nor_answer(parts: tuple[Any, Grammars]) -
     """It goes into logs and states, where no prompt and no answer is."""
     tokenizer, grammars = parts
     wanted = {"type": "object", "properties": {"xyzzy": {"enum": ["plugh"]}}, "required": ["xyzzy"]}
-    grammar = grammars.grammar({"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}, None)
+    grammar = grammar_of({"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}, None, grammars.fault)
     assert grammar is not None
     with pytest.raises(EngineFault) as caught:
         grammars.guide(grammar).accept(tokenizer.encode('{"xyzzy": "plover'))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_inference.engine.transformers import TransformersEngine
+from forebay_inference.engine.text.model import TextModel
 from support.engine import answer, chat
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
@@ -55,7 +55,7 @@ def calls_of(deltas: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-async def test_an_answer_keeps_to_its_schema(engine: TransformersEngine, temperature: float) -> None:
+async def test_an_answer_keeps_to_its_schema(engine: TextModel, temperature: float) -> None:
     request = chat(
         "Describe Paris.", response_format=schema_format(CITY), temperature=temperature, seed=1, max_tokens=80
     )
@@ -66,7 +66,7 @@ async def test_an_answer_keeps_to_its_schema(engine: TransformersEngine, tempera
     assert found.finish_reason == "stop"
 
 
-async def test_each_request_has_a_grammar_of_its_own(engine: TransformersEngine) -> None:
+async def test_each_request_has_a_grammar_of_its_own(engine: TextModel) -> None:
     colours = {"type": "string", "enum": ["red", "green"]}
     numbers = {"type": "array", "items": {"type": "integer", "maximum": 9, "minimum": 0}, "minItems": 2, "maxItems": 2}
     one, two, free = await asyncio.gather(
@@ -79,7 +79,7 @@ async def test_each_request_has_a_grammar_of_its_own(engine: TransformersEngine)
     assert "Paris" in free.text
 
 
-async def test_a_grammar_goes_on_over_a_resume(engine: TransformersEngine) -> None:
+async def test_a_grammar_goes_on_over_a_resume(engine: TextModel) -> None:
     request = chat("Describe Paris.", response_format=schema_format(CITY), max_tokens=80)
     whole = await answer(engine, request)
     for kept in (1, len(whole.tokens) // 2, len(whole.tokens) - 1):
@@ -87,7 +87,7 @@ async def test_a_grammar_goes_on_over_a_resume(engine: TransformersEngine) -> No
         json.loads("".join(whole.pieces[:kept]) + rest.text)
 
 
-async def test_json_mode_makes_an_object(engine: TransformersEngine) -> None:
+async def test_json_mode_makes_an_object(engine: TextModel) -> None:
     found = await answer(engine, chat("Give me JSON.", response_format={"type": "json_object"}, max_tokens=60))
     assert found.text.startswith("{")
     if found.finish_reason == "stop":
@@ -104,9 +104,7 @@ async def test_json_mode_makes_an_object(engine: TransformersEngine) -> None:
         {"type": "xml"},
     ],
 )
-async def test_a_schema_that_cannot_be_met_is_refused(
-    engine: TransformersEngine, response_format: dict[str, Any]
-) -> None:
+async def test_a_schema_that_cannot_be_met_is_refused(engine: TextModel, response_format: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as refused:
         await answer(engine, chat(response_format=response_format))
     assert refused.value.param == "response_format"
@@ -120,9 +118,7 @@ async def test_a_schema_that_cannot_be_met_is_refused(
         ({"type": "function", "function": {"name": "get_weather"}}, True, {"get_weather"}),
     ],
 )
-async def test_a_tool_that_must_be_called_is(
-    engine: TransformersEngine, choice: Any, parallel: bool, allowed: set[str]
-) -> None:
+async def test_a_tool_that_must_be_called_is(engine: TextModel, choice: Any, parallel: bool, allowed: set[str]) -> None:
     request = chat(
         "What is the weather in Oslo?",
         tools=(WEATHER, TIME),
@@ -146,7 +142,7 @@ async def test_a_tool_that_must_be_called_is(
         assert len(calls) == 1
 
 
-async def test_a_call_goes_on_over_a_resume(engine: TransformersEngine) -> None:
+async def test_a_call_goes_on_over_a_resume(engine: TextModel) -> None:
     request = chat("Weather in Oslo?", tools=(WEATHER,), tool_choice="required", parallel_tool_calls=False)
     request = request.model_copy(update={"sampling": request.sampling.model_copy(update={"max_tokens": 80})})
     whole = await answer(engine, request)
@@ -158,14 +154,14 @@ async def test_a_call_goes_on_over_a_resume(engine: TransformersEngine) -> None:
     assert rest.finish_reason == "tool_calls"
 
 
-async def test_tools_may_be_left_alone(engine: TransformersEngine) -> None:
+async def test_tools_may_be_left_alone(engine: TextModel) -> None:
     for choice in ("none", "auto", None):
         found = await answer(engine, chat(tools=(WEATHER,), tool_choice=choice))
         assert found.finish_reason in ("stop", "length", "tool_calls")
         assert choice != "none" or not found.tool_calls
 
 
-async def test_tool_messages_go_back_into_the_template(engine: TransformersEngine) -> None:
+async def test_tool_messages_go_back_into_the_template(engine: TextModel) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
     messages = (
         {"role": "user", "content": "What time is it?"},
@@ -192,9 +188,7 @@ async def test_tool_messages_go_back_into_the_template(engine: TransformersEngin
         ),
     ],
 )
-async def test_tools_that_make_no_sense_are_refused(
-    engine: TransformersEngine, fields: dict[str, Any], param: str
-) -> None:
+async def test_tools_that_make_no_sense_are_refused(engine: TextModel, fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         await answer(engine, chat(**fields))
     assert refused.value.param == param

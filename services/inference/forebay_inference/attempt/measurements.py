@@ -8,7 +8,7 @@ from forebay_contracts.queueing.protocols import Delivery
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import Fields, fields
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_inference.engine.protocol import Tokens
+from forebay_inference.engine.events import Tokens
 from forebay_inference.worker_metrics import WorkerMetrics
 
 

@@ -11,7 +11,7 @@ from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import Completed, Delta, Failed, FinishedChoice, Resume, Started
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
-from forebay_inference.engine.protocol import Tokens, Vector
+from forebay_inference.engine.events import Tokens, Vector
 
 RESEND_PAUSE_S: Final = 0.01
 """Pause between sending what was missed and asking again whether all is there."""

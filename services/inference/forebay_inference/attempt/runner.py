@@ -31,7 +31,8 @@ from forebay_inference.attempt.endings import End, Ended, Told, settle
 from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import EndedBefore, Ownership, Superseded, patiently
 from forebay_inference.attempt.reply import Reply, failed
-from forebay_inference.engine.protocol import Accepted, Engine, Finished, Tokens, Vector, reason_of, require_served
+from forebay_inference.engine.events import Accepted, Finished, Model, Tokens, Vector, require_served
+from forebay_inference.engine.protocol import reason_of
 from forebay_inference.worker_metrics import WorkerMetrics
 
 API_GONE: Final = "the api that took it is gone"
@@ -71,7 +72,7 @@ class AttemptRunner:
         *,
         worker: str,
         states: StateStore,
-        engine: Engine,
+        engine: Model,
         channel: Callable[[str, float], ReplyChannel],
         notices: CancelNotices,
         api_alive: Callable[[str], bool],

@@ -1,82 +1,15 @@
-"""The engine seam: what a worker needs of whatever generates tokens."""
+"""The engine seam, in tokens: what the text layer needs of whatever runs a model.
+
+An engine is asked with token ids and answers with token ids. Templates, stop strings, tool calls, echo and choices
+belong to `engine.text`, which is the same for every engine.
+"""
 
 import traceback
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-from forebay_contracts.wire.errors import UnsupportedByModel
-from forebay_contracts.wire.frames import TokenLogprob
-from forebay_contracts.wire.request import CompletionType, InferenceRequest
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What is loaded: `context_length` in tokens, `quantization` as it was resolved (never `auto`)."""
-
-    name: str
-    context_length: int
-    quantization: str
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """First, exactly once: the request is valid and fits; nothing has been computed yet."""
-
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Next tokens of choice `index`, with the text they settle (see `forebay_contracts.wire.frames.Delta`).
-
-    `text` never holds a part of a character, of a stop string or of a special token. `tool_calls` are OpenAI
-    streamed tool-call deltas.
-    """
-
-    index: int
-    token_ids: tuple[int, ...]
-    text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
-    tool_calls: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Vector:
-    """The embedding of input `index`, whole: `values` are float32, little-endian."""
-
-    index: int
-    values: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Once a choice: `finish_reason` is OpenAI's (stop, length, tool_calls); `cached_tokens` of its prompt."""
-
-    index: int
-    finish_reason: str
-    cached_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """How busy an engine is: sequences in its batch, steps (forward passes) that it has made since it started, and
-    the part (0 to 1) of its KV cache in use, None without one.
-
-    Steps that stand still while there are sequences mean that the engine is stuck.
-    """
-
-    sequences: int
-    steps: int
-    cache_usage: float | None = None
-
-
-EngineEvent = Accepted | Tokens | Vector | Finished
-
-ResumeTokens = Mapping[int, Sequence[int]]
-"""For a choice's index, the tokens that its client already has from an earlier attempt."""
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
 
 
 class EngineFault(Exception):
@@ -84,8 +17,8 @@ class EngineFault(Exception):
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, for logs and states: of what is no EngineFault the kind and the place, since its message may
-    quote a request."""
+    """What went wrong, for logs and states. For an error that is no EngineFault: its kind and place, since its message
+    may quote a request."""
     if isinstance(error, EngineFault):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -93,36 +26,164 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__} at {places}"
 
 
-class Engine(Protocol):
-    """Generates tokens, or computes embeddings, for many requests at once.
+class Tokenizer(Protocol):
+    """Text to token ids and back. Thread-safe.
 
-    A request's own faults (too long, bad template) are raised by `generate` as
-    `forebay_contracts.wire.errors.RequestError`, before `Accepted`; the engine's own as `EngineFault`, at any point.
-    `completion_types` is what it serves, known before it has started.
+    `vocabulary_size`: every id that a client may name is below it. `begin_token` stands for an empty prompt, None
+    where the model has no such token. `chat_template` is the template's source, None without one. `special_tokens`
+    are the ids of the tokens that an answer does not show, by their text.
     """
 
-    completion_types: tuple[CompletionType, ...]
+    vocabulary_size: int
+    begin_token: int | None
+    chat_template: str | None
+    special_tokens: Mapping[str, int]
 
-    async def start(self, progress: Callable[[str], None]) -> ModelInfo:
-        """Load and warm up; calls `progress` (from any thread) with one readable line per step."""
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """The ids of `text`; with `special_tokens`, also those that the model expects around a text."""
         ...
 
-    def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
-        """Accepted, then Tokens (of an embedding one Vector instead) and Finished in any interleaving of choices,
-        ending after the last Finished.
+    def decode(self, tokens: Sequence[int], *, show: Collection[int] = ()) -> str:
+        """The text of `tokens`, U+FFFD where bytes make no character; of the special tokens, only those of `show`."""
+        ...
 
-        With `resume`, the tokens given are taken as generated already: they are prefilled and not sent again,
-        and what follows goes on as the earlier attempt would have. Closing the generator (`aclose`) takes the
-        request out of the batch within one step.
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of one token, which need not be whole characters."""
+        ...
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The prompt's text for `messages`; raises what the template raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do. The text layer refuses by name what it cannot.
+
+    `resumes`: how the engine goes on after tokens that were generated elsewhere. `exact`: as it would have done
+    itself, but for rounding at near ties. `greedy`: so at temperature 0, and with other draws elsewhere. `no`: it
+    cannot. `grammars` are those of llguidance in its Lark dialect.
+    """
+
+    resumes: Literal["exact", "greedy", "no"]
+    grammars: bool
+    logprobs: bool
+
+
+class SamplingParameters(NamedTuple):
+    """How the tokens of one sequence are chosen; the names and ranges are OpenAI's, with the usual extensions.
+
+    `logprobs`: how many alternatives to report for each token (0: the chosen one alone), None for none. Random
+    numbers are drawn from `seed`. The tokens follow `grammar`, where there is one.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = MappingProxyType({})
+    logprobs: int | None = None
+    seed: str = ""
+    grammar: str | None = None
+
+
+class TokenRequest(NamedTuple):
+    """One sequence to be continued.
+
+    `generated` are the tokens after `prompt` that an earlier attempt generated: they count for penalties, grammar and
+    draws, and not for `max_new_tokens`. A token of `end_tokens` ends the sequence. `id` is for logs.
+    """
+
+    id: str
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingParameters
+    generated: Sequence[int] = ()
+    end_tokens: frozenset[int] = frozenset()
+
+
+class TokenLogprob(NamedTuple):
+    """The log probability of a chosen token, and the best alternatives as (token, log probability), best first.
+
+    They are the model's own, before penalties, temperature and grammar.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Step(NamedTuple):
+    """The next tokens of a sequence, with a `logprobs` entry each where those were asked for.
+
+    The last step has `finish`. Its tokens then end with an end token or are the last of `max_new_tokens`; where the
+    engine ended for another reason, there are none. `cached_tokens` of the prompt were not computed.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Literal["stop", "length"] | None = None
+    cached_tokens: int = 0
+
+
+class EngineStatus(NamedTuple):
+    """How an engine is: why it can serve nothing any more (None while it can), sequences in its batch, steps (forward
+    passes) since it started, and the part (0 to 1) of its KV cache in use, None without one.
+
+    Steps that stand still while there are sequences mean that the engine is stuck.
+    """
+
+    fault: str | None
+    sequences: int
+    steps: int
+    cache_usage: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready. `quantization` as it was resolved (never `auto`); `context_length` in tokens.
+
+    `recommended` is what the model recommends of `forebay_contracts.wire.request.RECOMMENDABLE`. `grammar_fault`
+    tells why a grammar cannot be enforced, None where it can. With `encodes_quickly`, the tokenizer may be called on
+    the event loop. An embedding model's vectors have `dimensions` numbers (None: a request may choose), and `prefix`
+    goes before each text.
+    """
+
+    tokenizer: Tokenizer
+    context_length: int
+    quantization: str
+    device: str
+    end_tokens: frozenset[int] = frozenset()
+    recommended: Mapping[str, float] = field(default_factory=dict)
+    grammar_fault: Callable[[str], str | None] = lambda grammar: None
+    encodes_quickly: bool = False
+    dimensions: int | None = None
+    prefix: str = ""
+
+
+class Engine(Protocol):
+    """Generates tokens for many sequences at once. Its own failures are raised as EngineFault, at any point."""
+
+    capabilities: Capabilities
+
+    async def start(self, progress: Callable[[str], None]) -> LoadedModel:
+        """Load and warm up; calls `progress` (from any thread) with one readable line a step.
+
+        Raises:
+            ConfigurationError: the model or the device cannot be had.
         """
         ...
 
-    def fault(self) -> str | None:
-        """Why the engine can serve nothing any more, or None while it can."""
+    def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
+        """The steps of a sequence, until one has `finish`. Closing the generator (`aclose`) takes the sequence out of
+        the batch within one step."""
         ...
 
-    def load(self) -> EngineLoad:
-        """How busy it is now; cheap, and callable from any thread."""
+    def status(self) -> EngineStatus:
+        """How it is now; cheap, and callable from any thread."""
         ...
 
     async def close(self) -> None:
@@ -130,7 +191,24 @@ class Engine(Protocol):
         ...
 
 
-def require_served(engine: Engine, request: InferenceRequest) -> None:
-    """Refuse a request of a type that `engine` does not serve; raises UnsupportedByModel."""
-    if request.completion_type not in engine.completion_types:
-        raise UnsupportedByModel(request.model, request.completion_type, engine.completion_types)
+class Embedder(Protocol):
+    """Computes vectors for many inputs at once; otherwise like an Engine."""
+
+    async def start(self, progress: Callable[[str], None]) -> LoadedModel:
+        """See `Engine.start`."""
+        ...
+
+    def embed(
+        self, inputs: Mapping[int, Sequence[int]], dimensions: int | None
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
+        """The vector of each of `inputs`, by its index, as float32, little-endian, in any order. Closing the generator
+        takes out what was not computed yet."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """See `Engine.status`."""
+        ...
+
+    async def close(self) -> None:
+        """See `Engine.close`."""
+        ...

@@ -6,140 +6,210 @@ import math
 import os
 import re
 import struct
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
 
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import (
-    Accepted,
-    EngineEvent,
+    Capabilities,
     EngineFault,
-    EngineLoad,
-    Finished,
-    ModelInfo,
-    ResumeTokens,
-    Tokens,
-    Vector,
+    EngineStatus,
+    LoadedModel,
+    Step,
+    TokenLogprob,
+    TokenRequest,
 )
 
 _ORDERS = re.compile(r"\[\[([^\]]*)\]\]")
+_PIECES = re.compile(r"\s*\S+(?:\s+\Z)?|\s+\Z")
 _DEFAULT_TOKENS = 5
-_CONTEXT_LENGTH = 32_768
+_CONTEXT_LENGTH = 1 << 20
 _DIMENSIONS = 64
+# From here on, a token is one byte of a text.
+_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
     """What `[[tokens=20 delay_ms=50 fail crash]]` asks for: `tokens` how many, `delay_ms` before each,
-    `fail` raises after them, `crash` ends the process there without a word."""
+    `fail` raises after them, `crash` ends the process there without a word. `random` draws the tokens from the
+    request's seed; `say` answers with the text behind the orders, a byte a token."""
 
     tokens: int = _DEFAULT_TOKENS
     delay_ms: float = 0
     fail: bool = False
     crash: bool = False
+    random: bool = False
+    say: bool = False
 
-    @classmethod
-    def parse(cls, text: str) -> "Orders":
-        """The orders in `text`; raises InvalidRequest for a word that is not one."""
-        found = _ORDERS.search(text)
-        if found is None:
-            return cls()
-        tokens, delay_ms, fail, crash = _DEFAULT_TOKENS, 0.0, False, False
-        for word in found.group(1).split():
-            name, _, value = word.partition("=")
-            try:
-                match name:
-                    case "tokens":
-                        tokens = int(value)
-                    case "delay_ms":
-                        delay_ms = float(value)
-                    case "fail":
-                        fail = True
-                    case "crash":
-                        crash = True
-                    case _:
-                        raise ValueError
-            except ValueError:
-                raise InvalidRequest(f"the simulated engine does not know the order {word!r}") from None
-        return cls(tokens, delay_ms, fail, crash)
+    def answer(self, text: str, seed: str) -> Sequence[int]:
+        """The tokens of the whole answer to `text`."""
+        if self.say:
+            return [_BYTES + byte for byte in text.partition("]]")[2].encode()]
+        if self.random:
+            return [_draw(seed, place) for place in range(self.tokens)]
+        return range(self.tokens)
+
+    def end(self) -> None:
+        """Do what is to be done after the answer."""
+        if self.crash:
+            os._exit(70)
+        if self.fail:
+            raise EngineFault("the simulated engine was ordered to fail")
+
+
+def orders_in(text: str) -> Orders:
+    """The orders in `text`; raises InvalidRequest for a word that is not one."""
+    found = _ORDERS.search(text)
+    return _NO_ORDERS if found is None else _orders(found.group(1))
+
+
+@lru_cache(64)
+def _orders(words: str) -> Orders:
+    given: dict[str, Any] = {}
+    for word in words.split():
+        name, _, value = word.partition("=")
+        try:
+            match name:
+                case "tokens":
+                    given[name] = int(value)
+                case "delay_ms":
+                    given[name] = float(value)
+                case "fail" | "crash" | "random" | "say":
+                    given[name] = True
+                case _:
+                    raise ValueError
+        except ValueError:
+            raise InvalidRequest(f"the simulated engine does not know the order {word!r}") from None
+    return Orders(**given)
+
+
+_NO_ORDERS: Final = Orders()
+
+
+class SimulatedTokenizer:
+    """Words of a prompt, with the white space around them, are negative ids that hold their bytes.
+
+    Token k of an answer is `tk`; behind those stand the 256 single bytes.
+    """
+
+    vocabulary_size = _BYTES + 256
+    begin_token: int | None = 0
+    chat_template: str | None = "{{ messages[-1].content }}{# calls tools as <tool_call> #}"
+    special_tokens: Mapping[str, int] = {}
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """See `Tokenizer.encode`; raises InvalidRequest for orders that make no sense."""
+        orders_in(text)
+        return [-int.from_bytes(b"\1" + piece.encode(errors="replace")) for piece in _PIECES.findall(text)]
+
+    def decode(self, tokens: Sequence[int], *, show: Collection[int] = ()) -> str:
+        """See `Tokenizer.decode`."""
+        return b"".join(map(self.bytes_of, tokens)).decode(errors="replace")
+
+    def bytes_of(self, token: int) -> bytes:
+        """See `Tokenizer.bytes_of`."""
+        if token < 0:
+            return (-token).to_bytes((token.bit_length() + 7) // 8)[1:]
+        if token >= _BYTES:
+            return bytes([token - _BYTES])
+        return b" t%d" % token if token else b"t0"
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The last message alone."""
+        return messages[-1]["content"] or " "
 
 
 class SimulatedEngine:
-    """Obeys orders in the last message; a lost or doubled token shows in its text. One engine, any concurrency.
+    """Obeys orders in the prompt; a lost or doubled token shows in its text. One engine, any concurrency.
 
-    An embedding is a function of its input alone, a unit vector; `tokens` in its orders means nothing.
+    Sampling has no effect but for the seed of `random`. An embedding is a function of its input alone, a unit vector.
     """
 
-    completion_types: tuple[CompletionType, ...] = tuple(CompletionType)
+    capabilities = Capabilities(resumes="exact", grammars=False, logprobs=True)
 
-    def __init__(self, model_name: str) -> None:
-        self._model = ModelInfo(model_name, _CONTEXT_LENGTH, "none", "none")
+    def __init__(self) -> None:
+        self._tokenizer = SimulatedTokenizer()
         self._running = 0
         self._steps = 0
+        self._closed = False
 
-    async def start(self, progress: Callable[[str], None]) -> ModelInfo:
+    async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Nothing to load."""
         progress("simulated engine: nothing to load")
-        return self._model
+        return LoadedModel(self._tokenizer, _CONTEXT_LENGTH, "none", "none", encodes_quickly=True)
 
-    async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
-        """`t0 t1 …`, choice after choice; token k has id k. For embedding, a vector an input."""
-        texts = _prompts(request)
-        orders = [Orders.parse(text) for text in texts for _ in range(request.n)]
-        yield Accepted(sum(len(text.split()) for text in texts))
-        self._running += len(orders)
+    async def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
+        """`t0 t1 …`, as ordered."""
+        text = self._tokenizer.decode(request.prompt)
+        orders, sampling = orders_in(text), request.sampling
+        answer = orders.answer(text, sampling.seed if sampling.temperature else "")
+        first, ends, count = len(request.generated), request.end_tokens, sampling.logprobs
+        delay_s = orders.delay_ms / 1000
+        self._running += 1
         try:
-            async for event in self._obey_all(request, resume, texts, orders):
-                yield event
-        finally:
-            self._running -= len(orders)
-
-    async def _obey_all(
-        self, request: InferenceRequest, resume: ResumeTokens, texts: list[str], orders: list[Orders]
-    ) -> AsyncGenerator[EngineEvent, None]:
-        limit = request.sampling.max_tokens
-        for index, order in enumerate(orders):
-            if request.completion_type is CompletionType.EMBEDDING:
-                await asyncio.sleep(order.delay_ms / 1000)
-                self._steps += 1
-                _obey(order)
-                if index not in resume:
-                    yield Vector(index, _vector(texts[index], request.dimensions or _DIMENSIONS))
-                yield Finished(index, "stop")
-                continue
-            count = order.tokens if limit is None else min(order.tokens, limit)
-            for token in range(len(resume.get(index, ())), count):
+            for place in range(first, min(len(answer), first + request.max_new_tokens)):
                 # Also without a delay: no engine keeps the event loop to itself.
-                await asyncio.sleep(order.delay_ms / 1000)
+                await asyncio.sleep(delay_s)
+                if self._closed:
+                    raise EngineFault("the engine was closed")
                 self._steps += 1
-                yield Tokens(index, (token,), f"t{token}" if token == 0 else f" t{token}")
-            _obey(order)
-            yield Finished(index, "stop" if count == order.tokens else "length")
+                token = answer[place]
+                yield _step(token) if count is None else Step((token,), _logprobs(sampling.seed, place, token, count))
+                if token in ends:
+                    yield Step((), finish="stop")
+                    return
+            orders.end()
+            yield Step((), finish="stop" if len(answer) <= first + request.max_new_tokens else "length")
+        finally:
+            self._running -= 1
 
-    def fault(self) -> str | None:
+    async def embed(
+        self, inputs: Mapping[int, Sequence[int]], dimensions: int | None
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
+        """The vectors in turn; `tokens` in their orders means nothing."""
+        self._running += len(inputs)
+        try:
+            for index, tokens in inputs.items():
+                text = self._tokenizer.decode(tokens)
+                orders = orders_in(text)
+                await self._step(orders)
+                orders.end()
+                yield index, _vector(text, dimensions or _DIMENSIONS)
+        finally:
+            self._running -= len(inputs)
+
+    async def _step(self, orders: Orders) -> None:
+        # Also without a delay: no engine keeps the event loop to itself.
+        await asyncio.sleep(orders.delay_ms / 1000)
+        if self._closed:
+            raise EngineFault("the engine was closed")
+        self._steps += 1
+
+    def status(self) -> EngineStatus:
         """Never broken."""
-        return None
-
-    def load(self) -> EngineLoad:
-        """Choices under way."""
-        return EngineLoad(self._running, self._steps)
+        return EngineStatus(None, self._running, self._steps)
 
     async def close(self) -> None:
-        """Nothing to free."""
+        """Fail what still runs."""
+        self._closed = True
 
 
-def _prompts(request: InferenceRequest) -> list[str]:
-    if request.messages:
-        return [_text(request.messages[-1].get("content"))]
-    return [prompt if isinstance(prompt, str) else " ".join(map(str, prompt)) for prompt in request.prompts]
+@lru_cache(1024)
+def _step(token: int) -> Step:
+    return Step((token,))
 
 
-def _obey(order: Orders) -> None:
-    if order.crash:
-        os._exit(70)
-    if order.fail:
-        raise EngineFault("the simulated engine was ordered to fail")
+def _draw(seed: str, place: int) -> int:
+    """A number from 0 to 65,535 that depends on `seed` and `place` alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{place}".encode(), digest_size=2).digest())
+
+
+def _logprobs(seed: str, place: int, token: int, count: int) -> tuple[TokenLogprob]:
+    logprob = -_draw(seed, place) / 65_536
+    return (TokenLogprob(token, logprob, tuple((token + by, logprob - by) for by in range(count))),)
 
 
 def _vector(text: str, dimensions: int) -> bytes:
@@ -147,11 +217,3 @@ def _vector(text: str, dimensions: int) -> bytes:
     values = [number - 127.5 for number in numbers]
     norm = math.hypot(*values)
     return struct.pack(f"<{dimensions}f", *(value / norm for value in values))
-
-
-def _text(content: object) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    return ""

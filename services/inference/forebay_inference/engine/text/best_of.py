@@ -1,10 +1,11 @@
 """`best_of`: more choices are generated than shown, and the likeliest are kept."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_inference.engine.protocol import Accepted, EngineEvent, Finished, ResumeTokens, Tokens
+from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens
 
 
 @dataclass(slots=True)
@@ -26,19 +27,20 @@ def widened(request: InferenceRequest) -> InferenceRequest:
 
 
 async def best(
-    events: AsyncIterator[EngineEvent], request: InferenceRequest, resume: ResumeTokens
-) -> AsyncGenerator[EngineEvent, None]:
+    events: AsyncGenerator[Event, None], request: InferenceRequest, resume: ResumeTokens
+) -> AsyncGenerator[Event, None]:
     """The events of the best `request.n` choices of each prompt, out of those of `widened(request)`."""
     of = request.best_of or request.n
     candidates: dict[int, _Candidate] = {}
-    async for event in events:
-        match event:
-            case Accepted():
-                yield event
-            case Tokens():
-                candidates.setdefault(event.index, _Candidate()).events.append(event)
-            case Finished():
-                candidates.setdefault(event.index, _Candidate()).end = event
+    async with aclosing(events):
+        async for event in events:
+            match event:
+                case Accepted():
+                    yield event
+                case Tokens():
+                    candidates.setdefault(event.index, _Candidate()).events.append(event)
+                case Finished():
+                    candidates.setdefault(event.index, _Candidate()).end = event
     for prompt in range(len(candidates) // of):
         group = [candidates[prompt * of + offset] for offset in range(of)]
         group.sort(key=lambda candidate: candidate.score, reverse=True)
@@ -47,12 +49,10 @@ async def best(
                 yield event
 
 
-def _renumbered(
-    candidate: _Candidate, index: int, request: InferenceRequest, resume: ResumeTokens
-) -> list[EngineEvent]:
+def _renumbered(candidate: _Candidate, index: int, request: InferenceRequest, resume: ResumeTokens) -> list[Event]:
     # The same seed makes the same candidates again: what a client has already is the beginning of them.
     skip = len(resume.get(index, ()))
-    shown: list[EngineEvent] = []
+    shown: list[Event] = []
     for event in candidate.events:
         if skip:
             skip -= min(skip, len(event.token_ids))

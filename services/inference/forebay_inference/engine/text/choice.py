@@ -3,16 +3,65 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from forebay_contracts.wire.frames import TokenLogprob, TopLogprob
-from forebay_inference.engine.protocol import Tokens
-from forebay_inference.engine.text.detokenizer import REPLACEMENT, ChoiceText
+from forebay_contracts.wire import frames
+from forebay_inference.engine.events import Finished, Tokens
+from forebay_inference.engine.protocol import Step, TokenLogprob
+from forebay_inference.engine.text.detokenizer import REPLACEMENT, Decoder, Detokenizer, StopStrings
 from forebay_inference.engine.text.tool_calls import ToolParser
-from forebay_inference.engine.transformers.batch import SequenceInBatch, Step
-from forebay_inference.engine.transformers.sampling import ChosenLogprob
+
+_Shown = tuple[str, tuple[dict[str, Any], ...]]
+
+
+class ChoiceText:
+    """The text of one choice and the tool calls in it.
+
+    Stop strings are looked for in what is shown as text: neither calls nor what stands around them match one.
+    `push_plain` does what `push` does, where there are neither stop strings nor calls.
+    """
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str], parser: ToolParser | None = None) -> None:
+        self._detokenizer = Detokenizer(decoder)
+        self._stops = StopStrings(stops)
+        self._parser = parser
+        self.push_plain = None if stops or parser else self._detokenizer.push
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._stops.matched is not None
+
+    @property
+    def calls(self) -> bool:
+        """Whether the answer so far calls tools, each call being whole."""
+        return self._parser is not None and self._parser.complete
+
+    def push(self, token: int) -> _Shown:
+        """The text and the tool-call deltas that may be shown after `token`."""
+        return self._shown(self._detokenizer.push(token))
+
+    def flush(self) -> _Shown:
+        """The rest, once no token follows."""
+        text, calls = self._shown(self._detokenizer.flush())
+        if self._parser is not None:
+            text += self._stops.push(self._parser.flush())
+        return text + self._stops.flush(), calls
+
+    def _shown(self, text: str) -> _Shown:
+        if self._parser is None:
+            return self._stops.push(text), ()
+        content, calls = "", []
+        for part in self._parser.push(text):
+            if self.stopped:
+                break
+            if isinstance(part, str):
+                content += self._stops.push(part)
+            else:
+                calls.append(part)
+        return content, tuple(calls)
 
 
 class Choice:
-    """Follows one sequence on the event loop.
+    """Follows one sequence.
 
     `bytes_of` gives the bytes of a token. `limit` is the most tokens that it may have; `finish_reason` is None
     until its end. `echo` goes before the text of the first token.
@@ -21,79 +70,81 @@ class Choice:
     def __init__(
         self,
         index: int,
+        text: ChoiceText,
         decode: Callable[[Sequence[int]], str],
         bytes_of: Callable[[int], bytes],
-        stops: Sequence[str],
         end_tokens: frozenset[int],
         limit: int,
-        parser: ToolParser | None = None,
         echo: str = "",
     ) -> None:
         self.index = index
         self.limit = limit
-        self.end_tokens = end_tokens
         self.tokens: list[int] = []
         self.finish_reason: str | None = "length" if limit == 0 else None
-        self.sequence: SequenceInBatch | None = None
+        self.cached_tokens = 0
+        self._text = text
         self._decode = decode
         self._bytes_of = bytes_of
-        self._text = ChoiceText(decode, stops)
-        self._parser = parser
+        self._end_tokens = end_tokens
         self._echo = echo
+        self._push_plain = None if echo else text.push_plain
+
+    def finished(self) -> Finished:
+        """The event of its end."""
+        return Finished(self.index, self.finish_reason or "", self.cached_tokens)
 
     def replay(self, tokens: Sequence[int]) -> None:
         """Take `tokens` as generated and shown already, with what goes before them."""
-        for token in tokens:
-            self._show(self._push(token))
+        if tokens:
+            self.advance(Step(tuple(tokens)))
 
     def advance(self, step: Step) -> Tokens | None:
         """The event of one step, or None where it brings nothing. Sets `finish_reason` at the end."""
-        taken: list[int] = []
-        text = ""
-        for token in step.tokens:
+        tokens, logprobs, finish, self.cached_tokens = step
+        if self._push_plain is not None and finish is None and not logprobs and len(tokens) == 1:
+            # The usual step, in 0.6 µs instead of 1.7.
+            token = tokens[0]
+            if token not in self._end_tokens and len(self.tokens) + 1 < self.limit:
+                self.tokens.append(token)
+                return Tokens(self.index, tokens, self._push_plain(token))
+        text, self._echo = self._echo, ""
+        calls: tuple[dict[str, Any], ...] = ()
+        for place, token in enumerate(tokens, 1):
+            more, deltas = self._push(token)
+            text += more
+            calls += deltas
             if self.finish_reason is not None:
+                tokens = tokens[:place]
                 break
-            text += self._push(token)
-            taken.append(token)
-        if not taken:
+        if finish is not None and self.finish_reason is None:
+            more, deltas = self._end(finish)
+            text, calls = text + more, calls + deltas
+        if self.finish_reason == "stop" and self._text.calls:
+            self.finish_reason = "tool_calls"
+        if not (tokens or text or calls):
             return None
-        text, calls = self._show(text)
-        logprobs = tuple(self._logprob(chosen) for chosen in step.logprobs if chosen.token not in self.end_tokens)
-        return Tokens(self.index, tuple(taken), text, logprobs, tuple(calls))
+        return Tokens(self.index, tokens, text, tuple(map(self._logprob, logprobs[: len(tokens)])), calls)
 
-    def _show(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """Text and tool calls of what may be shown now; sets the finish reason of an answer that calls tools."""
-        if self._parser is None:
-            return text, []
-        content, calls = self._parser.push(text)
-        if self.finish_reason is not None:
-            content += self._parser.flush()
-            if self._parser.calls and self.finish_reason == "stop":
-                self.finish_reason = "tool_calls"
-        return content, calls
-
-    def _push(self, token: int) -> str:
-        echo, self._echo = self._echo, ""
-        return echo + self._push_token(token)
-
-    def _push_token(self, token: int) -> str:
+    def _push(self, token: int) -> _Shown:
         self.tokens.append(token)
-        if token in self.end_tokens:
-            self.finish_reason = "stop"
-            return self._text.flush()
-        text = self._text.push(token)
+        if token in self._end_tokens:
+            return self._end("stop")
+        shown = self._text.push(token)
         if self._text.stopped:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
-            self.finish_reason = "length"
-            text += self._text.flush()
-            if self._text.stopped:
-                self.finish_reason = "stop"
-        return text
+            rest = self._end("length")
+            return shown[0] + rest[0], shown[1] + rest[1]
+        return shown
 
-    def _logprob(self, chosen: ChosenLogprob) -> TokenLogprob:
-        top = tuple(TopLogprob(logprob=value, **self._token(token)) for token, value in chosen.top)
-        return TokenLogprob(logprob=chosen.logprob, top=top, **self._token(chosen.token))
+    def _end(self, reason: str) -> _Shown:
+        rest = self._text.flush()
+        self.finish_reason = "stop" if self._text.stopped else reason
+        return rest
+
+    def _logprob(self, chosen: TokenLogprob) -> frames.TokenLogprob:
+        top = tuple(frames.TopLogprob(logprob=value, **self._token(token)) for token, value in chosen.top)
+        return frames.TokenLogprob(logprob=chosen.logprob, top=top, **self._token(chosen.token))
 
     def _token(self, token: int) -> dict[str, Any]:
         text = self._decode([token])

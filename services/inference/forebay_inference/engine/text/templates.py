@@ -1,13 +1,14 @@
 """Prompts: chat templates and tokenization, with the errors that are the client's own."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jinja2 import TemplateError
 
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_inference.engine.protocol import Tokenizer
 from forebay_inference.engine.text.tool_formats import ToolFormat, with_tools_told
 
 _RESERVED = frozenset(
@@ -15,7 +16,7 @@ _RESERVED = frozenset(
 )
 
 
-def encode_prompts(tokenizer: Any, request: InferenceRequest, form: ToolFormat) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, request: InferenceRequest, form: ToolFormat) -> list[list[int]]:
     """The token ids of each prompt of `request` (a chat has one). Tools are told as `form` has it.
 
     Raises:
@@ -26,7 +27,7 @@ def encode_prompts(tokenizer: Any, request: InferenceRequest, form: ToolFormat) 
     return [_encode_prompt(tokenizer, prompt) for prompt in request.prompts]
 
 
-def _encode_chat(tokenizer: Any, request: InferenceRequest, form: ToolFormat) -> list[int]:
+def _encode_chat(tokenizer: Tokenizer, request: InferenceRequest, form: ToolFormat) -> list[int]:
     if not tokenizer.chat_template:
         raise InvalidRequest("This model has no chat template; use /v1/completions.", param="messages")
     extra = {key: value for key, value in request.chat_template_kwargs.items() if key not in _RESERVED}
@@ -38,33 +39,36 @@ def _encode_chat(tokenizer: Any, request: InferenceRequest, form: ToolFormat) ->
     elif tools:
         options["tools"] = tools
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(messages, **options)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as exc:
         raise InvalidRequest(
             f"The model's chat template does not take these messages: {exc}", param="messages"
         ) from exc
     # The template writes the special tokens itself.
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, special_tokens=False)
     if not ids:
         raise InvalidRequest("The messages make an empty prompt.", param="messages")
     return ids
 
 
-def _encode_prompt(tokenizer: Any, prompt: str | tuple[int, ...]) -> list[int]:
+def _encode_prompt(tokenizer: Tokenizer, prompt: str | tuple[int, ...]) -> list[int]:
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt)
     else:
         ids = list(prompt)
-        unknown = next((token for token in ids if not 0 <= token < len(tokenizer)), None)
-        if unknown is not None:
-            raise InvalidRequest(f"Token {unknown} is not in the vocabulary of {len(tokenizer)}.", param="prompt")
+        require_known(ids, tokenizer.vocabulary_size, "prompt")
     if ids:
         return ids
-    # An empty prompt is legal where the model has a token that begins a text.
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
+    if tokenizer.begin_token is None:
         raise InvalidRequest("The prompt is empty.", param="prompt")
-    return [first]
+    return [tokenizer.begin_token]
+
+
+def require_known(tokens: Iterable[int], vocabulary_size: int, param: str) -> None:
+    """Refuse tokens that the model does not have; raises InvalidRequest."""
+    for token in tokens:
+        if not 0 <= token < vocabulary_size:
+            raise InvalidRequest(f"Token {token} is not in the vocabulary of {vocabulary_size}.", param=param)
 
 
 def _flattened(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 from forebay_inference.engine.text.tool_formats import ToolFormat
@@ -91,106 +93,132 @@ class _Call:
         return part
 
 
+class _At(Enum):
+    CONTENT = auto()
+    BETWEEN_CALLS = auto()
+    CALL = auto()
+
+
 class ToolParser:
     """Separates an answer's text into content and streamed tool calls; a pure function of the text pushed.
 
-    Deltas have OpenAI's form: index, id, type and name first, then pieces of the arguments.
+    A call is an object that names one of `tools`. Everything else is content: other objects, and a marker that no call
+    follows. With `calls_first`, calls come before all content or not at all. Deltas have OpenAI's form: index, id,
+    type and name first, then pieces of the arguments.
     """
 
-    def __init__(self, form: ToolFormat, seed: str) -> None:
+    def __init__(self, form: ToolFormat, tools: Collection[str], seed: str, *, calls_first: bool = False) -> None:
         self._format = form
+        self._tools = tools
         self._seed = seed
+        self._calls_first = calls_first
+        self._at = _At.CONTENT
         self._pending = ""
-        self._in_calls = False
+        # What was read since the last content or call: content after all, should no call come of it.
+        self._unclear = ""
         self._at_start = True
-        self._call: _Call | None = None
+        self._call = _Call(form.arguments_key)
+        self._between = " \t\r\n" + ("[]," if form.bracketed else ";" if form.bare else "")
         self.calls = 0
 
-    def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """The content and the deltas that `text` adds."""
-        content: list[str] = []
-        deltas: list[dict[str, Any]] = []
+    @property
+    def complete(self) -> bool:
+        """Whether there are calls, and each is whole."""
+        return self.calls > 0 and not (self._at is _At.CALL and self._call.announced)
+
+    def push(self, text: str) -> list[str | dict[str, Any]]:
+        """The content and the deltas that `text` adds, in their order."""
+        parts: list[str | dict[str, Any]] = []
         self._pending += text
         while self._pending:
-            before = (len(self._pending), self._in_calls)
-            if self._in_calls:
-                content.append(self._read_calls(deltas))
-            else:
-                content.append(self._read_content())
-            if (len(self._pending), self._in_calls) == before:
+            before = (len(self._pending), self._at)
+            match self._at:
+                case _At.CONTENT:
+                    self._read_content(parts)
+                case _At.BETWEEN_CALLS:
+                    self._read_between(parts)
+                case _At.CALL:
+                    self._read_call(parts)
+            if (len(self._pending), self._at) == before:
                 break
-        if self._call is not None:
-            self._report(self._call, deltas)
-        return "".join(content), deltas
+        return parts
 
     def flush(self) -> str:
-        """Content that was held back, once no more text comes."""
-        rest, self._pending = ("" if self._in_calls else self._pending), ""
-        if self._call is not None and self._call.name is None:
-            self.calls -= 1
-            rest = self._call.text
-        return rest
+        """Content that was held back, once no more text comes. Beside calls, what was held back belongs to them."""
+        rest, self._pending, self._unclear = self._unclear + self._pending, "", ""
+        return "" if self.calls else rest
 
-    def _read_content(self) -> str:
+    def _read_content(self, parts: list[str | dict[str, Any]]) -> None:
         start = self._format.start
-        found = self._pending.find(start)
+        may_call = self._at_start or not self._calls_first
+        found = self._pending.find(start) if may_call else -1
         if found >= 0:
-            shown, self._pending = self._pending[:found], self._pending[found + len(start) :]
-            self._in_calls = True
             # The line break before a call belongs to the call.
-            return shown.rstrip("\n")
-        if self._format.bare and self._at_start:
-            stripped = self._pending.lstrip()
-            if stripped.startswith("{"):
-                self._pending, self._in_calls = stripped, True
-                return ""
-        held = max((n for n in range(1, len(start)) if self._pending.endswith(start[:n])), default=0)
-        body = self._pending[: len(self._pending) - held]
-        kept = body.rstrip("\n")
-        shown, self._pending = kept, self._pending[len(kept) :]
-        self._at_start = self._at_start and not shown.strip()
-        return shown
-
-    def _read_calls(self, deltas: list[dict[str, Any]]) -> str:
-        end = self._format.end
-        content = ""
-        for place, character in enumerate(self._pending):
-            if self._call is not None:
-                self._call.push(character)
-                if self._call.done:
-                    if self._call.name is None:
-                        # An object, but not a call.
-                        self.calls -= 1
-                        content += self._call.text
-                    self._report(self._call, deltas)
-                    self._call = None
-                continue
-            if character == "{":
-                self._call = _Call(self._format.arguments_key)
-                self._call.push(character)
-                self.calls += 1
-                continue
-            rest = self._pending[place:]
-            if end and rest.startswith(end):
-                self._pending, self._in_calls = rest[len(end) :], False
-                return content
-            if end and end.startswith(rest):
-                self._pending = rest
-                return content
-        self._pending = ""
-        return content
-
-    def _report(self, call: _Call, deltas: list[dict[str, Any]]) -> None:
-        index = self.calls - 1
-        if call.name is None:
+            shown = self._pending[:found].rstrip("\n")
+            self._show(shown, parts)
+            self._unclear = self._pending[len(shown) : found + len(start)]
+            self._pending = self._pending[found + len(start) :]
+            self._at = _At.BETWEEN_CALLS
             return
+        if self._format.bare and self._at_start and self._pending.lstrip().startswith("{"):
+            self._at = _At.BETWEEN_CALLS
+            return
+        held = max((n for n in range(1, len(start)) if self._pending.endswith(start[:n])), default=0) if may_call else 0
+        shown = self._pending[: len(self._pending) - held].rstrip("\n")
+        self._pending = self._pending[len(shown) :]
+        self._show(shown, parts)
+
+    def _show(self, text: str, parts: list[str | dict[str, Any]]) -> None:
+        if text:
+            parts.append(text)
+            self._at_start = self._at_start and not text.strip()
+
+    def _read_between(self, parts: list[str | dict[str, Any]]) -> None:
+        end = self._format.end
+        rest = self._pending.lstrip(self._between)
+        self._unclear += self._pending[: len(self._pending) - len(rest)]
+        self._pending = rest
+        if rest.startswith("{"):
+            self._at, self._call = _At.CALL, _Call(self._format.arguments_key)
+        elif end and self.calls and rest.startswith(end):
+            self._at, self._unclear, self._pending = _At.CONTENT, "", rest[len(end) :]
+        elif rest and not (end and end.startswith(rest)):
+            self._not_a_call(parts)
+
+    def _read_call(self, parts: list[str | dict[str, Any]]) -> None:
+        call, place = self._call, 0
+        for character in self._pending:
+            call.push(character)
+            place += 1
+            if call.done or (call.name is not None and call.name not in self._tools):
+                break
+        self._unclear += self._pending[:place]
+        self._pending = self._pending[place:]
+        if call.name in self._tools:
+            self._unclear = ""
+            self._report(parts)
+            if call.done:
+                self._at = _At.BETWEEN_CALLS
+        elif call.done or call.name is not None:
+            self._not_a_call(parts)
+
+    def _not_a_call(self, parts: list[str | dict[str, Any]]) -> None:
+        # What stands behind a whole call and before the next, if one came, is no content either.
+        between = self._at is _At.BETWEEN_CALLS and not self._unclear.strip(self._between)
+        shown, self._unclear, self._at = "" if between else self._unclear, "", _At.CONTENT
+        self._at_start = False
+        self._show(shown, parts)
+
+    def _report(self, parts: list[str | dict[str, Any]]) -> None:
+        call = self._call
         if not call.announced:
             call.announced = True
-            identity = hashlib.blake2b(f"{self._seed}:{index}".encode(), digest_size=12).hexdigest()
+            identity = hashlib.blake2b(f"{self._seed}:{self.calls}".encode(), digest_size=12).hexdigest()
             function = {"name": call.name, "arguments": ""}
-            deltas.append({"index": index, "id": f"call_{identity}", "type": "function", "function": function})
+            parts.append({"index": self.calls, "id": f"call_{identity}", "type": "function", "function": function})
+            self.calls += 1
         part = call.unsent_arguments()
         if call.done and call.arguments_start is None and not call.sent:
             part, call.sent = "{}", 2
         if part:
-            deltas.append({"index": index, "function": {"arguments": part}})
+            parts.append({"index": self.calls - 1, "function": {"arguments": part}})

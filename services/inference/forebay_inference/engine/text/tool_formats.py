@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import InferenceRequest
+from forebay_inference.engine.protocol import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +32,16 @@ MISTRAL: Final = ToolFormat("[TOOL_CALLS]", "", "arguments", bracketed=True)
 LLAMA: Final = ToolFormat("<|python_tag|>", "", "parameters", bare=True)
 
 
-def format_of(tokenizer: Any) -> ToolFormat:
+def format_of(tokenizer: Tokenizer) -> ToolFormat:
     """The format of the model's family, told by its chat template; Hermes where the template knows no tools."""
     template = tokenizer.chat_template or ""
-    template = template if isinstance(template, str) else json.dumps(template)
     knows_tools = "tools" in template
     form = HERMES
     if "[TOOL_CALLS]" in template:
         form = MISTRAL
     elif knows_tools and "<tool_call>" not in template and ("<|python_tag|>" in template or '"parameters"' in template):
         form = LLAMA
-    # An unknown marker would come back as the unknown token, which may be special itself.
-    special = form.start in tokenizer.all_special_tokens
-    token = tokenizer.convert_tokens_to_ids(form.start)
-    return ToolFormat(
-        form.start,
-        form.end,
-        form.arguments_key,
-        form.bracketed,
-        form.bare,
-        start_token=token if special else None,
-        in_template=knows_tools,
-    )
+    return replace(form, start_token=tokenizer.special_tokens.get(form.start), in_template=knows_tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +60,11 @@ class ToolUse:
     tools: tuple[Tool, ...]
     required: bool
     parallel: bool
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the tools."""
+        return frozenset(tool.name for tool in self.tools)
 
 
 def tool_use(request: InferenceRequest, form: ToolFormat) -> ToolUse | None:

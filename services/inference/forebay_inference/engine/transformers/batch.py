@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
@@ -15,35 +15,27 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
-from forebay_inference.engine.protocol import reason_of
+from forebay_inference.engine.protocol import EngineFault, Step, reason_of
 from forebay_inference.engine.transformers import attention
 from forebay_inference.engine.transformers.memory import CachePlan
-from forebay_inference.engine.transformers.sampling import ChosenLogprob, TokenChooser, choose
+from forebay_inference.engine.transformers.sampling import TokenChooser, choose
 
 _log = logging.getLogger(__name__)
 _MAX_ROWS = 1024
 _STOP_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one forward pass brought one sequence: new tokens (nearly always one), or why it can bring no more."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[ChosenLogprob, ...]
-    fault: str | None = None
-
-
 @dataclass(slots=True, eq=False)
 class SequenceInBatch:
-    """One sequence of tokens in the batch. `on_step` is called on the event loop."""
+    """One sequence of tokens in the batch. `on_step` is called on the event loop, in the end with a step that has
+    `finish` or with the fault for which none comes."""
 
     id: str
     tokens: list[int]
     max_new_tokens: int
     end_tokens: frozenset[int]
     chooser: TokenChooser
-    on_step: Callable[[Step], None]
+    on_step: Callable[[Step | EngineFault], None]
     cached_tokens: int = 0
     delivered: int = field(default=0, init=False)
 
@@ -145,7 +137,7 @@ class Batch:
 
     def deliver(self, outputs: Sequence[Any]) -> None:
         """Hand the outputs of one step to the event loop; called by the generation thread."""
-        steps: list[tuple[SequenceInBatch, Step]] = []
+        steps: list[tuple[SequenceInBatch, Step | EngineFault]] = []
         for output in outputs:
             sequence = self._sequences.get(output.request_id)
             if sequence is None:
@@ -153,13 +145,15 @@ class Batch:
             tokens = tuple(output.generated_tokens[sequence.delivered :])
             sequence.delivered += len(tokens)
             ended = output.is_finished()
-            fault = output.error or sequence.chooser.fault or self._accept(sequence, tokens, ended)
-            logprobs = () if sequence.chooser.logprob is None else (sequence.chooser.logprob,)
+            fault = sequence.chooser.fault or self._accept(sequence, tokens, ended)
+            if output.error is not None:
+                # The library tells an error's text alone, which may be empty.
+                fault = output.error or "the forward pass failed"
             if ended:
                 self._sequences.pop(sequence.id, None)
             elif fault is not None:
                 self.cancel(sequence.id)
-            steps.append((sequence, Step(tokens, logprobs if tokens else (), fault)))
+            steps.append((sequence, _step(sequence, tokens, ended) if fault is None else EngineFault(fault)))
         if not steps:
             return
         try:
@@ -192,7 +186,15 @@ class Batch:
         cache.search_prefix_match = search_and_note
 
 
-def _dispatch(steps: Sequence[tuple[SequenceInBatch, Step]]) -> None:
+def _step(sequence: SequenceInBatch, tokens: tuple[int, ...], ended: bool) -> Step:
+    logprob = sequence.chooser.logprob
+    finish: Literal["stop", "length"] | None = None
+    if ended:
+        finish = "stop" if tokens and tokens[-1] in sequence.end_tokens else "length"
+    return Step(tokens, (logprob,) if tokens and logprob is not None else (), finish, sequence.cached_tokens)
+
+
+def _dispatch(steps: Sequence[tuple[SequenceInBatch, Step | EngineFault]]) -> None:
     for sequence, step in steps:
         sequence.on_step(step)
 

@@ -3,8 +3,6 @@
 import ctypes
 import gc
 import logging
-import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.engine.transformers.devices import resolve_device, use_cpus
 from forebay_inference.engine.transformers.packing import pack_linears
 
 _log = logging.getLogger(__name__)
@@ -47,8 +46,7 @@ def load(folder: Path, quantization: str, device_name: str, progress: Callable[[
     """
     started = time.monotonic()
     device = resolve_device(device_name)
-    if device.type == "cpu":
-        torch.set_num_threads(usable_cpus())
+    use_cpus(device)
     config = _read_config(folder)
     resolved, settings = _resolve_quantization(quantization, config, device)
     progress(f"loading the weights ({resolved}, {device})")
@@ -74,38 +72,6 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         _log.debug("this C library gives no memory back on demand")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that MODEL_DEVICE names: auto, cpu, cuda or cuda:N."""
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as exc:
-        raise ConfigurationError(f"MODEL_DEVICE={name}: not one of auto, cpu, cuda, cuda:N") from exc
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise ConfigurationError(f"MODEL_DEVICE={name}: not one of auto, cpu, cuda, cuda:N")
-    index = device.index or 0
-    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-        raise ConfigurationError(
-            f"MODEL_DEVICE={name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use"
-        )
-    return torch.device("cuda", index)
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use: its affinity, and its cgroup's quota (which torch does not look at)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, count)
 
 
 def _read_config(folder: Path) -> Any:

@@ -3,28 +3,15 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from forebay_contracts.wire.request import Sampling
-from forebay_inference.engine.protocol import reason_of
+from forebay_inference.engine.protocol import SamplingParameters, TokenLogprob, reason_of
 from forebay_inference.engine.transformers.guided import Guide
 
 _TEMPERATURE_FLOOR = 1e-5
 _NUCLEUS_GUESS = 512
 _MASK_32 = 0xFFFF_FFFF
-
-
-@dataclass(frozen=True, slots=True)
-class ChosenLogprob:
-    """The log probability of a chosen token and the best alternatives, (token, logprob), best first.
-
-    They are those of the model itself, before penalties, temperature and the like."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 class TokenChooser:
@@ -37,8 +24,7 @@ class TokenChooser:
 
     def __init__(
         self,
-        sampling: Sampling,
-        seed: str,
+        sampling: SamplingParameters,
         prompt: Sequence[int],
         generated: Sequence[int],
         vocabulary: int,
@@ -48,9 +34,8 @@ class TokenChooser:
         self.sampling = sampling
         self.greedy = sampling.temperature < _TEMPERATURE_FLOOR
         self.position = len(generated)
-        self.logprob: ChosenLogprob | None = None
+        self.logprob: TokenLogprob | None = None
         self.fault: str | None = None
-        self._seed = seed
         self._guide = guide
         self._counts: torch.Tensor | None = None
         self._seen: torch.Tensor | None = None
@@ -113,7 +98,7 @@ class TokenChooser:
 
     def key(self) -> tuple[int, int]:
         """Two 32-bit numbers that the randomness of the next token is drawn from."""
-        digest = hashlib.blake2b(f"{self._seed}:{self.position}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self.sampling.seed}:{self.position}".encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
     def note_logprob(self, raw: torch.Tensor, token: int) -> None:
@@ -124,7 +109,7 @@ class TokenChooser:
         if count:
             best = torch.topk(logprobs, count)
             top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        self.logprob = ChosenLogprob(token, float(logprobs[token]), top)
+        self.logprob = TokenLogprob(token, float(logprobs[token]), top)
 
 
 def choose(rows: Sequence[tuple[int, TokenChooser]], scores: torch.Tensor) -> None:

@@ -1,0 +1,91 @@
+"""A request made ready for an engine: its prompts, its limits, its grammar. Everything that may refuse it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from forebay_contracts.wire.errors import InvalidRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_inference.engine.protocol import Capabilities, LoadedModel, Tokenizer
+from forebay_inference.engine.text.grammars import grammar_of
+from forebay_inference.engine.text.templates import encode_prompts, require_known
+from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse, tool_use
+
+
+class Prepared(NamedTuple):
+    """What the choices of a request have in common. `limits`: for each prompt, how many tokens may follow it.
+    `echoes`: for each prompt, what is shown before its answer."""
+
+    prompts: tuple[Sequence[int], ...]
+    limits: tuple[int, ...]
+    echoes: tuple[str, ...]
+    tools: ToolUse | None
+    grammar: str | None
+    end_tokens: frozenset[int]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The tokens of all prompts."""
+        return sum(map(len, self.prompts))
+
+
+def prepare(request: InferenceRequest, loaded: LoadedModel, can: Capabilities, form: ToolFormat) -> Prepared:
+    """Make `request` ready for an engine that serves `loaded`.
+
+    Raises:
+        InvalidRequest: it cannot be served as it stands.
+    """
+    _refuse_what_is_not_served(request, loaded.tokenizer, can)
+    use = tool_use(request, form)
+    grammar = grammar_of(request.response_format, use, loaded.grammar_fault if can.grammars else None)
+    prompts = tuple(encode_prompts(loaded.tokenizer, request, form))
+    return Prepared(
+        prompts,
+        tuple(_new_tokens(request, len(prompt), loaded.context_length) for prompt in prompts),
+        tuple(_echo(request, loaded.tokenizer, index, prompt) for index, prompt in enumerate(prompts)),
+        use,
+        grammar,
+        # A grammar ends an answer with the end token and cannot go on after it.
+        frozenset() if request.sampling.ignore_eos and grammar is None else loaded.end_tokens,
+    )
+
+
+def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, can: Capabilities) -> None:
+    sampling = request.sampling
+    if request.echo and sampling.logprobs is not None:
+        raise InvalidRequest("echo cannot be combined with logprobs.", param="echo")
+    if request.best_of is not None and request.best_of < request.n:
+        raise InvalidRequest("best_of must be at least n.", param="best_of")
+    if request.best_of is not None and request.best_of > request.n:
+        # Those that are served have become requests for more choices.
+        why = "cannot be streamed" if request.stream else "needs log probabilities, which this model's engine lacks"
+        raise InvalidRequest(f"best_of greater than n {why}.", param="best_of")
+    if sampling.logprobs is not None and not can.logprobs:
+        raise InvalidRequest("This model's engine reports no log probabilities.", param="logprobs")
+    require_known(sampling.logit_bias, tokenizer.vocabulary_size, "logit_bias")
+
+
+def _echo(request: InferenceRequest, tokenizer: Tokenizer, index: int, prompt: Sequence[int]) -> str:
+    if not request.echo:
+        return ""
+    given = request.prompts[index]
+    return given if isinstance(given, str) else tokenizer.decode(prompt)
+
+
+def _new_tokens(request: InferenceRequest, prompt: int, context: int) -> int:
+    """How many tokens may follow a prompt of `prompt` tokens."""
+    wanted = request.sampling.max_tokens
+    param = "messages" if request.completion_type is CompletionType.CHAT else "prompt"
+    if prompt + (1 if wanted is None else 0) > context:
+        fault = f"your {param} resulted in {prompt} tokens. Please reduce the length of the {param}."
+    elif wanted is not None and prompt + wanted > context:
+        fault = (
+            f"you requested {prompt + wanted} tokens ({prompt} in the {param}, {wanted} in the completion). "
+            f"Please reduce the length of the {param} or completion."
+        )
+    else:
+        return context - prompt if wanted is None else wanted
+    raise InvalidRequest(
+        f"This model's maximum context length is {context} tokens. However, {fault}",
+        param=param,
+        code="context_length_exceeded",
+    )
