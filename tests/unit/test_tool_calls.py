@@ -79,6 +79,7 @@ def test_what_is_no_call_is_shown(form: ToolFormat, text: list[str], places: set
         (HERMES, '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>'),
         (HERMES, 'The marker is <tool_call>, and {"name": "f"} is no call.'),
         (HERMES, r'<tool_call>{"name": "\ud800", "arguments": {}}'),
+        (HERMES, '<tool_call>{"name": ["f"], "arguments": {}}'),
         (HERMES, '<tool_call>{"na'),
     ],
 )
@@ -125,6 +126,10 @@ def test_llama_calls_may_begin_with_their_brace() -> None:
 
 def test_a_call_without_arguments_has_none() -> None:
     assert read(HERMES, ['<tool_call>{"name": "f"}']) == ("", [("f", "{}")])
+
+
+def test_arguments_before_the_name_come_with_the_end() -> None:
+    assert read(HERMES, list('<tool_call>{"arguments": {"a": "}"}, "name": "f"}')) == ("", [("f", '{"a": "}"}')])
 
 
 def test_a_call_s_id_depends_on_its_place_alone() -> None:

@@ -65,7 +65,6 @@ class Model(Protocol):
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Load and warm up; calls `progress` (from any thread) with one readable line a step."""
-        ...
 
     def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[Event, None]:
         """Accepted, then Tokens (for an embedding one Vector) and Finished, the choices interleaved.
@@ -77,19 +76,15 @@ class Model(Protocol):
             RequestError: the request's own fault (too long, bad template), before Accepted.
             EngineFault: the engine failed, at any point.
         """
-        ...
 
     def fault(self) -> str | None:
         """Why it can serve nothing any more, or None while it can."""
-        ...
 
     def load(self) -> EngineStatus:
         """How busy the engine is now; cheap, and callable from any thread."""
-        ...
 
     async def close(self) -> None:
         """Stop, failing what still runs; frees the memory."""
-        ...
 
 
 def require_served(model: Model, request: InferenceRequest) -> None:

@@ -41,19 +41,15 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """The ids of `text`; with `special_tokens`, also those that the model expects around a text."""
-        ...
 
     def decode(self, tokens: Sequence[int], *, show: Collection[int] = ()) -> str:
         """The text of `tokens`, U+FFFD where bytes make no character; of the special tokens, only those of `show`."""
-        ...
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes of one token, which need not be whole characters."""
-        ...
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt's text for `messages`; raises what the template raises."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,20 +171,16 @@ class Engine(Protocol):
         Raises:
             ConfigurationError: the model or the device cannot be had.
         """
-        ...
 
     def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
         """The steps of a sequence, until one has `finish`. Closing the generator (`aclose`) takes the sequence out of
         the batch within one step."""
-        ...
 
     def status(self) -> EngineStatus:
         """How it is now; cheap, and callable from any thread."""
-        ...
 
     async def close(self) -> None:
         """Stop, failing what still runs; frees the memory."""
-        ...
 
 
 class Embedder(Protocol):
@@ -196,19 +188,15 @@ class Embedder(Protocol):
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """See `Engine.start`."""
-        ...
 
     def embed(
         self, inputs: Mapping[int, Sequence[int]], dimensions: int | None
     ) -> AsyncGenerator[tuple[int, bytes], None]:
         """The vector of each of `inputs`, by its index, as float32, little-endian, in any order. Closing the generator
         takes out what was not computed yet."""
-        ...
 
     def status(self) -> EngineStatus:
         """See `Engine.status`."""
-        ...
 
     async def close(self) -> None:
         """See `Engine.close`."""
-        ...

@@ -1,23 +1,12 @@
 """`best_of`: more choices are generated than shown, and the likeliest are kept."""
 
-from collections.abc import AsyncGenerator
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens
-
-
-@dataclass(slots=True)
-class _Candidate:
-    events: list[Tokens] = field(default_factory=list)
-    end: Finished | None = None
-
-    @property
-    def score(self) -> float:
-        """The mean log probability of a token, as the OpenAI reference has it."""
-        logprobs = [entry.logprob for event in self.events for entry in event.logprobs]
-        return sum(logprobs) / len(logprobs) if logprobs else 0.0
+from forebay_inference.engine.events import Event, Finished, ResumeTokens, Tokens
 
 
 def widened(request: InferenceRequest) -> InferenceRequest:
@@ -31,34 +20,29 @@ async def best(
 ) -> AsyncGenerator[Event, None]:
     """The events of the best `request.n` choices of each prompt, out of those of `widened(request)`."""
     of = request.best_of or request.n
-    candidates: dict[int, _Candidate] = {}
+    candidates: defaultdict[int, list[Tokens | Finished]] = defaultdict(list)
     async with aclosing(events):
         async for event in events:
-            match event:
-                case Accepted():
-                    yield event
-                case Tokens():
-                    candidates.setdefault(event.index, _Candidate()).events.append(event)
-                case Finished():
-                    candidates.setdefault(event.index, _Candidate()).end = event
-    for prompt in range(len(candidates) // of):
-        group = [candidates[prompt * of + offset] for offset in range(of)]
-        group.sort(key=lambda candidate: candidate.score, reverse=True)
-        for place, candidate in enumerate(group[: request.n]):
-            for event in _renumbered(candidate, prompt * request.n + place, request, resume):
+            if isinstance(event, Tokens | Finished):
+                candidates[event.index].append(event)
+            else:
                 yield event
+    for prompt in range(len(candidates) // of):
+        group = sorted((candidates[prompt * of + offset] for offset in range(of)), key=_score, reverse=True)
+        for place, candidate in enumerate(group[: request.n]):
+            index = prompt * request.n + place
+            # The same seed makes the same candidates again: what a client has already is the beginning of them.
+            have = len(resume.get(index, ()))
+            for event in candidate:
+                if isinstance(event, Tokens) and have > 0:
+                    have -= len(event.token_ids)
+                elif isinstance(event, Tokens) and request.sampling.logprobs is None:
+                    yield replace(event, index=index, logprobs=())
+                else:
+                    yield replace(event, index=index)
 
 
-def _renumbered(candidate: _Candidate, index: int, request: InferenceRequest, resume: ResumeTokens) -> list[Event]:
-    # The same seed makes the same candidates again: what a client has already is the beginning of them.
-    skip = len(resume.get(index, ()))
-    shown: list[Event] = []
-    for event in candidate.events:
-        if skip:
-            skip -= min(skip, len(event.token_ids))
-            continue
-        logprobs = event.logprobs if request.sampling.logprobs is not None else ()
-        shown.append(Tokens(index, event.token_ids, event.text, logprobs, event.tool_calls))
-    if candidate.end is not None:
-        shown.append(Finished(index, candidate.end.finish_reason, candidate.end.cached_tokens))
-    return shown
+def _score(candidate: Sequence[Tokens | Finished]) -> float:
+    """The mean log probability of a token, as the OpenAI reference has it."""
+    logprobs = [entry.logprob for event in candidate if isinstance(event, Tokens) for entry in event.logprobs]
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0

@@ -123,7 +123,9 @@ class Choice:
             self.finish_reason = "tool_calls"
         if not (tokens or text or calls):
             return None
-        return Tokens(self.index, tokens, text, tuple(map(self._logprob, logprobs[: len(tokens)])), calls)
+        # An end token is no part of the answer's content.
+        shown = (self._logprob(one) for one in logprobs[: len(tokens)] if one.token not in self._end_tokens)
+        return Tokens(self.index, tokens, text, tuple(shown), calls)
 
     def _push(self, token: int) -> _Shown:
         self.tokens.append(token)

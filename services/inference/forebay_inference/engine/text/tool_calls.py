@@ -1,96 +1,59 @@
 """Reads tool calls out of an answer's text while it streams."""
 
+import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 from forebay_inference.engine.text.tool_formats import ToolFormat
 
 
-@dataclass(slots=True)
 class _Call:
-    """One call as it is read, character by character: a JSON object at depth 1 with a name and arguments."""
+    """One call as it is read, character by character: a JSON object with a name and arguments.
 
-    arguments_key: str
-    text: str = ""
-    depth: int = 0
-    in_string: bool = False
-    escaped: bool = False
-    string_start: int = 0
-    last_string: str = ""
-    key: str = ""
-    value_start: int | None = None
-    name: str | None = None
-    arguments_start: int | None = None
-    arguments_end: int | None = None
-    sent: int = 0
-    announced: bool = False
-    done: bool = False
+    Arguments stream where the name stands before them, as every family writes it; otherwise they come with the end.
+    """
+
+    def __init__(self, arguments_key: str) -> None:
+        self._key = arguments_key
+        self._head = re.compile(rf'\{{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"{arguments_key}"\s*:\s*')
+        self._text = ""
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self._streams = False
+        self.name: str | None = None
+        self.arguments = ""
+        self.done = False
 
     def push(self, character: str) -> None:
         """Read one character; `done` is set with the closing brace."""
-        place = len(self.text)
-        self.text += character
-        if self.in_string:
-            self._push_in_string(character, place)
-            return
-        if self.depth == 1 and self.key and self.value_start is None and not character.isspace():
-            self.value_start = place
-            if self.key == self.arguments_key:
-                self.arguments_start = place
-        match character:
-            case '"':
-                self.in_string, self.string_start = True, place
-            case ":" if self.depth == 1 and not self.key:
-                self.key = self.last_string
-            case "{" | "[":
-                self.depth += 1
-            case "}" | "]":
-                self.depth -= 1
-                if self.depth == 0:
-                    self._end_value(place)
-                    self.done = True
-                elif self.depth == 1:
-                    self._end_value(place + 1)
-            case "," if self.depth == 1:
-                self._end_value(place)
-                self.key, self.value_start = "", None
-
-    def _push_in_string(self, character: str, place: int) -> None:
-        if self.escaped:
-            self.escaped = False
-        elif character == "\\":
-            self.escaped = True
+        if self._in_string:
+            self._in_string = self._escaped or character != '"'
+            self._escaped = character == "\\" and not self._escaped
         elif character == '"':
-            self.in_string = False
-            self.last_string = self._decoded(self.text[self.string_start : place + 1])
-            if self.depth == 1 and self.key:
-                if self.key == "name":
-                    self.name = self.last_string
-                self._end_value(place + 1)
+            self._in_string = True
+        elif character in "{[":
+            if self._depth == 1 and self.name is None and (head := self._head.fullmatch(self._text)):
+                self.name, self._streams = json.loads(head[1], strict=False), True
+            self._depth += 1
+        elif character in "}]":
+            self._depth -= 1
+        self._text += character
+        if self._streams:
+            self.arguments += character
+            self._streams = self._depth > 1
+        self.done = self._depth == 0
+        if self.done and self.name is None:
+            self._read_whole()
 
-    def _end_value(self, end: int) -> None:
-        if self.key == self.arguments_key and self.arguments_end is None:
-            self.arguments_end = end
-
-    @staticmethod
-    def _decoded(literal: str) -> str:
-        try:
-            return str(json.loads(literal, strict=False))
-        except ValueError:
-            return literal[1:-1]
-
-    def unsent_arguments(self) -> str:
-        """The arguments' text that was not taken yet; takes it."""
-        if self.arguments_start is None:
-            return ""
-        end = len(self.text) if self.arguments_end is None else self.arguments_end
-        part = self.text[self.arguments_start + self.sent : end]
-        self.sent += len(part)
-        return part
+    def _read_whole(self) -> None:
+        with contextlib.suppress(ValueError):
+            call = json.loads(self._text, strict=False)
+            self.name = name if isinstance(name := call.get("name"), str) else None
+            self.arguments = json.dumps(call.get(self._key, {}))
 
 
 class _At(Enum):
@@ -118,13 +81,14 @@ class ToolParser:
         self._unclear = ""
         self._at_start = True
         self._call = _Call(form.arguments_key)
+        self._sent: int | None = None
         self._between = " \t\r\n" + ("[]," if form.bracketed else ";" if form.bare else "")
         self.calls = 0
 
     @property
     def complete(self) -> bool:
         """Whether there are calls, and each is whole."""
-        return self.calls > 0 and not (self._at is _At.CALL and self._call.announced)
+        return self.calls > 0 and not (self._at is _At.CALL and self._sent is not None)
 
     def push(self, text: str) -> list[str | dict[str, Any]]:
         """The content and the deltas that `text` adds, in their order."""
@@ -179,7 +143,7 @@ class ToolParser:
         self._unclear += self._pending[: len(self._pending) - len(rest)]
         self._pending = rest
         if rest.startswith("{"):
-            self._at, self._call = _At.CALL, _Call(self._format.arguments_key)
+            self._at, self._call, self._sent = _At.CALL, _Call(self._format.arguments_key), None
         elif end and self.calls and rest.startswith(end):
             self._at, self._unclear, self._pending = _At.CONTENT, "", rest[len(end) :]
         elif rest and not (end and end.startswith(rest)):
@@ -211,14 +175,12 @@ class ToolParser:
 
     def _report(self, parts: list[str | dict[str, Any]]) -> None:
         call = self._call
-        if not call.announced:
-            call.announced = True
+        if self._sent is None:
             identity = hashlib.blake2b(f"{self._seed}:{self.calls}".encode(), digest_size=12).hexdigest()
             function = {"name": call.name, "arguments": ""}
             parts.append({"index": self.calls, "id": f"call_{identity}", "type": "function", "function": function})
             self.calls += 1
-        part = call.unsent_arguments()
-        if call.done and call.arguments_start is None and not call.sent:
-            part, call.sent = "{}", 2
-        if part:
+            self._sent = 0
+        if part := call.arguments[self._sent :]:
             parts.append({"index": self.calls - 1, "function": {"arguments": part}})
+            self._sent += len(part)
