@@ -24,7 +24,7 @@ def write_tiny_checkpoint(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         initializer_range=0.5,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
