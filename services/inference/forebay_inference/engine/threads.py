@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -12,24 +13,15 @@ T = TypeVar("T")
 async def in_daemon_thread(work: Callable[[], T]) -> T:
     """Run `work` in a daemon thread: neither loading nor a thread that it starts may hold up an exit."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+    future: asyncio.Future[T] = loop.create_future()
 
     def run() -> None:
         try:
-            outcome: tuple[T | None, BaseException | None] = (work(), None)
+            settle = partial(future.set_result, work())
         except Exception as exc:
-            outcome = (None, exc)
+            settle = partial(future.set_exception, exc)
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
-            loop.call_soon_threadsafe(settle, *outcome)
+            loop.call_soon_threadsafe(lambda: future.done() or settle())
 
     threading.Thread(target=run, daemon=True, name="engine-work").start()
-    result: T = await future
-    return result
+    return await future

@@ -113,20 +113,10 @@ class StopStrings:
 
     def _first_match(self) -> tuple[int, str] | None:
         # The match that ends first, as if the text had come character by character; of two, the longer.
-        best: tuple[int, int, str] | None = None
-        for stop in self._stops:
-            start = self._held.find(stop)
-            if start >= 0:
-                candidate = (start + len(stop), start, stop)
-                best = candidate if best is None else min(best, candidate)
-        return None if best is None else (best[1], best[2])
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        return min(found)[1:] if found else None
 
     def _possible_start(self) -> int:
         """The length of the longest end of the held text that begins a stop string."""
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+        beginnings = (stop[:length] for stop in self._stops for length in range(1, len(stop)))
+        return max((len(beginning) for beginning in beginnings if self._held.endswith(beginning)), default=0)

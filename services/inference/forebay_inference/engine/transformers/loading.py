@@ -35,7 +35,6 @@ class Loaded:
     quantization: str
     context_length: int
     end_tokens: frozenset[int]
-    load_s: float
 
 
 def load(folder: Path, quantization: str, device_name: str, progress: Callable[[str], None]) -> Loaded:
@@ -60,9 +59,8 @@ def load(folder: Path, quantization: str, device_name: str, progress: Callable[[
         with torch.inference_mode():
             pack_linears(model)
     give_back_memory()
-    load_s = time.monotonic() - started
-    progress(f"loaded the weights in {load_s:.1f} s")
-    return Loaded(model, tokenizer, device, resolved, _context_length(config), _end_tokens(model, tokenizer), load_s)
+    progress(f"loaded the weights in {time.monotonic() - started:.1f} s")
+    return Loaded(model, tokenizer, device, resolved, _context_length(config), _end_tokens(model, tokenizer))
 
 
 def give_back_memory() -> None:
