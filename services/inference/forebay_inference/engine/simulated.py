@@ -47,7 +47,7 @@ class Orders:
     def answer(self, text: str, seed: str) -> Sequence[int]:
         """The tokens of the whole answer to `text`."""
         if self.say:
-            return [_BYTES + byte for byte in text.partition("]]")[2].encode()]
+            return [_BYTES + byte for byte in _ORDERS.split(text, 1)[2].encode()]
         if self.random:
             return [_draw(seed, place) for place in range(self.tokens)]
         return range(self.tokens)
@@ -175,18 +175,12 @@ class SimulatedEngine:
             for index, tokens in inputs.items():
                 text = self._tokenizer.decode(tokens)
                 orders = orders_in(text)
-                await self._step(orders)
+                await asyncio.sleep(orders.delay_ms / 1000)
+                self._steps += 1
                 orders.end()
                 yield index, _vector(text, dimensions or _DIMENSIONS)
         finally:
             self._running -= len(inputs)
-
-    async def _step(self, orders: Orders) -> None:
-        # Also without a delay: no engine keeps the event loop to itself.
-        await asyncio.sleep(orders.delay_ms / 1000)
-        if self._closed:
-            raise EngineFault("the engine was closed")
-        self._steps += 1
 
     def status(self) -> EngineStatus:
         """Never broken."""
