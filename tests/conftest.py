@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 
 from support.nats import NatsServer
 from support.nats_container import why_no_container
+from support.service import ForkServer, Service
 
 StartNats = Callable[[Path], AbstractContextManager[NatsServer]]
 
@@ -41,6 +43,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     reason = getattr(config.option, "nats_reason", None)
     return f"nats of tests/integration: {config.option.nats}" + (f", since {reason}" if reason else "")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> Iterator[None]:
+    """Services start by fork where that is safe beside the threads of system libraries: on Linux."""
+    if sys.platform != "linux":
+        yield
+        return
+    server = ForkServer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Service, "starter", staticmethod(server.forked))
+        yield
+    server.stop()
 
 
 @contextmanager

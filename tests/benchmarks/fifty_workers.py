@@ -60,7 +60,7 @@ async def measure(quick: bool) -> dict[str, Any]:
 
             await asyncio.gather(*(start() for _ in range(count)))
             found["started_in_s"] = round(time.monotonic() - began, 1)
-            workers = [psutil.Process(worker.process.pid) for worker in stack.workers]
+            workers = [psutil.Process(worker.pid) for worker in stack.workers]
 
             async def messages() -> int:
                 return int((await http.get(f"http://127.0.0.1:{port}/varz")).json()["in_msgs"])

@@ -83,7 +83,7 @@ async def waiting_memory(stack: Stack, most: int) -> dict[str, Any]:
     api = stack.apis[0]
     request = driver.request_bytes(1, stream=False, delay_ms=250_000)
     await stack.status()
-    points = [(0.0, memory_mb(api.process.pid))]
+    points = [(0.0, memory_mb(api.pid))]
     open_ones: list[asyncio.StreamWriter] = []
     while len(open_ones) < most:
         for _ in range(most // 5):
@@ -93,7 +93,7 @@ async def waiting_memory(stack: Stack, most: int) -> dict[str, Any]:
         async with asyncio.timeout(60):
             while (await stack.status())["active_requests"] < len(open_ones):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
-        points.append((float(len(open_ones)), memory_mb(api.process.pid)))
+        points.append((float(len(open_ones)), memory_mb(api.pid)))
     for writer in open_ones:
         writer.transport.abort()
     each = slope([(count, memory["uss"]) for count, memory in points]) * 1e6

@@ -43,13 +43,13 @@ async def worker(quantization: str, slots: int, requests: int) -> dict[str, dict
     async with systems.real_model(quantization, slots) as stack:
         service = stack.workers[0]
         cached = int((await service.logged(r"KV cache for (\d+) tokens"))[1])
-        ready = memory_mb(service.process.pid)
+        ready = memory_mb(service.pid)
         questions = (stack.chat(f"{number}: tell a story.", max_tokens=48) for number in range(requests))
         for answer in await asyncio.gather(*questions):
             answer.raise_for_status()
         return {
             "ready": ready,
-            "used": memory_mb(service.process.pid),
+            "used": memory_mb(service.pid),
             "cache": {"uss": cached * BYTES_PER_CACHED_TOKEN / 1e6},
         }
 

@@ -83,8 +83,8 @@ def as_system(stack: Stack, nats: NatsServer) -> System:
         stack.apis[0].port,
         {
             "nats-server": [psutil.Process(nats.pid)],
-            "api": [psutil.Process(api.process.pid) for api in stack.apis],
-            "worker": [psutil.Process(worker.process.pid) for worker in stack.workers],
+            "api": [psutil.Process(api.pid) for api in stack.apis],
+            "worker": [psutil.Process(worker.pid) for worker in stack.workers],
         },
     )
 

@@ -259,7 +259,7 @@ async def measure(quick: bool, quantization: str) -> dict[str, Any]:
     ):
         ours = Server(stack.apis[0].url, InferenceSettings(_env_file=None).served_model)
         await turn(http, ours, 2, 4, 10_000)
-        worker = stack.workers[0].process.pid
+        worker = stack.workers[0].pid
         bare = await beside_bare(http, ours, worker, quantization, pairs, 8, 8 if quick else 64)
         log(f"whole ÷ bare: {bare['ratio']}")
         by_clients, missing = await beside_peers(http, ours, quantization, loads, tokens, rounds)

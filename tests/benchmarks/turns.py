@@ -7,7 +7,6 @@ work on the machine changes its speed by a tenth within a second and by a third 
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -17,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
-from benchmarks.common import HERE, START_TIMEOUT_S, free_port
+from benchmarks.common import HERE
 from benchmarks.driver import tally
 from benchmarks.systems import nats_server
-from support.stack import Api, Service, Stack, running
+from support.stack import Stack, running
 
 TURN_S = 0.2
 WARM_UP_TURNS = 8
@@ -31,7 +29,6 @@ SCRAPE_S = 5.0
 """Time between two scrapes, of the system's own time."""
 
 LIMITS = {"max_concurrent_requests": 64, "max_queue_size": 1000}
-_ANY_LINE = re.compile("")
 _FOREVER_S = 3600
 """How long the driver is told to run: it is killed at the end of its load."""
 
@@ -106,7 +103,7 @@ class System:
 
     def _cpu_s(self) -> dict[str, float]:
         services = {"api": self.stack.apis[0], "worker": self.stack.workers[0]}
-        return {name: sum(psutil.Process(one.process.pid).cpu_times()[:2]) for name, one in services.items()}
+        return {name: sum(psutil.Process(one.pid).cpu_times()[:2]) for name, one in services.items()}
 
     def _send(self, number: signal.Signals) -> None:
         assert self._driver is not None
@@ -121,40 +118,14 @@ class System:
 @contextlib.asynccontextmanager
 async def started(**settings: Any) -> AsyncIterator[System]:
     """A nats-server, an api and a worker with the simulated engine; with `metrics="true"` both are scraped."""
-    metrics_port = free_port()
-    if settings.get("metrics") == "true":
-        settings["metrics_port"] = metrics_port
+    measured = settings.get("metrics") == "true"
+    if measured:
+        settings["metrics_port"] = 0
     with nats_server() as nats:
-        async with running(nats, apis=0, workers=0, **LIMITS | settings) as stack:
-            await _start(stack)
-            metrics: tuple[str, ...] = ()
-            if "metrics_port" in settings:
-                metrics = (f"{stack.apis[0].url}/metrics", f"http://127.0.0.1:{metrics_port}/metrics")
-            yield System(stack, (stack.apis[0].process.pid, stack.workers[0].process.pid, nats.pid), metrics)
-
-
-async def _start(stack: Stack) -> None:
-    """Start an api and a worker and ask until they serve: another commit, or another LOG_LEVEL, has other lines."""
-    api = Api("forebay_api", _ANY_LINE, stack.env(api_port=(port := free_port())))
-    worker = Service("forebay_inference", _ANY_LINE, stack.env())
-    api.port = port
-    stack.apis.append(api)
-    stack.workers.append(worker)
-    await asyncio.gather(api.launch(), worker.launch())
-    async with asyncio.timeout(START_TIMEOUT_S):
-        while not await _serves(stack):
-            for service in (api, worker):
-                if service.process.returncode is not None:
-                    raise RuntimeError(f"a service ended with {service.process.returncode}:\n" + "\n".join(service.log))
-            await asyncio.sleep(0.05)
-
-
-async def _serves(stack: Stack) -> bool:
-    try:
-        answer = await stack.http.get(f"{stack.apis[0].url}/health/ready")
-    except httpx.TransportError:
-        return False
-    return any(worker["status"] == "ready" for worker in answer.json()["workers"])
+        async with running(nats, **LIMITS | settings) as stack:
+            api, worker = stack.apis[0], stack.workers[0]
+            metrics = (f"{api.url}/metrics", f"{worker.url}/metrics") if measured else ()
+            yield System(stack, (api.pid, worker.pid, nats.pid), metrics)
 
 
 async def pairs(systems: Sequence[System], count: int) -> None:

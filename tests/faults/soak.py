@@ -22,7 +22,8 @@ from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
 from forebay_contracts.wire.state import RequestStatus
 from support.cluster import Cluster
 from support.nats import NatsServer
-from support.stack import MODEL, Service, Stack, data_dir, running
+from support.service import Service
+from support.stack import MODEL, Stack, data_dir, running
 
 ACK_WAIT_S = 2
 SOAK_REQUESTS = 100_000
@@ -165,7 +166,7 @@ async def real_workers_killed(nats: NatsServer) -> Row:
 async def api_killed(nats: NatsServer) -> Row:
     async with running(nats, apis=2, ack_wait=ACK_WAIT_S, max_concurrent_requests=20, max_queue_size=200) as stack:
         tasks = [asyncio.create_task(stream(stack, "[[tokens=100000 delay_ms=100]]")) for _ in range(100)]
-        await stack.apis[0].logged(r"queued for \S+ at 100")
+        await stack.taken(100)
         await stack.apis[0].kill()
         died = time.monotonic()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -187,7 +188,7 @@ async def api_killed(nats: NatsServer) -> Row:
 async def nats_restarted(nats: NatsServer) -> Row:
     async with running(nats, max_concurrent_requests=16, max_queue_size=1000, request_timeout=120) as stack:
         tasks = [asyncio.create_task(stack.chat("[[tokens=3 delay_ms=20]]")) for _ in range(1000)]
-        await stack.apis[0].logged(r"queued for \S+ at 900")
+        await stack.taken(900)
         await asyncio.to_thread(nats.restart)
         answers = Counter(answer.status_code for answer in await asyncio.gather(*tasks))
         await stack.idle()
@@ -211,7 +212,7 @@ async def leader_killed(_: NatsServer) -> Row:
                 tasks = []
                 for _ in range(2):
                     tasks += [asyncio.create_task(stack.chat("[[tokens=5 delay_ms=20]]")) for _ in range(250)]
-                    await stack.apis[0].logged(rf"queued for \S+ at {len(tasks) - 50}")
+                    await stack.taken(len(tasks) - 50)
                     info = await stack.connection.jetstream._api_request("$JS.API.STREAM.INFO.INFERENCE", timeout=5)
                     victim = cluster.by_name(info["cluster"]["leader"])
                     await asyncio.to_thread(victim.kill)
@@ -245,10 +246,9 @@ async def clients_leave(nats: NatsServer) -> Row:
             async with httpx.AsyncClient() as leaving:
                 task = asyncio.create_task(leaving.post(url, json=body, timeout=60))
                 sequence = 2 * number + 1
-                queued = await stack.apis[0].logged(rf"(\S+) queued for \S+ at {sequence}\b")
-                await stack.reaches(queued[1], RequestStatus.PROCESSING)
+                await stack.taken(sequence, RequestStatus.PROCESSING)
                 waiting = asyncio.create_task(stack.chat("[[tokens=1]]"))
-                await stack.apis[0].logged(rf"queued for \S+ at {sequence + 1}\b")
+                await stack.taken(sequence + 1)
                 left = time.monotonic()
                 task.cancel()
             assert (await waiting).status_code == 200
@@ -270,8 +270,8 @@ async def soak(nats: NatsServer) -> Row:
     limits = {"max_concurrent_requests": 64, "max_queue_size": 1000}
     async with running(nats, request_state_ttl=SOAK_STATE_TTL_S, **limits) as stack:
         processes = {
-            "api": psutil.Process(stack.apis[0].process.pid),
-            "worker": psutil.Process(stack.workers[0].process.pid),
+            "api": psutil.Process(stack.apis[0].pid),
+            "worker": psutil.Process(stack.workers[0].pid),
             "nats": psutil.Process(nats.pid),
         }
         memory: dict[str, list[int]] = {name: [] for name in processes}

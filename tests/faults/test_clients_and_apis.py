@@ -31,11 +31,11 @@ async def test_client_that_leaves_frees_its_slot_and_its_place(nats_server: Nats
             running_one = asyncio.create_task(
                 leaving.post(url, json=body("[[tokens=1000 delay_ms=50]]", stream=stream))
             )
-            await stack.workers[0].logged("processing, attempt 1")
+            await stack.begins()
             waiting_one = asyncio.create_task(leaving.post(url, json=body("[[tokens=1000]]", stream=stream)))
-            await stack.apis[0].logged(r"queued for \S+ at 2")
+            await stack.taken(2)
             staying = asyncio.create_task(stack.chat("hi"))
-            await stack.apis[0].logged(r"queued for \S+ at 3")
+            await stack.taken(3)
             for task in (waiting_one, running_one):
                 task.cancel()
         answer = await staying
@@ -74,7 +74,7 @@ async def test_requests_of_an_api_that_died_end(nats_server: NatsServer) -> None
             asyncio.create_task(stack.http.post(url, json=body("[[tokens=2000 delay_ms=50]]", stream=bool(n % 2))))
             for n in range(20)
         ]
-        await stack.apis[0].logged(r"queued for \S+ at 20")
+        await stack.taken(20)
         await stack.apis[0].kill()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, httpx.HTTPError) for result in results)
@@ -88,7 +88,7 @@ async def test_stopping_api_finishes_its_streams(nats_server: NatsServer) -> Non
     async with running(nats_server) as stack:
         api = stack.apis[0]
         answer = asyncio.create_task(stack.chat("[[tokens=30 delay_ms=50]]", stream=True))
-        await stack.workers[0].logged("processing, attempt 1")
+        await stack.begins()
         assert await api.stop() == 0
         response = await answer
         assert response.text.endswith("data: [DONE]\n\n")
@@ -101,6 +101,6 @@ async def test_slow_reader_holds_nobody_up(nats_server: NatsServer) -> None:
         async with stack.http.stream("POST", url, json=body("[[tokens=200000]]", stream=True)) as slow:
             assert slow.status_code == 200
             # It reads nothing more; what it does not read is bounded, then it is given up.
-            await stack.apis[0].logged("does not read its stream")
+            await stack.reaches(slow.headers["x-request-id"], RequestStatus.CANCELLED)
             assert (await stack.chat("hi")).status_code == 200
         await stack.idle()

@@ -17,11 +17,11 @@ from jsonschema import validate
 from forebay_contracts.wire.state import RequestStatus
 from support.answers import user
 from support.nats import NatsServer
-from support.stack import MODEL, Service, Stack, data_dir, running
+from support.service import Service
+from support.stack import MODEL, Stack, data_dir, running
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="module")]
 
-SERVES = r"worker \S+ serves (.*)"
 PIECES_BEFORE_THE_KILL = 8
 LIMIT = 40
 COUNTING = "One, two, three, four, five, six, seven, eight." + " One, two, three, four, five, six, seven, eight." * 3
@@ -109,12 +109,7 @@ async def stream(client: openai.AsyncOpenAI, fields: dict[str, Any], into: Strea
 
 
 async def start_worker(stack: Stack) -> Service:
-    # Not `stack.worker()`, which waits less than a first run takes.
-    worker = Service("forebay_inference", SERVES, stack.env())
-    stack.workers.append(worker)
-    await worker.launch()
-    await worker.logged(SERVES, timeout_s=500)
-    return worker
+    return await stack.worker(within_s=500)  # what a first run takes
 
 
 def all_at_once(

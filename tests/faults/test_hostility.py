@@ -12,6 +12,7 @@ from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, running
+from support.view import holds
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SUBJECT = "inference.requests.HuggingFaceTB-SmolLM2-135M-Instruct.chat"
@@ -21,7 +22,8 @@ SUBJECT = "inference.requests.HuggingFaceTB-SmolLM2-135M-Instruct.chat"
 async def test_unreadable_message_is_removed_and_counted(nats_server: NatsServer, payload: bytes) -> None:
     async with running(nats_server) as stack:
         ack = await stack.connection.jetstream.publish(SUBJECT, payload)
-        await stack.workers[0].logged(f"message {ack.seq} cannot be read and was removed")
+        assert ack.seq == 1
+        await holds(stack, 0)
         assert (await stack.chat("hi")).status_code == 200
         await stack.idle()
         status = await stack.status()
@@ -31,8 +33,7 @@ async def test_unreadable_message_is_removed_and_counted(nats_server: NatsServer
 async def test_unreadable_state_fails_its_request_alone(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0) as stack:
         answer = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=50]]"))
-        request_id = (await stack.apis[0].logged(r"(\S+) queued for"))[1]
-        await stack.reaches(request_id, RequestStatus.QUEUED)
+        request_id = (await stack.taken(1, RequestStatus.QUEUED)).id
         bucket = await stack.connection.jetstream.key_value("inference-requests")
         await bucket.put(request_id, b'{"schema_version": 2}')
         looked_up = await stack.http.get(f"{stack.apis[0].url}/v1/queue/request/{request_id}")
@@ -57,7 +58,7 @@ async def test_request_that_nobody_waits_for_does_not_run(nats_server: NatsServe
             messages=({"role": "user", "content": "[[tokens=100000 delay_ms=1000]]"},),
         )
         await stack.connection.jetstream.publish(SUBJECT, forged.encode())
-        await stack.workers[0].logged("forged cancelled")
+        await stack.reaches("forged", RequestStatus.CANCELLED)
         assert (await stack.chat("hi")).status_code == 200
 
 
@@ -65,7 +66,7 @@ async def test_hostile_frames_do_no_harm(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
         api = stack.apis[0]
         answer = asyncio.create_task(stack.chat("[[tokens=30 delay_ms=50]]", stream=True))
-        request_id = (await stack.workers[0].logged(r"(\S+) processing, attempt 1"))[1]
+        request_id = (await stack.begins()).id
         subject = f"inference.replies.{api.id}.{request_id}"
         for frame in (
             b"",

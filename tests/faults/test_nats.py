@@ -14,7 +14,7 @@ from support.stack import running
 async def test_restart_of_nats_loses_nothing(nats_server: NatsServer) -> None:
     async with running(nats_server, max_concurrent_requests=4, max_queue_size=200, admission_patience=60) as stack:
         answers = [asyncio.create_task(stack.chat("[[tokens=10 delay_ms=5]]")) for _ in range(100)]
-        await stack.apis[0].logged(r"queued for \S+ at 100")
+        await stack.taken(100)
         await asyncio.to_thread(nats_server.restart)
         texts = [(await answer).json()["choices"][0]["message"]["content"] for answer in answers]
         assert texts == ["t0 t1 t2 t3 t4 t5 t6 t7 t8 t9"] * 100
@@ -26,9 +26,10 @@ async def test_restart_of_nats_loses_nothing(nats_server: NatsServer) -> None:
 
 async def test_streams_go_on_over_a_restart_of_nats(nats_server: NatsServer) -> None:
     async with running(nats_server, max_concurrent_requests=8, max_queue_size=200) as stack:
-        answers = [asyncio.create_task(stack.chat("[[tokens=60 delay_ms=50]]", stream=True)) for _ in range(8)]
-        await stack.workers[0].logged("processing, attempt 1")
-        await asyncio.sleep(0.5)  # in the middle of the answers
+        async with stack.frames("delta") as deltas:
+            answers = [asyncio.create_task(stack.chat("[[tokens=60 delay_ms=50]]", stream=True)) for _ in range(8)]
+            for _ in range(40):  # in the middle of the answers
+                await anext(deltas)
         await asyncio.to_thread(nats_server.restart)
         expected = [f"t{n}" for n in range(60)]
         for answer in answers:
@@ -46,8 +47,8 @@ async def test_refused_while_nats_is_away_never_runs(nats_server: NatsServer) ->
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "queue_unavailable"
         await asyncio.to_thread(nats_server.start)
-        await stack.apis[0].logged("connected to NATS again")
-        await stack.workers[0].logged("connected to NATS again")
+        await stack.beats(stack.apis[0])
+        await stack.beats(stack.workers[0])
         assert await stack.connection.wait_connected(10)
         assert (await stack.chat("hi")).status_code == 200
         assert (await stack.status())["total_queued"] == 2

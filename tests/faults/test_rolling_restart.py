@@ -6,7 +6,8 @@ import httpx
 import openai
 
 from support.nats import NatsServer
-from support.stack import MODEL, Api, Stack, running
+from support.service import Api
+from support.stack import MODEL, Stack, running
 
 EXPECTED = " ".join(f"t{token}" for token in range(10))
 
@@ -28,7 +29,7 @@ class Balancer:
         """Look once who is ready."""
         ready = []
         for index, api in enumerate(self._stack.apis):
-            if api.port and api.process.returncode is None and await self._is_ready(api):
+            if api.id and api.returncode is None and await self._is_ready(api):
                 ready.append(index)
         self.ready = ready or self.ready
 
@@ -83,7 +84,7 @@ async def test_rolling_restart_of_everything_fails_nothing(nats_server: NatsServ
             await balancer.probe()
             assert await old_api.stop() == 0
         await asyncio.to_thread(nats_server.restart)
-        await stack.apis[-1].logged("connected to NATS again")
+        await stack.beats(stack.apis[-1])
         stop.set()
         assert sum(await asyncio.gather(*clients)) > 20
         await probing

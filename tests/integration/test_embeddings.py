@@ -103,7 +103,7 @@ async def test_accepted_and_of_no_meaning_here(stack: Stack) -> None:
     assert (await post(stack, input="a", user="someone", dimensions=None, encoding_format=None)).status_code == 200
 
 
-async def test_state_log_and_counters(stack: Stack) -> None:
+async def test_state_and_counters(stack: Stack) -> None:
     before = await idle(stack)
     answer = await post(stack, input="a b c")
     state = await stack.reaches(answer.headers["x-request-id"], RequestStatus.COMPLETED)
@@ -111,7 +111,6 @@ async def test_state_log_and_counters(stack: Stack) -> None:
     assert state.usage is not None
     assert (state.usage.prompt_tokens, state.usage.completion_tokens) == (3, 0)
     assert (await idle(stack))["total_processed"] == before["total_processed"] + 1
-    await stack.apis[0].logged(r"\[Embeddings\] \S+ completed in \S+ s: 3 \+ 0 tokens, attempt 1")
 
 
 async def test_a_failure_is_definite(stack: Stack) -> None:
@@ -121,7 +120,7 @@ async def test_a_failure_is_definite(stack: Stack) -> None:
 async def test_another_worker_computes_what_is_missing(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=1) as stack:
         whole = asyncio.create_task(post(stack, input=["a", "b", "[[delay_ms=3000]]", "c"]))
-        request_id = (await stack.workers[0].logged(r"(\S+) processing, attempt 1"))[1]
+        request_id = (await stack.begins()).id
         await stack.workers[0].kill()
         await stack.worker()
         answer = await whole
@@ -135,24 +134,21 @@ async def test_another_worker_computes_what_is_missing(nats_server: NatsServer) 
 
 
 async def test_vectors_that_were_lost_on_the_way_are_sent_again(nats_server: NatsServer) -> None:
-    texts = [f"[[delay_ms=50]] text {number}" for number in range(40)]
+    texts = [f"[[delay_ms=50]] text {number}" for number in range(20)]
     async with running(nats_server, workers=0, ack_wait=30) as stack:
         proxy = await Proxy(nats_server.url).start()
-        worker = await stack.worker(nats_url=proxy.url)
+        await stack.worker(nats_url=proxy.url)
         replies = await stack.connection.client.subscribe("inference.replies.>")
         whole = asyncio.create_task(post(stack, input=texts))
         for _ in range(5):
             await replies.next_msg(timeout=10)
-        await proxy.cut()
-        await worker.logged("connection to NATS lost")
-        # A few are computed, and go nowhere.
-        await asyncio.sleep(0.3)
+        await proxy.lose(b'"delta"', 3)
         await proxy.start()
         answer = await whole
         assert answer.status_code == 200, answer.text
-        assert [item["index"] for item in answer.json()["data"]] == list(range(40))
+        assert [item["index"] for item in answer.json()["data"]] == list(range(20))
         assert (await stack.reaches(answer.headers["x-request-id"], RequestStatus.COMPLETED)).attempt == 1
-        for number in (0, 10, 39):
+        for number in (0, 7, 19):
             alone = (await post(stack, input=texts[number])).json()["data"][0]["embedding"]
             assert alone == answer.json()["data"][number]["embedding"]
         await proxy.cut()

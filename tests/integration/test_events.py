@@ -126,11 +126,13 @@ async def test_while_nobody_listens_nothing_is_asked(nats_server: NatsServer) ->
             await anext(events)
         await stack.connection.client.subscribe("$JS.API.STREAM.INFO.>", cb=hear)
         await stack.connection.client.flush()
-        # The api notices that its listener has left with the next message that it cannot send, within a second.
+        # The api notices that its listener has left with the next message that it cannot send, within a second. Who
+        # listens is told the numbers each second, so three seconds of heartbeats must pass without one being read.
         async with asyncio.timeout(30):
             while True:
                 asked.clear()
-                await asyncio.sleep(2.2)
+                for _ in range(3):
+                    await stack.beats(stack.apis[0])
                 if not asked:
                     break
 

@@ -41,7 +41,7 @@ async def request_state(stack: Stack, request_id: str, api: int = 0) -> dict[str
 async def submitted(stack: Stack, order: str, nth: int, api: int = 0, **fields: Any) -> tuple[Any, str]:
     """The task of a chat that is the `nth` in the queue, and its id, known while it waits."""
     task = asyncio.create_task(stack.chat(order, api=api, **fields))
-    return task, (await stack.apis[api].logged(rf"\[RequestQueue\] (\S+) queued for \S+ at {nth}$"))[1]
+    return task, (await stack.taken(nth)).id
 
 
 async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
@@ -49,7 +49,7 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
         bucket = await stack.connection.jetstream.key_value("inference-requests")
         watcher = await bucket.watchall()
         before = time.time()
-        task, request_id = await submitted(stack, "one [[tokens=75 delay_ms=50]]", 1)
+        task, request_id = await submitted(stack, "one [[tokens=20 delay_ms=50]]", 1)
         await stack.reaches(request_id, RequestStatus.QUEUED)
         queued = await request_state(stack, request_id)
         assert list(queued)[:5] == ["id", "status", "completion_type", "timestamp", "error"]
@@ -90,7 +90,7 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
         assert completed == processing | {
             "status": "completed",
             "finished_at": completed["finished_at"],
-            "usage": {"prompt_tokens": 3, "completion_tokens": 75, "cached_tokens": 0},
+            "usage": {"prompt_tokens": 3, "completion_tokens": 20, "cached_tokens": 0},
         }
         # What a watcher of the bucket saw: each state once, in order, nothing else.
         seen = []
@@ -231,7 +231,7 @@ async def test_client_leaves(nats_server: NatsServer, stream: bool) -> None:
             tasks, ids = [], []
             for nth in (1, 2):
                 tasks.append(asyncio.create_task(leaving.post(url, json=chat_body(SLOW, stream=stream))))
-                ids.append((await stack.apis[0].logged(rf"(\S+) queued for \S+ at {nth}$"))[1])
+                ids.append((await stack.taken(nth)).id)
             await stack.reaches(ids[0], RequestStatus.PROCESSING)
             await stack.reaches(ids[1], RequestStatus.QUEUED)
             assert (await stack.chat("hi")).status_code == 503

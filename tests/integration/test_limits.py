@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-import re
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ async def waiting(stack: Stack, count: int, first: int = 1, **fields: Any) -> li
     tasks = []
     for nth in range(first, first + count):
         tasks.append(asyncio.create_task(stack.chat(f"[[tokens={nth}]]", **fields)))
-        await stack.apis[0].logged(rf"queued for \S+ at {nth}$")
+        await stack.taken(nth)
     return tasks
 
 
@@ -104,11 +103,10 @@ async def test_slots_bound_one_worker(nats_server: NatsServer) -> None:
 async def test_in_order_of_arrival(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0) as stack:
         tasks = await waiting(stack, 6)
-        worker = await stack.worker()
+        await stack.worker()
         ids = [(await task).headers["x-request-id"] for task in tasks]
-        await worker.logged(f"{ids[-1]} processing")
-        begun = [match[1] for line in worker.log if (match := re.search(r"(\S+) processing, attempt 1", line))]
-        assert begun == ids
+        began = [(await stack.reaches(request_id, RequestStatus.COMPLETED)).started_at or 0 for request_id in ids]
+        assert began == sorted(began)
 
 
 async def test_changed_limits_are_applied_to_the_live_queue(nats_server: NatsServer) -> None:
@@ -116,9 +114,7 @@ async def test_changed_limits_are_applied_to_the_live_queue(nats_server: NatsSer
         tasks = await waiting(stack, 4)
         assert (await stack.chat("hi")).status_code == 503
         assert await limits(stack) == (4, 1)
-        larger = await stack.api(max_queue_size=6, max_concurrent_requests=2)
-        await larger.logged(r"topology: stream INFERENCE: max_msgs 4 → 6$")
-        await larger.logged(rf"topology: consumer {CONSUMER}: max_ack_pending 1 → 2$")
+        await stack.api(max_queue_size=6, max_concurrent_requests=2)
         assert await limits(stack) == (6, 2)
         # At once for an api that started with the old ones, too.
         tasks += await waiting(stack, 2, first=5)
@@ -141,17 +137,22 @@ async def test_changed_limits_are_applied_to_the_live_queue(nats_server: NatsSer
 
 async def test_same_settings_change_nothing(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
-        api, worker = await stack.api(), await stack.worker()
-        assert not [line for service in (api, worker) for line in service.log if "topology" in line]
+        changes = await stack.connection.client.subscribe("$JS.EVENT.ADVISORY.*.*.>")
+        await stack.connection.client.flush()
+        await stack.api()
+        await stack.worker()
+        await stack.connection.jetstream.add_stream(name="LATER", subjects=["later"])
+        # Whatever they had changed would have been told of before.
+        assert (await changes.next_msg(timeout=10)).subject == "$JS.EVENT.ADVISORY.STREAM.CREATED.LATER"
 
 
 async def test_larger_concurrency_reaches_the_workers_that_run(nats_server: NatsServer) -> None:
     """Slots are each worker's own, the limit is the consumer's: a new worker brings the old one more."""
     async with running(nats_server, max_concurrent_requests=1) as stack:
         slow = [asyncio.create_task(stack.chat("[[tokens=1000 delay_ms=20]]")) for _ in range(2)]
-        await stack.apis[0].logged(r"queued for \S+ at 2$")
+        await stack.taken(2)
         second = await stack.worker(max_concurrent_requests=2, worker_slots=1)
-        await second.logged("processing, attempt 1")
+        await stack.becomes(lambda state: state.worker == second.id)
         assert not any(task.done() for task in slow)
         for task in slow:
             task.cancel()

@@ -19,7 +19,8 @@ from forebay_contracts.wire.request import CompletionType
 from forebay_contracts.wire.state import RequestStatus
 from support.answers import error_of, summary, user
 from support.nats import NatsServer
-from support.stack import MODEL, Service, Stack, running
+from support.service import Service
+from support.stack import MODEL, Stack, running
 from support.view import stream_state
 
 DEFAULT = f"HuggingFaceTB/{MODEL}"

@@ -49,7 +49,7 @@ async def test_pause_counter_purge_and_drain(nats_server: NatsServer) -> None:
 async def test_what_runs_is_not_ended_by_a_purge(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
         runs = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=50]]"))
-        await stack.workers[0].logged("processing, attempt 1")
+        await stack.begins()
         purged = await jetstream(stack, "STREAM.PURGE.INFERENCE", {"filter": f"inference.requests.{CONSUMER}.*"})
         assert purged["purged"] == 1
         answer = await runs

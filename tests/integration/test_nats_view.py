@@ -127,7 +127,7 @@ async def test_request_in_the_stream(nats_server: NatsServer, kind: str) -> None
         else:
             body = {"model": MODEL, "prompt": "Grüße", "max_tokens": 9}
             task = asyncio.create_task(stack.http.post(f"{stack.apis[0].url}/v1/completions", json=body))
-        request_id = (await stack.apis[0].logged(r"(\S+) queued for"))[1]
+        request_id = (await stack.taken(1)).id
         headers, payload, found = await message(stack, "INFERENCE", seq=1)
         assert found["subject"] == f"inference.requests.{CONSUMER}.{kind}"
         assert "Grüße" in base64.b64decode(found["data"]).decode()  # readable, not escaped
@@ -169,8 +169,8 @@ async def test_request_in_the_stream(nats_server: NatsServer, kind: str) -> None
 
 async def test_processing_seen_by_consumer_info(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
-        tasks = [asyncio.create_task(stack.chat("[[tokens=100 delay_ms=40]]"))]
-        await stack.workers[0].logged("processing, attempt 1")
+        tasks = [asyncio.create_task(stack.chat("[[tokens=30 delay_ms=40]]"))]
+        await stack.begins()
         tasks += [asyncio.create_task(stack.chat("[[tokens=1]]")) for _ in range(2)]
         await holds(stack, 3)
         consumer = await jetstream(stack, f"CONSUMER.INFO.INFERENCE.{CONSUMER}")
@@ -332,7 +332,7 @@ async def test_cancellation_is_heard(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
         listener = await Listener(stack).listen("inference.cancel.>")
         task = asyncio.create_task(stack.chat("[[tokens=1000 delay_ms=20]]"))
-        request_id = (await stack.workers[0].logged(r"(\S+) processing, attempt 1"))[1]
+        request_id = (await stack.begins()).id
         await stack.http.delete(f"{stack.apis[0].url}/v1/queue/request/{request_id}")
         assert (await task).status_code == 499
         await listener.until(request_id, b"by DELETE")
@@ -341,8 +341,7 @@ async def test_cancellation_is_heard(nats_server: NatsServer) -> None:
         await stack.reaches(request_id, RequestStatus.CANCELLED)
         # A user may cancel by hand, too: `nats pub inference.cancel.ID reason`.
         task = asyncio.create_task(stack.chat("[[tokens=1000 delay_ms=20]]"))
-        request_id = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 2$"))[1]
-        await stack.reaches(request_id, RequestStatus.PROCESSING)
+        request_id = (await stack.taken(2, RequestStatus.PROCESSING)).id
         await stack.connection.client.publish(f"inference.cancel.{request_id}", b"by hand")
         assert (await task).status_code == 499
         assert (await stack.reaches(request_id, RequestStatus.CANCELLED)).error == "by hand"

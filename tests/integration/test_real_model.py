@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletion
 from forebay_contracts.wire.state import RequestStatus
 from support.answers import user
 from support.nats import NatsServer
-from support.stack import MODEL, Service, Stack, data_dir, running
+from support.stack import MODEL, Stack, data_dir, running
 from support.view import idle
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="module")]
@@ -46,11 +46,8 @@ async def stack(module_nats: NatsServer, model_dir: Path) -> AsyncIterator[Stack
         "data_dir": model_dir,
     }
     async with running(module_nats, workers=0, **settings) as found:
-        # Not `found.worker()`, which waits less than a first run takes.
-        worker = Service("forebay_inference", SERVES, found.env())
-        found.workers.append(worker)
-        await worker.launch()
-        served = await worker.logged(SERVES, timeout_s=500)
+        worker = await found.worker(within_s=500)  # what a first run takes
+        served = await worker.logged(SERVES)
         assert served[1] == "HuggingFaceTB/SmolLM2-135M-Instruct (nf4, cpu) with 3 slots"
         yield found
         assert not [line for line in worker.log if "ERROR" in line or "Traceback" in line]

@@ -20,11 +20,10 @@ from pydantic import BaseModel, Field
 from support.answers import user
 from support.nats import NatsServer
 from support.schemas import schema
-from support.stack import MODEL, Service, Stack, data_dir, running
+from support.stack import MODEL, Stack, data_dir, running
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="module")]
 
-SERVES = r"worker \S+ serves (.*)"
 EMOJIS = "Some emojis: 😀 🚀 🐍 🔥 🦊"
 ANIMALS: dict[str, Any] = {"model": MODEL, "messages": user("Name an animal."), "max_tokens": 12}
 
@@ -70,11 +69,7 @@ async def stack(module_nats: NatsServer, model_dir: Path) -> AsyncIterator[Stack
         "data_dir": model_dir,
     }
     async with running(module_nats, workers=0, **settings) as found:
-        # Not `found.worker()`, which waits less than a first run takes.
-        worker = Service("forebay_inference", SERVES, found.env())
-        found.workers.append(worker)
-        await worker.launch()
-        await worker.logged(SERVES, timeout_s=500)
+        worker = await found.worker(within_s=500)  # what a first run takes
         yield found
         assert not [line for line in worker.log if "ERROR" in line or "Traceback" in line]
 

@@ -39,9 +39,8 @@ async def test_probes_ask_for_what_is_there(manifests: Manifests, nats_server: N
             **settings(manifests, "forebay-inference")
             | {"metrics_host": "127.0.0.1", "metrics_port": 0, "model_device": "cpu"}
         )
-        port = (await stack.workers[0].logged(r"metrics on 127\.0\.0\.1:(\d+)"))[1]
         await stack.knows_workers()
-        for workload, base in ((api, started.url), (worker, f"http://127.0.0.1:{port}")):
+        for workload, base in ((api, started.url), (worker, stack.workers[0].url)):
             asked = dict(probes(workload))
             assert asked.keys() == {"startupProbe", "livenessProbe", "readinessProbe"}
             for probe in asked.values():

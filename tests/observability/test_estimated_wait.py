@@ -18,7 +18,7 @@ async def test_places_before_it_at_the_speed_of_the_line(nats_server: NatsServer
     async with running(nats_server) as stack:
         # Each takes half a second or more, one at a time.
         tasks = [asyncio.create_task(stack.chat("[[tokens=10 delay_ms=50]]")) for _ in range(12)]
-        last = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 12$"))[1]
+        last = (await stack.taken(12)).id
         times = [time.monotonic()]
         first_look = await look(stack, last)
         times.append(time.monotonic())
@@ -43,7 +43,7 @@ async def test_whoever_looks_at_the_queue_has_its_lines_measured(nats_server: Na
     """Each api for itself: by its status, its metrics, its page, so that a first look has an answer too."""
     async with running(nats_server, apis=2) as stack:
         tasks = [asyncio.create_task(stack.chat("[[tokens=10 delay_ms=50]]", api=0)) for _ in range(10)]
-        last = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 10$"))[1]
+        last = (await stack.taken(10)).id
         await stack.status(api=1)
         await next(asyncio.as_completed(tasks))
         (await stack.http.get(f"{stack.apis[1].url}/metrics")).raise_for_status()

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from support.nats import NatsServer
-from support.stack import MODEL, Service, running
+from support.service import Service
+from support.stack import MODEL, running
 from support.view import idle
 
 PROMPT = "xyzzy"
@@ -26,7 +27,7 @@ async def test_each_step_has_its_fields(nats_server: NatsServer) -> None:
         request_id = answer.headers["x-request-id"]
         await idle(stack)
         for service in (stack.apis[0], stack.workers[0]):
-            await service.logged(f"{request_id} completed")
+            await service.stop()
         received, queued, completed = records(stack.apis[0], request_id)
         processing, ended = records(stack.workers[0], request_id)
         every = (received, queued, completed, processing, ended)
@@ -46,9 +47,9 @@ async def test_each_end_has_its_fields(nats_server: NatsServer, stream: bool) ->
     async with running(nats_server, log_format="json", **limits) as stack:
         failed = await stack.chat("[[tokens=2 fail]]", stream=stream)
         slow = [asyncio.create_task(stack.chat("[[tokens=90 delay_ms=50]]", stream=stream)) for _ in range(2)]
-        ran, waited = [(await stack.apis[0].logged(rf"(\S+) queued for \S+ at {nth}"))[1] for nth in (2, 3)]
+        ran, waited = [(await stack.taken(nth)).id for nth in (2, 3)]
         left = asyncio.create_task(stack.chat("[[tokens=1]]", stream=stream))
-        cancelled = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 4"))[1]
+        cancelled = (await stack.taken(4)).id
         await stack.http.delete(f"{stack.apis[0].url}/v1/queue/request/{cancelled}")
         answers = [failed, *await asyncio.gather(*slow, left)]
         ids = [failed.headers["x-request-id"], ran, waited, cancelled]
@@ -88,7 +89,7 @@ async def test_what_is_wrong_with_a_request_is_logged_as_a_code(nats_server: Nat
         assert PROMPT in answer.json()["error"]["message"]
         request_id = answer.headers["x-request-id"]
         await idle(stack)
-        await stack.workers[0].logged(f"{request_id} failed")
+        await stack.workers[0].stop()
         (ended,) = [record for record in records(stack.workers[0], request_id) if "outcome" in record]
         assert (ended["outcome"], ended["code"]) == ("failed", "invalid_request_error")
         for service in (*stack.apis, *stack.workers):

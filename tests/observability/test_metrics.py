@@ -20,7 +20,8 @@ from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.answers import chat_body
 from support.metrics import defined
 from support.nats import NatsServer
-from support.stack import MODEL, Api, Service, Stack, data_dir, running
+from support.service import Api, Worker
+from support.stack import MODEL, Stack, data_dir, running
 from support.view import idle
 
 DOCS = Path(__file__).parents[2] / "docs" / "observability.md"
@@ -56,14 +57,13 @@ class Samples:
         return all(found != name for found, _ in self._values)
 
 
-async def scrape(stack: Stack, service: Service, **headers: str) -> Samples:
-    port = service.port if isinstance(service, Api) else int((await service.logged(r"metrics on 127.0.0.1:(\d+)"))[1])
-    answer = await stack.http.get(f"http://127.0.0.1:{port}/metrics", headers=headers)
+async def scrape(stack: Stack, service: Api | Worker, **headers: str) -> Samples:
+    answer = await stack.http.get(f"{service.url}/metrics", headers=headers)
     assert answer.status_code == 200
     return Samples(answer.text, openmetrics=answer.headers["content-type"].startswith("application/openmetrics"))
 
 
-async def shows(stack: Stack, service: Service, name: str, value: float, **labels: str) -> Samples:
+async def shows(stack: Stack, service: Api | Worker, name: str, value: float, **labels: str) -> Samples:
     """Scrape until a gauge has this value, as a scraper does: it is told of nothing."""
     async with asyncio.timeout(20):
         while (found := await scrape(stack, service))(name, **labels) != value:  # noqa: ASYNC110
@@ -80,11 +80,10 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
         assert (await stack.chat("hi", model=MADE_UP)).status_code == 404
         assert (await stack.chat("hi", temperature="hot")).status_code == 400
         running_one = asyncio.create_task(stack.chat("[[tokens=400 delay_ms=20]]"))
-        running_id = (await stack.apis[0].logged(r"(\S+) queued for \S+ at 5$"))[1]
-        await stack.workers[0].logged(f"{running_id} processing, attempt 1$")
+        await stack.taken(5, RequestStatus.PROCESSING)
         busy_worker = await shows(stack, stack.workers[0], "forebay_engine_batch_sequences", 1)
         waiting_one = asyncio.create_task(stack.chat("hi"))
-        await stack.apis[0].logged(r"queued for \S+ at 6$")
+        await stack.taken(6)
         assert (await stack.chat("hi")).status_code == 503
         busy_api = await scrape(stack, stack.apis[0])
         running_one.cancel()
@@ -138,11 +137,7 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
 async def test_the_cache_of_a_real_model_is_in_use_while_it_answers(nats_server: NatsServer) -> None:
     settings = {"inference_engine": "transformers", "model_quantization": "nf4", "data_dir": MODEL_DIR}
     async with running(nats_server, workers=0, metrics_port=0, request_timeout=300, **settings) as stack:
-        # Not `stack.worker()`, which waits less than a first run takes.
-        worker = Service("forebay_inference", re.compile(""), stack.env())
-        stack.workers.append(worker)
-        await worker.launch()
-        await worker.logged(r"worker \S+ serves", timeout_s=500)
+        worker = await stack.worker(within_s=500)  # what a first run takes
         task = asyncio.create_task(stack.chat("Count to one thousand.", max_tokens=500))
         busy = await shows(stack, worker, "forebay_engine_batch_sequences", 1)
         async with asyncio.timeout(60):
@@ -175,7 +170,7 @@ async def test_gauges_outlive_nats_only_as_absent(nats_server: NatsServer) -> No
         assert not found.absent("forebay_queue_waiting")
         assert not found.absent("forebay_queue_max_size")
         await asyncio.to_thread(nats_server.stop)
-        await stack.apis[0].logged("connection to NATS lost")
+        await stack.loses_nats(stack.apis[0])
         found = await shows(stack, stack.apis[0], "forebay_queue_up", 0)
         assert found.absent("forebay_queue_waiting")
         assert found.absent("forebay_queue_max_size")
@@ -212,7 +207,7 @@ async def test_every_reason_to_reject_is_counted(nats_server: NatsServer, tmp_pa
         assert await answered("x" * 5000) == 413
         assert await answered("hi", temperature="hot") == 400
         slow = asyncio.create_task(answered("[[tokens=2000 delay_ms=500]]", with_key=key))
-        await stack.workers[0].logged("processing, attempt 1$")
+        await stack.begins()
         assert await answered("hi", with_key=key) == 429
         assert await answered("hi") == 503
         slow.cancel()
@@ -271,14 +266,12 @@ async def test_metrics_off(nats_server: NatsServer, where: str) -> None:
         if where == "api":
             assert (await stack.http.get(f"{stack.apis[0].url}/metrics")).status_code == 404
         else:
-            assert not [line for line in stack.workers[0].log if "metrics on" in line]
+            assert (await stack.http.get(f"{stack.workers[0].url}/metrics")).status_code == 404
 
 
 async def test_a_taken_port_is_refused_at_start(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0) as stack:
-        worker = Service("forebay_inference", re.compile(""), stack.env(metrics_port=stack.apis[0].port))
-        stack.workers.append(worker)
-        await worker.launch()
+        worker = await stack.launched_worker(metrics_port=stack.apis[0].port)
         assert await worker.ended() == 2
         assert f"cannot serve metrics on 127.0.0.1:{stack.apis[0].port}" in worker.log[-1]
 

@@ -170,8 +170,8 @@ async def test_prometheus_scrapes_both_services(nats_server: NatsServer, prometh
     folder.mkdir()
     async with running(nats_server, metrics_port=0, api_keys="a-key-with-a-name") as stack:
         stack.http.headers["authorization"] = "Bearer a-key-with-a-name"
-        worker_port = (await stack.workers[0].logged(r"metrics on \S+:(\d+)"))[1]
-        targets = {"forebay-api": f"127.0.0.1:{stack.apis[0].port}", "forebay-worker": f"127.0.0.1:{worker_port}"}
+        services = {"forebay-api": stack.apis[0], "forebay-worker": stack.workers[0]}
+        targets = {name: f"127.0.0.1:{service.port}" for name, service in services.items()}
         async with scraping(prometheus, folder, targets) as client:
             await appears(client, "sum(up) == 2")
             # Twice: what is all there at the first scrape has no rate.

@@ -2,7 +2,6 @@
 
 import asyncio
 import gzip
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from forebay_contracts.wire.state import RequestStatus
 from support.answers import user
 from support.nats import NatsServer
-from support.stack import MODEL, Service, Stack, running
+from support.service import Service
+from support.stack import MODEL, Stack, running
 from support.view import idle
 
 TIMEOUT_S = 60
@@ -244,8 +244,7 @@ async def test_a_killed_worker_leaves_its_request_in_one_trace(nats_server: Nats
     """It takes its own spans along; those of the attempt after it are in the trace that the message carries."""
     async with running(nats_server, max_concurrent_requests=1, **collector.settings) as stack:
         asked = asyncio.create_task(stack.chat("[[tokens=40 delay_ms=50]]"))
-        request_id = (await stack.apis[0].logged(r"(\S+) queued for"))[1]
-        await stack.reaches(request_id, RequestStatus.PROCESSING)
+        request_id = (await stack.begins()).id
         await stack.workers[0].kill()
         second = await stack.worker()
         assert (await asked).status_code == 200
@@ -295,7 +294,7 @@ async def test_what_is_not_there_is_refused_by_name(
 ) -> None:
     stack = Stack(nats_server, **collector.settings | {setting: value})
     for module in ("forebay_api", "forebay_inference"):
-        service = Service(module, re.compile(""), stack.env())
+        service = Service(module, stack.env())
         await service.launch()
         assert await service.ended() == 2
         assert setting.upper() in service.log[-1]

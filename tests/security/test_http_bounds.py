@@ -9,7 +9,8 @@ import pytest
 import pytest_asyncio
 
 from support.nats import NatsServer
-from support.stack import MODEL, Api, Stack, running
+from support.service import Api
+from support.stack import MODEL, Stack, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -72,18 +72,9 @@ async def unfinished(stack: Stack, key: str, count: int, api: int = 0) -> list[a
     tasks = []
     for _ in range(count):
         tasks.append(asyncio.create_task(ask(stack, key, SLOW, api)))
-        async with asyncio.timeout(60):
-            while not (new := admitted(stack, api) - KNOWN):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        (request_id,) = new
-        KNOWN.add(request_id)
-        await stack.reaches(request_id, RequestStatus.PROCESSING)
+        begun = await stack.becomes(lambda state: state.status is RequestStatus.PROCESSING and state.id not in KNOWN)
+        KNOWN.add(begun.id)
     return tasks
-
-
-def admitted(stack: Stack, api: int) -> set[str]:
-    """The ids of the requests that an api has put into the queue."""
-    return {json.loads(line)["request_id"] for line in stack.apis[api].log if "queued for" in line}
 
 
 async def until(stack: Stack, key: str, status: int, api: int = 0) -> None:
@@ -175,6 +166,7 @@ async def test_the_bound_holds_over_all_apis(nats_server: NatsServer, tmp_path: 
         await until(stack, ALICE, 429, api=1)
         await end(*tasks)
         await until(stack, ALICE, 200, api=1)
+        await stack.beats(stack.apis[1])  # it has nothing unfinished, as the other one hears too
         # An api that dies takes its count along.
         tasks = await unfinished(stack, ALICE, 2, api=0)
         await until(stack, ALICE, 429, api=1)
@@ -189,22 +181,16 @@ async def test_keys_are_changed_without_a_restart(nats_server: NatsServer, tmp_p
         both = f'[alice]\nsha256 = ["{keys.digest(ALICE.encode())}", "{keys.digest(new.encode())}"]\n'
         tasks = await unfinished(stack, ALICE, 1)
         replace(file, both)
-        await stack.apis[0].logged("the keys file has changed: 1 names")
-        assert (await ask(stack, BOB)).status_code == 401
+        await until(stack, BOB, 401)
         # Both keys of a name are one client.
         for key in (ALICE, new):
             found = await stack.http.get(f"{stack.apis[0].url}/v1/models", headers=bearer(key))
             assert found.status_code == 200
         await end(*tasks)
         # What cannot be meant leaves the keys of before, and is said once.
-        for broken, sentence in [
-            ("", "it holds no key"),
-            ("[alice", "not TOML"),
-            (f'[alice]\nsha256 = "{ALICE}"\n', r"\[alice\] sha256: 64 hexadecimal digits"),
-        ]:
-            replace(file, broken)
-            await stack.apis[0].logged(f"ERROR.*{sentence}.*the keys of before stay")
-            assert (await ask(stack, new)).status_code == 200
+        replace(file, f'[alice]\nsha256 = "{ALICE}"\n')
+        await stack.apis[0].logged(r"ERROR.*\[alice\] sha256: 64 hexadecimal digits.*the keys of before stay")
+        assert (await ask(stack, new)).status_code == 200
         file.unlink()
         await stack.apis[0].logged("cannot be read: No such file or directory; the keys of before stay")
         replace(file, keys.written("bob", BOB, max_requests=None, operator=False))

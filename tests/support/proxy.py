@@ -1,4 +1,4 @@
-"""A TCP proxy between a service and NATS, to be cut, and to swallow what comes back: a real bad network."""
+"""A TCP proxy between a service and NATS, to be cut, and to swallow what goes or comes: a real bad network."""
 
 import asyncio
 import contextlib
@@ -19,6 +19,7 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self.swallow_answers = False
         """Whether bytes from the server are dropped instead of forwarded."""
+        self._swallowed: asyncio.StreamReader | None = None
 
     @property
     def url(self) -> str:
@@ -29,6 +30,14 @@ class Proxy:
         """Listen, always on the same port."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
         return self
+
+    async def lose(self, part: bytes, count: int) -> None:
+        """Drop what comes from clients until `count` times `part` was among it, then `cut`."""
+        self._swallowed = asyncio.StreamReader()
+        for _ in range(count):
+            await self._swallowed.readuntil(part)
+        await self.cut()
+        self._swallowed = None
 
     async def cut(self) -> None:
         """Close every connection and refuse new ones."""
@@ -59,7 +68,9 @@ class Proxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65_536):
-                if not (answers and self.swallow_answers):
+                if not answers and self._swallowed is not None:
+                    self._swallowed.feed_data(data)
+                elif not (answers and self.swallow_answers):
                     writer.write(data)
                     await writer.drain()
         writer.close()

@@ -17,7 +17,8 @@ from forebay_contracts.nats.connection import Connection, _tls, connect
 from forebay_contracts.settings import Settings, load
 from support.cluster import Cluster
 from support.nats import NatsServer
-from support.stack import Api, Service, Stack, started
+from support.service import Api, Worker
+from support.stack import Stack, started
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "nats"
 ROLES = ("api", "inference", "operator", "admin")
@@ -84,7 +85,8 @@ class Site:
     async def forebay(self, role: str, *arguments: str, **settings: Any) -> tuple[int | None, str]:
         """Run the command as `role`: its exit code, and what it printed."""
         values = self.settings(role) | {"data_dir": self.folder / "data"} | settings
-        env = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "COLUMNS": "300"}
+        env = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        env |= {"HOME": str(self.folder), "COLUMNS": "300"}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -130,9 +132,9 @@ class SecuredStack(Stack):
         """Start another api as `api`."""
         return await super().api(**self.nats.settings("api") | settings)
 
-    async def worker(self, **settings: Any) -> Service:
-        """Start another worker as `inference`."""
-        return await super().worker(**self.nats.settings("inference") | settings)
+    async def launched_worker(self, **settings: Any) -> Worker:
+        """Launch another worker as `inference`."""
+        return await super().launched_worker(**self.nats.settings("inference") | settings)
 
 
 @contextlib.asynccontextmanager

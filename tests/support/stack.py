@@ -6,8 +6,7 @@ import json
 import os
 import re
 import signal
-import sys
-from collections import deque
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,15 +17,12 @@ import openai
 from forebay_contracts.nats.connection import Connection, connect
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.settings import Settings, load
+from forebay_contracts.wire import names
 from forebay_contracts.wire.state import RequestState, RequestStatus
+from support.heartbeats import Heartbeats
+from support.service import START_TIMEOUT_S, Api, Service, Worker
 
-START_TIMEOUT_S = 60
-STOP_TIMEOUT_S = 60
 MODEL = "SmolLM2-135M-Instruct"
-
-_API_READY = re.compile(r"api (\S+) takes requests")
-_WORKER_READY = re.compile(r"worker (\S+) serves")
-_PORT = re.compile(r"listening on \S+:(\d+)")
 
 
 class HasUrl(Protocol):
@@ -38,136 +34,19 @@ class HasUrl(Protocol):
         ...
 
 
-class Service:
-    """One process of ours, its log lines kept; `id` is the name that it has on NATS."""
-
-    def __init__(self, module: str, ready: re.Pattern[str], env: dict[str, str]) -> None:
-        self._module = module
-        self._ready = ready
-        self._env = env
-        self._lines_changed = asyncio.Condition()
-        self._reader: asyncio.Task[None] | None = None
-        self.log: deque[str] = deque(maxlen=10_000)
-        self.id = ""
-        self.process: asyncio.subprocess.Process
-
-    async def start(self) -> "Service":
-        """Start, and return when it says that it is ready."""
-        await self.launch()
-        self.id = (await self.logged(self._ready))[1]
-        return self
-
-    async def launch(self) -> None:
-        """Start without waiting."""
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            self._module,
-            env=self._env,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        self._reader = asyncio.create_task(self._read())
-
-    async def logged(self, pattern: str | re.Pattern[str], timeout_s: float = START_TIMEOUT_S) -> re.Match[str]:
-        """Wait for a log line, one that is there already included."""
-        compiled = re.compile(pattern)
-
-        def found() -> re.Match[str] | None:
-            return next((match for line in self.log if (match := compiled.search(line))), None)
-
-        async with asyncio.timeout(timeout_s), self._lines_changed:
-            await self._lines_changed.wait_for(lambda: found() or self.process.returncode is not None)
-        match = found()
-        assert match is not None, f"{self._module} ended with {self.process.returncode}:\n" + "\n".join(self.log)
-        return match
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to this process."""
-        self.process.send_signal(number)
-
-    async def stop(self) -> int:
-        """SIGTERM; its exit status."""
-        if self.process.returncode is None:
-            self.process.terminate()
-        return await self.ended()
-
-    async def whole_log(self) -> list[str]:
-        """All its lines: it is stopped first, since the newest wait a moment before they are written."""
-        await self.stop()
-        return list(self.log)
-
-    async def kill(self) -> None:
-        """SIGKILL."""
-        if self.process.returncode is None:
-            self.process.kill()
-        await self.ended()
-
-    async def ended(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """Wait for its end; its exit status."""
-        async with asyncio.timeout(timeout_s):
-            status = await self.process.wait()
-            if self._reader is not None:
-                await self._reader
-        return status
-
-    async def _read(self) -> None:
-        assert self.process.stderr is not None
-        # As many lines at a time as have come: one by one they would cost as much as the service itself under load.
-        rest = b""
-        while piece := await self.process.stderr.read(2**16):
-            *lines, rest = (rest + piece).split(b"\n")
-            if lines:
-                async with self._lines_changed:
-                    self.log.extend(line.decode(errors="replace").rstrip() for line in lines)
-                    self._lines_changed.notify_all()
-        self.log.extend([rest.decode(errors="replace").rstrip()] if rest else [])
-        await self.process.wait()
-        async with self._lines_changed:
-            self._lines_changed.notify_all()
-
-
-async def first_to_log(pattern: str, *services: Service) -> Service:
-    """Wait until one of these has logged such a line; which one."""
-    waits = {asyncio.create_task(service.logged(pattern)): service for service in services}
-    done, late = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in late:
-        wait.cancel()
-    await asyncio.gather(*late, return_exceptions=True)
-    first = done.pop()
-    first.result()
-    return waits[first]
-
-
-class Api(Service):
-    """An api process on a port of its own, known once it has started."""
-
-    port = 0
-
-    async def start(self) -> "Api":
-        """Start, and learn the port."""
-        await super().start()
-        self.port = int((await self.logged(_PORT))[1])
-        return self
-
-    @property
-    def url(self) -> str:
-        """Its base address, without /v1."""
-        return f"http://127.0.0.1:{self.port}"
-
-
 class Stack:
     """A nats-server with apis and workers on the simulated engine, unless settings say otherwise."""
 
     def __init__(self, nats: HasUrl, **settings: Any) -> None:
         self.nats = nats
         self.apis: list[Api] = []
-        self.workers: list[Service] = []
+        self.workers: list[Worker] = []
         self.clients: list[openai.AsyncOpenAI] = []
         self.http: httpx.AsyncClient
         self.connection: Connection
         self.states: KeyValueStateStore
+        self.heartbeats = Heartbeats()
+        self._starting_api = asyncio.Lock()
         self._settings = {"inference_engine": "simulated", "request_timeout": 60, "ack_wait": 2, **settings}
 
     def env(self, **settings: Any) -> dict[str, str]:
@@ -183,16 +62,69 @@ class Stack:
         )
 
     async def api(self, **settings: Any) -> Api:
-        """Start another api."""
-        api = Api("forebay_api", _API_READY, self.env(**settings))
+        """Start another api, and return when it takes requests."""
+        api = Api(self.env(**settings))
         self.apis.append(api)
-        return await api.start()
+        async with self._starting_api:  # one at a time: nothing else tells whose heartbeat is whose
+            began = time.time()
+            await api.launch()
+            heard = self.heartbeats.until(lambda: self.heartbeats.api_since(began))
+            api.id = await api.unless_it_ends(heard)
+        return api
 
-    async def worker(self, **settings: Any) -> Service:
-        """Start another worker."""
-        worker = Service("forebay_inference", _WORKER_READY, self.env(**settings))
+    async def worker(self, *, within_s: float = START_TIMEOUT_S, **settings: Any) -> Worker:
+        """Start another worker, and return when it serves."""
+        worker = await self.launched_worker(**settings)
+        await self.serves(worker, within_s)
+        return worker
+
+    async def launched_worker(self, **settings: Any) -> Worker:
+        """Start another worker without waiting until it serves."""
+        worker = Worker(self.env(**settings))
         self.workers.append(worker)
-        return await worker.start()
+        await worker.launch()
+        return worker
+
+    async def serves(self, worker: Worker, within_s: float = START_TIMEOUT_S) -> None:
+        """Wait until a worker that was launched says that it is ready."""
+        heard = self.heartbeats.until(lambda: self.heartbeats.ready_worker(worker.pid))
+        worker.id = await worker.unless_it_ends(heard, within_s)
+
+    async def beats(self, service: Service) -> None:
+        """Wait for the next heartbeat of a service: its event loop runs, and it has a connection to NATS."""
+        before = self.heartbeats.heard[service.id]
+        heard = self.heartbeats.until(lambda: self.heartbeats.heard[service.id] > before or None)
+        await service.unless_it_ends(heard)
+
+    async def becomes_idle(self, worker: Worker) -> None:
+        """Wait until a worker says that it is at no request."""
+        before = self.heartbeats.heard[worker.id]
+
+        def idle() -> bool | None:
+            return (self.heartbeats.heard[worker.id] > before and not self.heartbeats.workers[worker.id].busy) or None
+
+        await worker.unless_it_ends(self.heartbeats.until(idle))
+
+    async def loses_nats(self, service: Api | Worker) -> None:
+        """Wait until a service says that its connection to NATS is gone; nothing but asking tells."""
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while (await self.http.get(f"{service.url}/health/ready")).json()["nats"] != "disconnected":  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def makes_tokens(self, worker: Worker, count: int) -> None:
+        """Wait until a worker has made `count` more tokens, as its metrics tell, whoever hears of them."""
+        enough = await self._tokens(worker) + count
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while await self._tokens(worker) < enough:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def _tokens(self, worker: Worker) -> float:
+        text = (await self.http.get(f"{worker.url}/metrics")).text
+        return sum(float(value) for value in re.findall(r"^forebay_inter_token_seconds_count{.*} (.*)$", text, re.M))
+
+    def worker_of(self, state: RequestState) -> Worker:
+        """The worker that is at a request."""
+        return next(worker for worker in self.workers if worker.id == state.worker)
 
     def openai(self, api: int = 0, **options: Any) -> openai.AsyncOpenAI:
         """The SDK for an api, without retries of its own."""
@@ -251,15 +183,34 @@ class Stack:
         return stored.state if stored else None
 
     async def reaches(self, request_id: str, *statuses: RequestStatus, timeout_s: float = 30) -> RequestState:
-        """Wait until a request has one of `statuses`, as a KV watch tells."""
+        """Wait until a request has one of `statuses`."""
+        return await self._watched(request_id, lambda state: state.status in statuses, timeout_s)
+
+    async def taken(self, nth: int, *statuses: RequestStatus, timeout_s: float = 30) -> RequestState:
+        """Wait until the queue has taken its `nth` request, and until it has one of `statuses` if any are named."""
+        return await self.becomes(
+            lambda state: state.sequence == nth and (not statuses or state.status in statuses), timeout_s
+        )
+
+    async def begins(self, attempt: int = 1, timeout_s: float = 30) -> RequestState:
+        """Wait until a worker is at its attempt of this number at some request."""
+        return await self.becomes(
+            lambda state: state.status is RequestStatus.PROCESSING and state.attempt == attempt, timeout_s
+        )
+
+    async def becomes(self, wanted: Callable[[RequestState], bool], timeout_s: float = 30) -> RequestState:
+        """Wait until some request is as wanted; one that is so already counts."""
+        return await self._watched(">", wanted, timeout_s)
+
+    async def _watched(self, keys: str, wanted: Callable[[RequestState], bool], timeout_s: float) -> RequestState:
         async with asyncio.timeout(timeout_s):
-            bucket = await self.connection.jetstream.key_value("inference-requests")
-            watcher = await bucket.watch(request_id)
+            bucket = await self.connection.jetstream.key_value(names.REQUESTS_BUCKET)
+            watcher = await bucket.watch(keys)
             try:
                 async for entry in watcher:
                     if entry is not None and entry.value:
                         state = RequestState.model_validate_json(entry.value)
-                        if state.status in statuses:
+                        if wanted(state):
                             return state
             finally:
                 await watcher.stop()
@@ -296,27 +247,28 @@ async def started(
     """`stack` with so many processes, looked at over the connection of `observer`."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=60, limits=limits) as stack.http:
+        stack.connection = await observer()
+        stack.states = KeyValueStateStore(stack.connection)
         try:
+            await stack.heartbeats.listen(stack.connection)
             for _ in range(apis):
                 await stack.api()
             for _ in range(workers):
                 await stack.worker()
             await stack.knows_workers()
-            stack.connection = await observer()
-            stack.states = KeyValueStateStore(stack.connection)
             try:
                 yield stack
             finally:
                 # Closed while it connects again, a client of NATS leaves a socket behind.
                 await stack.connection.wait_connected(10)
-                await stack.connection.close()
         finally:
+            await stack.connection.close()
             for client in stack.clients:
                 await client.close()
-            for service in (*stack.apis, *stack.workers):
-                with contextlib.suppress(ProcessLookupError):
-                    service.signal(signal.SIGCONT)
-            await asyncio.gather(*(service.kill() for service in (*stack.apis, *stack.workers)))
+            services: list[Service] = [service for service in (*stack.apis, *stack.workers) if service.pid]
+            for service in services:
+                service.signal(signal.SIGCONT)
+            await asyncio.gather(*(service.kill() for service in services))
 
 
 def data_dir() -> Path:
