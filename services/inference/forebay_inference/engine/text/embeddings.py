@@ -1,7 +1,7 @@
 """A model that answers with vectors: the inputs of a request as tokens, and an embedder's vectors as its answer."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
@@ -21,12 +21,14 @@ class EmbeddingModel:
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder
         self._loaded: LoadedModel | None = None
+        self._added: tuple[Sequence[int], Sequence[int]] = ((), ())
         # Tokenizing many long inputs takes a while; one thread keeps it off the event loop.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """See `Model.start`."""
         self._loaded = await self.embedder.start(progress)
+        self._added = _added_tokens(self._loaded.tokenizer)
         return self._loaded
 
     async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[Event, None]:
@@ -34,7 +36,7 @@ class EmbeddingModel:
         loaded = self._loaded
         if loaded is None:
             raise EngineFault("the engine is not started, or closed")
-        work = partial(_encoded, request, loaded)
+        work = partial(_encoded, request, loaded, self._added)
         if loaded.encodes_quickly:
             inputs = work()
         else:
@@ -63,8 +65,10 @@ class EmbeddingModel:
         await self.embedder.close()
 
 
-def _encoded(request: InferenceRequest, loaded: LoadedModel) -> list[list[int]]:
-    """The token ids of every input.
+def _encoded(
+    request: InferenceRequest, loaded: LoadedModel, added: tuple[Sequence[int], Sequence[int]]
+) -> list[list[int]]:
+    """The token ids of every input; those in `added` stand before and after each.
 
     Raises:
         InvalidRequest: an input is too long, or has unknown tokens; or the vectors cannot have so few dimensions.
@@ -74,7 +78,7 @@ def _encoded(request: InferenceRequest, loaded: LoadedModel) -> list[list[int]]:
             f"This model's embeddings have {loaded.dimensions} dimensions, which cannot be changed.",
             param="dimensions",
         )
-    before, after = _added_tokens(loaded.tokenizer)
+    before, after = added
     inputs: list[list[int]] = []
     for index, given in enumerate(request.prompts):
         if isinstance(given, str):
