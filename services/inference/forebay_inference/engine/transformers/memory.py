@@ -39,7 +39,7 @@ def plan_cache(config: Any, dtype: torch.dtype, device: torch.device, slots: int
     """
     page_size = 32 if device.type == "cpu" else 256
     per_block = bytes_per_token(config, dtype) * page_size
-    wanted = slots * _pages(context_length, page_size)
+    wanted = slots * -(-context_length // page_size)
     budget = cache_budget(device)
     # The library keeps two blocks of its own besides.
     affordable = budget // per_block - 2
@@ -50,10 +50,6 @@ def plan_cache(config: Any, dtype: torch.dtype, device: torch.device, slots: int
             f"and {page_size} tokens take {per_block >> 10} KiB"
         )
     return CachePlan(blocks, page_size, min(context_length, blocks * page_size))
-
-
-def _pages(tokens: int, page_size: int) -> int:
-    return -(-tokens // page_size)
 
 
 def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
