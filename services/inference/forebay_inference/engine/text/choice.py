@@ -102,7 +102,7 @@ class Choice:
         """The event of one step, or None where it brings nothing. Sets `finish_reason` at the end."""
         tokens, logprobs, finish, self.cached_tokens = step
         if self._push_plain is not None and finish is None and not logprobs and len(tokens) == 1:
-            # The usual step, in 0.6 µs instead of 1.7.
+            # The usual step, in 0.6 µs instead of 1.4.
             token = tokens[0]
             if token not in self._end_tokens and len(self.tokens) + 1 < self.limit:
                 self.tokens.append(token)

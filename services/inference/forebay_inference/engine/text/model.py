@@ -31,8 +31,6 @@ from forebay_inference.engine.text.tool_formats import ToolFormat, format_of
 # What the wire and an engine call by the same names, which is all but seed and grammar.
 _sampling_fields: Final[Callable[[Sampling], tuple[Any, ...]]] = attrgetter(*SamplingParameters._fields[:-2])
 
-_CUT: Final = "the engine stopped in the middle of an answer"
-
 
 class TextModel:
     """Serves chats and completions from `engine` (see `Model`), and embeddings from `embeddings`, where it is given."""
@@ -80,31 +78,19 @@ class TextModel:
         else:
             prepared = await asyncio.get_running_loop().run_in_executor(self._preparing, work)
         yield Accepted(prepared.prompt_tokens)
-        running: list[tuple[Choice, AsyncGenerator[Step, None]]] = []
+        running: list[AsyncGenerator[Event, None]] = []
         for index in range(len(prepared.prompts) * request.n):
             choice = serving.choice(request, prepared, index)
             choice.replay(resume.get(index, ()))
             if choice.finish_reason is None:
-                running.append((choice, self.engine.generate(_sequence(request, prepared, choice))))
+                running.append(_follow(choice, self.engine.generate(_sequence(request, prepared, choice))))
                 continue
             if (echo := choice.advance(Step(()))) is not None:
                 yield echo
             yield choice.finished()
-        if len(running) == 1:
-            # As `_follow` does, without a generator between: 0.4 µs a token, of 3.
-            choice, steps = running[0]
-            async with aclosing(steps):
-                async for step in steps:
-                    if (event := choice.advance(step)) is not None:
-                        yield event
-                    if choice.finish_reason is not None:
-                        yield choice.finished()
-                        return
-            raise EngineFault(_CUT)
-        if running:
-            async with aclosing(merged([_follow(*one) for one in running])) as events:
-                async for any_event in events:
-                    yield any_event
+        async with aclosing(running[0] if len(running) == 1 else merged(running)) as events:
+            async for event in events:
+                yield event
 
     def fault(self) -> str | None:
         """See `Model.fault`."""
@@ -181,4 +167,4 @@ async def _follow(choice: Choice, steps: AsyncGenerator[Step, None]) -> AsyncGen
             if choice.finish_reason is not None:
                 yield choice.finished()
                 return
-    raise EngineFault(_CUT)
+    raise EngineFault("the engine stopped in the middle of an answer")
