@@ -44,18 +44,22 @@ async def context(request: Request) -> Context:
     return found
 
 
-async def authorized(request: Request) -> Context:
-    """The same. Raises InvalidApiKey without a valid key."""
-    found = await context(request)
-    request.state.client = found.keys.check(request)
+Open = Annotated[Context, Depends(context)]
+
+
+async def caller(request: Request, found: Open) -> Client:
+    """The client whose key `request` carries. Raises InvalidApiKey without a valid key."""
+    client: Client = found.keys.check(request)
+    request.state.client = client
+    return client
+
+
+Caller = Annotated[Client, Depends(caller)]
+
+
+async def authorized(found: Open, _: Caller) -> Context:
+    """The running api, for clients with a valid key."""
     return found
 
 
-async def caller(request: Request) -> Client:
-    """The client whose key `request` carries."""
-    return (await context(request)).keys.check(request)
-
-
-Open = Annotated[Context, Depends(context)]
 Authorized = Annotated[Context, Depends(authorized)]
-Caller = Annotated[Client, Depends(caller)]
