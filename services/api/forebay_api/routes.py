@@ -28,36 +28,16 @@ class Endpoint:
     completion_type: CompletionType
     body: type[RequestBody]
     format: Callable[[InferenceRequest, Any], Format]
-    summary: str
     log_prefix: str
+
+    @property
+    def summary(self) -> str:
+        """What it does: the docstring of its body."""
+        return (self.body.__doc__ or "").removesuffix(".")
 
 
 ENDPOINTS: Final = (
-    Endpoint(
-        "POST",
-        "/v1/chat/completions",
-        CompletionType.CHAT,
-        ChatCompletionBody,
-        ChatFormat,
-        "Answer a conversation",
-        "[Chat Completions]",
-    ),
-    Endpoint(
-        "POST",
-        "/v1/completions",
-        CompletionType.COMPLETION,
-        CompletionBody,
-        CompletionFormat,
-        "Continue a prompt",
-        "[Completions]",
-    ),
-    Endpoint(
-        "POST",
-        "/v1/embeddings",
-        CompletionType.EMBEDDING,
-        EmbeddingBody,
-        EmbeddingFormat,
-        "Turn texts into vectors",
-        "[Embeddings]",
-    ),
+    Endpoint("POST", "/v1/chat/completions", CompletionType.CHAT, ChatCompletionBody, ChatFormat, "[Chat Completions]"),
+    Endpoint("POST", "/v1/completions", CompletionType.COMPLETION, CompletionBody, CompletionFormat, "[Completions]"),
+    Endpoint("POST", "/v1/embeddings", CompletionType.EMBEDDING, EmbeddingBody, EmbeddingFormat, "[Embeddings]"),
 )

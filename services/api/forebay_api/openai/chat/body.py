@@ -111,7 +111,7 @@ class ResponseFormat(StrictModel):
 
 
 class ChatCompletionBody(GenerationBody):
-    """`POST /v1/chat/completions`."""
+    """Answer a conversation."""
 
     messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[Int, Field(ge=1)] | None = None

@@ -21,7 +21,7 @@ Prompt = (
 
 
 class CompletionBody(GenerationBody):
-    """`POST /v1/completions`."""
+    """Continue a prompt."""
 
     prompt: Prompt
     max_tokens: Annotated[Int, Field(ge=0)] = 16

@@ -20,7 +20,7 @@ Input = _Text | _Tokens | Annotated[Many[_Text], Field(min_length=1)] | Annotate
 
 
 class EmbeddingBody(RequestBody):
-    """`POST /v1/embeddings`."""
+    """Turn texts into vectors."""
 
     input: Input
     encoding_format: Literal["float", "base64"] = "float"
