@@ -13,21 +13,8 @@ from forebay_api import request_metrics
 from forebay_api.clients.keys import Client
 from forebay_api.context import Context
 from forebay_contracts.telemetry.logs import Fields, fields
-from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import (
-    ApiError,
-    InferenceFailed,
-    InvalidApiKey,
-    InvalidRequest,
-    KeyLimitReached,
-    ModelNotFound,
-    ModelUnavailable,
-    QueueError,
-    QueueFull,
-    QueueUnavailable,
-    RequestTimeout,
-    RequestTooLarge,
-)
+from forebay_contracts.wire import errors, names
+from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.request import InferenceRequest
 
 UNMEASURED_RETRY_AFTER_S: Final = 1
@@ -50,17 +37,17 @@ class ErrorAnswer(NamedTuple):
 # The SDKs retry 408 and 500 by themselves. A timeout would double the load when it is highest, and a request whose
 # attempts are spent would get as many again.
 ANSWERS: Final[dict[type[ApiError], ErrorAnswer]] = {
-    QueueFull: ErrorAnswer(True, "queue_full"),
-    QueueUnavailable: ErrorAnswer(True, "queue_unavailable"),
-    ModelUnavailable: ErrorAnswer(True, "model_unavailable"),
-    QueueError: ErrorAnswer(True),
-    ModelNotFound: ErrorAnswer(None, "model_not_found"),
-    InvalidApiKey: ErrorAnswer(None, "invalid_api_key"),
-    RequestTooLarge: ErrorAnswer(None, "request_too_large"),
-    KeyLimitReached: ErrorAnswer(None, "key_limit_reached"),
-    InvalidRequest: ErrorAnswer(None, "invalid_request"),
-    RequestTimeout: ErrorAnswer(False),
-    InferenceFailed: ErrorAnswer(False),
+    errors.QueueFull: ErrorAnswer(True, "queue_full"),
+    errors.QueueUnavailable: ErrorAnswer(True, "queue_unavailable"),
+    errors.ModelUnavailable: ErrorAnswer(True, "model_unavailable"),
+    errors.QueueError: ErrorAnswer(True),
+    errors.ModelNotFound: ErrorAnswer(None, "model_not_found"),
+    errors.InvalidApiKey: ErrorAnswer(None, "invalid_api_key"),
+    errors.RequestTooLarge: ErrorAnswer(None, "request_too_large"),
+    errors.KeyLimitReached: ErrorAnswer(None, "key_limit_reached"),
+    errors.InvalidRequest: ErrorAnswer(None, "invalid_request"),
+    errors.RequestTimeout: ErrorAnswer(False),
+    errors.InferenceFailed: ErrorAnswer(False),
 }
 _BY_CODE: Final = {kind.code: answer for kind, answer in ANSWERS.items() if kind.code}
 
@@ -99,7 +86,7 @@ class ErrorAnswers:
             case ApiError():
                 return await self._api_error(request, exc)
             case HTTPException():
-                error = InvalidRequest(f"{request.method} {request.scope['path']}: {exc.detail}")
+                error = errors.InvalidRequest(f"{request.method} {request.scope['path']}: {exc.detail}")
                 return JSONResponse(error.body(), exc.status_code, exc.headers)
         log.error("[RequestQueue] %s failed unexpectedly", request.state.request_id, exc_info=exc)
         unexpected = ApiError("an unexpected error occurred; give the request id to the operator of this server")
@@ -123,9 +110,9 @@ class ErrorAnswers:
         return JSONResponse(error.body(), error.status, headers)
 
     async def _retry_after_s(self, error: ApiError) -> int | None:
-        if isinstance(error, KeyLimitReached):
+        if isinstance(error, errors.KeyLimitReached):
             return error.retry_after_s
-        if not isinstance(error, QueueFull):
+        if not isinstance(error, errors.QueueFull):
             return None
         rate = self._context.rates.queue
         if rate.due():

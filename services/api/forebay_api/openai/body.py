@@ -4,18 +4,11 @@ A parameter is honoured or refused by name. None is ignored in silence, except t
 OpenAI's own service (`user`, `metadata`, `store`, ...).
 """
 
+from collections.abc import Callable
 from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar, Unpack
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, field_validator, model_validator
 
 from forebay_contracts.wire.request import RECOMMENDABLE, CompletionType, InferenceRequest, Sampling
 
@@ -36,7 +29,7 @@ Many = Annotated[tuple[Item, ...], Field(fail_fast=True)]
 SLICE = 100
 
 
-def _in_slices(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+def _in_slices(value: Any, validate: Callable[[Any], Any]) -> Any:
     if not isinstance(value, dict):
         return validate(value)
     items = iter(value.items())
