@@ -263,11 +263,18 @@ async def test_requests_and_states_survive_a_restart_of_nats(nats_server: NatsSe
         await queue.deliveries.stop()
 
 
+async def pulled(connection: Connection) -> None:
+    """Wait until a pull waits at the server, which tells nobody of it."""
+    async with asyncio.timeout(10):
+        while not (await topology.consumers(connection))[0].num_waiting:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_a_pull_outlives_a_restart_of_nats(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         queue = on_nats(connection)
         waiting = asyncio.create_task(queue.deliveries.pull())
-        await asyncio.sleep(0.05)
+        await pulled(connection)
         back = asyncio.Event()
 
         async def reconnected() -> None:
@@ -377,7 +384,7 @@ async def test_pulls_end_without_nats_too(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         queue = on_nats(connection)
         waiting = asyncio.create_task(queue.deliveries.pull())
-        await asyncio.sleep(0.05)
+        await pulled(connection)
         await asyncio.to_thread(nats_server.stop)
         await asyncio.wait_for(queue.deliveries.stop(), 20)
         await asyncio.gather(waiting, return_exceptions=True)
