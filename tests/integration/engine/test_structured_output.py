@@ -35,6 +35,19 @@ WEATHER = {
         },
     },
 }
+# The grammar leaves no choice, so that no rounding makes one.
+FORCED = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo"]}, "unit": {"enum": ["celsius"]}},
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
 TIME = {"type": "function", "function": {"name": "get_time"}}
 
 
@@ -142,14 +155,16 @@ async def test_a_tool_that_must_be_called_is(engine: TextModel, choice: Any, par
         assert len(calls) == 1
 
 
-async def test_a_call_goes_on_over_a_resume(engine: TextModel) -> None:
-    request = chat("Weather in Oslo?", tools=(WEATHER,), tool_choice="required", parallel_tool_calls=False)
+async def test_a_call_goes_on_over_a_resume(engine: TransformersEngine) -> None:
+    request = chat("Weather in Oslo?", tools=(FORCED,), tool_choice="required", parallel_tool_calls=False)
     request = request.model_copy(update={"sampling": request.sampling.model_copy(update={"max_tokens": 80})})
     whole = await answer(engine, request)
     (name, arguments) = calls_of(whole.tool_calls)[0]
     rest = await answer(engine, request, {0: whole.tokens[:-6]})
     tail = "".join(delta["function"]["arguments"] for delta in rest.tool_calls)
     assert name == "get_weather"
+    assert json.loads(arguments) == {"city": "Oslo", "unit": "celsius"}
+    assert tail
     assert arguments.endswith(tail)
     assert rest.finish_reason == "tool_calls"
 

@@ -8,24 +8,39 @@ from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.events import Accepted, Tokens
 from forebay_inference.engine.text.model import TextModel
 from support.engine import answer, answers, chat, completion
+from support.near_ties import same_or_near_tie, steps_of
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
 
-async def test_the_capital_of_france_is_paris_and_the_answer_ends(engine: TextModel) -> None:
-    found = await answer(engine, chat(max_tokens=64))
+# How long an answer gets depends on the processor's rounding, which decides near ties. Ends by itself well before this.
+TO_ITS_END = 1000
+# Computed in two ways, this is hardly in doubt.
+COUNTING = "One, two, three, four, five, six, seven, eight." + " One, two, three, four, five, six, seven, eight." * 3
+
+
+async def test_the_capital_of_france_is_paris_and_the_answer_ends(engine: TransformersEngine) -> None:
+    found = await answer(engine, chat(max_tokens=TO_ITS_END))
     assert "Paris" in found.text
     assert found.finish_reason == "stop"
     assert "<|im_end|>" not in found.text
 
 
-async def test_a_stream_is_the_same_each_time_and_comes_in_pieces(engine: TextModel) -> None:
+async def test_a_stream_is_the_same_each_time_and_comes_in_pieces(engine: TransformersEngine) -> None:
+    await answer(engine, chat(max_tokens=1))  # the prompt is in the cache for both from here on
     first, second = await answer(engine, chat()), await answer(engine, chat())
     assert first.text == second.text == "".join(first.pieces)
     assert len(first.pieces) > 10
 
 
-async def test_requests_of_every_kind_share_the_batch(engine: TextModel) -> None:
+async def test_a_prompt_from_the_cache_gets_the_same_answer_but_for_near_ties(engine: TransformersEngine) -> None:
+    request = chat("Why does the sea look blue on a sunny day? " * 3, logprobs=5)
+    first, second = await answer(engine, request), await answer(engine, request)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 32)
+    assert same_or_near_tie(steps_of(first), steps_of(second))
+
+
+async def test_requests_of_every_kind_share_the_batch(engine: TransformersEngine) -> None:
     requests = [
         chat("Tell me about the sea.", max_tokens=16),
         chat("Tell me about the sea.", max_tokens=16, temperature=1.0, seed=7),
@@ -64,17 +79,14 @@ async def test_several_prompts_are_answered_in_order(engine: TextModel) -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 9, 20])
-async def test_a_resumed_answer_goes_on_as_the_undisturbed_one(engine: TextModel, kept: int) -> None:
-    # A text that is hardly in doubt: prefill and decode round differently, which decides near ties.
-    request = completion(
-        "One, two, three, four, five, six, seven, eight." + " One, two, three, four, five, six, seven, eight." * 3,
-        max_tokens=24,
-    )
+async def test_a_resumed_answer_goes_on_as_the_undisturbed_one(engine: TransformersEngine, kept: int) -> None:
+    """Prefill and decode round differently, which decides near ties."""
+    request = completion(COUNTING, max_tokens=24, logprobs=5)
     whole = await answer(engine, request)
     rest = await answer(engine, request, {0: whole.tokens[:kept]})
-    assert whole.tokens[:kept] + rest.tokens == whole.tokens
-    assert "".join(whole.pieces[:kept]) + rest.text == whole.text
-    assert rest.finish_reason == whole.finish_reason
+    assert same_or_near_tie(steps_of(whole)[kept:], steps_of(rest))
+    assert len(rest.tokens) == 24 - kept
+    assert rest.finish_reason == whole.finish_reason == "length"
 
 
 @pytest.mark.parametrize("kept", [1, 5, 11])
@@ -89,14 +101,15 @@ async def test_a_resumed_answer_has_no_seam(engine: TextModel, kept: int) -> Non
     assert len(tokens) == 16 or rest.finish_reason == "stop"
 
 
-async def test_a_resume_that_was_at_its_end_ends(engine: TextModel) -> None:
-    request = chat(max_tokens=64)
+async def test_a_resume_that_was_at_its_end_ends(engine: TransformersEngine) -> None:
+    request = chat(max_tokens=TO_ITS_END)
     whole = await answer(engine, request)
     rest = await answer(engine, request, {0: whole.tokens})
     assert (rest.tokens, rest.text, rest.finish_reason) == ([], "", "stop")
 
 
-async def test_a_stop_string_over_token_borders_ends_the_answer(engine: TextModel) -> None:
+async def test_a_stop_string_over_token_borders_ends_the_answer(engine: TransformersEngine) -> None:
+    await answer(engine, chat(max_tokens=1))  # the prompt is in the cache for both from here on
     plain = await answer(engine, chat())
     place = plain.text.index("of France") + 1
     stop = plain.text[place : place + 6]
@@ -132,7 +145,8 @@ async def test_logprobs_are_those_of_the_chosen_and_the_best(engine: TextModel) 
     assert [entry.token for entry in found.logprobs] == found.tokens
     for entry in found.logprobs:
         assert [top.logprob for top in entry.top] == sorted((top.logprob for top in entry.top), reverse=True)
-        assert entry.top[0].token == entry.token
+        # Which of two equally likely ones comes first is nobody's promise.
+        assert entry.token in [top.token for top in entry.top]
         assert entry.logprob == pytest.approx(entry.top[0].logprob)
         assert entry.logprob <= 0
     assert "".join(entry.text for entry in found.logprobs) == found.text
