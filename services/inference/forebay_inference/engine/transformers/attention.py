@@ -2,7 +2,8 @@
 
 The library's own CPU path puts all sequences of a step into one attention with a block-diagonal mask, so that
 each token is scored against every other sequence's keys and eight sequences cost eight times too much. Here
-decoding sequences of similar length are padded to a batch, and each prefill is an attention of its own.
+decoding sequences of similar length are padded to a batch, and each prefill is an attention of its own,
+block by block.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME: Final = "forebay_paged_cpu"
@@ -19,6 +20,8 @@ NAME: Final = "forebay_paged_cpu"
 PLAIN_FAMILIES: Final = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "granite", "helium", "starcoder2"}
 )
+BLOCK: Final = 32
+"""Positions of a prompt whose attention is computed at once; the cache's page size on a CPU."""
 _KWARG: Final = "forebay_step"
 
 
@@ -34,14 +37,21 @@ class _Decoding:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefill:
-    """One sequence with several new tokens, `start` to `end` in the pass; `keys`: [past and new] places in the
-    cache, None where there is no past; `mask`: [new, past and new]."""
+class _Block:
+    """A block of BLOCK positions of a prompt, of which `rows` of the pass are some: `before` positions are not among
+    them, and as many after them as are left. `mask`: [BLOCK, keys up to the end of the block], added to the scores."""
 
-    start: int
-    end: int
-    keys: torch.Tensor | None
-    mask: torch.Tensor | None
+    rows: slice
+    before: int
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """New positions of one prompt. `keys`: [past and new, padded to whole blocks] places in the cache."""
+
+    keys: torch.Tensor
+    blocks: Sequence[_Block]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,7 @@ def watch_steps(processor: Any) -> None:
 
 
 def _plan(requests: Sequence[Any], kwargs: Any, views: Any) -> _Step:
-    read: torch.Tensor = kwargs["read_index"][0]
+    read, write = kwargs["read_index"][0], kwargs["write_index"][0]
     decoding: dict[int, list[tuple[int, torch.Tensor]]] = {}
     prefills: list[_Prefill] = []
     row = place = 0
@@ -105,20 +115,29 @@ def _plan(requests: Sequence[Any], kwargs: Any, views: Any) -> _Step:
         new, total = request.query_length, request.state.position_offset
         keys = read[place : place + total] if read.numel() else None
         place += total
-        if new == 1 and keys is not None:
+        if keys is not None and request.state.generated_tokens:
             decoding.setdefault(padded_length(total), []).append((row, keys))
         else:
-            prefills.append(_prefill(row, new, total, keys))
+            prefills.append(_prefill(row, new, write[row : row + new] if keys is None else keys))
         row += new
     groups = [_padded(group, length) for length, group in decoding.items()]
-    return _Step(views, kwargs["write_index"][0], groups, prefills)
+    return _Step(views, write, groups, prefills)
 
 
-def _prefill(row: int, new: int, total: int, keys: torch.Tensor | None) -> _Prefill:
-    if total == new:
-        return _Prefill(row, row + new, None, None)
-    visible = torch.ones(new, total, dtype=torch.bool).tril_(total - new)
-    return _Prefill(row, row + new, keys, visible)
+def _prefill(row: int, new: int, keys: torch.Tensor) -> _Prefill:
+    """The last `new` positions of `keys`, whose first is at `row` of the pass.
+
+    The kernel's rounding depends on its shapes. Here they depend on the position alone, so that a prompt gets the same
+    numbers to the bit in whatever parts it is computed: at once, over several passes, or after a cached prefix.
+    """
+    total = keys.numel()
+    past = total - new
+    blocks = []
+    for first in range(past - past % BLOCK, total, BLOCK):
+        start, end = max(first, past), min(first + BLOCK, total)
+        mask = torch.full((BLOCK, first + BLOCK), -math.inf, dtype=torch.bfloat16).triu_(first + 1)
+        blocks.append(_Block(slice(row + start - past, row + end - past), start - first, mask))
+    return _Prefill(pad(keys, (0, -total % BLOCK)), blocks)
 
 
 def padded_length(tokens: int) -> int:
@@ -170,20 +189,18 @@ def _attend(
         attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
         out[0, group.rows] = attended.reshape(count, heads, size)
     for prefill in step.prefills:
-        part = slice(prefill.start, prefill.end)
-        if prefill.keys is None:
-            keys, values = key[:, :, part], value[:, :, part]
-        else:
-            keys = key_cache.index_select(0, prefill.keys).transpose(0, 1).unsqueeze(0)
-            values = value_cache.index_select(0, prefill.keys).transpose(0, 1).unsqueeze(0)
-        attended = scaled_dot_product_attention(
-            query[:, :, part],
-            keys,
-            values,
-            attn_mask=prefill.mask,
-            is_causal=prefill.mask is None and prefill.end - prefill.start > 1,
-            scale=scaling,
-            enable_gqa=key_heads != heads,
-        )
-        out[:, part] = attended.transpose(1, 2)
+        keys = key_cache.index_select(0, prefill.keys).transpose(0, 1).unsqueeze(0)
+        values = value_cache.index_select(0, prefill.keys).transpose(0, 1).unsqueeze(0)
+        for block in prefill.blocks:
+            queries = query[:, :, block.rows]
+            count, length = queries.shape[2], block.mask.shape[1]
+            attended = scaled_dot_product_attention(
+                pad(queries, (0, 0, block.before, BLOCK - block.before - count)),
+                keys[:, :, :length],
+                values[:, :, :length],
+                attn_mask=block.mask.to(query.dtype),
+                scale=scaling,
+                enable_gqa=key_heads != heads,
+            )
+            out[:, block.rows] = attended[:, :, block.before : block.before + count].transpose(1, 2)
     return out, None
