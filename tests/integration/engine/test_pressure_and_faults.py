@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
 @pytest.fixture
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory for 8 pages of 32 tokens of the default model, two of them the library's own."""
-    monkeypatch.setattr(memory, "cache_budget", lambda device: 8 * 32 * 23_040)
+    """Memory for 6 pages of 32 tokens of the default model, two of them the library's own."""
+    monkeypatch.setattr(memory, "cache_budget", lambda device: 6 * 32 * 23_040)
 
 
 async def started(data_dir: Path) -> TextModel:
@@ -44,10 +44,10 @@ async def test_pressure_waits_and_kills_nothing(small_cache: None, data_dir: Pat
         assert [len(one.tokens) for one in found] == [40] * 4
         assert engine.fault() is None
         # The context is what the cache can hold, so that nothing is accepted that can never run.
-        with pytest.raises(InvalidRequest, match="maximum context length is 192 tokens"):
+        with pytest.raises(InvalidRequest, match="maximum context length is 128 tokens"):
             await answer(engine, completion("word " * 200, max_tokens=1))
-        whole = await answer(engine, completion("word", max_tokens=191, ignore_eos=True))
-        assert len(whole.tokens) == 191
+        whole = await answer(engine, completion("word", max_tokens=127, ignore_eos=True))
+        assert len(whole.tokens) == 127
     finally:
         await engine.close()
 
