@@ -155,7 +155,7 @@ async def test_a_tool_that_must_be_called_is(engine: TextModel, choice: Any, par
         assert len(calls) == 1
 
 
-async def test_a_call_goes_on_over_a_resume(engine: TransformersEngine) -> None:
+async def test_a_call_goes_on_over_a_resume(engine: TextModel) -> None:
     request = chat("Weather in Oslo?", tools=(FORCED,), tool_choice="required", parallel_tool_calls=False)
     request = request.model_copy(update={"sampling": request.sampling.model_copy(update={"max_tokens": 80})})
     whole = await answer(engine, request)

@@ -20,28 +20,28 @@ TO_ITS_END = 1000
 COUNTING = "One, two, three, four, five, six, seven, eight." + " One, two, three, four, five, six, seven, eight." * 3
 
 
-async def test_the_capital_of_france_is_paris_and_the_answer_ends(engine: TransformersEngine) -> None:
+async def test_the_capital_of_france_is_paris_and_the_answer_ends(engine: TextModel) -> None:
     found = await answer(engine, chat(max_tokens=TO_ITS_END))
     assert "Paris" in found.text
     assert found.finish_reason == "stop"
     assert "<|im_end|>" not in found.text
 
 
-async def test_a_stream_is_the_same_each_time_and_comes_in_pieces(engine: TransformersEngine) -> None:
+async def test_a_stream_is_the_same_each_time_and_comes_in_pieces(engine: TextModel) -> None:
     await answer(engine, chat(max_tokens=1))  # the prompt is in the cache for both from here on
     first, second = await answer(engine, chat()), await answer(engine, chat())
     assert first.text == second.text == "".join(first.pieces)
     assert len(first.pieces) > 10
 
 
-async def test_a_prompt_from_the_cache_gets_the_same_answer_but_for_near_ties(engine: TransformersEngine) -> None:
+async def test_a_prompt_from_the_cache_gets_the_same_answer_but_for_near_ties(engine: TextModel) -> None:
     request = chat("Why does the sea look blue on a sunny day? " * 3, logprobs=5)
     first, second = await answer(engine, request), await answer(engine, request)
-    assert (first.cached_tokens, second.cached_tokens) == (0, 32)
+    assert first.cached_tokens < 32 <= second.cached_tokens
     assert same_or_near_tie(steps_of(first), steps_of(second))
 
 
-async def test_requests_of_every_kind_share_the_batch(engine: TransformersEngine) -> None:
+async def test_requests_of_every_kind_share_the_batch(engine: TextModel) -> None:
     requests = [
         chat("Tell me about the sea.", max_tokens=16, logprobs=5),
         chat("Tell me about the sea.", max_tokens=16, temperature=1.0, seed=7),
@@ -80,7 +80,7 @@ async def test_several_prompts_are_answered_in_order(engine: TextModel) -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 9, 20])
-async def test_a_resumed_answer_goes_on_as_the_undisturbed_one(engine: TransformersEngine, kept: int) -> None:
+async def test_a_resumed_answer_goes_on_as_the_undisturbed_one(engine: TextModel, kept: int) -> None:
     """Prefill and decode round differently, which decides near ties."""
     request = completion(COUNTING, max_tokens=24, logprobs=5)
     whole = await answer(engine, request)
@@ -102,14 +102,14 @@ async def test_a_resumed_answer_has_no_seam(engine: TextModel, kept: int) -> Non
     assert len(tokens) == 16 or rest.finish_reason == "stop"
 
 
-async def test_a_resume_that_was_at_its_end_ends(engine: TransformersEngine) -> None:
+async def test_a_resume_that_was_at_its_end_ends(engine: TextModel) -> None:
     request = chat(max_tokens=TO_ITS_END)
     whole = await answer(engine, request)
     rest = await answer(engine, request, {0: whole.tokens})
     assert (rest.tokens, rest.text, rest.finish_reason) == ([], "", "stop")
 
 
-async def test_a_stop_string_over_token_borders_ends_the_answer(engine: TransformersEngine) -> None:
+async def test_a_stop_string_over_token_borders_ends_the_answer(engine: TextModel) -> None:
     await answer(engine, chat(max_tokens=1))  # the prompt is in the cache for both from here on
     plain = await answer(engine, chat())
     place = plain.text.index("of France") + 1
