@@ -96,7 +96,7 @@ async def test_request_that_kills_every_worker_ends(nats_server: NatsServer) -> 
         state = await stack.reaches(response.headers["x-request-id"], RequestStatus.FAILED)
         assert state.attempt == 3
         assert state.fault is not None
-        assert re.match(rf"attempt 2 on worker \S+-{worker.pid}-\w+: it ended without a word", state.fault)
+        assert re.match(rf"attempt 2 on worker \S+-{worker.pid}-\w+: it ended without a report", state.fault)
         await stack.idle()
 
 

@@ -145,6 +145,13 @@ async def test_a_full_queue_admits_nothing(queue: Queue) -> None:
     await queue.admission.publish(request("now it fits"))
 
 
+async def test_a_pull_after_stop_is_cancelled(queue: Queue) -> None:
+    # A slot that has just begun when its worker is told to end would wait until the drain time has passed.
+    await queue.deliveries.stop()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asyncio.create_task(queue.deliveries.pull()), 1)
+
+
 async def test_the_same_id_again_changes_nothing(queue: Queue) -> None:
     first = await queue.admission.publish(request("a"))
     assert await queue.admission.publish(request("a")) == first

@@ -1,4 +1,4 @@
-"""The worker: slots that pull, and what keeps their requests and itself known to be alive."""
+"""The worker: slots that pull requests, the ack waits and the heartbeat that keep both alive."""
 
 import asyncio
 import contextlib
@@ -30,13 +30,13 @@ from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
 from forebay_inference.worker_metrics import watch
 
 KEEP_ALIVE_FRACTION = 3
-"""The ack wait is restarted so many times before it could pass."""
+"""How often the ack wait is restarted within its own length."""
 
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Serves one model from one engine with a number of slots."""
+    """Serves one model with one engine and a number of slots."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Worker:
         """Load, serve until `stop` is set, drain.
 
         Raises:
-            ForebayError: it could not start, or its engine broke; whoever supervises it should start another.
+            ForebayError: it could not start, or its engine or a task of its own broke. Another should be started.
         """
         settings = self._settings
         await topology.ensure(self._connection, settings, settings.served_model, settings.served_aliases)
@@ -97,7 +97,7 @@ class Worker:
         await self._connection.client.subscribe(names.drain_subject(self.id), cb=asked)
 
     async def _load(self, stop: asyncio.Event) -> bool:
-        """Start the engine; False if it was stopped meanwhile."""
+        """Start the engine; False if the worker was stopped meanwhile."""
         loop = asyncio.get_running_loop()
 
         def progress(line: str) -> None:
@@ -121,7 +121,7 @@ class Worker:
             self._model.device,
             self._settings.slots,
         )
-        logs.write_out()  # the first request may be one that kills it
+        logs.write_out()  # the first request may kill the process
         return True
 
     async def _serve(self, stop: asyncio.Event) -> None:
@@ -132,14 +132,18 @@ class Worker:
         keepers = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._watch_engine())]
         ends = [asyncio.create_task(event.wait()) for event in (stop, self._broken)]
         try:
-            await asyncio.wait([*ends, *slots], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*ends, *slots, *keepers], return_when=asyncio.FIRST_COMPLETED)
             await self._drain(slots)
         finally:
-            for task in (*keepers, *ends):
+            for task in (*slots, *keepers, *ends):
                 task.cancel()
+        for result in await asyncio.gather(*slots, *keepers, return_exceptions=True):
+            if isinstance(result, Exception):
+                log.error("[RequestQueue] a task of the worker broke", exc_info=result)
+                raise InferenceFailed(f"a task of the worker broke: {result!r}") from result
 
     async def _slot(self) -> None:
-        """Pull one request at a time, so that capacity is claimed only when it is free."""
+        """Pull one request at a time: a slot asks for work only while it is free."""
         while self._status is WorkerStatus.READY:
             delivery = await self._deliveries.pull()
             await self._runner.run(delivery)
@@ -147,30 +151,20 @@ class Worker:
                 self._broken.set()
 
     async def _drain(self, slots: list[asyncio.Task[None]]) -> None:
-        """No new pulls; what runs may finish within DRAIN_TIMEOUT, the rest goes to another worker at once.
-
-        Raises:
-            InferenceFailed: a slot had broken, which is a fault of ours: the worker must not end as if all were well.
-        """
+        """Stop pulling, let requests finish within DRAIN_TIMEOUT, and hand the rest over to other workers."""
         self._set_status(WorkerStatus.DRAINING)
         await self._deliveries.stop()
         patience_s = 0 if self._broken.is_set() else self._settings.drain_timeout
         _, late = await asyncio.wait(slots, timeout=patience_s)
         fault = self._watch.fault()
         for attempt in list(self._runner.running.values()):
-            # It may be this request that a broken engine got stuck at: unlike a hand-over, that counts.
+            # This request may have broken the engine, so unlike a hand-over that counts as an attempt.
             attempt.stop(Ended(End.HANDED_OVER) if fault is None else Ended(End.FAULT, fault=fault))
         if late:
             await asyncio.wait(late, timeout=self._settings.ack_wait)
-        for slot in slots:
-            slot.cancel()
-        for result in await asyncio.gather(*slots, return_exceptions=True):
-            if isinstance(result, Exception):
-                log.error("[RequestQueue] a slot broke", exc_info=result)
-                raise InferenceFailed(f"a slot broke: {result!r}") from result
 
     async def _keep_alive(self) -> None:
-        """Restart the ack wait of all that runs, and stop what runs for an api that is gone."""
+        """Restart the ack wait of every running request, and stop those whose api is gone."""
         while True:
             await asyncio.sleep(self._settings.ack_wait / KEEP_ALIVE_FRACTION)
             for attempt in list(self._runner.running.values()):
@@ -183,20 +177,20 @@ class Worker:
                     log.debug("%s: ack wait not restarted: %r", attempt.request.id, exc)
 
     async def _watch_engine(self) -> None:
-        """An engine that serves nothing more ends its worker, also while nobody asks anything of it."""
+        """End the worker when its engine is broken or stuck, also while no request runs."""
         while self._watch.fault() is None:
             await asyncio.sleep(CHECK_INTERVAL_S)
             self._watch.look()
         self._broken.set()
 
     def health(self) -> Health:
-        """How it is now; for the event loop's thread."""
+        """How the worker is now. Call it in the event loop's thread."""
         closed = "the connection to NATS is closed" if self._connection.client.is_closed else None
         return Health(self._status, self._connection.connected, self._watch.fault() or closed)
 
     async def _cancelled(self, msg: Msg) -> None:
         if names.HEADER_CANCEL in (msg.headers or {}):
-            return  # a question to the api that holds the client, which decides
+            return  # asks the api that holds the client, which decides
         attempt = self._runner.running.get(msg.subject.rsplit(".", 1)[1])
         if attempt is not None:
             attempt.stop(Ended(End.CANCELLED, reason=msg.data.decode(errors="replace")[:200]))

@@ -17,10 +17,10 @@ from forebay_contracts.wire.errors import QueueFull, QueueUnavailable, RequestTo
 from forebay_contracts.wire.request import InferenceRequest
 
 TTL_GRACE_S: Final = 30
-"""The server drops a message so long after its deadline: later than any worker still runs it."""
+"""The server drops a message this long after its deadline. By then no worker runs it any more."""
 
 PUBLISH_TIMEOUT_S: Final = 1.0
-"""How long one try at a publish may take; another with the same Nats-Msg-Id makes its outcome known."""
+"""How long one try at a publish may take. The next try, with the same Nats-Msg-Id, shows whether it was stored."""
 
 PUBLISH_RETRY_S: Final = 0.05
 """Pause between such tries."""
@@ -31,15 +31,15 @@ REMOVE_TIMEOUT_S: Final = 5.0
 _STORE_FAILED = 10077
 _NO_RESOURCES = 10023
 _NOT_NOW = (409, 429, 503)
-"""Codes of answers that another try may better: an earlier try is still being agreed on by the cluster (409), its
-queue of proposals is long (429), JetStream is stopping, not up yet, or no longer the leader (503)."""
+"""Codes after which another try may succeed: the cluster is still agreeing on an earlier try (409), its queue of
+proposals is long (429), or JetStream is stopping, not up yet, or no longer the leader (503)."""
 
 _GET = f"$JS.API.DIRECT.GET.{names.STREAM}"
 _DELETE = f"$JS.API.STREAM.MSG.DELETE.{names.STREAM}"
 
 
 class JetStreamAdmission:
-    """See `Admission`. A publish waits `patience_s` for a NATS that is away, being restarted or electing a leader."""
+    """See `Admission`. A publish waits up to `patience_s` while NATS is away, restarts or elects a leader."""
 
     def __init__(self, connection: Connection, *, patience_s: float = 0) -> None:
         self._connection = connection
@@ -49,7 +49,7 @@ class JetStreamAdmission:
         """See `Admission.publish`.
 
         A publish without an answer (its ack was lost, the stream has no leader, NATS is away) is repeated for
-        `patience_s` with the same Nats-Msg-Id, which tells whether an earlier one was stored.
+        `patience_s`. It has the same Nats-Msg-Id, so a message that was stored before is not stored twice.
         """
         subject = names.request_subject(request.model, request.completion_type)
         headers = {
@@ -59,7 +59,7 @@ class JetStreamAdmission:
         }
         tracing.inject(headers)
         payload = request.encode()
-        # A request that would only time out is not waited for.
+        # Waiting past the deadline would only end in a timeout.
         give_up_at = time.monotonic() + min(self._patience_s, request.deadline - time.time())
         while True:
             ttl_s = math.ceil(request.deadline - time.time()) + TTL_GRACE_S
@@ -74,11 +74,11 @@ class JetStreamAdmission:
                     f"the request takes {len(payload)} bytes in the queue, and NATS takes {most}"
                 ) from exc
             except APIError as exc:
-                # A store that is being closed fails with the same code, and says so in words alone.
+                # A store that is being closed fails with the same code. Only the text differs.
                 if exc.err_code == _STORE_FAILED and "exceeded" in (exc.description or ""):
                     raise QueueFull("the queue is full, try again later") from exc
                 if exc.code not in _NOT_NOW or exc.err_code == _NO_RESOURCES:
-                    raise QueueUnavailable(f"the queue takes nothing now: {exc.description}") from exc
+                    raise QueueUnavailable(f"the queue accepts nothing now: {exc.description}") from exc
                 failure: Exception = exc
             except (NatsError, TimeoutError) as exc:
                 failure = exc
@@ -90,8 +90,8 @@ class JetStreamAdmission:
     async def remove(self, request_id: str, sequence: int) -> bool:
         """See `Admission.remove`.
 
-        A store that lost its last records gives their sequences out again, so the message's Nats-Msg-Id is compared
-        first. It is deleted without being overwritten on the disk, which takes 0.3 ms instead of 15.
+        A store that lost its last records uses their sequences again, so the message's Nats-Msg-Id is compared first.
+        `no_erase` deletes without overwriting on the disk: 0.3 ms instead of 15 ms.
         """
         requests = self._connection.requests
         try:

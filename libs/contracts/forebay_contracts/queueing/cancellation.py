@@ -1,7 +1,7 @@
-"""Cancelling: one owner of it, whoever asks — a client that left, DELETE, a passed deadline, `forebay cancel`.
+"""Cancelling a request: because its client left, by DELETE, at its deadline, or by `forebay cancel`.
 
-The api that holds a request's client decides how the request ends for that client. So whoever else wants to cancel it
-asks that api first, and ends the request itself only where no api answers for it.
+The api that holds a request's client decides how the request ends for that client. Another process asks that api first.
+It ends the request itself only if no api answers.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from forebay_contracts.wire.errors import StateUnreadable
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
 LOOKS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.3)
-"""Pauses between looks at the state while the api that holds the client may answer; about a second in all."""
+"""Pauses between reads of the state while the api that holds the client may act: about one second in all."""
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Cancellation:
         self._notices = notices
 
     async def cancel(self, request_id: str, reason: str) -> bool:
-        """Cancel a request of any api; False if it had ended before, or is not known.
+        """Cancel a request of any api; False if it had ended before, or is unknown.
 
         Raises:
             QueueUnavailable: NATS does not answer.
@@ -56,10 +56,10 @@ class Cancellation:
         *,
         unknown: RequestState | None = None,
     ) -> RequestState | None:
-        """End a request as `cancelled` or `timed_out`; its last state, or None if it had ended before.
+        """End a request as `cancelled` or `timed_out`; returns its last state, or None if it had ended before.
 
-        In this order: its state is final, it is counted, its place in the queue is free, its worker is told, which
-        stops within one step of the engine. `unknown` is its state where nothing is stored of it yet.
+        The order is: write the final state, count it, remove the message, tell the worker. The worker stops within one
+        step of the engine. `unknown` is the state to start from if none is stored yet.
 
         Raises:
             QueueUnavailable: NATS does not answer.
@@ -74,10 +74,12 @@ class Cancellation:
             if ended is None:
                 return None
             state = ended
-        # Whether the message waits or is out cannot be told from here: it is taken out, and whoever runs it is told.
-        if state is not None and state.sequence is not None:
-            await self._admission.remove(request_id, state.sequence)
-        await self._notices.tell(request_id, reason)
+        # The message may wait or be delivered already: remove it, and tell the worker that may run it.
+        try:
+            if state is not None and state.sequence is not None:
+                await self._admission.remove(request_id, state.sequence)
+        finally:
+            await self._notices.tell(request_id, reason)
         if ended is not None:
             log.info(
                 "[RequestQueue] %s %s: %s",
@@ -101,13 +103,13 @@ class Cancellation:
 
 
 class NatsCancelNotices:
-    """On `inference.cancel.<request id>`; a question carries the header HEADER_CANCEL. See `CancelNotices`."""
+    """On `inference.cancel.<request id>`, a question with the header HEADER_CANCEL. See `CancelNotices`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def ask(self, request_id: str, reason: str) -> None:
-        """Ask the api that holds the client; workers leave it alone."""
+        """Ask the api that holds the client. Workers ignore a question."""
         await self._publish(request_id, reason, {names.HEADER_CANCEL: "ask"})
 
     async def tell(self, request_id: str, reason: str) -> None:
@@ -118,5 +120,5 @@ class NatsCancelNotices:
         try:
             await self._connection.client.publish(names.cancel_subject(request_id), reason.encode(), headers=headers)
         except NatsError as exc:
-            # The state says so too, and whoever runs it finds out at its end.
-            log.debug("%s: nobody was told that it is cancelled: %r", request_id, exc)
+            # The worker learns it from the state, at the end of its attempt.
+            log.debug("%s: the cancel notice was not sent: %r", request_id, exc)

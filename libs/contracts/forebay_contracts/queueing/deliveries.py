@@ -1,4 +1,4 @@
-"""Deliveries from the durable consumer that all workers of a model share: many slots over one inbox."""
+"""Deliveries from the durable consumer that all workers of a model share. All slots of a worker use one inbox."""
 
 import asyncio
 import json
@@ -17,19 +17,19 @@ from forebay_contracts.queueing.protocols import Delivery
 from forebay_contracts.wire import names
 
 PULL_EXPIRES_S: Final = 5.0
-"""How long the server keeps a pull: short, since one that it forgot is only noticed by its end."""
+"""How long the server keeps a pull. Short, since a pull that the server forgot is noticed only when it expires."""
 
 PULL_GRACE_S: Final = 1.0
-"""How much later than that a pull counts as forgotten."""
+"""A pull that was not answered so long after it expired is forgotten."""
 
 PULL_RETRY_S: Final = 0.5
 """Pause after a pull that the server refused."""
 
 ACK_TIMEOUT_S: Final = 1.0
-"""How long the server may take to confirm an ack; without it the message may come again, and finds that it is done."""
+"""How long the server may take to confirm an ack. Without it the message may come again, and is then only acked."""
 
 FLUSH_TIMEOUT_S: Final = 1.0
-"""How long the server may take to hear that nothing more is wanted."""
+"""How long `stop` waits for messages that are on their way."""
 
 _EXPIRED = "408"
 
@@ -49,15 +49,15 @@ class JetStreamDelivery:
         self.sequence: int = metadata.sequence.stream
 
     async def ack(self) -> None:
-        """Acknowledge and wait for the server to confirm it."""
+        """Acknowledge, and wait until the server confirms."""
         await self._requests.request(self._msg.reply, b"+ACK", timeout_s=ACK_TIMEOUT_S)
 
     async def nak(self, delay_s: float = 0) -> None:
-        """Give back; the server counts whole milliseconds."""
+        """Give the message back; the server counts whole milliseconds."""
         await self._msg.nak(delay=delay_s or None)
 
     async def term(self) -> None:
-        """End for good."""
+        """Have it never delivered again."""
         await self._msg.term()
 
     async def in_progress(self) -> None:
@@ -68,15 +68,16 @@ class JetStreamDelivery:
 class JetStreamDeliveries:
     """Hands each message of `model` to the slot that has waited longest; see `Deliveries`.
 
-    The server is never asked for more messages than there are slots waiting: what it has been asked for and has
-    neither sent nor declined is kept in `_asked`, as pairs of when it expires and for how many messages. A pull
-    can be lost without a word (its server died, its consumer moved to another); then it runs out there.
+    The server is never asked for more messages than slots wait. `_asked` holds the pulls that it has not answered yet,
+    as pairs: when the pull expires, and how many messages it still asks for. A pull can be lost without an answer (its
+    server died, its consumer moved to another server). Then it expires in `_asked`.
     """
 
     def __init__(self, connection: Connection, model: str) -> None:
         self._connection = connection
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{names.STREAM}.{names.model_token(model)}"
         self._inbox = ""
+        self._stopped = False
         self._subscription: Subscription | None = None
         self._starting = asyncio.Lock()
         self._waiting: deque[asyncio.Future[Msg]] = deque()
@@ -85,8 +86,10 @@ class JetStreamDeliveries:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def pull(self) -> Delivery:
-        """The next message, over reconnects and for ever."""
+        """The next message; waits for ever, also over reconnects."""
         async with self._starting:
+            if self._stopped:
+                raise asyncio.CancelledError
             if self._subscription is None:
                 await self._start()
         future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
@@ -99,8 +102,10 @@ class JetStreamDeliveries:
                 self._waiting.remove(future)
 
     async def stop(self) -> None:
-        """Unsubscribe: the server sees the lost interest and sends nothing more here. Waiting slots are cancelled."""
-        subscription, self._subscription = self._subscription, None
+        """Unsubscribe, so that the server sends nothing more here, and cancel the pulls that wait."""
+        self._stopped = True
+        async with self._starting:
+            subscription, self._subscription = self._subscription, None
         if self._timer is not None:
             self._timer.cancel()
         try:
@@ -108,7 +113,7 @@ class JetStreamDeliveries:
                 await self._connection.client.flush(FLUSH_TIMEOUT_S)
                 await subscription.unsubscribe()
         except (NatsError, TimeoutError) as exc:
-            log.debug("pulls not taken back: %r", exc)
+            log.debug("the pulls could not be withdrawn: %r", exc)
         for future in self._waiting:
             future.cancel()
         self._waiting.clear()
@@ -124,7 +129,7 @@ class JetStreamDeliveries:
         await self._ask()
 
     async def _ask(self) -> None:
-        """Ask the server for as many messages as are waited for and not asked for."""
+        """Ask the server for a message for each slot that waits without one."""
         now = time.monotonic()
         while self._asked and self._asked[0][0] <= now:
             self._asked.popleft()
@@ -135,7 +140,7 @@ class JetStreamDeliveries:
             try:
                 await self._connection.client.publish(self._subject, json.dumps(order).encode(), reply=self._inbox)
             except NatsError as exc:
-                log.debug("pull not sent, the reconnect will: %r", exc)
+                log.debug("pull not sent, it will be after the reconnect: %r", exc)
         if self._asked and self._timer is None:
             self._ask_at(self._asked[0][0])
 
@@ -151,7 +156,7 @@ class JetStreamDeliveries:
         self._timer = asyncio.get_running_loop().call_later(max(when - time.monotonic(), 0), again)
 
     def _answered(self, messages: int) -> None:
-        """Take what the server has sent or declined from what it was asked for, the oldest first."""
+        """Take `messages` that the server has sent or declined off `_asked`, the oldest first."""
         while messages > 0 and self._asked:
             oldest = self._asked[0]
             taken = min(messages, int(oldest[1]))
@@ -171,7 +176,7 @@ class JetStreamDeliveries:
             if not future.done():
                 future.set_result(msg)
                 return
-        # No slot waits for it any more: no attempt has begun, so the server may give it to another worker at once.
+        # No slot waits for it any more. No attempt has begun, so another worker may have it at once.
         await self._connection.client.publish(msg.reply, b"-NAK")
 
     async def _declined(self, status: str, msg: Msg) -> None:
@@ -180,8 +185,8 @@ class JetStreamDeliveries:
             self._answered(int(headers.get("Nats-Pending-Messages", 1)))
             await self._ask()
             return
-        # 409: the consumer was changed, deleted, or lost its leader; 503: it is not there. Each of the pulls that
-        # wait gets one, so all are taken back and made again a moment later.
+        # 409: the consumer was changed or deleted, or lost its leader. 503: there is none. Each waiting pull gets such
+        # an answer, so all are forgotten and made again a moment later.
         if self._asked:
             log.warning("[RequestQueue] pull ended: %s %s", status, _reason(headers))
         self._asked.clear()

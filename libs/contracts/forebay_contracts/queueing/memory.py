@@ -1,4 +1,4 @@
-"""The seams in one process, without durability: for tests of what stands on them. See `protocols` for each method."""
+"""The seams in one process, without durability, for tests of their users. `protocols` describes each method."""
 
 import asyncio
 import itertools
@@ -16,7 +16,7 @@ from forebay_contracts.wire.state import RequestState, RequestStatus
 
 
 class InMemoryDelivery:
-    """A delivery from `InMemoryQueue`; `verbs` are those called so far."""
+    """A delivery from `InMemoryQueue`. `verbs` holds the verbs called so far."""
 
     def __init__(self, queue: "InMemoryQueue", sequence: int, data: bytes, headers: Mapping[str, str]) -> None:
         self._queue = queue
@@ -42,7 +42,7 @@ class InMemoryDelivery:
         self._queue.end(self.sequence)
 
     async def in_progress(self) -> None:
-        """In one process nobody else takes it."""
+        """Nothing to do: nobody else can take it."""
         self.verbs.append("in_progress")
 
 
@@ -58,6 +58,7 @@ class InMemoryQueue:
         self._out: set[int] = set()
         self._ready: asyncio.Queue[int] = asyncio.Queue()
         self._pulls: set[asyncio.Task[Any]] = set()
+        self._stopped = False
         self.delivered: Counter[int] = Counter()
 
     async def publish(self, request: InferenceRequest) -> int:
@@ -78,14 +79,16 @@ class InMemoryQueue:
         return sequence
 
     async def remove(self, request_id: str, sequence: int) -> bool:
-        """Take out, if it is this request's."""
+        """Remove it if it is this request's."""
         if sequence not in self._messages or self._messages[sequence][1][names.HEADER_MSG_ID] != request_id:
             return False
         self.end(sequence)
         return True
 
     async def pull(self) -> Delivery:
-        """The next that is ready, once there is capacity."""
+        """The next message, once there is capacity."""
+        if self._stopped:
+            raise asyncio.CancelledError
         task = asyncio.current_task()
         assert task is not None
         self._pulls.add(task)
@@ -105,21 +108,22 @@ class InMemoryQueue:
 
     async def stop(self) -> None:
         """Cancel the pulls that wait."""
+        self._stopped = True
         for task in self._pulls:
             task.cancel()
 
     def end(self, sequence: int) -> None:
-        """Forget a message and free its place."""
+        """Remove a message and free its place."""
         self._messages.pop(sequence, None)
         self._free(sequence)
 
     def deliver_again(self, sequence: int, delay_s: float = 0) -> None:
-        """Make a message available again, as a nak does, or an ack wait that has passed."""
+        """Redeliver a message, as after a nak or a passed ack wait."""
         self._free(sequence)
         asyncio.get_running_loop().call_later(delay_s, self._ready.put_nowait, sequence)
 
     def forget_deliveries(self) -> None:
-        """As a server that was killed: everything that is out is delivered anew, for the first time as it seems."""
+        """Act like a killed server: redeliver everything that is out, each with a count of 1."""
         self.delivered.clear()
         for sequence in sorted(self._out):
             self.deliver_again(sequence)
@@ -129,7 +133,7 @@ class InMemoryQueue:
 
     async def _next_sequence(self) -> int:
         while (sequence := await self._ready.get()) not in self._messages:
-            pass  # it was taken out while it waited
+            pass  # it was removed while it waited
         return sequence
 
     def _free(self, sequence: int) -> None:
@@ -156,7 +160,7 @@ class InMemoryStateStore:
         """Compare and set."""
         stored = self._states.get(state.id)
         if (stored.revision if stored else 0) != revision:
-            raise QueueConflict(f"request {state.id}: its state was changed by somebody else")
+            raise QueueConflict(f"request {state.id}: another write changed its state first")
         self._states[state.id] = Stored(state, next(self._revisions))
         self.history.append(state)
         return self._states[state.id].revision
@@ -173,9 +177,9 @@ class InMemoryStateStore:
 
 
 class InMemoryReplyChannel:
-    """`ReplyChannel` to a receiver in this process; without `receive` it is itself one, that takes everything.
+    """`ReplyChannel` to a receiver in this process. Without `receive` it is a receiver that takes everything.
 
-    `frames` are those that have come. Of those that are only sent, the next `losing` are lost.
+    `frames` holds what has arrived. The next `losing` frames that `send` gets are lost.
     """
 
     def __init__(self, receive: Callable[[Frame], Resume] | None = None) -> None:
@@ -185,7 +189,7 @@ class InMemoryReplyChannel:
         self.losing = 0
 
     async def send(self, frame: bytes) -> None:
-        """Lost, or received at once."""
+        """Lose it, or have it received at once."""
         if self.losing:
             self.losing -= 1
         else:
@@ -220,7 +224,7 @@ class InMemoryReplyChannel:
 
 
 class InMemoryCancelNotices:
-    """`CancelNotices`: `asked` and `told` hold the ids; `on_ask` and `on_tell` are those concerned."""
+    """`CancelNotices`. `asked` and `told` hold the request ids; `on_ask` and `on_tell` are the listeners."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -229,13 +233,13 @@ class InMemoryCancelNotices:
         self.on_tell: list[Callable[[str, str], Awaitable[None]]] = []
 
     async def ask(self, request_id: str, reason: str) -> None:
-        """To whoever holds the client."""
+        """Call `on_ask`."""
         self.asked.append(request_id)
-        for concerned in self.on_ask:
-            await concerned(request_id, reason)
+        for listener in self.on_ask:
+            await listener(request_id, reason)
 
     async def tell(self, request_id: str, reason: str) -> None:
-        """To whoever runs it."""
+        """Call `on_tell`."""
         self.told.append(request_id)
-        for concerned in self.on_tell:
-            await concerned(request_id, reason)
+        for listener in self.on_tell:
+            await listener(request_id, reason)

@@ -1,10 +1,11 @@
-"""The seams of the queue. Each has an adapter on NATS and an in-memory twin that pass the same tests.
+"""The seams of the queue. Each has an adapter on NATS and an in-memory twin. Both pass the same tests.
 
-Admission      lets requests in, and takes one out again          the api, `forebay cancel`
-Deliveries     hands them out, each with the verbs that end it     the worker
-StateStore     what became of each, and the totals                 both
+seam           does                                                used by
+Admission      puts requests into the queue, and removes one       the api, `forebay cancel`
+Deliveries     hands requests out, with the verbs that end each    the worker
+StateStore     holds the state of each request, and the totals     both
 ReplyChannel   carries the frames of one attempt to the receiver   the worker
-CancelNotices  tells those concerned that a request is cancelled   the api, `forebay cancel`
+CancelNotices  tells api and worker that a request is cancelled    the api, `forebay cancel`
 """
 
 from collections.abc import Mapping
@@ -17,19 +18,19 @@ from forebay_contracts.wire.state import RequestState, RequestStatus
 
 
 class Admission(Protocol):
-    """The way into the queue, which holds at most MAX_QUEUE_SIZE requests, waiting and processing together."""
+    """The entry of the queue. It holds at most MAX_QUEUE_SIZE requests, waiting and processing together."""
 
     async def publish(self, request: InferenceRequest) -> int:
-        """Admit a request; its sequence in the queue. Admitting the same id again returns the same sequence.
+        """Admit a request; returns its sequence in the queue. The same id again returns the same sequence.
 
         Raises:
             QueueFull, RequestTooLarge: nothing was admitted.
-            QueueUnavailable: it is not known whether it was admitted; if it was, its worker learns that nobody waits.
+            QueueUnavailable: the outcome is unknown. If it was admitted, its worker learns that nobody waits.
         """
         ...
 
     async def remove(self, request_id: str, sequence: int) -> bool:
-        """Take the request's message out, waiting or delivered; False if `sequence` holds none of this request.
+        """Remove the request's message, waiting or delivered; False if `sequence` holds no message of this request.
 
         Raises:
             QueueUnavailable: NATS does not answer.
@@ -38,9 +39,9 @@ class Admission(Protocol):
 
 
 class Delivery(Protocol):
-    """One delivery of one message. Exactly one of `ack`, `nak` and `term` ends it; `in_progress` keeps it.
+    """One delivery of one message. Exactly one of `ack`, `nak` and `term` ends it. `in_progress` keeps it.
 
-    `num_delivered` is JetStream's count (from 1), which a killed server forgets: it is a hint and no attempt's number.
+    `num_delivered` is JetStream's count, from 1. A killed server forgets it, so it is only a hint at the attempt.
     """
 
     data: bytes
@@ -49,15 +50,15 @@ class Delivery(Protocol):
     sequence: int
 
     async def ack(self) -> None:
-        """Done: the message is gone for good once this returns."""
+        """Done: once this returns, the message is removed."""
         ...
 
     async def nak(self, delay_s: float = 0) -> None:
-        """Not done: deliver it again, after `delay_s`."""
+        """Not done: have it redelivered after `delay_s`."""
         ...
 
     async def term(self) -> None:
-        """Never deliver it again."""
+        """Failed for good: have it never delivered again."""
         ...
 
     async def in_progress(self) -> None:
@@ -66,38 +67,38 @@ class Delivery(Protocol):
 
 
 class Deliveries(Protocol):
-    """The way out of the queue, for the workers of one model."""
+    """The exit of the queue, for the workers of one model."""
 
     async def pull(self) -> Delivery:
         """The next message; waits for ever."""
         ...
 
     async def stop(self) -> None:
-        """Let no further message be delivered here. Pending pulls are cancelled."""
+        """End deliveries here. Pending and later pulls raise CancelledError."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A state as it was read: `revision` is what a change of it must name."""
+    """A state as it was read. A change of it must name `revision`."""
 
     state: RequestState
     revision: int
 
 
 class StateStore(Protocol):
-    """States by request id, and a total for each outcome. All raise QueueUnavailable without an answer."""
+    """States by request id, and a total for each outcome. Without an answer each method raises QueueUnavailable."""
 
     async def get(self, request_id: str) -> Stored | None:
-        """The state, or None for an id that is unknown or forgotten. Raises StateUnreadable for one that is neither."""
+        """The state, or None if the id is unknown or expired. Raises StateUnreadable if another version wrote it."""
         ...
 
     async def write(self, state: RequestState, revision: int) -> int:
-        """Write over `revision` (0: nothing there); the new revision. Raises QueueConflict if it is not the last."""
+        """Replace `revision` (0: none); returns the new one. Raises QueueConflict if `revision` is not the last."""
         ...
 
     async def count(self, outcome: RequestStatus, request_id: str) -> None:
-        """Add one to the total of `outcome`. Repeated for one request within COUNT_ONCE_S, it is counted once."""
+        """Add one to the total of `outcome`. A repetition for one request within DUPLICATE_WINDOW_S adds nothing."""
         ...
 
     async def totals(self) -> Mapping[RequestStatus, int]:
@@ -106,27 +107,27 @@ class StateStore(Protocol):
 
 
 class ReplyChannel(Protocol):
-    """Carries encoded frames of one attempt to whoever receives the answer."""
+    """Carries encoded frames of one attempt to the receiver of the answer."""
 
     async def send(self, frame: bytes) -> None:
-        """Fire and forget: a frame may be lost, and the receiver notices the gap."""
+        """Send without a confirmation. A frame may be lost; the receiver notices the gap."""
         ...
 
     async def ask(self, frame: bytes) -> Resume:
-        """Send a frame until the receiver has confirmed it; what it has so far.
+        """Send a frame until the receiver confirms it; returns what the receiver has so far.
 
-        A receiver that is gone wants nothing more, and cannot say how the request ended for its client.
+        For a receiver that is gone the answer is not wanted, and has no outcome.
         """
         ...
 
 
 class CancelNotices(Protocol):
-    """Messages about cancelling one request, for `reason`."""
+    """Messages that a request is to be cancelled, or is cancelled, for `reason`."""
 
     async def ask(self, request_id: str, reason: str) -> None:
         """Ask the api that holds the client to cancel the request."""
         ...
 
     async def tell(self, request_id: str, reason: str) -> None:
-        """Tell the worker, and the api if it does not know yet, that the request is cancelled."""
+        """Tell the worker and the api that the request is cancelled."""
         ...

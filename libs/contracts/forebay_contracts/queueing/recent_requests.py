@@ -1,4 +1,4 @@
-"""The requests whose state has changed last, read from the bucket in one go."""
+"""The requests whose state changed last, read from the bucket at once."""
 
 import contextlib
 
@@ -15,7 +15,7 @@ from forebay_contracts.wire.state import RequestState
 
 
 async def recent_states(connection: Connection, changes: int) -> list[RequestState]:
-    """The states among the latest `changes` of the bucket, one a request, the last changed at the end.
+    """The states among the latest `changes` of the bucket, one for each request, the newest last.
 
     Raises:
         QueueUnavailable: NATS does not answer, or no service has been started yet.
@@ -28,9 +28,9 @@ async def recent_states(connection: Connection, changes: int) -> list[RequestSta
 
 
 async def recent_changes(connection: Connection, changes: int, after: int = 0) -> list[Msg]:
-    """The same as they are stored, undecoded, each with its `Nats-Subject` and `Nats-Sequence`.
+    """The same as stored messages, undecoded, each with its `Nats-Subject` and `Nats-Sequence`.
 
-    With `after`, only those of a later revision; all of them if the bucket has not come so far, being another one.
+    With `after`, only those with a later revision. All of them if the bucket has no such revision yet: it is a new one.
 
     Raises:
         QueueUnavailable: NATS does not answer, or no service has been started yet.

@@ -22,13 +22,13 @@ CONFIRM_RETRY_S: Final = 0.25
 """Pause between such tries."""
 
 CONFIRM_GRACE_S: Final = 20.0
-"""How long after its deadline an api is still asked how its request ended: it answers as soon as NATS is back."""
+"""How long after the deadline an api is still asked how its request ended. It answers as soon as NATS is back."""
 
 log = logging.getLogger(__name__)
 
 
 class LiveReplyChannel:
-    """Frames to `reply_to`; see `ReplyChannel`. Asking ends at `deadline` (seconds since the epoch) and some grace."""
+    """Frames to `reply_to`; see `ReplyChannel`. `ask` gives up CONFIRM_GRACE_S after `deadline` (Unix time)."""
 
     def __init__(self, connection: Connection, reply_to: str, deadline: float, api_alive: Callable[[], bool]) -> None:
         self._connection = connection
@@ -42,7 +42,7 @@ class LiveReplyChannel:
             await self._connection.client.publish(self._reply_to, frame)
 
     async def ask(self, frame: bytes) -> Resume:
-        """See `ReplyChannel.ask`. An api without a heartbeat is gone; one that never answers has timed out."""
+        """See `ReplyChannel.ask`. An api without subscription and heartbeat is gone. If none answers, it timed out."""
         while time.time() < self._deadline + CONFIRM_GRACE_S:
             try:
                 answer = await self._connection.requests.request(self._reply_to, frame, timeout_s=CONFIRM_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""States in the KV bucket `inference-requests`, totals in the counter stream; and how a state is changed."""
+"""States in the KV bucket `inference-requests`, totals in the counter stream, and the change of a state."""
 
 import asyncio
 import logging
@@ -23,14 +23,14 @@ STATE_TIMEOUT_S: Final = 5.0
 """How long one read or write of a state may take."""
 
 QUEUED_AFTER_S: Final = 0.05
-"""A request that a worker begins within this time is not written as `queued` before: nobody could have read it."""
+"""A request that a worker begins within this time is never written as `queued`: nobody could have read it."""
 
 MAX_CONFLICTS: Final = 20
-"""How often a change is tried anew when somebody else wrote first."""
+"""How often a change is tried again after another write came first."""
 
 CONFLICT_PAUSE_S: Final = 0.001
-"""Pause before the second such try, doubled each time up to CONFLICT_PAUSE_MAX_S: a replica that a state is read
-from may lag behind the leader that it is written to."""
+"""Pause before the second such try, doubled each time up to CONFLICT_PAUSE_MAX_S. In a cluster a state is written to
+the leader and read from a replica, which may lag behind."""
 
 CONFLICT_PAUSE_MAX_S: Final = 0.25
 
@@ -49,10 +49,14 @@ log = logging.getLogger(__name__)
 async def change(
     store: StateStore, request_id: str, to: Callable[[RequestState | None], RequestState | None]
 ) -> Stored | None:
-    """Read, change and write until nobody interferes; what was written, or None where nothing is to be written.
+    """Read, change and write a state until no other write interferes; returns what was written, or None.
 
-    `to` makes the next state of the present one (None: there is none) by `transitions`, or returns None to leave it.
-    A final state is never offered to it.
+    `to` makes the next state from the present one (None: there is none) by `transitions`. It returns None to leave the
+    state as it is. It is never called with a final state.
+
+    Raises:
+        QueueUnavailable: NATS does not answer, or MAX_CONFLICTS other writes came first.
+        StateUnreadable: another version wrote the state.
     """
     for conflicts in range(MAX_CONFLICTS):
         if conflicts > 1:
@@ -68,15 +72,15 @@ async def change(
         except QueueConflict:
             continue
         return Stored(state, revision)
-    raise QueueConflict(f"request {request_id}: its state changed {MAX_CONFLICTS} times in a row")
+    raise QueueUnavailable(f"request {request_id}: its state changed {MAX_CONFLICTS} times in a row")
 
 
 async def end(
     store: StateStore, request_id: str, outcome: RequestStatus, error: str | None, unknown: RequestState | None = None
 ) -> RequestState | None:
-    """End a request as `outcome` and count it; its last state, or None if it had ended before or is not known.
+    """End a request as `outcome` and count it; returns its last state, or None if it had ended or is unknown.
 
-    `unknown` is its state where nothing is stored of it.
+    `unknown` is the state to start from if none is stored.
     """
 
     def to(state: RequestState | None) -> RequestState | None:
@@ -120,7 +124,7 @@ class KeyValueStateStore:
             state = RequestState.model_validate_json(msg.data)
         except ValidationError:
             raise StateUnreadable(
-                f"the state of request {request_id} cannot be read: a newer version or a stranger wrote it"
+                f"the state of request {request_id} cannot be read: another version or another program wrote it"
             ) from None
         return Stored(state, int(headers["Nats-Sequence"]))
 
@@ -134,7 +138,7 @@ class KeyValueStateStore:
             )
         except APIError as exc:
             if exc.err_code in _WRONG_LAST_SEQUENCE:
-                raise QueueConflict(f"request {state.id}: its state was changed by somebody else") from exc
+                raise QueueConflict(f"request {state.id}: another write changed its state first") from exc
             raise QueueUnavailable(f"the request's state was not written: {exc.description}") from exc
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the request's state was not written") from exc
@@ -142,7 +146,7 @@ class KeyValueStateStore:
             self._write_seconds.observe(time.perf_counter() - began)
 
     async def count(self, outcome: RequestStatus, request_id: str) -> None:
-        """Increment (NATS ADR-49), with the request id as Nats-Msg-Id: a repeated one is not counted."""
+        """Increment (NATS ADR-49). The request id is the Nats-Msg-Id, so a repetition is not counted."""
         headers = {names.HEADER_INCREMENT: "+1", names.HEADER_MSG_ID: request_id}
         began = time.perf_counter()
         try:

@@ -1,4 +1,4 @@
-"""The queue in numbers, read from NATS alone: the same over any number of api replicas and after restarts."""
+"""The queue in numbers. They come from NATS alone, so all api replicas give the same, also after restarts."""
 
 import asyncio
 from collections.abc import Iterable
@@ -20,8 +20,11 @@ from forebay_contracts.wire.state import RequestStatus
 
 
 class ModelQueue(BaseModel):
-    """The line of one model. `paused_until` is set while its consumer is paused, in seconds since the epoch;
-    `delivered` counts what workers have ever been given of it, redeliveries too."""
+    """The queue of one model.
+
+    `paused_until` (seconds since the epoch) is set while its consumer is paused. `delivered` counts all deliveries to
+    workers so far, redeliveries included.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,9 +40,9 @@ class ModelQueue(BaseModel):
 class QueueStatus(BaseModel):
     """What `GET /v1/queue/status` and `forebay status` show.
 
-    The first nine fields are those of the reference document, in its order; the others are ours. `total_failed`
-    counts timed-out requests too, since they failed for their client; `total_timed_out` counts them apart.
-    `active_requests` is waiting and processing together, which is what `max_queue_size` bounds.
+    The first nine fields are those of the reference document, in its order. `total_failed` includes the timed-out
+    requests; `total_timed_out` counts them alone. `active_requests` is waiting and processing together, which
+    `max_queue_size` bounds.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,9 +66,9 @@ class QueueStatus(BaseModel):
 async def queue_status(
     connection: Connection, states: StateStore, settings: Settings, workers: Iterable[WorkerInfo]
 ) -> QueueStatus:
-    """Read the queue's numbers; `workers` are those alive now.
+    """Read the queue's numbers. `workers` are those alive now.
 
-    The limits are the live ones of the server. `settings` stands in where no model has a consumer yet.
+    The limits are those that the server has now. `settings` gives them if no model has a consumer yet.
 
     Raises:
         QueueUnavailable: NATS does not answer, or no service has made the stream yet.
@@ -81,7 +84,7 @@ async def queue_status(
     alive = list(workers)
     ready = sum(worker.status is WorkerStatus.READY for worker in alive)
     active = stream.state.messages
-    # Read a moment apart, so one that ended in between must not make the other number negative.
+    # The two are read a moment apart: a request that ended in between must not make the other number negative.
     processing = min(sum(consumer.num_ack_pending or 0 for consumer in consumers), active)
     limits = [consumer.config.max_ack_pending or 0 for consumer in consumers]
     timed_out = totals[RequestStatus.TIMED_OUT]
@@ -92,7 +95,7 @@ async def queue_status(
         max_queue_size=stream.config.max_msgs or 0,
         total_processed=totals[RequestStatus.COMPLETED],
         total_failed=totals[RequestStatus.FAILED] + timed_out,
-        # Every admitted request gets one sequence, and a sequence is never given twice.
+        # Every admitted request gets one sequence, and no sequence is used twice.
         total_queued=stream.state.last_seq,
         active_requests=active,
         is_running=connection.connected and ready > 0,
@@ -105,7 +108,7 @@ async def queue_status(
 
 
 def model_queue(consumer: ConsumerInfo) -> ModelQueue:
-    """The line that a consumer is."""
+    """The queue behind a consumer."""
     config = consumer.config
     until = datetime.fromisoformat(config.pause_until).timestamp() if consumer.paused and config.pause_until else None
     return ModelQueue(

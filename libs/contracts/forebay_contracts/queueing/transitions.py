@@ -1,9 +1,9 @@
-"""Every change of a request's state, as one pure table. Whoever writes a state makes it here.
+"""Every change of a request's state, as one pure table. Every writer makes its states here.
 
     queued → processing → completed | failed, and from either of the first two cancelled | timed_out
 
-A next attempt goes from `processing` to `processing` with a higher number, a worker that has to stop from `processing`
-back to `queued`. Nothing follows a final state.
+The next attempt goes from `processing` to `processing` with a higher number. A worker that has to stop goes from
+`processing` back to `queued`. Nothing follows a final state.
 """
 
 import time
@@ -33,12 +33,12 @@ ALLOWED: Final[Mapping[RequestStatus | None, frozenset[RequestStatus]]] = {
     RequestStatus.CANCELLED: frozenset(),
     RequestStatus.TIMED_OUT: frozenset(),
 }
-"""From a status (None: nothing is stored) to those that may follow it."""
+"""For each status (None: no state is stored), the statuses that may follow it."""
 
 MAX_REASON: Final = 500
-"""Characters of a fault that are kept."""
+"""Characters of a fault that the state keeps."""
 
-LOST: Final = "it ended without a word: the worker was killed, or cut off from NATS for longer than ACK_WAIT"
+LOST: Final = "it ended without a report: the worker was killed, or cut off from NATS for longer than ACK_WAIT"
 
 
 class TransitionRefused(QueueConflict):
@@ -46,7 +46,7 @@ class TransitionRefused(QueueConflict):
 
 
 def queued(request: InferenceRequest, sequence: int | None) -> RequestState:
-    """The first state of a request that the queue took at `sequence`."""
+    """The first state of a request that the queue admitted at `sequence`."""
     return RequestState(
         id=request.id,
         status=RequestStatus.QUEUED,
@@ -61,7 +61,7 @@ def queued(request: InferenceRequest, sequence: int | None) -> RequestState:
 
 
 def claimed(state: RequestState | None, request: InferenceRequest, worker: str, sequence: int) -> RequestState:
-    """The next attempt's: its number is one more than the last, whatever JetStream counts."""
+    """The next attempt claims the request. Its number is one more than the last, whatever JetStream counts."""
     before = state or queued(request, sequence)
     return _changed(
         state,
@@ -76,12 +76,12 @@ def claimed(state: RequestState | None, request: InferenceRequest, worker: str, 
 
 
 def faulted(state: RequestState, reason: str) -> RequestState:
-    """The attempt failed, and another will follow."""
+    """The attempt failed, and another one will follow."""
     return _changed(state, state, RequestStatus.PROCESSING, fault=_fault(state, reason))
 
 
 def handed_over(state: RequestState) -> RequestState:
-    """The worker has to stop: the request waits for another one and keeps its tokens. This is no failed attempt."""
+    """The worker has to stop: the request waits for another worker and keeps its tokens. The attempt did not fail."""
     return _changed(state, state, RequestStatus.QUEUED, worker=None, handed_over=state.handed_over + 1)
 
 
@@ -94,7 +94,7 @@ def ended(
     fault: str | None = None,
     usage: Usage | None = None,
 ) -> RequestState:
-    """The request ended as `outcome`; `error` is what its client is told, `fault` why its last attempt failed."""
+    """The request ended as `outcome`. `error` is what its client got, `fault` why its last attempt failed."""
     changes: dict[str, Any] = {"error": error, "usage": usage, "finished_at": max(time.time(), state.queued_at)}
     if fault is not None:
         changes["fault"] = _fault(state, fault)
@@ -114,6 +114,6 @@ def _fault(state: RequestState, reason: str) -> str:
 
 
 def _fault_before(state: RequestState) -> str | None:
-    """What the latest attempt until now failed of. One that ended without a word has not said so itself."""
+    """Why the last attempt failed. One that ended without a report gets the fault LOST."""
     silent = state.status is RequestStatus.PROCESSING and not (state.fault or "").startswith(_fault(state, ""))
     return _fault(state, LOST) if silent else state.fault

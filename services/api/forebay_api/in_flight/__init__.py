@@ -1,1 +1,1 @@
-"""From a route into the queue and back."""
+"""The way of a request from its route into the queue and back."""

@@ -1,4 +1,4 @@
-"""What a route sees of a request's answer, whether it is made now, for several clients, or was made before."""
+"""A request's answer as a route sees it: generated now, shared by several clients, or kept from before."""
 
 from collections.abc import AsyncIterator
 from typing import Protocol
@@ -8,37 +8,37 @@ from forebay_contracts.wire.frames import Completed, Delta, Failed
 
 
 class Answer(Protocol):
-    """The answer to one request as far as it has come; `attempt` is the number of the one that makes it."""
+    """The answer to one request, as far as it has come. `attempt` is the number of the attempt that generates it."""
 
     attempt: int
 
     @property
     def completed(self) -> Completed | None:
-        """The end, once all of the answer is there."""
+        """The last frame, once the answer is whole."""
         ...
 
     async def started(self) -> None:
-        """Wait until a worker has begun; raises how the request ended if it ended before that."""
+        """Wait until a worker has begun. Raises the request's error if it ends before that."""
         ...
 
     def deltas(self) -> AsyncIterator[list[Delta]]:
-        """All deltas in order, as many at a time as have come; raises how the request ended, if not well."""
+        """All deltas in order, as many at a time as have come. Raises the request's error if it fails."""
         ...
 
     def fail(self, error: ApiError) -> None:
-        """End the wait of this client with `error`, unless the answer has ended."""
+        """End this client's wait with `error`, unless the answer has ended."""
         ...
 
 
 class SlowReader(ApiError):
-    """The client does not read its stream: nobody will see this."""
+    """The client does not read its stream. Nobody sees this error."""
 
     status = 499
     code = "slow_reader"
 
 
 class ClientLeft(ApiError):
-    """The client closed its connection: nobody will see this."""
+    """The client closed its connection. Nobody sees this error."""
 
     status = 499
     code = "client_left"
@@ -53,7 +53,7 @@ class Cancelled(RequestCancelled):
 
 
 class WorkerError(ApiError):
-    """An error as a worker reported it."""
+    """An error that a worker reported."""
 
     def __init__(self, frame: Failed) -> None:
         super().__init__(frame.message, param=frame.param, code=frame.code)

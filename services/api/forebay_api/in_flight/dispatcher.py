@@ -1,4 +1,4 @@
-"""From a route into the queue, and from the frames back to the request that waits."""
+"""Puts requests into the queue, and knows the answers that clients wait for here."""
 
 import asyncio
 import contextlib
@@ -25,21 +25,21 @@ from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 
 FRAME_PATIENCE_S: Final = 1.0
-"""How long the frame that ends a request may come later than its state says so."""
+"""How much later than the final state the last frame of a request may come."""
 
 REMEMBERED_OUTCOMES: Final = 10_000
-"""Ended requests of which a late attempt can still be told how they ended."""
+"""Number of ended requests whose outcome is remembered for late attempts."""
 
 CLOSE_TIMEOUT_S: Final = 5.0
-"""How long the end of the process waits for what goes on in the background."""
+"""How long `close` waits for background tasks."""
 
 log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Submits requests and hands each its frames. It decides how a request ends for its client, and cancels it once.
+    """Submits requests, decides how each ends for its client, and cancels it at most once.
 
-    `instance` is the api's name on NATS.
+    `instance` is the api's name on NATS. `one_more` counts a request of a key, and raises KeyLimitReached.
     """
 
     def __init__(
@@ -56,19 +56,19 @@ class Dispatcher:
         self._cancellation = cancellation
         self._one_more = one_more
         self.waiting: dict[str, LiveAnswer] = {}
-        """By request id, those whose clients wait here."""
+        """The answers that clients wait for here, by request id."""
         self._ended: OrderedDict[str, RequestStatus | None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._publish_seconds = bound(request_metrics.PUBLISH)
 
     async def close(self) -> None:
-        """Finish what goes on in the background."""
+        """Wait for the background tasks."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
 
     @contextlib.asynccontextmanager
     async def submit(self, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
-        """Admit `request`; its answer lives as long as the block, and leaving the block early cancels it.
+        """Admit `request`; yields its answer. Leaving the block before the answer has ended cancels the request.
 
         Raises:
             QueueFull, QueueUnavailable, RequestTooLarge, KeyLimitReached: nothing was admitted.
@@ -97,6 +97,8 @@ class Dispatcher:
                 loop.call_later(QUEUED_AFTER_S, self._register_waiting, answer),
                 loop.call_later(max(request.deadline - time.time(), 0), self._time_out, answer),
             )
+            if answer.done:  # it was cancelled while it was published
+                self._background(answer, self._admission.remove(request.id, answer.sequence))
             try:
                 yield answer
             finally:
@@ -117,27 +119,27 @@ class Dispatcher:
                 self._publish_seconds.observe(time.perf_counter() - began)
 
     def outcome(self, request_id: str) -> RequestStatus | None:
-        """How a request ended for its client here, as far as it is remembered."""
+        """How a request ended for its client here; None if unknown."""
         return self._ended.get(request_id)
 
     async def cancel(self, request_id: str, reason: str) -> bool:
-        """Cancel a request of any api; False if it had ended before, or is unknown."""
+        """Cancel a request of any api; False if it had ended before or is unknown."""
         answer = self.waiting.get(request_id)
         if answer is None:
             return await self._cancellation.cancel(request_id, reason)
-        if not answer.done:
-            answer.fail(Cancelled(reason))
+        cancelled_here = not answer.done
+        answer.fail(Cancelled(reason))
         if answer.cancelling is not None:
             await asyncio.wait([answer.cancelling])
-        return isinstance(answer.error, Cancelled) and answer.error.reason == reason
+        return cancelled_here
 
     def cancelled(self, request_id: str, reason: str) -> None:
-        """Somebody wants a request cancelled, or has done so: if its client waits here, that ends now."""
+        """End the wait of a client here whose request is cancelled, or is to be cancelled, from elsewhere."""
         if (answer := self.waiting.get(request_id)) is not None:
             answer.fail(Cancelled(reason))
 
     async def registered(self, request_id: str) -> None:
-        """Wait until the state of a request that was queued here can be looked up."""
+        """Wait until the state of a request that was submitted here is stored."""
         answer = self.waiting.get(request_id)
         if answer is not None and answer.sequence is not None and not answer.registered:
             await asyncio.wait([self._register(answer)])
@@ -166,7 +168,7 @@ class Dispatcher:
         answer.fail(RequestTimeout(f"the request was not finished within {seconds:g} seconds"))
 
     def _on_end(self, answer: LiveAnswer) -> None:
-        """It is known how the request ends for its client. What was ended from here is taken out of the queue."""
+        """The request has ended for its client. If the api ended it, end it in the queue too."""
         match answer.error if answer.completed is None else None:
             case RequestTimeout():
                 self._end(answer, RequestStatus.TIMED_OUT, "REQUEST_TIMEOUT passed")
@@ -187,7 +189,7 @@ class Dispatcher:
         )
 
     def end_what_has_ended(self) -> None:
-        """Look up what the clients here wait for: while this api was away, nobody said anything to it."""
+        """Read the state of every request that a client waits for here: this api may have missed an end while away."""
         for answer in self.waiting.values():
             if answer.sequence is not None and not answer.done:
                 self._background(answer, self._end_if_it_has_ended(answer))

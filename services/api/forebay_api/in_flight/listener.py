@@ -1,8 +1,9 @@
-"""What an api hears on NATS: frames for the requests in flight here, and that one of them is cancelled."""
+"""What an api receives from NATS: the frames of its requests, and cancel notices."""
 
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Final
 
 from nats.aio.msg import Msg
@@ -18,13 +19,13 @@ from forebay_contracts.wire.frames import Frame, Resume, Started, decode_frame
 
 REPLY_PENDING_MESSAGES: Final = 1_000_000
 REPLY_PENDING_BYTES: Final = 512 * 1024 * 1024
-"""How much may wait between the socket and the dispatcher; more is dropped, and fetched again as a gap."""
+"""How much may wait between the socket and `Listener`. More is dropped, and is then a gap to be sent again."""
 
 log = logging.getLogger(__name__)
 
 
 class Listener:
-    """One subscription serves all requests of the api."""
+    """Receives the frames of all requests of this api by one subscription."""
 
     def __init__(self, connection: Connection, dispatcher: Dispatcher) -> None:
         self._connection = connection
@@ -59,22 +60,19 @@ class Listener:
             if answer is None:
                 await self._turn_away(request_id, frame, msg)
                 return
-            had_gap = answer.gap
             answer.receive(frame)
             if msg.reply:
                 await msg.respond(answer.have(frame.attempt).encode())
-            elif answer.gap and not had_gap:
+            elif (have := answer.missing(time.monotonic())) is not None:
                 log.warning(
                     "[RequestQueue] %s: frames were lost, asking for them again",
                     request_id,
                     extra=fields(request_id=request_id, attempt=answer.attempt),
                 )
-                await self._connection.client.publish(
-                    names.resend_subject(request_id), answer.have(frame.attempt).encode()
-                )
+                await self._connection.client.publish(names.resend_subject(request_id), have.encode())
 
     async def _turn_away(self, request_id: str, frame: Frame, msg: Msg) -> None:
-        """Tell a worker that nobody waits for what it does."""
+        """Tell a worker that nobody waits for its request."""
         if msg.reply:
             await msg.respond(Resume(wanted=False, outcome=self._dispatcher.outcome(request_id)).encode())
         elif isinstance(frame, Started):
@@ -84,5 +82,5 @@ class Listener:
         self._dispatcher.cancelled(msg.subject.rsplit(".", 1)[1], msg.data.decode(errors="replace")[:200])
 
     async def _reconnected(self) -> None:
-        # Once every worker has heard of this api again: one that was away for longer counts as dead.
+        # By then every worker knows this api again. Workers may have cancelled its requests as those of a dead api.
         asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._dispatcher.end_what_has_ended)

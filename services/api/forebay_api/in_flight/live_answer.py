@@ -1,6 +1,7 @@
-"""The answer of a request that is in flight here: frames in, deltas out, no token twice and no hole passed on."""
+"""The answer of a request in flight here: frames in, deltas out, without repeated or missing tokens."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 
 from forebay_api.in_flight.answer import SlowReader, WorkerError
@@ -10,18 +11,22 @@ from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 
 MAX_UNREAD_DELTAS = 16_384
-"""A client that reads so much slower than the model writes is given up."""
+"""A client that has not read so many deltas is too slow: its request is cancelled."""
+
+RESEND_RETRY_S = 1.0
+"""Pause before a worker is asked a second time for the same missing tokens."""
 
 
 class LiveAnswer:
-    """See `Answer`. `on_end` is called once, when it is known how the request ends for its client.
+    """See `Answer`. `on_end` is called once, when the request has ended for its client.
 
-    Frames of an older attempt than the newest seen are dropped, so is a delta whose tokens are here already; one
-    that leaves a hole is dropped too and `gap` is set until the missing ones have come. The tokens of each choice
-    are kept, since a next attempt goes on from them.
+    Three kinds of frames are dropped: of an older attempt than the newest seen, with tokens that are here already, and
+    with tokens missing before them. The last kind sets `gap` until the missing tokens have come. The tokens of each
+    choice are kept, since the next attempt goes on from them.
     """
 
     __slots__ = (
+        "_ask_again_at",
         "_changed",
         "_tokens",
         "_unread",
@@ -50,13 +55,14 @@ class LiveAnswer:
         self.registered = False
         self.registration: asyncio.Task[None] | None = None
         self.cancelling: asyncio.Task[None] | None = None
+        self._ask_again_at = -math.inf
         self._tokens: dict[int, list[int]] = {}
         self._unread: list[Delta] = []
         self._changed: asyncio.Future[None] | None = None
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the answer has ended."""
         return self.completed is not None or self.error is not None
 
     @property
@@ -73,9 +79,9 @@ class LiveAnswer:
         return RequestStatus.CANCELLED
 
     def have(self, attempt: int) -> Resume:
-        """What has come so far, as the worker of `attempt` needs it to go on or to fill a gap.
+        """What has come so far: the worker of `attempt` goes on from there, or sends what is missing.
 
-        An attempt that a newer one has replaced is not wanted any more.
+        If a newer attempt has begun, the answer of this one is not wanted.
         """
         if attempt < self.attempt:
             return Resume(wanted=False)
@@ -84,8 +90,15 @@ class LiveAnswer:
         choices = tuple(ResumedChoice(index=index, tokens=tuple(tokens)) for index, tokens in self._tokens.items())
         return Resume(choices=choices)
 
+    def missing(self, now: float) -> Resume | None:
+        """What has come so far, if the worker is to be asked at `now` (monotonic seconds) for what is missing."""
+        if not self.gap or now < self._ask_again_at:
+            return None
+        self._ask_again_at = now + RESEND_RETRY_S
+        return self.have(self.attempt)
+
     def receive(self, frame: Frame) -> None:
-        """Take the next frame, from whichever attempt."""
+        """Take the next frame of any attempt."""
         if self.done or frame.attempt < self.attempt:
             return
         if frame.attempt > self.attempt:
@@ -104,20 +117,20 @@ class LiveAnswer:
         self._wake()
 
     def fail(self, error: ApiError) -> None:
-        """End the wait with `error`, unless it has ended."""
+        """See `Answer.fail`."""
         if not self.done:
             self.error = error
             self.on_end(self)
             self._wake()
 
     async def started(self) -> None:
-        """Wait until a worker has begun; raises how the request ended if it ended before that."""
+        """See `Answer.started`."""
         while self.worker is None and not self._unread and self.completed is None:
             self._raise_error()
             await self._wait()
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """All deltas in order, as many at a time as have come; raises how the request ended, if not well."""
+        """See `Answer.deltas`."""
         while True:
             if self._unread:
                 unread, self._unread = self._unread, []
@@ -147,7 +160,7 @@ class LiveAnswer:
         elif delta.offset == len(tokens) and delta.tokens:
             tokens.extend(delta.tokens)
             self._unread.append(delta)
-            self.gap = False
+            self.gap, self._ask_again_at = False, -math.inf
             if len(self._unread) > MAX_UNREAD_DELTAS:
                 self.error = SlowReader("the client does not read its stream")
 
@@ -156,6 +169,6 @@ class LiveAnswer:
             if delta.tokens:
                 self._append(delta)
         if all(len(self._tokens.get(choice.index, ())) == choice.tokens for choice in frame.choices):
-            # Deltas without tokens carry what only the end settles; there is one end, so none comes twice.
+            # Deltas without tokens come only in the last frame, which is taken once: so none is repeated.
             self._unread.extend(delta for delta in frame.deltas if not delta.tokens)
             self.completed = frame

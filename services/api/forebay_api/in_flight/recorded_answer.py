@@ -1,4 +1,4 @@
-"""An answer that several clients read, each from its beginning, while it is still being made."""
+"""An answer that several clients read, each from its beginning, while it is still generated."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,7 @@ from forebay_contracts.wire.frames import Completed, Delta
 
 
 class Recording:
-    """Deltas so far, and how it ended."""
+    """The deltas of an answer so far, and its end."""
 
     def __init__(self) -> None:
         self.deltas: list[Delta] = []

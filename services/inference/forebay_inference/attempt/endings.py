@@ -1,4 +1,4 @@
-"""How an attempt ends: one table, and the one function that applies it."""
+"""How an attempt ends: one table, and one function that applies it."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -14,47 +14,47 @@ NAK_DELAY_S: Final = 0.5
 
 
 class End(Enum):
-    """What became of the work on a request."""
+    """How the work on a request ended."""
 
     COMPLETED = auto()
     """The answer is whole."""
 
     REFUSED = auto()
-    """The request's own fault: too long, a template that does not take it."""
+    """The request cannot be served: it is too long, or the chat template refuses it."""
 
     FAULT = auto()
-    """The engine's fault, and attempts are left."""
+    """The engine failed, and attempts are left."""
 
     SPENT = auto()
-    """The engine's fault, and no attempt is left."""
+    """The engine failed, and no attempt is left."""
 
     TIMED_OUT = auto()
     """Its deadline has passed."""
 
     CANCELLED = auto()
-    """The api, or whoever cancelled it, has said so."""
+    """The request was cancelled."""
 
     ABANDONED = auto()
     """The api that holds its client is gone."""
 
     NOT_WANTED = auto()
-    """The api, asked before anything was generated, says that its client has an end already."""
+    """The api said before the generation that nobody waits any more."""
 
     HANDED_OVER = auto()
-    """The worker has to stop before it is done."""
+    """The worker has to stop before the answer is whole."""
 
     ENDED_BEFORE = auto()
-    """It had ended when it was claimed: cancelled while it waited, or an attempt died before its ack."""
+    """The request had ended before the claim: it was cancelled, or an attempt died before its ack."""
 
     UNREADABLE = auto()
-    """Its message, or what is stored of it, is of another version."""
+    """Another version wrote its message or its state."""
 
     SUPERSEDED = auto()
-    """A newer attempt owns it: this one must write and acknowledge nothing."""
+    """A newer attempt owns the request. This one must write and acknowledge nothing."""
 
 
 class Told(Enum):
-    """What the receiver of the answer is told."""
+    """What the receiver of the answer gets."""
 
     NOTHING = auto()
     ANSWER = auto()
@@ -73,7 +73,7 @@ class Acknowledge(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """A row: what the client is told, the state that is written (None: as it is), and how the message ends."""
+    """A row: what the client gets, which state is written (None: it stays), and how the message is acknowledged."""
 
     told: Told
     state: RequestStatus | None
@@ -101,8 +101,8 @@ ENDINGS: Final[Mapping[End, Ending]] = {
 class Ended:
     """How the work on one attempt ended.
 
-    `error` is for the client, `reason` what the state says where that is something else, `fault` what went wrong for
-    who runs the system. `outcome` is how the request has ended for its client, where the api has said so already.
+    `error` is for the client. `reason` is for the state if there is no error. `fault` says to operators what failed.
+    `outcome` is how the request ended for its client, if the api has said so already.
     """
 
     how: End
@@ -110,27 +110,26 @@ class Ended:
     reason: str | None = None
     fault: str | None = None
     outcome: RequestStatus | None = None
-    finish_reasons: Mapping[int, str] | None = None
     usage: Usage | None = None
 
 
 Tell = Callable[[Told, Ended], Awaitable[RequestStatus | None]]
-"""Tells the receiver; how the request ended for its client, None where there is no client to say."""
+"""Tells the receiver. Returns how the request ended for its client, None if no client says so."""
 
 Record = Callable[[RequestStatus, Ended], Awaitable[None]]
-"""Writes the state and counts a final one; raises Superseded."""
+"""Writes the state and counts a final one. Raises Superseded."""
 
 
 async def settle(ended: Ended, delivery: Callable[[], Delivery], tell: Tell, record: Record) -> None:
-    """Apply the row of an ending in the order that holds for all: client, state, counter, message.
+    """Apply the row of an ending, always in this order: client, state, counter, message.
 
-    What the client got decides the state: an api that confirms says how the request ended for its client. Whatever
-    dies in between, the message comes again and finds out what is done already. `delivery` is asked at the end,
-    since the message may have been delivered anew meanwhile.
+    What the client got decides the state: the api confirms with how the request ended for its client. If a process dies
+    in between, the message is redelivered, and the next attempt finds what is done already. `delivery` is called last,
+    since the message may have been redelivered meanwhile.
 
     Raises:
-        Superseded: another attempt owns the request; the message is left alone.
-        QueueUnavailable, nats.errors.Error, TimeoutError: NATS does not answer; the message comes again.
+        Superseded: another attempt owns the request. The message is left alone.
+        QueueUnavailable, nats.errors.Error, TimeoutError: NATS does not answer. The message is redelivered.
     """
     row = ENDINGS[ended.how]
     outcome = await tell(row.told, ended)

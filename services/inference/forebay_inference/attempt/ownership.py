@@ -1,6 +1,7 @@
-"""Who owns a request: the attempt that wrote its state last. Its writes name the revision of the one before."""
+"""The attempt that wrote a request's state last owns the request. Each of its writes names the revision before it."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -9,25 +10,25 @@ from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.protocols import StateStore, Stored
 from forebay_contracts.queueing.state_store import change
-from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable
+from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 STORE_RETRY_S: Final = 0.5
-"""Pause between tries at a write while NATS is away."""
+"""Pause between two tries at a write while NATS is away."""
 
 STORE_PATIENCE_S: Final = 60.0
-"""How long such a write is tried; then the attempt is given up, and the message comes again."""
+"""How long such a write is tried. Then the attempt gives up, and NATS redelivers the message."""
 
 T = TypeVar("T")
 
 
 class Superseded(Exception):
-    """Another attempt owns the request now: this one must not write or acknowledge anything."""
+    """Another attempt owns the request now. This one must not write or acknowledge anything."""
 
 
 class EndedBefore(Exception):
-    """The request had ended, as `state` says."""
+    """The request has ended already; `state` says how."""
 
     def __init__(self, state: RequestState) -> None:
         super().__init__(f"request {state.id} had ended: {state.status.value}")
@@ -37,7 +38,7 @@ class EndedBefore(Exception):
 class Ownership:
     """One attempt's right to write the state of its request.
 
-    After a newer attempt has claimed the request, no write of this one gets through. All methods are tried for
+    Once a newer attempt has claimed the request, every write of this one is refused. All methods try for
     STORE_PATIENCE_S and then raise QueueUnavailable.
     """
 
@@ -51,14 +52,15 @@ class Ownership:
 
     @property
     def handed_over(self) -> int:
-        """How often workers that had to stop have handed the request over."""
+        """How often a worker that had to stop has handed the request over."""
         return self._claimed.state.handed_over if self._claimed is not None else 0
 
     async def claim(self, *, fresh: bool) -> int:
-        """Make the request this attempt's own; the attempt's number. `fresh`: most likely nothing is stored of it yet.
+        """Make this attempt the owner; returns its number. `fresh`: most likely no state is stored yet.
 
         Raises:
-            EndedBefore: it has ended.
+            EndedBefore: the request has ended.
+            StateUnreadable: another version wrote its state.
         """
         if fresh:
             state = self._next(None)
@@ -72,18 +74,18 @@ class Ownership:
         return self._claimed.state.attempt
 
     async def holds(self) -> bool:
-        """Whether no other attempt has claimed the request since this one did, or it still does."""
+        """Whether this attempt owns the request, or is still claiming it."""
         if self._claimed is None:
             return True
-        stored = await patiently(lambda: self._states.get(self._request.id))
+        stored = await patiently(self._read)
         return stored is not None and stored.revision == self._claimed.revision
 
     async def hand_over(self) -> None:
-        """The request waits for another worker. Raises Superseded."""
+        """Give the request back for another worker. Raises Superseded or EndedBefore."""
         await self._write(transitions.handed_over(self._own.state))
 
     async def fault(self, reason: str) -> None:
-        """This attempt failed, and another will follow. Raises Superseded."""
+        """Record that this attempt failed and another will follow. Raises Superseded or EndedBefore."""
         await self._write(transitions.faulted(self._own.state, reason))
 
     async def end(
@@ -94,10 +96,10 @@ class Ownership:
         fault: str | None = None,
         usage: Usage | None = None,
     ) -> RequestStatus:
-        """Write how the request ended and count it; how it ended, which somebody else may have written before.
+        """Write how the request ended and count it. Returns how it ended: somebody else may have ended it before.
 
         Raises:
-            Superseded: a newer attempt has claimed it.
+            Superseded: a newer attempt owns the request.
         """
         try:
             await self._write(transitions.ended(self._own.state, outcome, error=error, fault=fault, usage=usage))
@@ -108,15 +110,15 @@ class Ownership:
         return outcome
 
     async def count(self, state: RequestState) -> None:
-        """Count an end that somebody else wrote, who may have died before counting it.
+        """Count an end that somebody else wrote, since its writer may have died before it counted.
 
-        Not when that is so long ago that a second count of it would not be recognised.
+        An older end is left out: NATS would no longer recognise the second count as a repetition.
         """
         if state.finished_at is not None and time.time() - state.finished_at < DUPLICATE_WINDOW_S / 2:
             await patiently(lambda: self._states.count(state.status, state.id))
 
     async def _claim_over(self) -> Stored:
-        # An earlier try may have been stored though its ack was lost.
+        # An earlier try may be stored although its ack was lost.
         stored = await self._states.get(self._request.id) if self._tried is not None else None
         if stored is not None and stored.state == self._tried:
             return stored
@@ -139,17 +141,24 @@ class Ownership:
             try:
                 self._claimed = Stored(state, await self._states.write(state, revision))
             except QueueConflict:
-                stored = await self._states.get(self._request.id)
+                stored = await self._read()
                 if stored is not None and stored.revision == revision:
-                    # Of this attempt still: an earlier try is being agreed on by the cluster, or a replica lags.
+                    # This attempt still owns it: the cluster is agreeing on an earlier try, or a replica lags behind.
                     raise QueueUnavailable("the request's state is being written") from None
                 if stored is not None and stored.state == state:
-                    return  # an earlier try, whose ack was lost
+                    self._claimed = stored  # by an earlier try, whose ack was lost
+                    return
                 if stored is not None and stored.state.status.final:
                     raise EndedBefore(stored.state) from None
                 raise Superseded(f"{state.id}: attempt {state.attempt} was replaced") from None
 
         await patiently(write)
+
+    async def _read(self) -> Stored | None:
+        """The state; None also if this version cannot read it: then another attempt has written it."""
+        with contextlib.suppress(StateUnreadable):
+            return await self._states.get(self._request.id)
+        return None
 
     @property
     def _own(self) -> Stored:
@@ -158,7 +167,7 @@ class Ownership:
 
 
 async def patiently(work: Callable[[], Awaitable[T]]) -> T:
-    """Repeat `work` while NATS is away."""
+    """Repeat `work` while NATS is away, for at most STORE_PATIENCE_S."""
     give_up_at = time.monotonic() + STORE_PATIENCE_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The reply of one attempt: frames to the receiver, kept until it has confirmed them all."""
+"""The reply of one attempt: frames to the receiver, kept until the receiver has confirmed all of them."""
 
 import asyncio
 import base64
@@ -14,21 +14,20 @@ from forebay_contracts.wire.state import RequestStatus, Usage
 from forebay_inference.engine.events import Tokens, Vector
 
 RESEND_PAUSE_S: Final = 0.01
-"""Pause between sending what was missed and asking again whether all is there."""
+"""Pause between sending missed frames again and asking again whether all have arrived."""
 
 ANNOUNCE_AFTER_S: Final = 0.02
-"""An answer that is no stream and ends sooner is not announced: its end says all."""
+"""An answer without streaming that ends sooner is not announced: its last frame says all."""
 
 UNARY_FLUSH_S: Final = 0.25
-"""A client that wants no stream needs no token at once: they are sent together, so often that a next attempt
-has little to do again."""
+"""Without streaming, tokens are collected and sent this often: a next attempt has little to repeat."""
 
 
 class Reply:
-    """Frames of one attempt at one request, of which `attempt` is the number.
+    """Frames of one attempt at one request; `attempt` is the attempt's number.
 
-    What was sent is kept as bytes until the end, so that what the receiver missed can be sent again: some 200 bytes a
-    token, a sixth of what the messages take.
+    Sent frames are kept as bytes until the end, so that lost ones can be sent again: about 200 bytes a token, a sixth
+    of what the message objects take.
     """
 
     def __init__(self, channel: ReplyChannel, request: InferenceRequest, worker: str) -> None:
@@ -39,6 +38,7 @@ class Reply:
         self._lengths: dict[int, int] = {}
         self._sent: list[tuple[int, int, bytes]] = []
         self._last: list[Delta] = []
+        self._completed = b""
         self._announcing: asyncio.TimerHandle | None = None
         self._announcement: asyncio.Task[None] | None = None
         self._held: list[Delta] = []
@@ -47,18 +47,18 @@ class Reply:
 
     @property
     def token_count(self) -> int:
-        """Tokens of all choices so far, those of earlier attempts included; embeddings have none."""
+        """Tokens of all choices so far, those of earlier attempts included. Embeddings have none."""
         return 0 if self._request.completion_type is CompletionType.EMBEDDING else sum(self._lengths.values())
 
     async def resume(self) -> Resume:
-        """Begin an attempt that is not the first: announce it, and learn what the client has already."""
+        """Announce an attempt that is not the first; returns what the client has already."""
         resume = await self._channel.ask(self._started())
         self._lengths = {choice.index: len(choice.tokens) for choice in resume.choices}
         self._sent, self._held, self._tails = [], [], []
         return resume
 
     async def announce(self) -> None:
-        """Announce a first attempt, once the engine has accepted the request."""
+        """Announce a first attempt after the engine has accepted the request."""
         if self._request.stream:
             await self._channel.send(self._started())
             return
@@ -70,7 +70,7 @@ class Reply:
         self._announcing = loop.call_later(ANNOUNCE_AFTER_S, announce)
 
     async def send(self, tokens: Tokens) -> None:
-        """Send the next tokens of a choice, at once for a stream."""
+        """Send the next tokens of a choice; a stream sends them at once."""
         offset = self._lengths.get(tokens.index, 0)
         delta = Delta(
             attempt=self.attempt,
@@ -82,7 +82,7 @@ class Reply:
             tool_calls=tokens.tool_calls,
         )
         if not tokens.token_ids:
-            # Without tokens it could not be told from its repetition: the terminal frame carries it.
+            # A receiver recognises a repeated delta by its tokens. One without tokens travels in the last frame.
             self._tails.append(delta)
             return
         self._lengths[tokens.index] = offset + len(tokens.token_ids)
@@ -95,34 +95,37 @@ class Reply:
                 await self._deliver(joined)
 
     async def send_vector(self, vector: Vector) -> None:
-        """Send an embedding, in a frame of its own: all of them together would not fit into one."""
+        """Send an embedding in a frame of its own: one frame cannot hold all of them."""
         values = base64.b64encode(vector.values).decode()
         self._lengths[vector.index] = 1
         await self._deliver(Delta(attempt=self.attempt, index=vector.index, tokens=(0,), embedding=values))
 
-    async def complete(self, finish_reasons: Mapping[int, str], usage: Usage) -> RequestStatus:
-        """Send the end until the receiver has every token of the answer; how the request ended for its client."""
-        self.close()
+    def finish(self, finish_reasons: Mapping[int, str], usage: Usage) -> None:
+        """Make the last frame of a whole answer. Raises ValueError if the answer cannot be written as JSON."""
         choices = tuple(
             FinishedChoice(index=index, finish_reason=reason, tokens=self._lengths.get(index, 0))
             for index, reason in sorted(finish_reasons.items())
         )
-        last = self._take_held()
-        frame = Completed(attempt=self.attempt, choices=choices, usage=usage, deltas=(*last, *self._tails)).encode()
-        self._last = last
-        while (resume := await self._channel.ask(frame)).wanted:
+        self._last = self._take_held()
+        deltas = (*self._last, *self._tails)
+        self._completed = Completed(attempt=self.attempt, choices=choices, usage=usage, deltas=deltas).encode()
+
+    async def complete(self) -> RequestStatus:
+        """Send the last frame until the receiver has every token; returns how the request ended for its client."""
+        self.close()
+        while (resume := await self._channel.ask(self._completed)).wanted:
             await self.resend(resume)
             await asyncio.sleep(RESEND_PAUSE_S)
-        # Nobody got it whose api is gone.
+        # Without an outcome the api is gone, and nobody got the answer.
         return resume.outcome or RequestStatus.CANCELLED
 
     async def fail(self, error: ApiError) -> RequestStatus | None:
-        """Send the error that ends the request until the receiver has it; how the request ended for its client."""
+        """Send the final error until the receiver has it; returns how the request ended for its client."""
         self.close()
         return (await self._channel.ask(failed(self.attempt, error).encode())).outcome
 
     async def resend(self, have: Resume) -> None:
-        """Send again what the receiver, by what it has, does not have."""
+        """Send again what is missing from `have`."""
         lengths = {choice.index: len(choice.tokens) for choice in have.choices}
         for index, offset, frame in self._sent:
             if offset >= lengths.get(index, 0):
@@ -132,7 +135,7 @@ class Reply:
                 await self._channel.send(delta.encode())
 
     def close(self) -> None:
-        """Announce nothing any more."""
+        """Stop a pending announcement."""
         if self._announcing is not None:
             self._announcing.cancel()
 
@@ -151,7 +154,7 @@ class Reply:
 
 
 def failed(attempt: int, error: ApiError) -> Failed:
-    """The frame that says `error`."""
+    """The frame for `error`."""
     return Failed(
         attempt=attempt,
         status=error.status,
@@ -163,7 +166,7 @@ def failed(attempt: int, error: ApiError) -> Failed:
 
 
 def join(deltas: list[Delta]) -> list[Delta]:
-    """The same deltas with those that follow each other within a choice made one."""
+    """The same deltas, joined into one for each choice."""
     by_index: dict[int, list[Delta]] = {}
     for delta in deltas:
         by_index.setdefault(delta.index, []).append(delta)

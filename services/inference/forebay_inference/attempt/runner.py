@@ -1,4 +1,4 @@
-"""One attempt at one request, from its delivery to its ending; how each ending is applied stands in `endings`."""
+"""One attempt at one request, from its delivery to its ending. `endings` says what each ending does."""
 
 import asyncio
 import contextlib
@@ -42,9 +42,16 @@ NOT_RECEIVED: Final = "the answer was not received: its client or the api is gon
 log = logging.getLogger(__name__)
 
 
+def _future() -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_future()
+
+
 @dataclass(eq=False)
 class Attempt:
-    """A request that is being worked on here. `number` counts its attempts, from 1."""
+    """An attempt that runs here; `number` is its number, from 1.
+
+    `stopped` is set by `stop`. `misjudged` is set when an attempt that started as the first one is not the first.
+    """
 
     request: InferenceRequest
     delivery: Delivery
@@ -53,18 +60,19 @@ class Attempt:
     measured: Measured
     number: int = 1
     claim: asyncio.Task[int] = field(init=False)
-    stopped: asyncio.Future[Ended] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    stopped: asyncio.Future[Ended] = field(default_factory=_future)
+    misjudged: asyncio.Future[None] = field(default_factory=_future)
 
     def stop(self, ended: Ended) -> None:
-        """Stop generating within one step of the engine, and end so."""
+        """Stop generating within one step of the engine, and end as `ended`. The first call decides."""
         if not self.stopped.done():
             self.stopped.set_result(ended)
 
 
 class AttemptRunner:
-    """Works off deliveries; `running` holds those it is at, by request id.
+    """Runs deliveries to their end. `running` holds the attempts that run now, by request id.
 
-    `channel` makes the reply channel to a subject, asked until a deadline (seconds since the epoch).
+    `channel` makes a reply channel from a subject and a deadline (seconds since the epoch).
     """
 
     def __init__(
@@ -90,7 +98,7 @@ class AttemptRunner:
         self.running: dict[str, Attempt] = {}
 
     async def run(self, delivery: Delivery) -> None:
-        """Bring a delivery to its end; never raises but for cancellation."""
+        """Run a delivery to its end. An end that cannot be written leaves the message for a redelivery."""
         request_id = delivery.headers.get(names.HEADER_MSG_ID, "")
         try:
             try:
@@ -107,8 +115,9 @@ class AttemptRunner:
 
     async def _run(self, request: InferenceRequest, delivery: Delivery) -> None:
         if (running := self.running.get(request.id)) is not None:
-            # A server that was killed forgets what is out, and an ack wait can pass while NATS is away.
-            if await running.ownership.holds():
+            # NATS redelivers what still runs if the server was killed, or was away for longer than the ack wait.
+            holds = await running.ownership.holds()
+            if holds and self.running.get(request.id) is running:
                 running.delivery = delivery
                 return
             running.stop(Ended(End.SUPERSEDED))
@@ -131,8 +140,8 @@ class AttemptRunner:
     async def _claim_and_work(self, attempt: Attempt) -> None:
         """Claim the request, generate, and settle how it ended.
 
-        What has just arrived is generated while it is claimed: nobody can have been before. Should somebody have been
-        all the same, the claim tells, and the attempt begins anew with the number that it has got.
+        A fresh message is most likely a first attempt. It generates while it is claimed. If the claim finds an earlier
+        attempt, this one starts again with its true number.
         """
         age_s = time.time() - attempt.request.created_at
         fresh = attempt.delivery.num_delivered == 1 and age_s < QUEUED_AFTER_S
@@ -142,28 +151,30 @@ class AttemptRunner:
                 with contextlib.suppress(_NotTheFirst):
                     await self._settle(attempt, await self._work(attempt))
                     return
-                attempt.stopped = asyncio.get_running_loop().create_future()
+                attempt.misjudged = _future()
             attempt.number = attempt.reply.attempt = await attempt.claim
             await self._settle(attempt, await self._work(attempt))
         except EndedBefore as exc:
             await attempt.ownership.count(exc.state)
+            # The api drops frames of an attempt that is older than the last one it has seen.
+            attempt.reply.attempt = max(exc.state.attempt, 1)
             await self._settle(attempt, Ended(End.ENDED_BEFORE, error=_error_of(exc.state)))
         except StateUnreadable as exc:
-            # It cannot be written over, so nobody can ever end this request well.
+            # No write can replace a state that cannot be read: the request can only fail.
             log.error("[RequestQueue] %s", exc.message, extra=attempt.measured.fields())
             await patiently(lambda: self._states.count(RequestStatus.FAILED, attempt.request.id))
+            attempt.reply.attempt = attempt.delivery.num_delivered
             await self._settle(attempt, Ended(End.UNREADABLE, error=exc))
         finally:
             attempt.claim.cancel()
 
     async def _claim(self, attempt: Attempt, *, fresh: bool) -> int:
+        number = 0
         try:
             number = await attempt.ownership.claim(fresh=fresh)
-        except BaseException:
-            attempt.stop(Ended(End.SUPERSEDED))
-            raise
-        if fresh and number != attempt.number:
-            attempt.stop(Ended(End.SUPERSEDED))
+        finally:
+            if fresh and number != attempt.number:
+                attempt.misjudged.set_result(None)
         attempt.measured.attempt = number
         log.info(
             "[RequestQueue] %s processing, attempt %d", attempt.request.id, number, extra=attempt.measured.fields()
@@ -187,7 +198,7 @@ class AttemptRunner:
             return Ended(End.ABANDONED, reason=API_GONE)
         generation = asyncio.create_task(self._generate(attempt))
         try:
-            ends: set[asyncio.Future[Any]] = {generation, attempt.stopped}
+            ends: set[asyncio.Future[Any]] = {generation, attempt.stopped, attempt.misjudged}
             await asyncio.wait(ends, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not generation.done():
@@ -196,14 +207,16 @@ class AttemptRunner:
             attempt.measured.generated()
         if not generation.cancelled():
             return generation.result()
-        return attempt.stopped.result() if attempt.stopped.done() else timed_out
+        if attempt.stopped.done():
+            return attempt.stopped.result()
+        return Ended(End.SUPERSEDED) if attempt.misjudged.done() else timed_out
 
     def _spent(self, attempt: Attempt, attempts: int) -> bool:
-        # A hand-over is no failure of the request's: it does not count against it.
+        # A hand-over is not the request's fault, so it does not use up an attempt.
         return attempts >= self._max_deliveries + attempt.ownership.handed_over
 
     async def _generate(self, attempt: Attempt) -> Ended:
-        """All tokens to the reply; how that ended."""
+        """Send all tokens; how the generation ended."""
         request, reply, measured = attempt.request, attempt.reply, attempt.measured
         resume = {}
         if attempt.number > 1:
@@ -232,12 +245,13 @@ class AttemptRunner:
                             measured.accepted(prompt_tokens)
                             if attempt.number == 1:
                                 await reply.announce()
+            usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=reply.token_count, cached_tokens=cached_tokens)
+            reply.finish(reasons, usage)
         except RequestError as exc:
             return Ended(End.REFUSED, error=exc)
-        except Exception as exc:  # whatever an engine raises is a fault of this attempt, and none of the worker's
+        except Exception as exc:  # whatever an engine raises fails this attempt, and not the worker
             return Ended(End.FAULT, fault=reason_of(exc))
-        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=reply.token_count, cached_tokens=cached_tokens)
-        return Ended(End.COMPLETED, finish_reasons=reasons, usage=usage)
+        return Ended(End.COMPLETED, usage=usage)
 
     async def _settle(self, attempt: Attempt, ended: Ended) -> None:
         if ended.how is not End.COMPLETED:
@@ -264,7 +278,7 @@ class AttemptRunner:
 
     @staticmethod
     async def _own(attempt: Attempt, ended: Ended) -> None:
-        """Wait until the request is this attempt's; raises what came in between."""
+        """Wait for the claim. Raises what it raised, _NotTheFirst, or Superseded."""
         if ended.how in (End.ENDED_BEFORE, End.UNREADABLE):
             return
         if await attempt.claim != attempt.number:
@@ -275,13 +289,11 @@ class AttemptRunner:
     async def _tell(self, attempt: Attempt, told: Told, ended: Ended) -> RequestStatus | None:
         match told:
             case Told.ANSWER:
-                assert ended.finish_reasons is not None
-                assert ended.usage is not None
-                return await attempt.reply.complete(ended.finish_reasons, ended.usage)
+                return await attempt.reply.complete()
             case Told.ERROR if ended.error is not None:
                 return await attempt.reply.fail(ended.error)
             case Told.CANCEL:
-                # Should the api be there after all, its client gets a definite end instead of a wait for nothing.
+                # If the api lives after all, its client gets an error now and does not wait until its deadline.
                 await self._notices.tell(attempt.request.id, ended.reason or "")
         return None
 
@@ -301,7 +313,7 @@ class AttemptRunner:
         reason = error.message if error else ended.reason or NOT_RECEIVED
         told = None if status is RequestStatus.COMPLETED else reason
         status = await attempt.ownership.end(status, error=told, fault=ended.fault, usage=ended.usage)
-        # What is wrong with a request may quote it: that goes to its client and its state, not into a log.
+        # The message of a refusal may quote the request. The client and the state get it, the log gets its code.
         code = (error.code or error.type) if error is not None and error.status < 500 else None
         attempt.measured.ended(status.value, (code or status.value) if told else None)
         log.info(
@@ -315,9 +327,9 @@ class AttemptRunner:
         )
 
     async def _unreadable(self, request_id: str, delivery: Delivery, error: ValidationError) -> None:
-        """A message that this worker cannot read: out with it, counted once, and said to the api that its headers name.
+        """Remove a message that this worker cannot read, count it once, and tell the api that its headers name.
 
-        An honest one is of an api with a newer schema. Another worker might read it, but none may be there.
+        It may come from an api with a newer schema. Another worker might be able to read it, but there may be none.
         """
         known = names.is_request_id(request_id)
         log.error(
@@ -337,18 +349,19 @@ class AttemptRunner:
             return None
 
         async def record(status: RequestStatus, ended: Ended) -> None:
-            if known and await patiently(lambda: self._states.get(request_id)) is not None:
-                message = ended.error.message if ended.error is not None else None
-                await patiently(lambda: end(self._states, request_id, status, message))
-            else:
-                await patiently(lambda: self._states.count(status, f"unreadable-{delivery.sequence}"))
+            with contextlib.suppress(StateUnreadable):
+                if known and await patiently(lambda: self._states.get(request_id)) is not None:
+                    message = ended.error.message if ended.error is not None else None
+                    await patiently(lambda: end(self._states, request_id, status, message))
+                    return
+            await patiently(lambda: self._states.count(status, f"unreadable-{delivery.sequence}"))
 
         reason = InferenceFailed("a worker could not read the request: it may be older than the api")
         await settle(Ended(End.UNREADABLE, error=reason), lambda: delivery, tell, record)
 
 
 class _NotTheFirst(Exception):
-    """An attempt that took itself for the first has got another number."""
+    """An attempt that started as the first one has another number."""
 
 
 _LOGGED: Final = {
@@ -358,7 +371,7 @@ _LOGGED: Final = {
 
 
 def _error_of(state: RequestState) -> ApiError | None:
-    """What a client is told that still waits for a request which had ended; None where it has the answer."""
+    """The error for a client that still waits for a request in this final state. None if it has the answer."""
     message = state.error or "the request has ended"
     match state.status:
         case RequestStatus.COMPLETED:
