@@ -1,8 +1,8 @@
-"""`Idempotency-Key`: a client that asks again gets the running or finished answer instead of another run.
+"""`Idempotency-Key`: a client that repeats a request gets the running or finished answer instead of another run.
 
 The first request with a key leads: it runs to its end even if its client leaves, and its answer is kept for
-REQUEST_STATE_TTL. Others with the same key and body, at any api replica, are given that answer. A request that
-ended in an error is not kept: asking again runs it again. So does asking again after the api that led has died.
+REQUEST_STATE_TTL. Other requests with the same key and body, at any api replica, get that answer. An error is not
+kept, so a repetition runs again. It also runs again if the api of the leading request has died.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from typing import Literal
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
+from pydantic import ValidationError
 
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.recorded_answer import RecordedAnswer, Recording
@@ -32,13 +33,13 @@ HEADER = "idempotency-key"
 MAX_KEY_LENGTH = 255
 
 FOLLOW_CHECK_S = 2.0
-"""How often one that waits for another api's answer looks whether that api lives."""
+"""How often a request that waits for another api's answer checks that this api is alive."""
 
 log = logging.getLogger(__name__)
 
 
 class KeptAnswer(Message):
-    """The value in the KV bucket `inference-answers`: who leads, and the answer once it is there."""
+    """The value in the KV bucket `inference-answers`: which request leads, and its answer once it is whole."""
 
     schema_version: Literal[1] = 1
     request_id: str
@@ -56,14 +57,14 @@ class KeyReused(InvalidRequest):
 
 
 def scoped_key(key: str, authorization: str) -> str:
-    """A client's key as a key of the bucket: two clients may choose the same one. Raises InvalidRequest."""
+    """The bucket's key for a client's key. Two clients may choose the same key. Raises InvalidRequest."""
     if not re.fullmatch(rf"[\x21-\x7e]{{1,{MAX_KEY_LENGTH}}}", key):
         raise InvalidRequest(f"Idempotency-Key must be 1 to {MAX_KEY_LENGTH} visible ASCII characters", param=HEADER)
     return hashlib.sha256(f"{authorization}\n{key}".encode()).hexdigest()
 
 
 class IdempotentRequests:
-    """Answers by key, those under way here and those kept in NATS."""
+    """Answers by key: those in flight here, and those kept in NATS."""
 
     def __init__(self, connection: Connection, dispatcher: Dispatcher, apis: Presence[ApiInfo]) -> None:
         self._connection = connection
@@ -73,7 +74,7 @@ class IdempotentRequests:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Cancel what runs without a client that waits for it."""
+        """Cancel requests that run without a client."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -81,10 +82,10 @@ class IdempotentRequests:
 
     @contextlib.asynccontextmanager
     async def attach(self, request: InferenceRequest, key: str) -> AsyncIterator[RecordedAnswer]:
-        """The answer of `key`, led here if nobody leads it.
+        """The answer for `key`. This request leads if no other does.
 
         Raises:
-            KeyReused: the key stands for another body.
+            KeyReused: the key was used with another body.
         """
         body_hash = _body_hash(request)
         if key not in self._recordings:
@@ -97,29 +98,32 @@ class IdempotentRequests:
         if known_hash != body_hash:
             raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
         timeout_s = request.deadline - request.created_at
-        answer = recording.answer()
-        timer = asyncio.get_running_loop().call_later(
-            timeout_s, answer.fail, RequestTimeout(f"the request was not finished within {timeout_s:g} seconds")
-        )
-        try:
-            yield answer
-        finally:
-            timer.cancel()
+        timed_out = RequestTimeout(f"the request was not finished within {timeout_s:g} seconds")
+        with recording.read() as answer:
+            timer = asyncio.get_running_loop().call_later(timeout_s, answer.fail, timed_out)
+            try:
+                yield answer
+            finally:
+                timer.cancel()
 
     async def _obtain(self, request: InferenceRequest, key: str, body_hash: str, recording: Recording) -> None:
-        """Lead, or follow whoever does; the recording ends in either case."""
+        """Lead, or follow the leading request. The recording has ended when this returns."""
         try:
             bucket = await self._connection.jetstream.key_value(names.ANSWERS_BUCKET)
             mine = KeptAnswer(request_id=request.id, body_hash=body_hash, api=self._dispatcher.instance)
             while True:
-                revision = await _create(bucket, key, mine)
-                if revision is not None:
+                try:
+                    revision = await bucket.create(key, mine.encode())
+                except KeyWrongLastSequenceError:
+                    if await self._follow(bucket, key, mine, recording):
+                        return
+                else:
                     await self._lead(request, bucket, key, mine, revision, recording)
-                    return
-                if await self._follow(bucket, key, mine, recording):
                     return
         except ApiError as exc:
             recording.fail(exc)
+        except ValidationError:
+            recording.fail(QueueUnavailable("another version of the api keeps the answer of this Idempotency-Key"))
         except (NatsError, TimeoutError) as exc:
             log.warning("[RequestQueue] %s: kept answers cannot be reached: %r", request.id, exc)
             recording.fail(QueueUnavailable("the queue cannot be reached, try again later"))
@@ -149,17 +153,17 @@ class IdempotentRequests:
                 await bucket.update(key, kept.encode(), last=revision)
                 revision = 0
             except (NatsError, TimeoutError) as exc:
-                # Too large, no room in the store, NATS is away: it is an answer all the same.
+                # The client gets its answer also if it is too large to be kept, the store is full or NATS is away.
                 log.warning("[RequestQueue] %s: the answer is not kept for its key: %r", request.id, exc)
             recording.finish(completed)
         finally:
-            # Neither an error nor an answer too large to be kept must stand in the way of another try.
+            # After an error, or if the answer was not kept, the key is free for another try.
             if revision:
                 with contextlib.suppress(NatsError, TimeoutError):
                     await bucket.delete(key, last=revision)
 
     async def _follow(self, bucket: KeyValue, key: str, mine: KeptAnswer, recording: Recording) -> bool:
-        """Wait for the leader's answer; False where nobody leads any more."""
+        """Wait for the leader's answer; False if no request leads any more."""
         changed = asyncio.Event()
 
         async def heard(_: object) -> None:
@@ -191,14 +195,6 @@ class IdempotentRequests:
         finally:
             with contextlib.suppress(NatsError):
                 await subscription.unsubscribe()
-
-
-async def _create(bucket: KeyValue, key: str, mine: KeptAnswer) -> int | None:
-    try:
-        revision: int = await bucket.create(key, mine.encode())
-    except KeyWrongLastSequenceError:
-        return None
-    return revision
 
 
 def _body_hash(request: InferenceRequest) -> str:

@@ -1,7 +1,8 @@
 """An answer that several clients read, each from its beginning, while it is still generated."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import Completed, Delta
@@ -15,42 +16,46 @@ class Recording:
         self.begun = False
         self.completed: Completed | None = None
         self.error: ApiError | None = None
-        self._readers: list[RecordedAnswer] = []
+        self._readers: set[RecordedAnswer] = set()
 
-    def answer(self) -> "RecordedAnswer":
+    @contextlib.contextmanager
+    def read(self) -> Iterator["RecordedAnswer"]:
         """The answer for one more client."""
         answer = RecordedAnswer(self)
-        self._readers.append(answer)
-        return answer
+        self._readers.add(answer)
+        try:
+            yield answer
+        finally:
+            self._readers.discard(answer)
 
     def begin(self) -> None:
-        """A worker has started."""
+        """A worker has begun."""
         self.begun = True
-        self._tell()
+        self._wake()
 
     def add(self, deltas: list[Delta]) -> None:
-        """More of the answer."""
+        """More deltas have come."""
         self.deltas += deltas
-        self._tell()
+        self._wake()
 
     def finish(self, completed: Completed) -> None:
-        """All of it is there."""
+        """The answer is whole."""
         self.completed = completed
-        self._tell()
+        self._wake()
 
     def fail(self, error: ApiError) -> None:
-        """It ends in an error, unless it has ended."""
+        """The request fails with `error`, unless it has ended."""
         if self.completed is None and self.error is None:
             self.error = error
-            self._tell()
+            self._wake()
 
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         for reader in self._readers:
             reader.changed.set()
 
 
 class RecordedAnswer:
-    """What one client reads of a recording; it can give up without disturbing the others."""
+    """One client's view of a recording. It can stop waiting without an effect on other clients. See `Answer`."""
 
     attempt = 0
 
@@ -61,21 +66,21 @@ class RecordedAnswer:
 
     @property
     def completed(self) -> Completed | None:
-        """The end, once it is there."""
+        """See `Answer.completed`."""
         return self._recording.completed
 
     def fail(self, error: ApiError) -> None:
-        """This reader stops waiting."""
+        """See `Answer.fail`."""
         self._own_error = error
         self.changed.set()
 
     async def started(self) -> None:
-        """Wait until a worker has begun; raises how it ended if it ended before that."""
+        """See `Answer.started`."""
         while not self._recording.begun and self.completed is None:
             await self._wait()
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """All deltas from the first, as many at a time as have come."""
+        """See `Answer.deltas`."""
         read = 0
         while True:
             if len(self._recording.deltas) > read:
@@ -92,5 +97,5 @@ class RecordedAnswer:
             raise error
         self.changed.clear()
         await self.changed.wait()
-        if (error := self._own_error) is not None:
-            raise error
+        if self._own_error is not None:
+            raise self._own_error
