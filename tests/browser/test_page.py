@@ -160,7 +160,7 @@ async def test_a_request_is_looked_up_and_cancelled(nats_server: NatsServer, win
         await window.page.get_by_role("button", name=f"Cancel {waiting_id}").focus()
         await keyboard.press("Enter")
         await stack.reaches(waiting_id, RequestStatus.CANCELLED)
-        await window.shows("#message", f"{waiting_id} is cancelled")
+        await window.shows("#message", f"{waiting_id} was cancelled")
         row = window.page.locator("#requests tr", has=window.page.get_by_text(waiting_id))
         await expect(row).to_be_focused()
         # Once more cancels nothing.
@@ -252,7 +252,7 @@ async def test_a_connection_that_says_nothing_is_given_up(nats_server: NatsServe
     async with running(nats_server) as stack, windows.open(stack) as window:
         await window.live()
         stack.apis[0].signal(signal.SIGSTOP)
-        await window.shows("#connection", "nothing heard for 10 s, connecting again")
+        await window.shows("#connection", "no event for 10 s, reconnecting")
         stack.apis[0].signal(signal.SIGCONT)
         await window.live()
 

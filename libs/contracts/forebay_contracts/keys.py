@@ -1,15 +1,15 @@
-"""Clients' keys: how one is made, and the file that says whose keys are good and for how much.
+"""Clients' keys: how one is made, and the file that holds their hashes and limits.
 
     [alice]
     sha256 = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
     max_requests = 20
 
     [dashboard]
-    sha256 = ["…", "…"]     # two while one replaces the other
+    sha256 = ["…", "…"]     # two while a new key replaces the old one
     operator = true
 
-A key is 256 random bits. Nobody guesses one, however fast the hash, so the file holds plain SHA-256: the slow salted
-hashes that passwords need would cost each request more than all the rest of its way through the api.
+A key is 256 random bits, which nobody can guess. So the file holds plain SHA-256. The slow salted hashes that passwords
+need would cost each request more than all other work of the api.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from forebay_contracts.wire.errors import ConfigurationError
 
 MAX_KEYS: Final = 1000
-"""Names are labels of metrics, and each costs memory there."""
+"""A bound, since each name is a label of metrics and costs memory there."""
 
 MAX_FILE_BYTES: Final = 1_000_000
 
 PREFIX: Final = "fb-"
-"""What every key that is made here begins with, so that scanners find one that has leaked."""
+"""The start of every key, so that scanners find leaked ones."""
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -38,8 +38,8 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class KeyEntry(BaseModel):
     """One name of the file: the hashes of its keys, and what they may do.
 
-    `max_requests` bounds what it has admitted and unfinished (KEY_MAX_REQUESTS where it is not given); an `operator`
-    sees and calls off everybody's requests, others their own.
+    `max_requests` bounds its unfinished requests; without it, KEY_MAX_REQUESTS does. An `operator` sees and cancels the
+    requests of all keys, others only their own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
@@ -60,7 +60,7 @@ def parse(text: str) -> dict[str, KeyEntry]:
     """The entries of a keys file by name.
 
     Raises:
-        ConfigurationError: saying where the fault is, and never what stands there: it may be a key.
+        ConfigurationError: it names the place of the fault and quotes nothing, since that may be a key.
     """
     try:
         entries = _entries.validate_python(tomllib.loads(text))
@@ -69,14 +69,13 @@ def parse(text: str) -> dict[str, KeyEntry]:
     except ValidationError as exc:
         raise ConfigurationError("; ".join(_sentence(error) for error in exc.errors(include_input=False))) from None
     if not entries:
-        # Without any key the api is open to all: an empty file is a mistake, not a wish for that.
+        # Without any key the api is open to all. An empty file is a mistake and must not open it.
         raise ConfigurationError("it holds no key")
     if len(entries) > MAX_KEYS:
         raise ConfigurationError(f"it holds more than {MAX_KEYS} names")
     owners: dict[str, str] = {}
     for name, entry in entries.items():
-        if not NAME.fullmatch(name):
-            raise ConfigurationError(f"[{name[:80]}] is no name: use a-z, 0-9, '_' and '-', at most 63 of them")
+        _check_name(name)
         for digest in entry.sha256:
             if owners.setdefault(digest, name) != name:
                 raise ConfigurationError(f"[{owners[digest]}] and [{name}] have the same key")
@@ -89,20 +88,24 @@ def make() -> str:
 
 
 def digest(key: bytes) -> str:
-    """What stands in the file for a key."""
+    """The hash of a key as the file holds it."""
     return hashlib.sha256(key).hexdigest()
 
 
 def written(name: str, key: str, *, max_requests: int | None, operator: bool) -> str:
-    """The entry of the file for a new key; raises ConfigurationError for what is no name."""
-    if not NAME.fullmatch(name):
-        raise ConfigurationError(f"{name!r} is no name: use a-z, 0-9, '_' and '-', at most 63 of them")
+    """The entry of the file for a new key. Raises ConfigurationError if `name` is not allowed."""
+    _check_name(name)
     lines = [f"[{name}]", f'sha256 = "{digest(key.encode())}"']
     if max_requests is not None:
         lines.append(f"max_requests = {max_requests}")
     if operator:
         lines.append("operator = true")
     return "\n".join(lines) + "\n"
+
+
+def _check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ConfigurationError(f"[{name[:80]}] is no name: use a-z, 0-9, '_' and '-', at most 63 of them")
 
 
 def _sentence(error: Any) -> str:

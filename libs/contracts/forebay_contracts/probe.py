@@ -1,6 +1,6 @@
-"""`python -m forebay_contracts.probe PORT PATH`: exit status 0 when this machine answers 200 there, for health checks.
+"""`python -m forebay_contracts.probe PORT PATH` for health checks: exit status 0 if this machine answers 200 there.
 
-Without a proxy, redirects or any package: an image needs no other HTTP client for it.
+It uses no proxy, no redirects and no package, so an image needs no other HTTP client.
 """
 
 import http.client
@@ -11,7 +11,7 @@ TIMEOUT_S: Final = 5.0
 
 
 def main(port: str, path: str) -> int:
-    """Ask; prints the answer, which says why where it is not 200."""
+    """Send the request and print the answer, which says what is wrong if it is not 200."""
     connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=TIMEOUT_S)
     try:
         connection.request("GET", path)

@@ -1,4 +1,4 @@
-"""How a process lives: its end, its limits, its garbage collection."""
+"""Settings of the process itself: its end with its parent, its file limit, its garbage collection."""
 
 import ctypes
 import gc
@@ -11,20 +11,20 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, which started it, is gone, however that ends.
+    """Have the kernel kill this process when its parent process `parent` ends, in whatever way.
 
-    Linux only (prctl(2), PR_SET_PDEATHSIG); elsewhere nothing happens. It holds over an exec, and not for
-    children of this process, which must call it themselves.
+    This works on Linux only (prctl(2), PR_SET_PDEATHSIG). It lasts over an exec. Children of this process must call it
+    themselves.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    # A parent that died before that sends no signal any more.
+    # If the parent died before the call above, no signal comes.
     if os.getppid() != parent:
         sys.exit(1)
 
 
 def raise_file_limit(wanted: int) -> None:
-    """Let this process have `wanted` files and connections open, or as many as the system allows it."""
+    """Allow this process `wanted` open files and connections, or as many as the system permits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < allowed:
@@ -32,10 +32,10 @@ def raise_file_limit(wanted: int) -> None:
 
 
 def calm_collector() -> None:
-    """Call when everything that stays is built: what there is now is left out of every later collection.
+    """Make garbage collection cheap; call it when all long-lived objects exist. Later collections skip these objects.
 
-    The young generation is collected every 10,000 allocations instead of 700, since a request allocates
-    hundreds of objects that die with it, by reference counting.
+    The young generation is collected every 10,000 allocations instead of 700: a request allocates hundreds of objects,
+    which reference counting frees.
     """
     gc.collect()
     gc.freeze()

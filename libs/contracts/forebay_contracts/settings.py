@@ -21,7 +21,7 @@ def _default_data_dir() -> Path:
 
 
 def _number(value: Any) -> Any:
-    # The environment holds strings, which a Literal of numbers does not take.
+    # The environment holds strings, and a Literal of numbers does not accept them.
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
@@ -29,7 +29,7 @@ ENV_FILE: Final = ".env"
 
 
 class Settings(BaseSettings):
-    """The settings of every process: how to find the queue, and its limits."""
+    """The settings of every process: how to reach the queue, and its limits."""
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE, env_file_encoding="utf-8", extra="ignore", frozen=True, env_ignore_empty=True
@@ -147,7 +147,7 @@ class Settings(BaseSettings):
 
 
 class ApiSettings(Settings):
-    """The further settings of the api."""
+    """The settings of the api."""
 
     api_host: str = Field("127.0.0.1", min_length=1, description="Address that the api listens on")
     api_port: int = Field(8091, ge=0, le=65_535, description="Port that the api listens on")
@@ -208,7 +208,7 @@ class ApiSettings(Settings):
 
 
 class InferenceSettings(Settings):
-    """The further settings of a worker."""
+    """The settings of a worker."""
 
     worker_slots: int | None = Field(
         None,
@@ -269,7 +269,7 @@ def load(cls: type[S], **overrides: Any) -> S:
     """Read the settings, and describe every error in one sentence.
 
     Raises:
-        ConfigurationError: naming each setting that is wrong and why.
+        ConfigurationError: it names each wrong setting and says why.
     """
     try:
         return cls(**overrides)

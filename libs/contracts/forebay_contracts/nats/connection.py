@@ -1,4 +1,4 @@
-"""The connection to NATS: for ever reconnecting, never buffering what it cannot send."""
+"""The connection to NATS. It reconnects for ever and never buffers what it cannot send."""
 
 import asyncio
 import contextlib
@@ -25,38 +25,58 @@ JETSTREAM_TIMEOUT_S = 5
 OLDEST_SERVER = (2, 12)
 
 Role = Literal["api", "inference", "cli"]
-"""Whose inboxes: each user of deploy/nats/forebay.conf hears those of its own role alone."""
+"""The owner of an inbox. Each user of deploy/nats/forebay.conf may read the inboxes of its own role only."""
 
 log = logging.getLogger(__name__)
 
 
 class Connection:
-    """A NATS client, its JetStream context and, for the paths that are hot, `requests`.
+    """A NATS client, its JetStream context, and `requests` for the hot paths.
 
-    `on_reconnect` collects what must be done anew after an outage.
+    `on_reconnect` holds what must be done again after an outage.
     """
 
-    def __init__(self, client: Client, jetstream: JetStreamContext) -> None:
+    def __init__(self, client: Client) -> None:
         self.client = client
-        self.jetstream = jetstream
+        self.jetstream: JetStreamContext = client.jetstream(timeout=JETSTREAM_TIMEOUT_S)
         self.requests = Requests(client)
         self.on_reconnect: list[Callable[[], Awaitable[None]]] = []
+        self.errors_before_start: list[Exception] = []
         self.up = asyncio.Event()
-        self.up.set()
+        self._started = False
 
     @property
     def connected(self) -> bool:
-        """Whether something sent now would be sent."""
+        """Whether a message would be sent now."""
         return bool(self.client.is_connected)
 
+    async def start(self, options: dict[str, Any]) -> None:
+        """Connect with `options` within CONNECT_TIMEOUT_S; later losses are repaired for ever.
+
+        The first try is bounded, so that a wrong address is an error and not a wait. nats-py itself would try a server
+        with an untrusted certificate for ever.
+        """
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await self.client.connect(
+                **options,
+                allow_reconnect=False,
+                max_reconnect_attempts=1,
+                disconnected_cb=self._disconnected,
+                reconnected_cb=self._reconnected,
+                error_cb=self._failed,
+            )
+        self.client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
+        self._started = True
+        self.up.set()
+
     async def wait_connected(self, timeout_s: float) -> bool:
-        """Wait until there is a connection, at most `timeout_s`; whether there is one."""
+        """Wait for a connection, at most `timeout_s`; returns whether there is one."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.up.wait(), timeout_s)
         return self.connected
 
     async def close(self) -> None:
-        """Flush and close; never raises for a server that is gone."""
+        """Flush and close. Raises nothing if the server is gone."""
         try:
             await self.client.flush(timeout=1)
         except Exception as exc:
@@ -65,6 +85,24 @@ class Connection:
             await self.client.close()
         except OSError as exc:
             log.debug("closed a connection that was lost: %r", exc)
+
+    async def _disconnected(self) -> None:
+        self.up.clear()
+        if not self.client.is_closed:
+            log.warning("[RequestQueue] connection to NATS lost; reconnecting until it is back")
+
+    async def _reconnected(self) -> None:
+        log.info("[RequestQueue] connected to NATS again")
+        self.up.set()
+        for action in self.on_reconnect:
+            await action()
+
+    async def _failed(self, error: Exception) -> None:
+        if not self._started:
+            self.errors_before_start.append(error)
+        # Only this callback hears of refused subjects and slow consumers. `_disconnected` logs a lost connection.
+        if self.client.is_connected:
+            log.warning("[RequestQueue] NATS: %s", error)
 
 
 @contextlib.asynccontextmanager
@@ -78,69 +116,39 @@ async def connected(settings: Settings, name: str, role: Role = "cli") -> AsyncI
 
 
 async def connect(settings: Settings, name: str, role: Role = "cli") -> Connection:
-    """Connect to NATS_URL as `name`; answers come to inboxes that only users of this `role` may hear.
+    """Connect to NATS_URL as `name`. Answers come to inboxes that only users of this `role` may read.
 
-    An established connection is kept for ever: lost, it is retried until it is back, one log line each.
-    Nothing is buffered meanwhile (`pending_size=0`): a publish fails at once instead of being sent later,
-    when its sender has long reported a failure.
+    A lost connection is retried until it is back, with one log line for each change. Nothing is buffered meanwhile
+    (`pending_size=0`): a publish fails at once. Otherwise it would be sent after its sender had reported a failure.
 
     Raises:
         QueueUnavailable: no server can be reached now.
         ConfigurationError: credentials or certificates cannot be used, or the server is older than 2.12.
     """
     url = settings.nats_url or DEFAULT_NATS_URL
-    connection: Connection | None = None
-    refusals: list[Exception] = []
-
-    async def disconnected() -> None:
-        if connection is not None:
-            connection.up.clear()
-        if not client.is_closed:
-            log.warning("[RequestQueue] connection to NATS lost; reconnecting until it is back")
-
-    async def reconnected() -> None:
-        log.info("[RequestQueue] connected to NATS again")
-        if connection is not None:
-            connection.up.set()
-        for action in connection.on_reconnect if connection else ():
-            await action()
-
-    async def failed(error: Exception) -> None:
-        if connection is None:
-            refusals.append(error)
-        # Refused subjects and slow consumers are reported here and nowhere else; a lost connection is
-        # already logged, once, by `disconnected`.
-        if client.is_connected:
-            log.warning("[RequestQueue] NATS: %s", error)
-
-    client = Client()
+    tls = _tls(settings)
     options: dict[str, Any] = {
         "servers": [part.strip() for part in url.split(",")],
         "name": name,
-        "max_reconnect_attempts": -1,
         "reconnect_time_wait": RECONNECT_WAIT_S,
         "connect_timeout": CONNECT_TIMEOUT_S,
         "ping_interval": PING_INTERVAL_S,
         "pending_size": 0,
         "inbox_prefix": f"_INBOX.{role}",
-        "disconnected_cb": disconnected,
-        "reconnected_cb": reconnected,
-        "error_cb": failed,
+        **_credentials(settings),
     }
-    options |= _credentials(settings)
-    if (tls := _tls(settings)) is not None:
+    if tls is not None:
         options["tls"] = tls
-    # The first connection is bounded, so that a wrong address is said at start and not waited for.
+    connection = Connection(Client())
     try:
-        # nats-py tries a server whose certificate it does not trust for ever.
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await client.connect(**options | {"allow_reconnect": False, "max_reconnect_attempts": 1})
-        _check_version(client)
-        if tls is not None and not client._server_info.get("tls_required"):
-            # The client speaks TLS only where the server asks for it: somebody in between could leave that out.
+        await connection.start(options)
+        _check_version(connection.client)
+        if tls is not None and not connection.client._server_info.get("tls_required"):
+            # The client uses TLS only if the server asks for it. An attacker in between could remove that.
             raise ConfigurationError(f"NATS at {_without_secrets(url)} does not speak TLS, and NATS_TLS_CA wants it")
     except (NatsError, OSError, TimeoutError) as exc:
-        await _abandon(client)
+        await _abandon(connection.client)
+        refusals = connection.errors_before_start
         reason = next(filter(_is_of_user, refusals), refusals[-1] if refusals else exc)
         if _is_of_user(reason):
             raise ConfigurationError(
@@ -151,10 +159,8 @@ async def connect(settings: Settings, name: str, role: Role = "cli") -> Connecti
             f"cannot reach NATS at {_without_secrets(url)}: {str(reason) or type(reason).__name__}"
         ) from exc
     except ConfigurationError:
-        await _abandon(client)
+        await _abandon(connection.client)
         raise
-    client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
-    connection = Connection(client, client.jetstream(timeout=JETSTREAM_TIMEOUT_S))
     return connection
 
 
@@ -163,7 +169,7 @@ def _is_of_user(error: Exception) -> bool:
 
 
 async def _abandon(client: Client) -> None:
-    # Python 3.11 waits for ever for the end of a connection whose TLS handshake failed.
+    # Python 3.11 waits for ever when it closes a connection whose TLS handshake failed.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(1):
             await client.close()

@@ -1,6 +1,6 @@
-"""Reading what a stream holds by batched direct gets (NATS ADR-31), without a consumer.
+"""Reads a stream by batched direct gets (NATS ADR-31), without a consumer.
 
-A consumer could be told to deliver to any subject of its account; who may only read is not allowed to make one.
+A user that may only read may not make consumers, since a consumer can deliver to any subject of its account.
 """
 
 import json
@@ -11,7 +11,7 @@ from nats.js.errors import NotFoundError
 from forebay_contracts.nats.connection import Connection
 
 BATCH = 1_000
-"""Messages of one answer."""
+"""Most messages of one answer."""
 
 READ_TIMEOUT_S = 5.0
 """How long the next message may take."""
@@ -24,7 +24,7 @@ async def messages(connection: Connection, stream: str, subjects: str, first: in
     """The messages of `stream` on `subjects` from sequence `first` on, oldest first, each with its headers.
 
     Raises:
-        NotFoundError: nobody answers for the stream: it is not there.
+        NotFoundError: there is no such stream.
         nats.errors.Error, TimeoutError: NATS does not answer.
     """
     client, found = connection.client, list[Msg]()

@@ -1,4 +1,4 @@
-"""What the user of a connection may publish and hear, as the server itself says it."""
+"""What the user of a connection may publish and subscribe to, as the server says it."""
 
 import json
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ _SUBJECT = "$SYS.REQ.USER.INFO"
 
 @dataclass(frozen=True, slots=True)
 class Subjects:
-    """Patterns that are allowed (None: all that is not denied) and denied."""
+    """Subject patterns that are allowed (None: all) and denied. A denial wins."""
 
     allow: Sequence[str] | None = None
     deny: Sequence[str] = ()
 
     def permit(self, subject: str) -> bool:
-        """Whether all of `subject`, which may hold wildcards, is allowed."""
+        """Whether all of `subject` is allowed; it may hold wildcards."""
         allowed = self.allow is None or any(covers(pattern, subject) for pattern in self.allow)
         return allowed and not any(covers(pattern, subject) for pattern in self.deny)
 
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """Of one user; without a user (no authentication) everything is allowed."""
+    """The permissions of one user. Without authentication there is no user, and everything is allowed."""
 
     user: str = ""
     publish: Subjects = Subjects()
@@ -36,7 +36,7 @@ class Permissions:
 
 
 async def own(connection: Connection) -> Permissions | None:
-    """What the connection's user may do; None where the server does not say, as for one that may not ask."""
+    """What the connection's user may do; None if the server does not answer, as for a user that may not ask."""
     try:
         answer = await connection.client.request(_SUBJECT, b"", timeout=TIMEOUT_S)
     except (NatsError, TimeoutError):
@@ -47,7 +47,7 @@ async def own(connection: Connection) -> Permissions | None:
 
 
 def covers(pattern: str, subject: str) -> bool:
-    """Whether every subject that `subject` stands for is one that `pattern` stands for."""
+    """Whether `pattern` matches every subject that `subject` matches."""
     wanted, given = subject.split("."), pattern.split(".")
     for position, token in enumerate(given):
         if token == ">":

@@ -1,4 +1,4 @@
-"""Who is alive: each service writes a heartbeat into a KV bucket, and others keep a live view of it."""
+"""Which services are alive: each writes a heartbeat into a KV bucket, and others keep a live view of it."""
 
 import asyncio
 import contextlib
@@ -22,10 +22,10 @@ from forebay_contracts.wire.heartbeats import ServiceInfo
 HEARTBEAT_INTERVAL_S = 1.0
 
 MAX_STRANGERS = 10_000
-"""How many of those that were asked for and never heard of are remembered."""
+"""Most members without a heartbeat that are remembered."""
 
 MAX_PAUSE_S = 2 * HEARTBEAT_INTERVAL_S
-"""After a longer pause of its own, an observer's view is out of date, and it calls nobody dead for a while."""
+"""After a longer pause of this process its view is out of date, and for HEARTBEAT_TTL_S it takes nobody for dead."""
 
 Info = TypeVar("Info", bound=ServiceInfo)
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeat(Generic[Info]):
-    """Writes `describe()` into `bucket` every second, and at once on `beat`; takes it out on `stop`."""
+    """Writes `describe()` into `bucket` every second, and at once on `beat`. Removes it on `stop`."""
 
     def __init__(self, connection: Connection, bucket: str, describe: Callable[[], Info]) -> None:
         self._connection = connection
@@ -44,24 +44,24 @@ class Heartbeat(Generic[Info]):
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Write the first heartbeat and go on in the background."""
+        """Write the first heartbeat, and the others in the background."""
         await self._put()
         self._task = asyncio.create_task(self._run())
 
     def beat(self) -> None:
-        """Something changed that others should see now."""
+        """Write a heartbeat now, since what it describes has changed."""
         self._now.set()
 
     async def stop(self) -> None:
-        """Stop and take the heartbeat out, so that nobody waits for it to expire."""
+        """Stop and remove the heartbeat, so that nobody waits for it to expire."""
         if self._task is None:
             return
-        # Told, not cancelled: up to Python 3.11 `wait_for` swallows a cancellation that meets its own end.
+        # A flag and no cancel: up to Python 3.11 `wait_for` can swallow a cancellation.
         self._stopping = True
         self._now.set()
         await self._task
         with contextlib.suppress(NatsError, TimeoutError):
-            subject = names.bucket_subjects(self._bucket).removesuffix(">") + self._describe().id
+            subject = names.bucket_subject(self._bucket, self._describe().id)
             await self._connection.jetstream.publish(subject, headers={"KV-Operation": "DEL"})
 
     async def _run(self) -> None:
@@ -74,7 +74,7 @@ class Heartbeat(Generic[Info]):
 
     async def _put(self) -> None:
         info = self._describe()
-        subject = names.bucket_subjects(self._bucket).removesuffix(">") + info.id
+        subject = names.bucket_subject(self._bucket, info.id)
         with contextlib.suppress(NatsError, TimeoutError):
             await self._connection.jetstream.publish(subject, info.encode(), timeout=HEARTBEAT_INTERVAL_S)
 
@@ -82,15 +82,15 @@ class Heartbeat(Generic[Info]):
 class Presence(Generic[Info]):
     """A live view of a heartbeat bucket.
 
-    It listens to the bucket's subjects directly instead of watching it through a consumer: everyone alive is
-    heard again within a second anyway, so there is nothing to recover after an outage of NATS.
+    It subscribes to the bucket's subjects and needs no consumer. Every living service writes again within a second, so
+    nothing must be recovered after an outage of NATS.
     """
 
     def __init__(self, connection: Connection, bucket: str, kind: type[Info]) -> None:
         self._connection = connection
         self._bucket = bucket
         self._kind = kind
-        self._prefix = names.bucket_subjects(bucket).removesuffix(">")
+        self._prefix = names.bucket_subject(bucket, "")
         self._seen: dict[str, tuple[float, Info]] = {}
         self._strangers: dict[str, float] = {}
         self._attentive_at = 0.0
@@ -98,9 +98,9 @@ class Presence(Generic[Info]):
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Subscribe, and read who is there already.
+        """Subscribe, and read the heartbeats that are stored.
 
-        A cluster that has only just made the bucket may not answer for it yet: everyone is heard soon all the same.
+        A cluster that has just made the bucket may not answer yet. Then the next heartbeats fill the view.
         """
         await self._connection.client.subscribe(names.bucket_subjects(self._bucket), cb=self._heard)
         self._task = asyncio.create_task(self._stay_attentive())
@@ -109,21 +109,21 @@ class Presence(Generic[Info]):
                 self._seen.setdefault(info.id, (time.monotonic(), info))
 
     async def stop(self) -> None:
-        """Look away."""
+        """Stop checking this process and its connection."""
         if self._task is not None:
             self._task.cancel()
 
     def alive(self) -> list[Info]:
-        """Everyone whose heartbeat is not older than HEARTBEAT_TTL_S, by id."""
+        """All services whose heartbeat is not older than HEARTBEAT_TTL_S, by id."""
         for member in [member for member in self._seen if not self.is_alive(member)]:
             self._lost(member)
         return [info for _, (_, info) in sorted(self._seen.items())]
 
     def is_alive(self, member: str) -> bool:
-        """Whether `member` has been heard of within HEARTBEAT_TTL_S, or could not have been.
+        """Whether a heartbeat of `member` came within HEARTBEAT_TTL_S, or this process could not receive one.
 
-        One that has never been heard of is given as long from the first question on: what it asked for can
-        arrive before its heartbeat does.
+        A member without any heartbeat counts as alive for HEARTBEAT_TTL_S from the first question on: its request can
+        arrive before its first heartbeat.
         """
         now = time.monotonic()
         if now < self._blind_until or now - self._attentive_at > MAX_PAUSE_S:
@@ -134,7 +134,7 @@ class Presence(Generic[Info]):
         return self._strangers[member] >= now - HEARTBEAT_TTL_S
 
     def _lost(self, member: str) -> None:
-        """It was heard of once and is gone: no stranger that may still come."""
+        """Take a member for dead: it had a heartbeat, so no first one is waited for."""
         self._seen.pop(member, None)
         self._strangers.pop(member, None)
         self._remember(member, -float("inf"))
@@ -145,7 +145,7 @@ class Presence(Generic[Info]):
             del self._strangers[next(iter(self._strangers))]
 
     async def _stay_attentive(self) -> None:
-        """Notice when this process or its connection has been away, since then others only seem dead."""
+        """Notice a pause of this process or its connection. After it, others only seem dead."""
         self._attentive_at = time.monotonic()
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
@@ -166,16 +166,15 @@ class Presence(Generic[Info]):
 
 
 async def read(connection: Connection, bucket: str, kind: type[Info]) -> list[Info]:
-    """The heartbeats in `bucket` now, by id; none where the bucket does not exist yet.
+    """The heartbeats in `bucket` now, by id; none if there is no bucket yet.
 
     Raises:
         QueueUnavailable: NATS does not answer.
     """
-    subjects = names.bucket_subjects(bucket)
-    prefix = subjects.removesuffix(">")
+    prefix = names.bucket_subject(bucket, "")
     found: dict[str, Info] = {}
     try:
-        messages = await direct_get.messages(connection, names.bucket_stream(bucket), subjects)
+        messages = await direct_get.messages(connection, names.bucket_stream(bucket), names.bucket_subjects(bucket))
     except NotFoundError:
         return []
     except (NatsError, TimeoutError, OSError) as exc:

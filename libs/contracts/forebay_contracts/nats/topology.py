@@ -1,14 +1,14 @@
-"""Streams, consumers and buckets: made where they are missing, changed where the settings have changed.
+"""Streams, consumers and buckets: missing ones are made, and changed settings are applied.
 
-Whichever service starts first makes them; each start of any service applies its settings to the live ones. A
-service whose NATS user may not do so takes them as they are and says what differs: `forebay topology apply` then does
-it, as a user that may.
+The service that starts first makes them. Each later start applies its settings to the live ones. A service whose NATS
+user may not change them uses them as they are and logs the differences. An operator then runs `forebay topology apply`
+as a user that may.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
 )
-from nats.js.errors import APIError, BadRequestError, NotFoundError
+from nats.js.errors import APIError, NotFoundError
 
 from forebay_contracts.nats import permissions
 from forebay_contracts.nats.connection import Connection
@@ -32,33 +32,37 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
 
 HEARTBEAT_TTL_S = 4
-"""A service that has not been heard of for so long is dead."""
+"""A service whose last heartbeat is older is dead."""
 
 DUPLICATE_WINDOW_S = 120
-"""How long a repeated Nats-Msg-Id is recognised."""
+"""How long NATS recognises a repeated Nats-Msg-Id."""
 
 COUNTER_HISTORY = 10_000
-"""Increments kept for each counter, so that a repeated one is still recognised after a restart of NATS."""
+"""Increments kept for each counter, so that NATS recognises a repetition also after its restart."""
 
 QUEUE_SHARE = 0.75
-"""Of what the NATS account may store, what requests may take; states, counters and kept answers have the rest."""
+"""The part of the NATS account's storage that requests may take. States, counters and kept answers have the rest."""
 
 START_PATIENCE_S = 30.0
-"""How long a service waits at start for a NATS that does not answer yet."""
+"""How long a service waits at its start for NATS to answer."""
 
 START_RETRY_S = 0.25
-"""Pause between tries."""
+"""Pause between two tries."""
 
-_STREAM_NAME_IN_USE = 10058
-_NO_LEADER = (10005, 10008, 10009)  # no suitable peers, JetStream unavailable, cluster not available: just now
+_TRY_AGAIN = (10005, 10008, 10009, 10058)
+"""No suitable peers, JetStream unavailable, cluster not available: a new cluster has no leader yet. Stream name in use:
+another service has just made it with other settings."""
+
+_ZERO = (None, False, 0, -1)
+"""Different ways to write "none"."""
 
 log = logging.getLogger(__name__)
 
 
 def stream_configs(settings: Settings, queue_bytes: int | None = None) -> list[StreamConfig]:
-    """The streams that Forebay owns, the ones behind its buckets included, as `settings` want them.
+    """All streams of Forebay, those behind its buckets included, as `settings` want them.
 
-    `queue_bytes` bounds what requests take; None leaves it as it is.
+    `queue_bytes` bounds the stored requests; None leaves the bound as it is.
     """
     replicas = settings.nats_replicas
     return [
@@ -95,7 +99,7 @@ def stream_configs(settings: Settings, queue_bytes: int | None = None) -> list[S
 
 
 def consumer_config(settings: Settings, model: str, aliases: Sequence[str] | None = None) -> ConsumerConfig:
-    """The shared durable consumer of `model`, which remembers its name and `aliases` while no worker lives."""
+    """The durable consumer that all workers of `model` share. Its metadata keep the model's name and `aliases`."""
     metadata = {names.MODEL_METADATA: model}
     if aliases is not None:
         metadata[names.ALIASES_METADATA] = ",".join(aliases)
@@ -114,26 +118,31 @@ def consumer_config(settings: Settings, model: str, aliases: Sequence[str] | Non
 async def ensure(
     connection: Connection, settings: Settings, model: str, aliases: Sequence[str] | None = None
 ) -> list[str]:
-    """Make streams, buckets and the consumer of `model` what `settings` say; returns what was changed.
+    """Make streams, buckets and the consumer of `model` as `settings` want them; returns what was changed.
 
-    Safe to call from any number of services at once. `aliases` are written down by those who serve the model;
-    without them, what is written stays. A user that may not change anything waits START_PATIENCE_S for what is not
-    there, and only logs what is otherwise: the limits of the server are the ones that hold.
+    Any number of services may call it at once. A service that serves the model gives its `aliases`; without them, the
+    stored ones stay. A user that may not change the topology waits START_PATIENCE_S for missing parts. It only logs
+    differences, since the limits of the server are the ones that apply.
 
     Raises:
-        ConfigurationError: another model has the same token, the server refuses the configuration, or something is
-            not there that this user may not make.
+        ConfigurationError: another model has the same token, the server refuses the configuration, or a part is
+            missing that this user may not make.
         QueueUnavailable: NATS does not answer.
     """
     consumer = consumer_config(settings, model, aliases)
     if not await may_change(connection):
-        return await _expect(connection, settings, consumer)
+        await _wait_for_topology(connection, settings, consumer)
+        return []
     give_up_at = time.monotonic() + START_PATIENCE_S
+    changes: list[str] = []
     while True:
         try:
-            changes = await _ensure_all(connection, settings, consumer)
+            async for part in _parts(connection, settings, consumer):
+                if part.live is None or part.differences:
+                    await _apply(connection.jetstream, part)
+                    changes += [f"{part.name} made"] if part.live is None else part.differences
         except APIError as exc:
-            if exc.err_code not in _NO_LEADER:
+            if exc.err_code not in _TRY_AGAIN:
                 raise ConfigurationError(f"NATS refuses the topology: {exc.description}") from exc
             failure: Exception = exc
         except (NatsError, TimeoutError, OSError) as exc:
@@ -142,7 +151,6 @@ async def ensure(
             for change in changes:
                 log.info("[RequestQueue] topology: %s", change)
             return changes
-        # A cluster that has just been started has no leader yet.
         if time.monotonic() >= give_up_at:
             raise QueueUnavailable(f"NATS did not answer while the topology was checked: {failure!r}") from failure
         await asyncio.sleep(START_RETRY_S)
@@ -154,14 +162,7 @@ async def may_change(connection: Connection) -> bool:
     return allowed is None or allowed.publish.permit(f"$JS.API.STREAM.CREATE.{names.STREAM}")
 
 
-async def _ensure_all(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> list[str]:
-    js = connection.jetstream
-    configs = stream_configs(settings, await _queue_bytes(connection, settings))
-    changes = [change for config in configs for change in await _ensure_stream(js, config)]
-    return changes + await _ensure_consumer(js, consumer)
-
-
-async def _expect(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> list[str]:
+async def _wait_for_topology(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> None:
     give_up_at = time.monotonic() + START_PATIENCE_S
     waiting = False
     while True:
@@ -172,7 +173,7 @@ async def _expect(connection: Connection, settings: Settings, consumer: Consumer
         if not missing:
             for change in different:
                 log.warning("[RequestQueue] topology: %s is wanted here: `forebay topology apply` makes it so", change)
-            return []
+            return
         if time.monotonic() >= give_up_at:
             raise ConfigurationError(
                 f"{'; '.join(missing)}: this NATS user may not make it, so run `forebay topology apply` as one that may"
@@ -186,7 +187,7 @@ async def _expect(connection: Connection, settings: Settings, consumer: Consumer
 async def drift(
     connection: Connection, settings: Settings, model: str, aliases: Sequence[str] | None = None
 ) -> list[str]:
-    """What `ensure` would change, changing nothing: each missing or different thing in a few words.
+    """What `ensure` would change: each missing or different part in a few words. Changes nothing.
 
     Raises:
         ConfigurationError: another model has the same token.
@@ -200,38 +201,95 @@ async def drift(
 
 
 async def _compare(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> tuple[list[str], list[str]]:
-    """What is not there, and what is otherwise than wanted."""
-    js = connection.jetstream
+    """The missing parts, and the differences of the others."""
     missing, different = [], []
-    for wanted in stream_configs(settings, await _queue_bytes(connection, settings)):
-        try:
-            changes = _differences((await js.stream_info(wanted.name)).config, wanted)
-        except NotFoundError:
-            missing.append(f"stream {wanted.name} is not there")
-            continue
-        different += [f"stream {wanted.name}: {change}" for change in changes]
-    try:
-        live = (await js.consumer_info(names.STREAM, consumer.durable_name)).config
-    except NotFoundError:
-        missing.append(f"consumer {consumer.durable_name} is not there")
-    else:
-        different += [f"consumer {consumer.durable_name}: {change}" for change in _consumer_differences(live, consumer)]
+    async for part in _parts(connection, settings, consumer):
+        if part.live is None:
+            missing.append(f"{part.name} is not there")
+        different += part.differences
     return missing, different
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A stream or consumer: as it is `wanted`, as it is `live` (None: missing), and what differs."""
+
+    name: str
+    wanted: StreamConfig | ConsumerConfig
+    live: Any
+    differences: list[str]
+
+
+async def _parts(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> AsyncIterator[_Part]:
+    """Read each part of the topology, just before it is yielded.
+
+    Raises:
+        ConfigurationError: another model has the consumer.
+    """
+    js = connection.jetstream
+    for wanted in stream_configs(settings, await _queue_bytes(connection, settings)):
+        live = await _live(js.stream_info(wanted.name))
+        name = f"stream {wanted.name}"
+        yield _Part(name, wanted, live, _differences(name, live, wanted))
+    live = await _live(js.consumer_info(names.STREAM, consumer.durable_name))
+    if live is not None:
+        owner, model = ((one.metadata or {}).get(names.MODEL_METADATA) for one in (live, consumer))
+        if owner not in (None, model):
+            raise ConfigurationError(
+                f"the models {owner!r} and {model!r} both become {consumer.durable_name!r} on NATS: "
+                f"give one of them another MODEL_NAME"
+            )
+    name = f"consumer {consumer.durable_name}"
+    yield _Part(name, consumer, live, _differences(name, live, consumer))
+
+
+async def _live(info: Awaitable[Any]) -> Any:
+    try:
+        return (await info).config
+    except NotFoundError:
+        return None
+
+
+async def _apply(js: JetStreamContext, part: _Part) -> None:
+    if isinstance(part.wanted, StreamConfig):
+        await (js.add_stream if part.live is None else js.update_stream)(part.wanted)
+        return
+    # An update replaces all metadata, and the server has added some of its own.
+    stored = part.live.metadata or {} if part.live is not None else {}
+    await js.add_consumer(names.STREAM, replace(part.wanted, metadata=stored | (part.wanted.metadata or {})))
+
+
+def _differences(name: str, live: Any, wanted: Any) -> list[str]:
+    """Each field or metadata that `wanted` sets and `live` has otherwise, as `name: field old → new`."""
+    if live is None:
+        return []
+    pairs = {
+        field.name: (getattr(live, field.name, None), getattr(wanted, field.name))
+        for field in fields(wanted)
+        if field.name != "metadata"
+    }
+    stored = live.metadata or {}
+    pairs |= {key: (stored.get(key), new) for key, new in (wanted.metadata or {}).items()}
+    return [
+        f"{name}: {field} {old} → {new}"
+        for field, (old, new) in pairs.items()
+        if new is not None and new != old and not (old in _ZERO and new in _ZERO)
+    ]
+
+
 async def _queue_bytes(connection: Connection, settings: Settings) -> int | None:
-    """QUEUE_SHARE of what the account may store; None where that is unbounded, or not this user's to know."""
+    """QUEUE_SHARE of the account's storage; None if the storage is unbounded or this user may not ask."""
     allowed = await permissions.own(connection)
     if allowed is not None and not allowed.publish.permit("$JS.API.INFO"):
         return None
-    # An account with tiers has its limits there, and none here.
+    # An account with tiers has its limits in the tiers, so this is unbounded.
     limit: int = (await connection.jetstream.account_info()).limits.max_storage
     # The server counts each replica.
     return int(limit * QUEUE_SHARE) // settings.nats_replicas if limit > 0 else None
 
 
 async def consumers(connection: Connection) -> list[ConsumerInfo]:
-    """The live consumers, one a model; none where the stream does not exist yet.
+    """The live consumers, one for each model; none if there is no stream yet.
 
     Raises:
         QueueUnavailable: NATS does not answer.
@@ -246,17 +304,17 @@ async def consumers(connection: Connection) -> list[ConsumerInfo]:
 
 
 def model_of(consumer: ConsumerInfo) -> str:
-    """The full name of the model whose requests `consumer` hands out; its own name where the metadata has none."""
+    """The full name of a consumer's model; the consumer's own name if its metadata have none."""
     return str((consumer.config.metadata or {}).get(names.MODEL_METADATA, consumer.name))
 
 
 def aliases_of(consumer: ConsumerInfo) -> tuple[str, ...]:
-    """The other names of that model."""
+    """The other names of a consumer's model."""
     return tuple(filter(None, (consumer.config.metadata or {}).get(names.ALIASES_METADATA, "").split(",")))
 
 
 async def known_models(connection: Connection) -> dict[str, tuple[str, ...]]:
-    """Each model that has a consumer, with its aliases: what requests can wait for, served now or not.
+    """Each model that has a consumer, with its aliases. Requests can wait for it even if no worker serves it now.
 
     Raises:
         QueueUnavailable: NATS does not answer.
@@ -270,16 +328,16 @@ async def known_models(connection: Connection) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a message stands in its model's line: `position` is 1 for the next one, `moved` what the line has ever."""
+    """A message's place among its model's waiting ones: 1 is the next. `moved` counts all deliveries of the model."""
 
     position: int
     moved: int
 
 
 async def waiting_place(connection: Connection, model: str, sequence: int) -> Place | None:
-    """Place in the model's line of a message that waits; None where it cannot be said.
+    """The place of a waiting message; None if NATS does not answer.
 
-    Where several models share the stream, or messages were taken out between, it is the last place it can be.
+    If several models share the stream, or messages in between were removed, the true place may be smaller.
     """
     try:
         info = await connection.jetstream.consumer_info(names.STREAM, names.model_token(model))
@@ -291,9 +349,9 @@ async def waiting_place(connection: Connection, model: str, sequence: int) -> Pl
 
 
 def _bucket(bucket: str, description: str, ttl_s: float, replicas: int) -> StreamConfig:
-    # The layout of a KV bucket is fixed by NATS ADR-8. Written as a stream, so that a changed TTL is applied
-    # to a bucket that exists like any other change. In files, the heartbeats too: a single server that is
-    # restarted has forgotten a stream in memory altogether, and those who beat would not notice.
+    # NATS ADR-8 fixes the layout of a KV bucket. Written as a stream, a changed TTL is applied like any other change.
+    # Heartbeats are in files too: a single server that restarts loses a stream in memory, and nobody would make it
+    # again.
     return StreamConfig(
         name=names.bucket_stream(bucket),
         description=description,
@@ -304,72 +362,8 @@ def _bucket(bucket: str, description: str, ttl_s: float, replicas: int) -> Strea
         discard=DiscardPolicy.NEW,
         duplicate_window=min(ttl_s, DUPLICATE_WINDOW_S),
         deny_delete=True,
-        # Whoever may write one value could else take out all the others by a header (`Nats-Rollup: all`).
+        # With the header `Nats-Rollup: all`, a user that may write one value could remove all others.
         allow_rollup_hdrs=False,
         allow_direct=True,
         num_replicas=replicas,
     )
-
-
-async def _ensure_stream(js: JetStreamContext, wanted: StreamConfig) -> list[str]:
-    try:
-        live = (await js.stream_info(wanted.name)).config
-    except NotFoundError:
-        try:
-            await js.add_stream(wanted)
-        except BadRequestError as exc:
-            if exc.err_code != _STREAM_NAME_IN_USE:
-                raise
-            # Another service made it in between, perhaps with other settings.
-            live = (await js.stream_info(wanted.name)).config
-        else:
-            return [f"stream {wanted.name} made"]
-    changes = _differences(live, wanted)
-    if not changes:
-        return []
-    await js.update_stream(wanted)
-    return [f"stream {wanted.name}: {change}" for change in changes]
-
-
-async def _ensure_consumer(js: JetStreamContext, wanted: ConsumerConfig) -> list[str]:
-    try:
-        live = (await js.consumer_info(names.STREAM, wanted.durable_name)).config
-    except NotFoundError:
-        await js.add_consumer(names.STREAM, wanted)
-        return [f"consumer {wanted.durable_name} made"]
-    changes = _consumer_differences(live, wanted)
-    if not changes:
-        return []
-    # The server adds metadata of its own, and an update replaces the whole.
-    metadata = (live.metadata or {}) | (wanted.metadata or {})
-    await js.add_consumer(names.STREAM, replace(wanted, metadata=metadata))
-    return [f"consumer {wanted.durable_name}: {change}" for change in changes]
-
-
-def _consumer_differences(live: ConsumerConfig, wanted: ConsumerConfig) -> list[str]:
-    remembered, metadata = live.metadata or {}, wanted.metadata or {}
-    owner, model = remembered.get(names.MODEL_METADATA), metadata[names.MODEL_METADATA]
-    if owner not in (None, model):
-        raise ConfigurationError(
-            f"the models {owner!r} and {model!r} both become {wanted.durable_name!r} on NATS: "
-            f"give one of them another MODEL_NAME"
-        )
-    changes = _differences(live, wanted, ignored={"metadata"})
-    return changes + [
-        f"{key} {remembered.get(key)} → {new}" for key, new in metadata.items() if remembered.get(key) != new
-    ]
-
-
-def _differences(live: Any, wanted: Any, ignored: frozenset[str] | set[str] = frozenset()) -> list[str]:
-    """Each field that `wanted` sets and `live` has otherwise, as `name old → new`."""
-    changes = []
-    for field in fields(wanted):
-        new, old = getattr(wanted, field.name), getattr(live, field.name, None)
-        if field.name in ignored or new is None or new == old or _same_zero(old, new):
-            continue
-        changes.append(f"{field.name} {old} → {new}")
-    return changes
-
-
-def _same_zero(old: object, new: object) -> bool:
-    return old in (None, False, 0, -1) and new in (None, False, 0, -1)

@@ -100,7 +100,7 @@ class KeyValueStateStore:
         self._requests = connection.requests
         self._js = connection.jetstream
         self._stream = names.bucket_stream(names.REQUESTS_BUCKET)
-        self._prefix = names.bucket_subjects(names.REQUESTS_BUCKET).removesuffix(">")
+        self._prefix = names.bucket_subject(names.REQUESTS_BUCKET, "")
         self._read_seconds, self._write_seconds, self._count_seconds = (
             metrics.bound(metrics.STATE, operation) for operation in ("read", "write", "count")
         )

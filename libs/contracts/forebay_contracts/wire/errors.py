@@ -1,12 +1,13 @@
-"""The error tree. Every error a client can see is one of these, and each knows its HTTP form.
+"""The error tree. Every error that a client can get is one of these, and each has its HTTP form.
 
 ForebayError
-├── ConfigurationError            settings that cannot hold, a server too old: refused at start
+├── ConfigurationError            conflicting settings, a server that is too old: stops the start
 ├── QueueError
 │   ├── QueueFull                 503 queue_full
 │   ├── QueueUnavailable          503 queue_unavailable
 │   ├── ModelUnavailable          503 model_unavailable
-│   └── QueueConflict             a name, revision or topology that is already taken
+│   └── QueueConflict             another write came first
+├── StateUnreadable               500 state_unreadable
 └── RequestError                  ends one request, with an answer for its client
     ├── InvalidRequest            400
     │   └── UnsupportedByModel    400 model_not_supported
@@ -30,13 +31,13 @@ class ForebayError(Exception):
 
 
 class ConfigurationError(ForebayError):
-    """The system cannot start as configured; the message says what to change."""
+    """The system cannot start as configured. The message says what to change."""
 
 
 class ApiError(ForebayError):
     """An error with an HTTP form, in the OpenAI error shape.
 
-    `status` is the HTTP status, `type`, `code` and `param` are the fields of OpenAI's error object
+    `status` is the HTTP status. `type`, `code` and `param` are fields of OpenAI's error object
     (https://platform.openai.com/docs/guides/error-codes).
     """
 
@@ -58,7 +59,7 @@ class ApiError(ForebayError):
 
 
 class QueueError(ApiError):
-    """The queue did not take or could not serve a request."""
+    """The queue did not accept or could not serve a request."""
 
     status = 503
 
@@ -70,42 +71,42 @@ class QueueFull(QueueError):
 
 
 class QueueUnavailable(QueueError):
-    """NATS cannot be reached, or did not answer in time: nothing was accepted."""
+    """NATS cannot be reached or did not answer in time. Nothing was accepted."""
 
     code = "queue_unavailable"
 
 
 class ModelUnavailable(QueueError):
-    """The model is known, but no worker serves it now, and NO_WORKER_POLICY is to refuse: nothing was accepted."""
+    """No worker serves the model now, and NO_WORKER_POLICY is `refuse`. Nothing was accepted."""
 
     code = "model_unavailable"
 
 
 class QueueConflict(QueueError):
-    """A compare-and-set lost: somebody else wrote first."""
+    """A compare-and-set failed: another write came first."""
 
     code = "queue_conflict"
 
 
 class StateUnreadable(ApiError):
-    """What is stored of a request is no state that this version knows."""
+    """The stored state of a request is of another version, or of another program."""
 
     code = "state_unreadable"
 
 
 class RequestError(ApiError):
-    """One request ends here."""
+    """An error of one request."""
 
 
 class InvalidRequest(RequestError):
-    """The body cannot be served as it stands."""
+    """The body cannot be served as it is."""
 
     status = 400
     type = "invalid_request_error"
 
 
 class UnsupportedByModel(InvalidRequest):
-    """The model is served, but not for this: a chat with an embedding model, embeddings of a chat model."""
+    """The model does not serve this kind of request: a chat with an embedding model, or embeddings of a chat model."""
 
     code = "model_not_supported"
 
@@ -131,7 +132,7 @@ class ModelNotFound(RequestError):
 
 
 class RequestNotFound(RequestError):
-    """No request of that id is known (any more)."""
+    """The id is unknown, or its state has expired."""
 
     status = 404
     type = "invalid_request_error"
@@ -139,7 +140,7 @@ class RequestNotFound(RequestError):
 
 
 class RequestTimeout(RequestError):
-    """REQUEST_TIMEOUT passed, waiting or running."""
+    """REQUEST_TIMEOUT passed while the request waited or ran."""
 
     status = 408
     type = "timeout_error"
@@ -155,9 +156,9 @@ class RequestTooLarge(RequestError):
 
 
 class KeyLimitReached(RequestError):
-    """The client's key has as many requests admitted and unfinished as it may have: nothing was accepted.
+    """The client's key has its full number of unfinished requests. Nothing was accepted.
 
-    `retry_after_s` is when one of them should have ended.
+    `retry_after_s`: seconds until one of them should have ended.
     """
 
     status = 429
@@ -170,7 +171,7 @@ class KeyLimitReached(RequestError):
 
 
 class RequestCancelled(RequestError):
-    """Cancelled through the queue's own interface while a client still waited."""
+    """The request was cancelled through the queue's own interface while its client waited."""
 
     status = 499
     type = "invalid_request_error"
@@ -178,14 +179,14 @@ class RequestCancelled(RequestError):
 
 
 class TooManyListeners(RequestError):
-    """This api process tells as many listeners of the queue as it may; the queue itself is not full."""
+    """This api process has its full number of listeners to queue events. The queue itself is not full."""
 
     status = 503
     code = "too_many_listeners"
 
 
 class InferenceFailed(RequestError):
-    """Generation failed, or its attempts are spent."""
+    """The generation failed, or all attempts were used."""
 
     status = 500
     code = "inference_failed"

@@ -1,7 +1,7 @@
 """What travels back on the reply subject, in this order: `started (delta)* (completed | failed)`.
 
-Each frame carries the attempt it belongs to, and a delta the offset of its first token within its choice. So a
-receiver can drop what an older attempt sent, and notice and repair a gap.
+Each frame carries the number of its attempt, and a delta the offset of its first token within its choice. So a receiver
+can drop frames of older attempts, and notice and repair a gap.
 """
 
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from forebay_contracts.wire.state import RequestStatus, Usage
 class TopLogprob(Message):
     """One alternative at one position.
 
-    Where a token is a part of a character, `text` holds a replacement character and `raw` its bytes.
+    If the token is only a part of a character, `text` is a replacement character and `raw` holds the bytes.
     """
 
     token: int
@@ -25,7 +25,7 @@ class TopLogprob(Message):
 
     @property
     def utf8(self) -> bytes:
-        """The bytes that the token stands for."""
+        """The bytes of the token."""
         return self.text.encode() if self.raw is None else bytes(self.raw)
 
 
@@ -36,25 +36,25 @@ class TokenLogprob(TopLogprob):
 
 
 class FrameMessage(Message):
-    """A frame on the reply subject, of delivery attempt `attempt` (from 1)."""
+    """A frame on the reply subject, of attempt number `attempt`, from 1."""
 
     type: str
     attempt: int = Field(ge=1)
 
     def encode(self) -> bytes:
-        """The frame as JSON, defaults left out but for its type."""
+        """The frame as JSON: its type, and the fields that differ from their defaults."""
         return b'{"type":"%s",' % self.type.encode() + super().encode()[1:]
 
 
 class Delta(FrameMessage):
-    """The next tokens of one choice, and the text that they settle.
+    """The next tokens of one choice, and the text that may be shown now.
 
-    `offset` counts the tokens before these in this choice. `text` is what may be shown now: it lags the
-    tokens while a character or a possible stop string is incomplete, so it may be empty, and it is a function
-    of the tokens up to here alone, so a second attempt that starts from these tokens goes on without a seam.
+    `offset` counts the tokens before these in this choice. `text` lags behind the tokens while a character or a
+    possible stop string is incomplete, so it may be empty. It depends only on the tokens up to here, so a next attempt
+    that starts from these tokens continues the text exactly.
 
-    An `embedding` is the whole of its choice: float32 values, little-endian, in base64. Its one token is of no
-    meaning, but lets it be counted, dropped when it comes twice and sent again like any other.
+    An `embedding` is a whole choice: float32 values, little-endian, in base64. Its one token has no meaning. It makes
+    the embedding a delta that is counted, dropped when repeated, and sent again when lost.
     """
 
     type: Literal["delta"] = "delta"
@@ -68,14 +68,14 @@ class Delta(FrameMessage):
 
 
 class Started(FrameMessage):
-    """A worker has taken the request and found it valid. From attempt 2 on a NATS request, answered by `Resume`."""
+    """A worker has begun, and the request is valid. From attempt 2 on it is a NATS request, answered by `Resume`."""
 
     type: Literal["started"] = "started"
     worker: str
 
 
 class FinishedChoice(Message):
-    """How one choice ended, and how many tokens it has in all."""
+    """How one choice ended, and its number of tokens."""
 
     index: int
     finish_reason: str
@@ -83,7 +83,7 @@ class FinishedChoice(Message):
 
 
 class Completed(FrameMessage):
-    """The terminal frame of a success: a NATS request, answered by `Resume` (what the receiver has so far)."""
+    """The last frame of a success: a NATS request, answered by `Resume`. `deltas` are those not sent before."""
 
     type: Literal["completed"] = "completed"
     choices: tuple[FinishedChoice, ...]
@@ -92,7 +92,7 @@ class Completed(FrameMessage):
 
 
 class Failed(FrameMessage):
-    """The terminal frame of anything else: an error as the client will get it."""
+    """The last frame of anything else: the error for the client."""
 
     type: Literal["failed"] = "failed"
     status: int
@@ -109,7 +109,7 @@ _frames: TypeAdapter[Frame] = TypeAdapter(Frame)
 
 
 def decode_frame(data: bytes) -> Frame:
-    """A frame from the wire; raises pydantic's ValidationError on anything else."""
+    """Decode a frame. Raises pydantic's ValidationError."""
     return _frames.validate_json(data)
 
 
@@ -121,9 +121,9 @@ class ResumedChoice(Message):
 
 
 class Resume(Message):
-    """The api's answer to `started` and `completed`: what its client has so far.
+    """The api's answer to `started`, `completed` and `failed`: what its client has so far.
 
-    `wanted` false: nobody waits any more, and `outcome` says how the request ended, where the api knows.
+    If `wanted` is false, nobody waits any more. Then `outcome` says how the request ended, if the api knows.
     """
 
     wanted: bool = True

@@ -1,4 +1,4 @@
-"""Every name that is seen on NATS, and nowhere else: streams, subjects, consumers, buckets, headers."""
+"""All names on NATS: streams, subjects, consumers, buckets, headers. No other module spells one out."""
 
 import re
 from typing import Final
@@ -22,13 +22,13 @@ HEADER_MSG_ID: Final = "Nats-Msg-Id"
 HEADER_INCREMENT: Final = "Nats-Incr"
 HEADER_TTL: Final = "Nats-TTL"
 HEADER_CANCEL: Final = "Forebay-Cancel"
-"""On a cancel subject: `ask` marks a question to the api that holds the client; without it, the request has ended."""
+"""On a cancel subject: `ask` asks the api that holds the client to cancel. Without it the request is cancelled."""
 
 MODEL_METADATA: Final = "forebay.model"
-"""Key of a consumer's metadata that holds the full name of its model."""
+"""Metadata key of a consumer: the full name of its model."""
 
 ALIASES_METADATA: Final = "forebay.aliases"
-"""Key of a consumer's metadata that holds the other names of its model, comma-separated, as of its newest worker."""
+"""Metadata key of a consumer: the other names of its model, comma-separated, from its newest worker."""
 
 
 def model_token(model: str) -> str:
@@ -42,12 +42,12 @@ def request_subject(model: str, completion_type: str) -> str:
 
 
 def model_subjects(model: str) -> str:
-    """What the consumer of `model` filters on."""
+    """The filter of the consumer of `model`."""
     return f"inference.requests.{model_token(model)}.*"
 
 
 def reply_subject(api: str, request_id: str) -> str:
-    """Where the frames of one request go."""
+    """The subject for the frames of one request."""
     return f"inference.replies.{api}.{request_id}"
 
 
@@ -57,33 +57,38 @@ def is_reply_subject(text: str) -> bool:
 
 
 def reply_subjects(api: str) -> str:
-    """All replies to one api instance."""
+    """The subjects of all replies to one api instance."""
     return f"inference.replies.{api}.*"
 
 
 def cancel_subject(request_id: str) -> str:
-    """Where a request is cancelled; `*` for all."""
+    """The subject for cancel notices of a request; `*` for all."""
     return f"inference.cancel.{request_id}"
 
 
 def drain_subject(worker: str) -> str:
-    """Where a worker is told to end as by SIGTERM; it answers that it does."""
+    """The subject on which a worker is told to end as on SIGTERM. It answers."""
     return f"inference.drain.{worker}"
 
 
 def resend_subject(request_id: str) -> str:
-    """Where an api asks the worker that runs a request for deltas that it missed; `*` for all."""
+    """The subject on which an api asks a request's worker for missing deltas; `*` for all."""
     return f"inference.resend.{request_id}"
 
 
 def counter_subject(outcome: RequestStatus) -> str:
-    """The counter of requests that ended so."""
+    """The counter of requests that ended as `outcome`."""
     return f"inference.counters.{outcome.value}"
 
 
 def bucket_subjects(bucket: str) -> str:
-    """The subjects under which a KV bucket's values are published (NATS ADR-8)."""
+    """The subjects of a KV bucket's values (NATS ADR-8)."""
     return f"$KV.{bucket}.>"
+
+
+def bucket_subject(bucket: str, key: str) -> str:
+    """The subject of one key of a KV bucket (NATS ADR-8)."""
+    return f"$KV.{bucket}.{key}"
 
 
 def bucket_stream(bucket: str) -> str:
@@ -92,11 +97,11 @@ def bucket_stream(bucket: str) -> str:
 
 
 def is_request_id(text: str) -> bool:
-    """Whether `text` can be a request's id, and so a token of a subject and a key of a bucket."""
+    """Whether `text` can be a request id: it must be valid as a subject token and as a bucket key."""
     return re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text) is not None
 
 
 def api_of(reply_to: str) -> str:
-    """The api instance that a reply subject belongs to; empty where it is none."""
+    """The api instance in a reply subject; empty if there is none."""
     parts = reply_to.split(".")
     return parts[2] if len(parts) == 4 else ""

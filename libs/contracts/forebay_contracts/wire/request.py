@@ -1,4 +1,4 @@
-"""One request as it travels through the stream."""
+"""One request as it is stored in the stream."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -18,21 +18,19 @@ class CompletionType(StrEnum):
 
 
 GENERATION: Final = (CompletionType.CHAT, CompletionType.COMPLETION)
-
 """What a model that generates text serves."""
 
 
 RECOMMENDABLE: Final = ("temperature", "top_p", "top_k", "repetition_penalty")
-
-"""The sampling parameters that a model may come with a recommendation for."""
+"""The sampling parameters for which a model may recommend values."""
 
 
 class Sampling(Message):
-    """How tokens are chosen; the names and ranges are OpenAI's, with the usual extensions.
+    """How tokens are chosen. Names and ranges are OpenAI's, with the usual extensions.
 
-    `max_tokens` None means: up to the model's context length. `stop` holds at most four strings.
-    `logprobs` is how many alternatives to report for each token (0: the chosen one alone), None for none.
-    `unset` names those of RECOMMENDABLE that the client left open: what the model recommends holds for them.
+    `max_tokens` None means up to the model's context length. `stop` holds at most four strings. `logprobs` is how many
+    alternatives to report for each token (0: only the chosen one, None: no log probabilities). `unset` names those of
+    RECOMMENDABLE that the client did not give: the model's recommendation applies to them.
     """
 
     max_tokens: int | None = None
@@ -51,17 +49,17 @@ class Sampling(Message):
     unset: tuple[str, ...] = ()
 
     def settled(self, recommended: Mapping[str, float]) -> "Sampling":
-        """With the model's recommendation where the client left it open."""
+        """The same with the model's recommendations for what the client did not give."""
         return self.model_copy(update={name: recommended[name] for name in self.unset if name in recommended})
 
 
 class InferenceRequest(Message):
     """One request as it waits in the stream.
 
-    Times are seconds since the epoch. `messages` is set for chat and `prompts` for completion: each prompt
-    is text or token ids. The answer has `len(prompts) * n` choices (`n` for chat), numbered from 0, the
-    choices of one prompt together. For embedding, `prompts` are the inputs and the choices their vectors, cut
-    to `dimensions` where that is set. `key` names the key that it came with, where there are any.
+    Times are seconds since the epoch. A chat has `messages`; a completion has `prompts`, each text or token ids. The
+    answer has `len(prompts) * n` choices (`n` for chat), numbered from 0, the choices of one prompt together. For an
+    embedding, `prompts` are the inputs, and the choices are their vectors, cut to `dimensions` if that is set. `key` is
+    the name of the client's key, if the api has keys.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -87,5 +85,5 @@ class InferenceRequest(Message):
     dimensions: int | None = None
 
     def encode(self) -> bytes:
-        """The request as JSON, defaults left out but for the schema version."""
+        """The request as JSON: the schema version, and the fields that differ from their defaults."""
         return b'{"schema_version":%d,' % SCHEMA_VERSION + super().encode()[1:]

@@ -1,4 +1,4 @@
-"""What became of a request: the value in the KV bucket `inference-requests`."""
+"""The state of a request: the value in the KV bucket `inference-requests`."""
 
 from enum import StrEnum
 from typing import Literal
@@ -7,7 +7,7 @@ from forebay_contracts.wire.message import SCHEMA_VERSION, Message
 
 
 class Usage(Message):
-    """Token counts of one request, over all its choices (the prompt counted once)."""
+    """Token counts of one request, over all its choices. The prompt is counted once."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -26,15 +26,15 @@ class RequestStatus(StrEnum):
 
     @property
     def final(self) -> bool:
-        """Whether no later write may change it."""
+        """Whether no later state may follow."""
         return self not in (RequestStatus.QUEUED, RequestStatus.PROCESSING)
 
 
 class RequestState(Message):
     """The value in the KV bucket `inference-requests`, its key the request id. Times: seconds since the epoch.
 
-    `error` is what the client was told. `fault` is what went wrong at the latest attempt that failed, with its number
-    and its worker, for who runs the system; it quotes no request. `started_at` is when the first attempt began.
+    `error` is what the client got. `fault` says to operators why the last failed attempt failed, with its number and
+    its worker. It quotes no request. `started_at` is when the first attempt began.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -57,5 +57,5 @@ class RequestState(Message):
     key: str | None = None
 
     def encode(self) -> bytes:
-        """The state as JSON, every field written out for people who read it with `nats kv get`."""
+        """The state as JSON with all fields, for people who read it with `nats kv get`."""
         return self.model_dump_json().encode()

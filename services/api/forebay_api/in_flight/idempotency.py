@@ -169,7 +169,7 @@ class IdempotentRequests:
         async def heard(_: object) -> None:
             changed.set()
 
-        subject = names.bucket_subjects(names.ANSWERS_BUCKET).removesuffix(">") + key
+        subject = names.bucket_subject(names.ANSWERS_BUCKET, key)
         subscription = await self._connection.client.subscribe(subject, cb=heard)
         try:
             while True:

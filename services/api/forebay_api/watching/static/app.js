@@ -36,7 +36,7 @@ async function watch() {
 // One connection to the feed, until it ends or nothing is heard: some connections die without a word.
 async function follow(signal, heard) {
   const silence = new AbortController();
-  const silent = Object.assign(new Error(`nothing heard for ${SILENCE_MS / 1000} s, connecting again`), { code: "silent" });
+  const silent = Object.assign(new Error(`no event for ${SILENCE_MS / 1000} s, reconnecting`), { code: "silent" });
   let timer;
   const wait = () => {
     clearTimeout(timer);

@@ -42,7 +42,7 @@ async function tellPlace(id, signal) {
       const { status, position, estimated_wait_s: wait } = await askRequest(id, { signal });
       if (signal.aborted) return;
       if (position) chatStatus(`in the queue: place ${position}${wait ? `, about ${Math.ceil(wait)} s` : ""}`);
-      if (status === "processing") chatStatus("a worker has it; no token yet");
+      if (status === "processing") chatStatus("running, no token yet");
     } catch {
       // Asked again, unless it is not wanted any more: the answer itself says what is wrong.
     }
@@ -107,7 +107,7 @@ async function receive(messages, answer, signal, waiting) {
     answer.textContent += piece;
     $("chat-log").scrollTop = $("chat-log").scrollHeight;
   }
-  throw new Error("the answer broke off");
+  throw new Error("the answer ended early");
 }
 
 function working(busy) {

@@ -33,7 +33,7 @@ export function forgetQueue() {
   for (const tile of document.querySelectorAll("#tiles [id]")) put(tile, tile.id === "rate" ? "" : "–");
   for (const id of ["chart", "models", "workers"]) $(id).replaceChildren();
   for (const id of ["chart-top", "chart-half", "chart-span"]) put($(id), "");
-  $("chart").setAttribute("aria-label", "nothing is known yet");
+  $("chart").setAttribute("aria-label", "no data yet");
 }
 
 // --- Pictures ---

@@ -5,8 +5,8 @@ import { $, ask, askRequest, element, put, seconds } from "./common.js";
 const FINAL = new Set(["completed", "failed", "cancelled", "timed_out"]);
 const MAX_ROWS = 50;
 const COLUMNS = ["id", "status", "type", "model", "worker", "queued", "waited", "ran", "attempt", "error", "action"];
-const UNKNOWN = "No such request is known. Either it was never admitted, then its answer and the api's log say why it was "
-  + "refused; or it is older than REQUEST_STATE_TTL; or it came with another key.";
+const UNKNOWN = "This request is unknown. It was refused (its answer and the api's log say why), it is older than "
+  + "REQUEST_STATE_TTL, or it belongs to another key.";
 
 const states = new Map(); // id → its newest state
 const rows = new Map(); // id → the cells of its row, by name
@@ -57,7 +57,7 @@ function arrange() {
   }
   for (const [id, cells] of rows) fill(cells, states.get(id));
   const unseen = still ? newest.filter(({ id }) => !rows.has(id)).length : 0;
-  put($("new"), unseen ? `${unseen} new, shown once pointer and focus leave the table` : "");
+  put($("new"), unseen ? `${unseen} new, shown when pointer and focus leave the table` : "");
   if (still) return;
   for (const [id, cells] of rows) {
     if (!states.has(id)) {
@@ -91,7 +91,7 @@ function addRow(state) {
 
 function fill(cells, state) {
   cells.row.classList.toggle("gone", !state);
-  if (!state) return put(cells.status, "no longer told");
+  if (!state) return put(cells.status, "no longer sent");
   const { waited, ran } = times(state);
   const texts = {
     id: state.id, status: spaced(state.status), type: state.completion_type, model: state.model,
@@ -112,9 +112,9 @@ function fill(cells, state) {
 async function cancelRequest(id) {
   try {
     const answer = await (await ask(`/v1/queue/request/${encodeURIComponent(id)}`, { method: "DELETE" })).json();
-    say(answer.cancelled ? `${id} is cancelled` : `${id} had ended before: ${spaced(answer.status)}`);
+    say(answer.cancelled ? `${id} was cancelled` : `${id} has ended already: ${spaced(answer.status)}`);
   } catch (error) {
-    say(`${id} is not cancelled: ${error.message}`);
+    say(`${id} was not cancelled: ${error.message}`);
   }
 }
 
