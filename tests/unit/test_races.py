@@ -17,8 +17,7 @@ from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 from forebay_inference.attempt import ownership
 from forebay_inference.attempt.endings import End, Ended
-from forebay_inference.engine.protocol import Accepted, EngineEvent, Finished, ResumeTokens, Tokens
-from forebay_inference.engine.simulated import SimulatedEngine
+from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens
 from support.twins import Twins, request, twins
 
 
@@ -99,21 +98,19 @@ async def test_a_state_that_never_stops_changing_does_not_end_the_worker(
         assert delivery.verbs == []
 
 
-class UnencodableEngine(SimulatedEngine):
-    """Ends with a tool call that JSON cannot carry: half of a surrogate pair."""
-
-    async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[EngineEvent, None]:
-        yield Accepted(1)
-        yield Tokens(0, (1,), "t")
-        yield Tokens(0, (), "", tool_calls=({"function": {"arguments": "\ud800"}},))
-        yield Finished(0, "tool_calls")
+async def unencodable(_: InferenceRequest, __: ResumeTokens) -> AsyncGenerator[Event, None]:
+    """An answer that ends with a tool call that JSON cannot carry: half of a surrogate pair."""
+    yield Accepted(1)
+    yield Tokens(0, (1,), "t")
+    yield Tokens(0, (), "", tool_calls=({"function": {"arguments": "\ud800"}},))
+    yield Finished(0, "tool_calls")
 
 
 async def test_an_answer_that_cannot_be_encoded_is_a_fault_of_the_attempt(system: Twins) -> None:
     wanted = request()
     async with system.dispatcher.submit(wanted):
         runner, delivery = system.runner(), await pulled(system)
-        runner._engine = UnencodableEngine("m")
+        runner._engine.generate = unencodable  # type: ignore[method-assign]
         await runner.run(delivery)
         assert delivery.verbs == ["nak"]
         assert "PydanticSerializationError" in ((await system.state(wanted.id)).fault or "")
