@@ -27,7 +27,6 @@ class Admission(Protocol):
             QueueFull, RequestTooLarge: nothing was admitted.
             QueueUnavailable: the outcome is unknown. If it was admitted, its worker learns that nobody waits.
         """
-        ...
 
     async def remove(self, request_id: str, sequence: int) -> bool:
         """Remove the request's message, waiting or delivered; False if `sequence` holds no message of this request.
@@ -35,7 +34,6 @@ class Admission(Protocol):
         Raises:
             QueueUnavailable: NATS does not answer.
         """
-        ...
 
 
 class Delivery(Protocol):
@@ -51,19 +49,15 @@ class Delivery(Protocol):
 
     async def ack(self) -> None:
         """Done: once this returns, the message is removed."""
-        ...
 
     async def nak(self, delay_s: float = 0) -> None:
         """Not done: have it redelivered after `delay_s`."""
-        ...
 
     async def term(self) -> None:
         """Failed for good: have it never delivered again."""
-        ...
 
     async def in_progress(self) -> None:
         """Restart the ack wait."""
-        ...
 
 
 class Deliveries(Protocol):
@@ -71,11 +65,9 @@ class Deliveries(Protocol):
 
     async def pull(self) -> Delivery:
         """The next message; waits for ever."""
-        ...
 
     async def stop(self) -> None:
         """End deliveries here. Pending and later pulls raise CancelledError."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +83,15 @@ class StateStore(Protocol):
 
     async def get(self, request_id: str) -> Stored | None:
         """The state, or None if the id is unknown or expired. Raises StateUnreadable if another version wrote it."""
-        ...
 
     async def write(self, state: RequestState, revision: int) -> int:
         """Replace `revision` (0: none); returns the new one. Raises QueueConflict if `revision` is not the last."""
-        ...
 
     async def count(self, outcome: RequestStatus, request_id: str) -> None:
         """Add one to the total of `outcome`. A repetition for one request within DUPLICATE_WINDOW_S adds nothing."""
-        ...
 
     async def totals(self) -> Mapping[RequestStatus, int]:
         """The total for each of OUTCOMES."""
-        ...
 
 
 class ReplyChannel(Protocol):
@@ -111,14 +99,12 @@ class ReplyChannel(Protocol):
 
     async def send(self, frame: bytes) -> None:
         """Send without a confirmation. A frame may be lost; the receiver notices the gap."""
-        ...
 
     async def ask(self, frame: bytes) -> Resume:
         """Send a frame until the receiver confirms it; returns what the receiver has so far.
 
         For a receiver that is gone the answer is not wanted, and has no outcome.
         """
-        ...
 
 
 class CancelNotices(Protocol):
@@ -126,8 +112,6 @@ class CancelNotices(Protocol):
 
     async def ask(self, request_id: str, reason: str) -> None:
         """Ask the api that holds the client to cancel the request."""
-        ...
 
     async def tell(self, request_id: str, reason: str) -> None:
         """Tell the worker and the api that the request is cancelled."""
-        ...

@@ -15,18 +15,8 @@ from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 ALLOWED: Final[Mapping[RequestStatus | None, frozenset[RequestStatus]]] = {
-    None: frozenset(
-        {
-            RequestStatus.QUEUED,
-            RequestStatus.PROCESSING,
-            RequestStatus.FAILED,
-            RequestStatus.CANCELLED,
-            RequestStatus.TIMED_OUT,
-        }
-    ),
-    RequestStatus.QUEUED: frozenset(
-        {RequestStatus.PROCESSING, RequestStatus.FAILED, RequestStatus.CANCELLED, RequestStatus.TIMED_OUT}
-    ),
+    None: frozenset(RequestStatus) - {RequestStatus.COMPLETED},
+    RequestStatus.QUEUED: frozenset(RequestStatus) - {RequestStatus.QUEUED, RequestStatus.COMPLETED},
     RequestStatus.PROCESSING: frozenset(RequestStatus),
     RequestStatus.COMPLETED: frozenset(),
     RequestStatus.FAILED: frozenset(),

@@ -15,19 +15,15 @@ class Answer(Protocol):
     @property
     def completed(self) -> Completed | None:
         """The last frame, once the answer is whole."""
-        ...
 
     async def started(self) -> None:
         """Wait until a worker has begun. Raises the request's error if it ends before that."""
-        ...
 
     def deltas(self) -> AsyncIterator[list[Delta]]:
         """All deltas in order, as many at a time as have come. Raises the request's error if it fails."""
-        ...
 
     def fail(self, error: ApiError) -> None:
         """End this client's wait with `error`, unless the answer has ended."""
-        ...
 
 
 class SlowReader(ApiError):

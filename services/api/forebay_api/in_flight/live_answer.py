@@ -126,7 +126,6 @@ class LiveAnswer:
     async def started(self) -> None:
         """See `Answer.started`."""
         while self.worker is None and not self._unread and self.completed is None:
-            self._raise_error()
             await self._wait()
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
@@ -138,20 +137,18 @@ class LiveAnswer:
             elif self.completed is not None:
                 return
             else:
-                self._raise_error()
                 await self._wait()
 
     async def _wait(self) -> None:
+        """Wait for the next change. Raises the error, if there is one."""
+        if self.error is not None:
+            raise self.error
         self._changed = asyncio.get_running_loop().create_future()
         await self._changed
 
     def _wake(self) -> None:
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)
-
-    def _raise_error(self) -> None:
-        if self.error is not None:
-            raise self.error
 
     def _append(self, delta: Delta) -> None:
         tokens = self._tokens.setdefault(delta.index, [])
