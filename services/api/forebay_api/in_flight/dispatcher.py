@@ -76,11 +76,16 @@ class Dispatcher:
         with self._one_more(request.key):
             answer = LiveAnswer(request, self._on_end)
             self.waiting[request.id] = answer
+            began = time.perf_counter()
+            span = tracing.start("queue publish", SpanKind.PRODUCER, attributes={"forebay.request_id": request.id})
             try:
-                answer.sequence = await self._publish(request)
+                with tracing.current(span):
+                    answer.sequence = await self._admission.publish(request)
             except BaseException:
                 self._forget(answer, RequestStatus.CANCELLED)
                 raise
+            finally:
+                self._publish_seconds.observe(time.perf_counter() - began)
             measured = request_metrics.of(request.model, request.completion_type.value)
             measured.admitted.inc()
             if request.key is not None:
@@ -107,16 +112,6 @@ class Dispatcher:
                 answer.fail(ClientLeft("the client left"))
                 self._forget(answer, answer.outcome)
                 measured.end(answer.outcome, max(time.time() - request.created_at, 0.0))
-
-    async def _publish(self, request: InferenceRequest) -> int:
-        began = time.perf_counter()
-        with tracing.current(
-            tracing.start("queue publish", SpanKind.PRODUCER, attributes={"forebay.request_id": request.id})
-        ):
-            try:
-                return await self._admission.publish(request)
-            finally:
-                self._publish_seconds.observe(time.perf_counter() - began)
 
     def outcome(self, request_id: str) -> RequestStatus | None:
         """How a request ended for its client here; None if unknown."""

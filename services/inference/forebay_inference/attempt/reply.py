@@ -87,18 +87,19 @@ class Reply:
             return
         self._lengths[tokens.index] = offset + len(tokens.token_ids)
         if self._request.stream:
-            await self._deliver(delta)
+            await self._channel.send(self._kept(delta))
             return
         self._held.append(delta)
         if time.monotonic() - self._flushed_at >= UNARY_FLUSH_S:
             for joined in self._take_held():
-                await self._deliver(joined)
+                await self._channel.send(self._kept(joined))
 
     async def send_vector(self, vector: Vector) -> None:
         """Send an embedding in a frame of its own: one frame cannot hold all of them."""
         values = base64.b64encode(vector.values).decode()
         self._lengths[vector.index] = 1
-        await self._deliver(Delta(attempt=self.attempt, index=vector.index, tokens=(0,), embedding=values))
+        delta = Delta(attempt=self.attempt, index=vector.index, tokens=(0,), embedding=values)
+        await self._channel.send(self._kept(delta))
 
     def finish(self, finish_reasons: Mapping[int, str], usage: Usage) -> None:
         """Make the last frame of a whole answer. Raises ValueError if the answer cannot be written as JSON."""
@@ -142,11 +143,12 @@ class Reply:
     def _started(self) -> bytes:
         return Started(attempt=self.attempt, worker=self._worker).encode()
 
-    async def _deliver(self, delta: Delta) -> None:
+    def _kept(self, delta: Delta) -> bytes:
+        """The frame of a delta, which is kept until the end."""
         self._flushed_at = time.monotonic()
         frame = delta.encode()
         self._sent.append((delta.index, delta.offset, frame))
-        await self._channel.send(frame)
+        return frame
 
     def _take_held(self) -> list[Delta]:
         held, self._held = self._held, []

@@ -107,20 +107,20 @@ class AttemptRunner:
                 await self._unreadable(request_id, delivery, exc)
             else:
                 request_id = request.id
-                await self._run(request, delivery)
+                await self._attempt(request, delivery)
         except Superseded as exc:
             log.info("[RequestQueue] %s", exc, extra=fields(request_id=request_id))
         except (QueueUnavailable, NatsError, TimeoutError) as exc:
             log.warning("[RequestQueue] %s given up: %s", request_id, exc, extra=fields(request_id=request_id))
 
-    async def _run(self, request: InferenceRequest, delivery: Delivery) -> None:
-        if (running := self.running.get(request.id)) is not None:
-            # NATS redelivers what still runs if the server was killed, or was away for longer than the ack wait.
-            holds = await running.ownership.holds()
-            if holds and self.running.get(request.id) is running:
-                running.delivery = delivery
-                return
-            running.stop(Ended(End.SUPERSEDED))
+    async def _attempt(self, request: InferenceRequest, delivery: Delivery) -> None:
+        """Claim the request, generate, and settle how it ended.
+
+        A fresh message is most likely a first attempt. It generates while it is claimed. If the claim finds an earlier
+        attempt, this one starts again with its true number.
+        """
+        if await self._goes_on(request.id, delivery):
+            return
         attempt = Attempt(
             request,
             delivery,
@@ -129,22 +129,7 @@ class AttemptRunner:
             Measured(self._metrics, request, delivery, self._worker),
         )
         self.running[request.id] = attempt
-        try:
-            await self._claim_and_work(attempt)
-        finally:
-            if self.running.get(request.id) is attempt:
-                del self.running[request.id]
-            attempt.reply.close()
-            attempt.measured.close()
-
-    async def _claim_and_work(self, attempt: Attempt) -> None:
-        """Claim the request, generate, and settle how it ended.
-
-        A fresh message is most likely a first attempt. It generates while it is claimed. If the claim finds an earlier
-        attempt, this one starts again with its true number.
-        """
-        age_s = time.time() - attempt.request.created_at
-        fresh = attempt.delivery.num_delivered == 1 and age_s < QUEUED_AFTER_S
+        fresh = delivery.num_delivered == 1 and time.time() - request.created_at < QUEUED_AFTER_S
         attempt.claim = asyncio.create_task(self._claim(attempt, fresh=fresh))
         try:
             if fresh:
@@ -162,11 +147,28 @@ class AttemptRunner:
         except StateUnreadable as exc:
             # No write can replace a state that cannot be read: the request can only fail.
             log.error("[RequestQueue] %s", exc.message, extra=attempt.measured.fields())
-            await patiently(lambda: self._states.count(RequestStatus.FAILED, attempt.request.id))
-            attempt.reply.attempt = attempt.delivery.num_delivered
+            await patiently(lambda: self._states.count(RequestStatus.FAILED, request.id))
+            attempt.reply.attempt = delivery.num_delivered
             await self._settle(attempt, Ended(End.UNREADABLE, error=exc))
         finally:
             attempt.claim.cancel()
+            if self.running.get(request.id) is attempt:
+                del self.running[request.id]
+            attempt.reply.close()
+            attempt.measured.close()
+
+    async def _goes_on(self, request_id: str, delivery: Delivery) -> bool:
+        """Whether an attempt that runs here goes on with a new delivery of its message.
+
+        NATS redelivers what still runs if the server was killed, or was away for longer than the ack wait.
+        """
+        if (running := self.running.get(request_id)) is None:
+            return False
+        if await running.ownership.holds() and self.running.get(request_id) is running:
+            running.delivery = delivery
+            return True
+        running.stop(Ended(End.SUPERSEDED))
+        return False
 
     async def _claim(self, attempt: Attempt, *, fresh: bool) -> int:
         number = 0
