@@ -137,7 +137,7 @@ async def test_a_page_opened_later_shows_why_a_request_failed(nats_server: NatsS
             assert "queued at" in found
             await window.page.get_by_label("Id", exact=True).fill("of-nobody")
             await window.page.keyboard.press("Enter")
-            await window.shows("#look-result", re.compile("never admitted.*api's log.*REQUEST_STATE_TTL"))
+            await window.shows("#look-result", re.compile("refused.*api's log.*REQUEST_STATE_TTL"))
 
             # Handed over, it waits again, since it was queued.
             now = time.time()
