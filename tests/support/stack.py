@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 import openai
+from nats.errors import TimeoutError as NatsTimeoutError
 
 from forebay_contracts.nats.connection import Connection, connect
 from forebay_contracts.queueing.state_store import KeyValueStateStore
@@ -204,8 +205,7 @@ class Stack:
 
     async def _watched(self, keys: str, wanted: Callable[[RequestState], bool], timeout_s: float) -> RequestState:
         async with asyncio.timeout(timeout_s):
-            bucket = await self.connection.jetstream.key_value(names.REQUESTS_BUCKET)
-            watcher = await bucket.watch(keys)
+            watcher = await self._watcher(keys)
             try:
                 async for entry in watcher:
                     if entry is not None and entry.value:
@@ -215,6 +215,13 @@ class Stack:
             finally:
                 await watcher.stop()
         raise AssertionError("the watch ended")
+
+    async def _watcher(self, keys: str) -> Any:
+        bucket = await self.connection.jetstream.key_value(names.REQUESTS_BUCKET)
+        while True:
+            # A cluster under load may take its time over the consumer of a watch.
+            with contextlib.suppress(NatsTimeoutError):
+                return await bucket.watch(keys)
 
     async def idle(self, api: int = 0, timeout_s: float = 30) -> None:
         """Wait until nothing is in the stream, and NATS there to say so: an ack leaves no event to wait for."""
