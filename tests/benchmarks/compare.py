@@ -15,7 +15,7 @@ A block is one pair of systems, and the next block starts new ones: two equal sy
 long as they live. With `--old HEAD` on a clean tree, the spread of the ratios is the error of the measurement.
 
 Prints one line for each measurement: median, least and most of new ÷ old over all blocks, and the medians of both.
-"CPU ms" is the CPU time of api and worker for one request; for it and for memory, less is better. In full it takes
+"CPU ms" is the CPU time of a service for one request; for it and for memory, less is better. In full it takes
 about 5 minutes, with --quick one.
 """
 
@@ -88,7 +88,8 @@ async def requests(names: list[str], trees: dict[str, Path], options: argparse.N
                     await pairs([*systems.values()], options.pairs)
                 for name, system in systems.items():
                     found[f"requests/s, {mode}, {clients} clients"][name].append(system.requests_per_s())
-                    found[f"CPU ms, {mode}, {clients} clients"][name].append(sum(system.cpu_ms().values()))
+                    for service, ms in system.cpu_ms().items():
+                        found[f"{service} CPU ms, {mode}, {clients} clients"][name].append(ms)
 
 
 async def memory(names: list[str], trees: dict[str, Path], options: argparse.Namespace, found: Figures) -> None:
@@ -114,11 +115,11 @@ async def measure(trees: dict[str, Path], options: argparse.Namespace) -> Figure
 
 def table(found: Figures) -> str:
     """One line for each measurement."""
-    lines = [f"{'new ÷ old':34} {'median':>7} {'min':>7} {'max':>7} {'old':>9} {'new':>9}"]
+    lines = [f"{'new ÷ old':36} {'median':>7} {'min':>7} {'max':>7} {'old':>9} {'new':>9}"]
     for name, values in found.items():
         ratio = ratios(values["new"], values["old"])
         medians = " ".join(f"{statistics.median(values[system]):9.4g}" for system in ("old", "new"))
-        lines.append(f"{name:34} {ratio['median']:7.3f} {ratio['min']:7.3f} {ratio['max']:7.3f} {medians}")
+        lines.append(f"{name:36} {ratio['median']:7.3f} {ratio['min']:7.3f} {ratio['max']:7.3f} {medians}")
     return "\n".join(lines)
 
 
