@@ -191,10 +191,21 @@ async def test_logprobs_carry_text_and_bytes(model: TextModel) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"tools": (WEATHER,), "tool_choice": "required"},
+        {"tools": (WEATHER,), "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+    ],
+)
+async def test_an_engine_that_ignores_grammars_answers_as_without_one(model: TextModel, fields: dict[str, Any]) -> None:
+    found = await answer(model, chat("[[tokens=3]]", **fields))
+    assert (found.text, found.finish_reason) == ("t0 t1 t2", "stop")
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": (WEATHER,), "tool_choice": "required"}, "tool_choice"),
         ({"tools": (WEATHER,), "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"logit_bias": {49152 * 100: 1.0}}, "logit_bias"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias"),
@@ -210,12 +221,18 @@ async def test_what_is_not_served_is_refused_by_name(model: TextModel, fields: d
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"logprobs": 1}, "logprobs"), ({"best_of": 3}, "best_of"), ({"best_of": 3, "stream": True}, "best_of")],
+    [
+        ({"logprobs": 1}, "logprobs"),
+        ({"best_of": 3}, "best_of"),
+        ({"best_of": 3, "stream": True}, "best_of"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": (WEATHER,), "tool_choice": "required"}, "tool_choice"),
+    ],
 )
 async def test_what_an_engine_does_not_declare_is_refused(
     model: TextModel, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], param: str
 ) -> None:
-    monkeypatch.setattr(model.engine, "capabilities", Capabilities("exact", grammars=False, logprobs=False))
+    monkeypatch.setattr(model.engine, "capabilities", Capabilities("exact", grammars="no", logprobs=False))
     with pytest.raises(InvalidRequest) as refused:
         await answer(model, completion("a", **fields))
     assert refused.value.param == param
@@ -225,11 +242,11 @@ async def test_an_engine_that_cannot_resume_fails_the_attempt(
     model: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked = completion("[[tokens=3]]", best_of=2)
-    monkeypatch.setattr(model.engine, "capabilities", Capabilities("greedy", grammars=False, logprobs=True))
+    monkeypatch.setattr(model.engine, "capabilities", Capabilities("greedy", grammars="no", logprobs=True))
     assert (await answer(model, chat("[[tokens=3]]"), {0: [0]})).text == " t1 t2"
     with pytest.raises(EngineFault, match="cannot go on"):
         await answer(model, ranked, {0: [0]})
-    monkeypatch.setattr(model.engine, "capabilities", Capabilities("no", grammars=False, logprobs=True))
+    monkeypatch.setattr(model.engine, "capabilities", Capabilities("no", grammars="no", logprobs=True))
     assert (await answer(model, ranked, {0: []})).text == "t0 t1 t2"
     with pytest.raises(EngineFault, match="cannot go on"):
         await answer(model, chat("[[tokens=3]]"), {0: [0]})

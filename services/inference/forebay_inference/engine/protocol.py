@@ -58,11 +58,12 @@ class Capabilities:
 
     `resumes`: how the engine goes on after tokens that were generated elsewhere. `exact`: as it would have done
     itself, but for rounding at near ties. `greedy`: so at temperature 0, and with other draws elsewhere. `no`: it
-    cannot. `grammars` are those of llguidance in its Lark dialect.
+    cannot. `grammars` are those of llguidance in its Lark dialect: each answer follows its grammar (`enforced`), none
+    needs to (`ignored`, for tests alone), or a request with one is refused (`no`).
     """
 
     resumes: Literal["exact", "greedy", "no"]
-    grammars: bool
+    grammars: Literal["enforced", "ignored", "no"]
     logprobs: bool
 
 

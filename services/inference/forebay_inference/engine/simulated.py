@@ -125,10 +125,11 @@ class SimulatedTokenizer:
 class SimulatedEngine:
     """Obeys orders in the prompt; a lost or doubled token shows in its text. One engine, any concurrency.
 
-    Sampling has no effect but for the seed of `random`. An embedding is a function of its input alone, a unit vector.
+    Sampling has no effect but for the seed of `random`; a grammar has none. An embedding is a function of its input
+    alone, a unit vector.
     """
 
-    capabilities = Capabilities(resumes="exact", grammars=False, logprobs=True)
+    capabilities = Capabilities(resumes="exact", grammars="ignored", logprobs=True)
 
     def __init__(self) -> None:
         self._tokenizer = SimulatedTokenizer()

@@ -36,7 +36,7 @@ def prepare(request: InferenceRequest, loaded: LoadedModel, can: Capabilities, f
     """
     _refuse_what_is_not_served(request, loaded.tokenizer, can)
     use = tool_use(request, form)
-    grammar = grammar_of(request.response_format, use, loaded.grammar_fault if can.grammars else None)
+    grammar = grammar_of(request.response_format, use, loaded.grammar_fault if can.grammars != "no" else None)
     prompts = tuple(encode_prompts(loaded.tokenizer, request, form))
     return Prepared(
         prompts,

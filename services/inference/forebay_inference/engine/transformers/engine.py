@@ -30,7 +30,7 @@ from forebay_inference.models.store import ensure_model, recommended_sampling
 class TransformersEngine:
     """Serves one model. Construct, `start`, `generate` often, `close`."""
 
-    capabilities = Capabilities(resumes="exact", grammars=True, logprobs=True)
+    capabilities = Capabilities(resumes="exact", grammars="enforced", logprobs=True)
 
     def __init__(self, settings: InferenceSettings) -> None:
         self._settings = settings
