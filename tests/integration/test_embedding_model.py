@@ -16,8 +16,8 @@ from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest, UnsupportedByModel
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.embedding.engine import EmbeddingEngine
-from forebay_inference.engine.events import Accepted, Finished, Vector, require_served
-from forebay_inference.engine.text.embeddings import EmbeddingModel
+from forebay_inference.engine.events import Accepted, Finished, Vector
+from forebay_inference.engine.text.model import TextModel
 from support.answers import summary
 from support.engine import chat
 from support.nats import NatsServer
@@ -47,7 +47,7 @@ def embedding(*inputs: str | tuple[int, ...], **fields: Any) -> InferenceRequest
     return InferenceRequest(completion_type=CompletionType.EMBEDDING, **given)
 
 
-async def vectors(engine: EmbeddingModel, *inputs: str | tuple[int, ...]) -> tuple[int, dict[int, Any]]:
+async def vectors(engine: TextModel, *inputs: str | tuple[int, ...]) -> tuple[int, dict[int, Any]]:
     """Prompt tokens, and the vector of each input; checks the order of the events on the way."""
     tokens, found, finished = 0, {}, []
     async for event in engine.generate(embedding(*inputs), {}):
@@ -71,39 +71,39 @@ def reference() -> SentenceTransformer:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[EmbeddingModel]:
-    engine = EmbeddingModel(EmbeddingEngine(settings()))
+async def engine() -> AsyncIterator[TextModel]:
+    engine = TextModel(EmbeddingEngine(settings()))
     info = await engine.start(lambda line: None)
     assert (info.context_length, info.quantization, info.device) == (256, "none", "cpu")
     yield engine
     await engine.close()
 
 
-async def test_the_same_as_the_library_by_itself(engine: EmbeddingModel, reference: SentenceTransformer) -> None:
+async def test_the_same_as_the_library_by_itself(engine: TextModel, reference: SentenceTransformer) -> None:
     tokens, found = await vectors(engine, *TEXTS)
     expected = reference.encode(TEXTS)
     assert max(np.abs(found[index] - expected[index]).max() for index in found) < 1e-5
     assert tokens == sum(len(reference.tokenizer(text).input_ids) for text in TEXTS)
 
 
-async def test_token_ids_are_the_text_they_stand_for(engine: EmbeddingModel, reference: SentenceTransformer) -> None:
+async def test_token_ids_are_the_text_they_stand_for(engine: TextModel, reference: SentenceTransformer) -> None:
     ids = tuple(reference.tokenizer(TEXTS[0], add_special_tokens=False).input_ids)
     of_ids, of_text = await vectors(engine, ids), await vectors(engine, TEXTS[0])
     assert of_ids[0] == of_text[0]
     assert np.array_equal(of_ids[1][0], of_text[1][0])
 
 
-async def test_sixty_four_requests_share_forward_passes(engine: EmbeddingModel) -> None:
+async def test_sixty_four_requests_share_forward_passes(engine: TextModel) -> None:
     alone = {text: (await vectors(engine, text))[1][0] for text in TEXTS}
     mixed = [TEXTS[number % len(TEXTS)] for number in range(64)]
-    passes = engine.load().steps
+    passes = engine.status().steps
     together = await asyncio.gather(*(vectors(engine, text) for text in mixed))
-    assert engine.load().steps - passes < len(mixed) / 2
+    assert engine.status().steps - passes < len(mixed) / 2
     for text, (_, found) in zip(mixed, together, strict=True):
         assert np.abs(found[0] - alone[text]).max() < 1e-5
 
 
-async def test_one_input_does_not_wait_for_all_of_another_request(engine: EmbeddingModel) -> None:
+async def test_one_input_does_not_wait_for_all_of_another_request(engine: TextModel) -> None:
     large = asyncio.create_task(vectors(engine, *["word " * 200] * 400))
     await asyncio.sleep(0)
     await vectors(engine, "small")
@@ -111,12 +111,12 @@ async def test_one_input_does_not_wait_for_all_of_another_request(engine: Embedd
     large.cancel()
     await asyncio.gather(large, return_exceptions=True)
     # What was called off is not computed any further: nothing is before this one.
-    passes = engine.load().steps
+    passes = engine.status().steps
     await vectors(engine, "small")
-    assert engine.load().steps - passes <= 2
+    assert engine.status().steps - passes <= 2
 
 
-async def test_too_long(engine: EmbeddingModel) -> None:
+async def test_too_long(engine: TextModel) -> None:
     await vectors(engine, "word " * 254)
     for too_long in ("word " * 255, (7,) * 255):
         with pytest.raises(InvalidRequest, match="input 1 resulted in 257 tokens") as caught:
@@ -124,7 +124,7 @@ async def test_too_long(engine: EmbeddingModel) -> None:
         assert (caught.value.param, caught.value.code) == ("input", "context_length_exceeded")
 
 
-async def test_what_cannot_be_served(engine: EmbeddingModel) -> None:
+async def test_what_cannot_be_served(engine: TextModel) -> None:
     with pytest.raises(InvalidRequest, match="Token 40000 is not in the vocabulary") as caught:
         await vectors(engine, (1, 40_000))
     assert caught.value.param == "input[0]"
@@ -133,15 +133,15 @@ async def test_what_cannot_be_served(engine: EmbeddingModel) -> None:
     assert caught.value.param == "dimensions"
     assert len([event async for event in engine.generate(embedding("text", dimensions=384), {})]) == 3
     with pytest.raises(UnsupportedByModel):
-        require_served(engine, chat())
+        engine.generate(chat(), {})
 
 
-async def test_what_a_client_has_already_is_not_computed_again(engine: EmbeddingModel) -> None:
-    passes = engine.load().steps
+async def test_what_a_client_has_already_is_not_computed_again(engine: TextModel) -> None:
+    passes = engine.status().steps
     events = [event async for event in engine.generate(embedding("a", "b", "c"), {0: [0], 2: [0]})]
     assert [event.index for event in events if isinstance(event, Vector)] == [1]
     assert sorted(event.index for event in events if isinstance(event, Finished)) == [0, 1, 2]
-    assert engine.load().steps == passes + 1
+    assert engine.status().steps == passes + 1
 
 
 async def test_what_is_no_embedding_model_is_refused(tmp_path: Any) -> None:
@@ -150,7 +150,7 @@ async def test_what_is_no_embedding_model_is_refused(tmp_path: Any) -> None:
         ({"default_model": str(tmp_path)}, "is no sentence-transformers model"),
         ({"model_quantization": "nf4"}, "MODEL_QUANTIZATION=nf4: an embedding model keeps its precision"),
     ]:
-        engine = EmbeddingModel(EmbeddingEngine(settings(**given)))
+        engine = TextModel(EmbeddingEngine(settings(**given)))
         with pytest.raises(ConfigurationError, match=sentence):
             await engine.start(lambda line: None)
         await engine.close()

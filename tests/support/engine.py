@@ -7,16 +7,14 @@ from typing import Any
 
 from forebay_contracts.wire.frames import TokenLogprob
 from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
-from forebay_inference.engine.events import Accepted, Finished, Model, ResumeTokens, Tokens
+from forebay_inference.engine.events import Accepted, Finished, ResumeTokens, Tokens
 from forebay_inference.engine.simulated import SimulatedEngine
-from forebay_inference.engine.text.embeddings import EmbeddingModel
 from forebay_inference.engine.text.model import TextModel
 
 
 def simulated_model() -> TextModel:
     """The simulated engine with the text layer, started: that waits for nothing."""
-    engine = SimulatedEngine()
-    model = TextModel(engine, EmbeddingModel(engine))
+    model = TextModel(SimulatedEngine())
     with contextlib.suppress(StopIteration):
         model.start(lambda line: None).send(None)
     return model
@@ -64,7 +62,7 @@ class Answer:
     pieces: list[str] = field(default_factory=list)
 
 
-async def answers(model: Model, request: InferenceRequest, resume: ResumeTokens | None = None) -> dict[int, Answer]:
+async def answers(model: TextModel, request: InferenceRequest, resume: ResumeTokens | None = None) -> dict[int, Answer]:
     """Every choice, by index. Checks the order of the events on the way."""
     found: dict[int, Answer] = {}
     accepted = 0
@@ -89,7 +87,7 @@ async def answers(model: Model, request: InferenceRequest, resume: ResumeTokens 
     return found
 
 
-async def answer(model: Model, request: InferenceRequest, resume: ResumeTokens | None = None) -> Answer:
+async def answer(model: TextModel, request: InferenceRequest, resume: ResumeTokens | None = None) -> Answer:
     """The only choice."""
     (found,) = (await answers(model, request, resume)).values()
     return found

@@ -10,14 +10,8 @@ import pytest
 import pytest_asyncio
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.engine.protocol import (
-    Engine,
-    EngineFault,
-    LoadedModel,
-    SamplingParameters,
-    Step,
-    TokenRequest,
-)
+from forebay_contracts.wire.request import Sampling
+from forebay_inference.engine.protocol import Engine, EngineFault, LoadedModel, Step, TokenRequest
 from forebay_inference.engine.simulated import SimulatedEngine
 from forebay_inference.engine.transformers import loading
 from forebay_inference.engine.transformers.engine import TransformersEngine
@@ -25,7 +19,7 @@ from support.checkpoint import write_tiny_checkpoint
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-GREEDY = SamplingParameters(temperature=0)
+GREEDY = Sampling(temperature=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +34,7 @@ class Subject:
 
     def request(self, **fields: Any) -> TokenRequest:
         prompt = self.loaded.tokenizer.encode(fields.pop("text", self.prompt))
-        given: dict[str, Any] = {"max_new_tokens": 12, "sampling": SamplingParameters(seed="1"), **fields}
+        given: dict[str, Any] = {"max_new_tokens": 12, "sampling": Sampling(), "seed": "1", **fields}
         return TokenRequest("r", prompt, **given)
 
     async def steps(self, **fields: Any) -> list[Step]:
@@ -128,16 +122,16 @@ async def test_an_end_token_ends_a_sequence_and_is_among_its_tokens(subject: Sub
 
 async def test_draws_depend_on_the_seed_alone(subject: Subject) -> None:
     found = await asyncio.gather(
-        *(subject.tokens(sampling=SamplingParameters(seed=seed)) for seed in ("1", "1", "2")),
-        subject.tokens(sampling=SamplingParameters(temperature=0)),
-        subject.tokens(sampling=SamplingParameters(temperature=0, seed="3")),
+        *(subject.tokens(seed=seed) for seed in ("1", "1", "2")),
+        subject.tokens(sampling=Sampling(temperature=0)),
+        subject.tokens(sampling=Sampling(temperature=0), seed="3"),
     )
     assert found[0] == found[1] != found[2]
     assert found[3] == found[4]
 
 
 async def test_a_sequence_is_the_same_alone_and_among_others(subject: Subject) -> None:
-    requests = [{"sampling": SamplingParameters(seed=str(seed))} for seed in range(6)]
+    requests = [{"seed": str(seed)} for seed in range(6)]
     alone = [await subject.tokens(**request) for request in requests]
     assert await asyncio.gather(*(subject.tokens(**request) for request in requests)) == alone
 
@@ -145,7 +139,7 @@ async def test_a_sequence_is_the_same_alone_and_among_others(subject: Subject) -
 @pytest.mark.parametrize("kept", [1, 6, 11])
 async def test_a_resume_goes_on_as_declared(subject: Subject, kept: int) -> None:
     assert subject.engine.capabilities.resumes == "exact"
-    for sampling in (GREEDY, SamplingParameters(seed="5", frequency_penalty=0.5, repetition_penalty=1.1)):
+    for sampling in (GREEDY, Sampling(frequency_penalty=0.5, repetition_penalty=1.1)):
         whole = await subject.tokens(sampling=sampling)
         rest = await subject.tokens(sampling=sampling, generated=whole[:kept], max_new_tokens=12 - kept)
         assert whole[:kept] + rest == whole
@@ -153,7 +147,7 @@ async def test_a_resume_goes_on_as_declared(subject: Subject, kept: int) -> None
 
 async def test_logprobs_are_of_the_chosen_and_the_best(subject: Subject) -> None:
     assert subject.engine.capabilities.logprobs
-    for step in await subject.steps(sampling=SamplingParameters(temperature=0, logprobs=3)):
+    for step in await subject.steps(sampling=Sampling(temperature=0, logprobs=3)):
         assert [entry.token for entry in step.logprobs] == list(step.tokens)
         for entry in step.logprobs:
             assert entry.top[0] == (entry.token, pytest.approx(entry.logprob))
@@ -166,18 +160,16 @@ async def test_logprobs_are_of_the_chosen_and_the_best(subject: Subject) -> None
 async def test_a_grammar_is_followed_where_declared(subject: Subject) -> None:
     loaded, declared = subject.loaded, subject.engine.capabilities.grammars
     if declared == "ignored":
-        sampling = SamplingParameters(seed="2")
-        tokens = await subject.tokens(sampling=sampling)
-        assert await subject.tokens(sampling=sampling._replace(grammar='start: "yes" | "no"')) == tokens
+        assert await subject.tokens(grammar='start: "yes" | "no"') == await subject.tokens()
         return
     assert declared == "enforced"
     assert loaded.grammar_fault('start: "yes" | "no"') is None
     assert "5" in (loaded.grammar_fault('start: %json {"type": "integer", "minimum": 5, "maximum": 1}') or "")
-    sampling = SamplingParameters(seed="2", grammar='start: "yes" | "no"')
-    found = await subject.steps(sampling=sampling, end_tokens=loaded.end_tokens)
+    asked: dict[str, Any] = {"seed": "2", "grammar": 'start: "yes" | "no"', "end_tokens": loaded.end_tokens}
+    found = await subject.steps(**asked)
     tokens = [token for step in found for token in step.tokens]
     assert (loaded.tokenizer.decode(tokens) in ("yes", "no"), found[-1].finish) == (True, "stop")
-    rest = await subject.tokens(sampling=sampling, end_tokens=loaded.end_tokens, generated=tokens[:1])
+    rest = await subject.tokens(**asked, generated=tokens[:1])
     assert tokens[:1] + rest == tokens
 
 

@@ -3,17 +3,16 @@ import math
 import pytest
 import torch
 
-from forebay_inference.engine.protocol import SamplingParameters
+from forebay_contracts.wire.request import Sampling
+from forebay_inference.engine.protocol import TokenRequest
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose, gumbel_noise
 
 VOCABULARY = 1000
 CPU = torch.device("cpu")
 
 
-def chooser(
-    sampling: SamplingParameters, generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (1, 2)
-) -> TokenChooser:
-    return TokenChooser(sampling._replace(seed="seed:0"), prompt, generated, VOCABULARY, CPU)
+def chooser(sampling: Sampling, generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (1, 2)) -> TokenChooser:
+    return TokenChooser(TokenRequest("r", prompt, 1, sampling, "seed:0", generated=generated), VOCABULARY, CPU)
 
 
 def draw(chooser: TokenChooser, scores: torch.Tensor) -> int:
@@ -25,7 +24,7 @@ def draw(chooser: TokenChooser, scores: torch.Tensor) -> int:
 def test_draws_follow_the_softmax() -> None:
     scores = torch.full((VOCABULARY,), -math.inf)
     scores[[3, 5, 7]] = torch.log(torch.tensor([0.6, 0.3, 0.1]))
-    sampler = chooser(SamplingParameters())
+    sampler = chooser(Sampling())
     counts = {3: 0, 5: 0, 7: 0}
     for _ in range(3000):
         token = draw(sampler, scores)
@@ -47,9 +46,7 @@ def test_noise_is_always_finite() -> None:
 
 
 def test_a_sequence_taken_up_again_draws_as_it_would_have() -> None:
-    sampling = SamplingParameters(
-        frequency_penalty=0.5, presence_penalty=0.2, repetition_penalty=1.2, top_p=0.95, min_p=0.001
-    )
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.2, repetition_penalty=1.2, top_p=0.95, min_p=0.001)
     torch.manual_seed(0)
     rows = torch.randn(12, VOCABULARY) * 3
     first = chooser(sampling)
@@ -69,7 +66,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, spread: floa
     torch.manual_seed(1)
     scores = torch.randn(VOCABULARY) * spread
     narrowed = scores.clone()
-    chooser(SamplingParameters(top_p=top_p)).narrow(narrowed)
+    chooser(Sampling(top_p=top_p)).narrow(narrowed)
     kept = torch.isfinite(narrowed)
     mass = torch.softmax(scores, -1)
     assert float(mass[kept].sum()) >= top_p - 1e-5
@@ -80,10 +77,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, spread: floa
 def test_top_k_and_min_p_cut() -> None:
     scores = torch.arange(VOCABULARY, dtype=torch.float32) / 10
     narrowed = scores.clone()
-    chooser(SamplingParameters(top_k=5)).narrow(narrowed)
+    chooser(Sampling(top_k=5)).narrow(narrowed)
     assert int(torch.isfinite(narrowed).sum()) == 5
     narrowed = scores.clone()
-    chooser(SamplingParameters(min_p=0.5)).narrow(narrowed)
+    chooser(Sampling(min_p=0.5)).narrow(narrowed)
     assert int(torch.isfinite(narrowed).sum()) == 7
 
 
@@ -91,15 +88,15 @@ def test_penalties_are_those_of_the_reference() -> None:
     scores = torch.ones(VOCABULARY)
     scores[4] = -1
     adjusted = scores.clone()
-    chooser(SamplingParameters(frequency_penalty=0.5, presence_penalty=0.25), generated=(7, 7, 8)).adjust(adjusted)
+    chooser(Sampling(frequency_penalty=0.5, presence_penalty=0.25), generated=(7, 7, 8)).adjust(adjusted)
     assert adjusted[[6, 7, 8]].tolist() == [1, 1 - 2 * 0.5 - 0.25, 1 - 0.5 - 0.25]
     adjusted = scores.clone()
-    chooser(SamplingParameters(repetition_penalty=2), generated=(7,), prompt=(3, 4)).adjust(adjusted)
+    chooser(Sampling(repetition_penalty=2), generated=(7,), prompt=(3, 4)).adjust(adjusted)
     assert adjusted[[3, 4, 7, 8]].tolist() == [0.5, -2, 0.5, 1]
 
 
 def test_a_greedy_row_is_left_alone_beside_sampled_ones() -> None:
     scores = torch.randn(2, VOCABULARY)
     before = scores[0].clone()
-    choose([(0, chooser(SamplingParameters(temperature=0))), (1, chooser(SamplingParameters()))], scores)
+    choose([(0, chooser(Sampling(temperature=0))), (1, chooser(Sampling()))], scores)
     assert torch.equal(scores[0], before)

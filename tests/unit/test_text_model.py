@@ -147,7 +147,7 @@ async def test_the_choices_of_one_request_come_together(model: TextModel) -> Non
 async def test_one_choice_that_fails_ends_the_request(model: TextModel) -> None:
     with pytest.raises(EngineFault, match="ordered to fail"):
         await answers(model, completion("[[tokens=1000000 delay_ms=1]]", "[[tokens=1 fail]]", max_tokens=None))
-    assert model.load().sequences == 0
+    assert model.status().sequences == 0
 
 
 async def test_echo_shows_the_prompt_once(model: TextModel) -> None:
@@ -258,15 +258,15 @@ async def test_closing_the_generator_frees_the_engine(model: TextModel) -> None:
         async for event in events:
             if isinstance(event, Tokens):
                 break
-        assert model.load().sequences > 0
+        assert model.status().sequences > 0
         await events.aclose()
-        assert model.load().sequences == 0
+        assert model.status().sequences == 0
 
 
 async def test_a_model_that_is_closed_serves_nothing(model: TextModel) -> None:
     running = asyncio.ensure_future(answer(model, chat("[[tokens=1000 delay_ms=1]]", max_tokens=None)))
     async with asyncio.timeout(5):
-        while model.load().sequences == 0:  # noqa: ASYNC110
+        while model.status().sequences == 0:  # noqa: ASYNC110
             await asyncio.sleep(0)
     await model.close()
     with pytest.raises(EngineFault, match="closed"):

@@ -21,25 +21,22 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, ForebayError
 from forebay_contracts.wire.heartbeats import ApiInfo
 from forebay_inference.attempt.runner import AttemptRunner
-from forebay_inference.engine.events import Model
 from forebay_inference.engine.simulated import SimulatedEngine
-from forebay_inference.engine.text.embeddings import EmbeddingModel
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.exposition import serve as expose
 from forebay_inference.worker import Worker
 from forebay_inference.worker_metrics import WorkerMetrics
 
 
-def build_model(settings: InferenceSettings) -> Model:
+def build_model(settings: InferenceSettings) -> TextModel:
     """The model that a worker serves, on the engine that INFERENCE_ENGINE names."""
     if settings.inference_engine == "simulated":
-        simulated = SimulatedEngine()
-        return TextModel(simulated, EmbeddingModel(simulated))
+        return TextModel(SimulatedEngine())
     # Imported here, since it takes seconds and a simulated worker needs no torch.
     if settings.inference_engine == "embedding":
         from forebay_inference.engine.embedding.engine import EmbeddingEngine
 
-        return EmbeddingModel(EmbeddingEngine(settings))
+        return TextModel(EmbeddingEngine(settings))
     from forebay_inference.engine.transformers.engine import TransformersEngine
 
     return TextModel(TransformersEngine(settings))

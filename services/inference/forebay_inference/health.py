@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from forebay_inference.engine.events import Model
+from forebay_inference.engine.text.model import TextModel
 
 CHECK_INTERVAL_S: Final = 1.0
 """Time between two checks of the engine."""
@@ -34,7 +34,7 @@ class EngineWatch:
     It counts calls and not seconds: while the whole process is stopped, the engine cannot make a step.
     """
 
-    def __init__(self, engine: Model, stall_timeout_s: float) -> None:
+    def __init__(self, engine: TextModel, stall_timeout_s: float) -> None:
         self._engine = engine
         self._stall_timeout_s = stall_timeout_s
         self._steps = -1
@@ -42,14 +42,14 @@ class EngineWatch:
 
     def look(self) -> None:
         """Check whether the engine has made a step since the last call, or has nothing to do."""
-        load = self._engine.load()
-        moved = load.steps != self._steps or load.sequences == 0
+        now = self._engine.status()
+        moved = now.steps != self._steps or now.sequences == 0
         self._looks_without_a_step = 0 if moved else self._looks_without_a_step + 1
-        self._steps = load.steps
+        self._steps = now.steps
 
     def fault(self) -> str | None:
         """Why the engine serves no more requests, None while it does."""
-        if (fault := self._engine.fault()) is not None:
+        if (fault := self._engine.status().fault) is not None:
             return fault
         if self._looks_without_a_step * CHECK_INTERVAL_S >= self._stall_timeout_s:
             return f"no step in {self._stall_timeout_s:g} s with requests in the batch"

@@ -24,8 +24,8 @@ from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
 from forebay_inference.attempt.endings import End, Ended
 from forebay_inference.attempt.runner import API_GONE, AttemptRunner
-from forebay_inference.engine.events import Model
 from forebay_inference.engine.protocol import LoadedModel
+from forebay_inference.engine.text.model import TextModel
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
 from forebay_inference.worker_metrics import watch
 
@@ -43,7 +43,7 @@ class Worker:
         worker_id: str,
         settings: InferenceSettings,
         connection: Connection,
-        engine: Model,
+        engine: TextModel,
         deliveries: Deliveries,
         runner: AttemptRunner,
         apis: Presence[ApiInfo],
@@ -147,7 +147,7 @@ class Worker:
         while self._status is WorkerStatus.READY:
             delivery = await self._deliveries.pull()
             await self._runner.run(delivery)
-            if self._engine.fault() is not None:
+            if self._engine.status().fault is not None:
                 self._broken.set()
 
     async def _drain(self, slots: list[asyncio.Task[None]]) -> None:

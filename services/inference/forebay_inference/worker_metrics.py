@@ -6,7 +6,7 @@ from typing import Any, Final
 from prometheus_client import Counter, Gauge, Histogram
 
 from forebay_contracts.telemetry.metrics import REGISTRY, TOKEN_S, WAIT_S, bound
-from forebay_inference.engine.events import Model
+from forebay_inference.engine.text.model import TextModel
 
 QUEUE_WAIT: Final = Histogram(
     "forebay_queue_wait_seconds",
@@ -60,14 +60,14 @@ class WorkerMetrics:
         self.redeliveries: Any = bound(REDELIVERIES, model)
 
 
-def watch(slots: int, busy: Callable[[], int], engine: Model) -> None:
+def watch(slots: int, busy: Callable[[], int], engine: TextModel) -> None:
     """Let each scrape ask the worker for the values of the gauges."""
 
     def cache_usage() -> float:
-        usage = engine.load().cache_usage
+        usage = engine.status().cache_usage
         return float("nan") if usage is None else usage
 
     bound(SLOTS).set_function(lambda: slots)
     bound(SLOTS_BUSY).set_function(busy)
-    bound(BATCH).set_function(lambda: engine.load().sequences)
+    bound(BATCH).set_function(lambda: engine.status().sequences)
     bound(CACHE).set_function(cache_usage)

@@ -42,7 +42,7 @@ async def test_pressure_waits_and_kills_nothing(small_cache: None, data_dir: Pat
         requests = [completion(prompt, max_tokens=40, ignore_eos=True) for prompt in prompts]
         found = await asyncio.gather(*(answer(engine, request) for request in requests))
         assert [len(one.tokens) for one in found] == [40] * 4
-        assert engine.fault() is None
+        assert engine.status().fault is None
         # The context is what the cache can hold, so that nothing is accepted that can never run.
         with pytest.raises(InvalidRequest, match="maximum context length is 128 tokens"):
             await answer(engine, completion("word " * 200, max_tokens=1))
@@ -74,9 +74,9 @@ async def test_a_dead_generation_thread_fails_its_requests_and_says_why(
         outcomes = await asyncio.gather(*requests, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [EngineFault] * 3
         async with asyncio.timeout(60):
-            while not (engine.fault() or "").startswith("MemoryError"):  # noqa: ASYNC110
+            while not (engine.status().fault or "").startswith("MemoryError"):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-        assert engine.fault() == "MemoryError in the generation thread"
+        assert engine.status().fault == "MemoryError in the generation thread"
         with pytest.raises(EngineFault, match="serves nothing"):
             await answer(engine, chat())
     finally:
@@ -102,7 +102,7 @@ async def test_a_forward_pass_that_never_ends_is_found(data_dir: Path, monkeypat
         assert watch.fault() is None
         monkeypatch.setattr(runner, "compute_batch", hang)
         request = asyncio.ensure_future(answer(engine, chat(max_tokens=4, ignore_eos=True)))
-        while engine.load().sequences == 0:  # noqa: ASYNC110
+        while engine.status().sequences == 0:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for _ in range(4):
             watch.look()

@@ -13,7 +13,8 @@ import torch
 from jsonschema import validate
 from transformers import AutoTokenizer
 
-from forebay_inference.engine.protocol import EngineFault, SamplingParameters
+from forebay_contracts.wire.request import Sampling
+from forebay_inference.engine.protocol import EngineFault, TokenRequest
 from forebay_inference.engine.text.grammars import grammar_of
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose
@@ -36,7 +37,7 @@ def written_at_random(tokenizer: Any, grammars: Grammars, wanted: dict[str, Any]
     assert grammar is not None
     guide = grammars.guide(grammar)
     size = len(tokenizer)
-    chooser = TokenChooser(SamplingParameters(seed=str(seed)), (), (), size, torch.device("cpu"), guide)
+    chooser = TokenChooser(TokenRequest("r", (), 1, Sampling(), str(seed)), size, torch.device("cpu"), guide)
     tokens: list[int] = []
     scores = torch.zeros(1, size)
     # What ends something is made likely where it is allowed, or a random writer hardly finds it.

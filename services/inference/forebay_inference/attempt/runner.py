@@ -31,8 +31,9 @@ from forebay_inference.attempt.endings import End, Ended, Told, settle
 from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import EndedBefore, Ownership, Superseded, patiently
 from forebay_inference.attempt.reply import Reply, failed
-from forebay_inference.engine.events import Accepted, Finished, Model, Tokens, Vector, require_served
+from forebay_inference.engine.events import Accepted, Finished, Tokens, Vector
 from forebay_inference.engine.protocol import reason_of
+from forebay_inference.engine.text.model import TextModel
 from forebay_inference.worker_metrics import WorkerMetrics
 
 API_GONE: Final = "the api that took it is gone"
@@ -80,7 +81,7 @@ class AttemptRunner:
         *,
         worker: str,
         states: StateStore,
-        engine: Model,
+        engine: TextModel,
         channel: Callable[[str, float], ReplyChannel],
         notices: CancelNotices,
         api_alive: Callable[[str], bool],
@@ -230,7 +231,6 @@ class AttemptRunner:
         reasons: dict[int, str] = {}
         measured.generating()
         try:
-            require_served(self._engine, request)
             async with aclosing(self._engine.generate(request, resume)) as events:
                 async for event in events:
                     match event:

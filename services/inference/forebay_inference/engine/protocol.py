@@ -8,8 +8,9 @@ import traceback
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from forebay_contracts.wire.request import Sampling
 
 
 class EngineFault(Exception):
@@ -67,37 +68,21 @@ class Capabilities:
     logprobs: bool
 
 
-class SamplingParameters(NamedTuple):
-    """How the tokens of one sequence are chosen; the names and ranges are OpenAI's, with the usual extensions.
-
-    `logprobs`: how many alternatives to report for each token (0: the chosen one alone), None for none. Random
-    numbers are drawn from `seed`. The tokens follow `grammar`, where there is one.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = MappingProxyType({})
-    logprobs: int | None = None
-    seed: str = ""
-    grammar: str | None = None
-
-
 class TokenRequest(NamedTuple):
     """One sequence to be continued.
 
-    `generated` are the tokens after `prompt` that an earlier attempt generated: they count for penalties, grammar and
-    draws, and not for `max_new_tokens`. A token of `end_tokens` ends the sequence. `id` is for logs.
+    Of `sampling`, the text layer obeys `max_tokens`, `seed`, `stop`, `ignore_eos` and `unset`, and the engine the rest.
+    The engine draws random numbers from `seed`. The tokens follow `grammar`, where there is one. `generated` are the
+    tokens after `prompt` that an earlier attempt generated: they count for penalties, grammar and draws, and not for
+    `max_new_tokens`. A token of `end_tokens` ends the sequence. `id` is for logs.
     """
 
     id: str
     prompt: Sequence[int]
     max_new_tokens: int
-    sampling: SamplingParameters
+    sampling: Sampling
+    seed: str = ""
+    grammar: str | None = None
     generated: Sequence[int] = ()
     end_tokens: frozenset[int] = frozenset()
 
@@ -161,10 +146,8 @@ class LoadedModel:
     prefix: str = ""
 
 
-class Engine(Protocol):
-    """Generates tokens for many sequences at once. Its own failures are raised as EngineFault, at any point."""
-
-    capabilities: Capabilities
+class Runtime(Protocol):
+    """Has a model in memory. Its own failures are raised as EngineFault, at any point."""
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Load and warm up; calls `progress` (from any thread) with one readable line a step.
@@ -173,10 +156,6 @@ class Engine(Protocol):
             ConfigurationError: the model or the device cannot be had.
         """
 
-    def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
-        """The steps of a sequence, until one has `finish`. Closing the generator (`aclose`) takes the sequence out of
-        the batch within one step."""
-
     def status(self) -> EngineStatus:
         """How it is now; cheap, and callable from any thread."""
 
@@ -184,20 +163,23 @@ class Engine(Protocol):
         """Stop, failing what still runs; frees the memory."""
 
 
-class Embedder(Protocol):
-    """Computes vectors for many inputs at once; otherwise like an Engine."""
+@runtime_checkable
+class Engine(Runtime, Protocol):
+    """Generates tokens for many sequences at once."""
 
-    async def start(self, progress: Callable[[str], None]) -> LoadedModel:
-        """See `Engine.start`."""
+    capabilities: Capabilities
+
+    def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
+        """The steps of a sequence, until one has `finish`. Closing the generator (`aclose`) takes the sequence out of
+        the batch within one step."""
+
+
+@runtime_checkable
+class Embedder(Runtime, Protocol):
+    """Computes vectors for many inputs at once."""
 
     def embed(
         self, inputs: Mapping[int, Sequence[int]], dimensions: int | None
     ) -> AsyncGenerator[tuple[int, bytes], None]:
         """The vector of each of `inputs`, by its index, as float32, little-endian, in any order. Closing the generator
         takes out what was not computed yet."""
-
-    def status(self) -> EngineStatus:
-        """See `Engine.status`."""
-
-    async def close(self) -> None:
-        """See `Engine.close`."""

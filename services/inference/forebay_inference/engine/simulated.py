@@ -146,7 +146,7 @@ class SimulatedEngine:
         """`t0 t1 …`, as ordered."""
         text = self._tokenizer.decode(request.prompt)
         orders, sampling = orders_in(text), request.sampling
-        answer = orders.answer(text, sampling.seed if sampling.temperature else "")
+        answer = orders.answer(text, request.seed if sampling.temperature else "")
         first, ends, count = len(request.generated), request.end_tokens, sampling.logprobs
         delay_s = orders.delay_ms / 1000
         self._running += 1
@@ -158,7 +158,7 @@ class SimulatedEngine:
                     raise EngineFault("the engine was closed")
                 self._steps += 1
                 token = answer[place]
-                yield _step(token) if count is None else Step((token,), _logprobs(sampling.seed, place, token, count))
+                yield _step(token) if count is None else Step((token,), _logprobs(request.seed, place, token, count))
                 if token in ends:
                     yield Step((), finish="stop")
                     return

@@ -20,6 +20,7 @@ class ChoiceText:
     """
 
     def __init__(self, decoder: Decoder, stops: Sequence[str], parser: ToolParser | None = None) -> None:
+        self.decode = decoder.decode
         self._detokenizer = Detokenizer(decoder)
         self._stops = StopStrings(stops)
         self._parser = parser
@@ -71,7 +72,6 @@ class Choice:
         self,
         index: int,
         text: ChoiceText,
-        decode: Callable[[Sequence[int]], str],
         bytes_of: Callable[[int], bytes],
         end_tokens: frozenset[int],
         limit: int,
@@ -83,7 +83,6 @@ class Choice:
         self.finish_reason: str | None = "length" if limit == 0 else None
         self.cached_tokens = 0
         self._text = text
-        self._decode = decode
         self._bytes_of = bytes_of
         self._end_tokens = end_tokens
         self._echo = echo
@@ -149,6 +148,6 @@ class Choice:
         return frames.TokenLogprob(logprob=chosen.logprob, top=top, **self._token(chosen.token))
 
     def _token(self, token: int) -> dict[str, Any]:
-        text = self._decode([token])
+        text = self._text.decode([token])
         raw = tuple(self._bytes_of(token)) if REPLACEMENT in text else None
         return {"token": token, "text": text, "raw": raw}

@@ -1,6 +1,5 @@
 """A request made ready for an engine: its prompts, its limits, its grammar. Everything that may refuse it."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from forebay_contracts.wire.errors import InvalidRequest
@@ -11,13 +10,18 @@ from forebay_inference.engine.text.templates import encode_prompts, require_know
 from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse, tool_use
 
 
-class Prepared(NamedTuple):
-    """What the choices of a request have in common. `limits`: for each prompt, how many tokens may follow it.
-    `echoes`: for each prompt, what is shown before its answer."""
+class Prompt(NamedTuple):
+    """One prompt: its tokens, how many may follow them (`limit`), and what is shown before its answer (`echo`)."""
 
-    prompts: tuple[Sequence[int], ...]
-    limits: tuple[int, ...]
-    echoes: tuple[str, ...]
+    tokens: list[int]
+    limit: int
+    echo: str
+
+
+class Prepared(NamedTuple):
+    """What the choices of a request have in common."""
+
+    prompts: list[Prompt]
     tools: ToolUse | None
     grammar: str | None
     end_tokens: frozenset[int]
@@ -25,7 +29,7 @@ class Prepared(NamedTuple):
     @property
     def prompt_tokens(self) -> int:
         """The tokens of all prompts."""
-        return sum(map(len, self.prompts))
+        return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
 def prepare(request: InferenceRequest, loaded: LoadedModel, can: Capabilities, form: ToolFormat) -> Prepared:
@@ -37,16 +41,17 @@ def prepare(request: InferenceRequest, loaded: LoadedModel, can: Capabilities, f
     _refuse_what_is_not_served(request, loaded.tokenizer, can)
     use = tool_use(request, form)
     grammar = grammar_of(request.response_format, use, loaded.grammar_fault if can.grammars != "no" else None)
-    prompts = tuple(encode_prompts(loaded.tokenizer, request, form))
-    return Prepared(
-        prompts,
-        tuple(_new_tokens(request, len(prompt), loaded.context_length) for prompt in prompts),
-        tuple(_echo(request, loaded.tokenizer, index, prompt) for index, prompt in enumerate(prompts)),
-        use,
-        grammar,
-        # A grammar ends an answer with the end token and cannot go on after it.
-        frozenset() if request.sampling.ignore_eos and grammar is None else loaded.end_tokens,
-    )
+    prompts = [
+        Prompt(
+            tokens,
+            _new_tokens(request, len(tokens), loaded.context_length),
+            _echo(request.prompts[index], tokens, loaded.tokenizer) if request.echo else "",
+        )
+        for index, tokens in enumerate(encode_prompts(loaded.tokenizer, request, form))
+    ]
+    # A grammar ends an answer with the end token and cannot go on after it.
+    end_tokens = frozenset[int]() if request.sampling.ignore_eos and grammar is None else loaded.end_tokens
+    return Prepared(prompts, use, grammar, end_tokens)
 
 
 def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, can: Capabilities) -> None:
@@ -64,11 +69,8 @@ def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, 
     require_known(sampling.logit_bias, tokenizer.vocabulary_size, "logit_bias")
 
 
-def _echo(request: InferenceRequest, tokenizer: Tokenizer, index: int, prompt: Sequence[int]) -> str:
-    if not request.echo:
-        return ""
-    given = request.prompts[index]
-    return given if isinstance(given, str) else tokenizer.decode(prompt)
+def _echo(given: str | tuple[int, ...], tokens: list[int], tokenizer: Tokenizer) -> str:
+    return given if isinstance(given, str) else tokenizer.decode(tokens)
 
 
 def _new_tokens(request: InferenceRequest, prompt: int, context: int) -> int:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import (
     Capabilities,
     EngineFault,
     EngineStatus,
     LoadedModel,
-    SamplingParameters,
     Step,
     TokenRequest,
 )
@@ -46,7 +46,7 @@ class TransformersEngine:
         loaded = await in_daemon_thread(lambda: self._load(loop, progress))
         progress("warming up")
         prompt = loaded.tokenizer.encode("The")
-        warm_up = TokenRequest("warm-up", prompt, max_new_tokens=4, sampling=SamplingParameters(temperature=0))
+        warm_up = TokenRequest("warm-up", prompt, max_new_tokens=4, sampling=Sampling(temperature=0))
         async for _ in self.generate(warm_up):
             pass
         # bitsandbytes lays 4-bit weights out anew in the first pass.
@@ -119,14 +119,13 @@ class _Serving:
 
     def sequence(self, request: TokenRequest, on_step: Callable[[Step | EngineFault], None]) -> SequenceInBatch:
         """The sequence of the batch for `request`; raises EngineFault where its tokens so far are none of it."""
-        sampling = request.sampling
-        guide = None if sampling.grammar is None else self.grammars.guide(sampling.grammar)
+        guide = None if request.grammar is None else self.grammars.guide(request.grammar)
         return SequenceInBatch(
             # Not the request's id alone: an earlier attempt may still be leaving the batch.
             id=f"{request.id}/{uuid.uuid4().hex[:8]}",
             tokens=[*request.prompt, *request.generated],
             max_new_tokens=request.max_new_tokens,
             end_tokens=request.end_tokens,
-            chooser=TokenChooser(sampling, request.prompt, request.generated, self.vocabulary, self.device, guide),
+            chooser=TokenChooser(request, self.vocabulary, self.device, guide),
             on_step=on_step,
         )

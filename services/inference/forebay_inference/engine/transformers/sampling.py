@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from forebay_inference.engine.protocol import SamplingParameters, TokenLogprob, reason_of
+from forebay_inference.engine.protocol import TokenLogprob, TokenRequest, reason_of
 from forebay_inference.engine.transformers.guided import Guide
 
 _TEMPERATURE_FLOOR = 1e-5
@@ -23,19 +23,14 @@ class TokenChooser:
     """
 
     def __init__(
-        self,
-        sampling: SamplingParameters,
-        prompt: Sequence[int],
-        generated: Sequence[int],
-        vocabulary: int,
-        device: torch.device,
-        guide: Guide | None = None,
+        self, request: TokenRequest, vocabulary: int, device: torch.device, guide: Guide | None = None
     ) -> None:
-        self.sampling = sampling
+        self.sampling = sampling = request.sampling
         self.greedy = sampling.temperature < _TEMPERATURE_FLOOR
-        self.position = len(generated)
+        self.position = len(request.generated)
         self.logprob: TokenLogprob | None = None
         self.fault: str | None = None
+        self._seed = request.seed
         self._guide = guide
         self._counts: torch.Tensor | None = None
         self._seen: torch.Tensor | None = None
@@ -44,14 +39,14 @@ class TokenChooser:
             self._counts = torch.zeros(vocabulary, device=device)
         if sampling.repetition_penalty != 1.0:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(list(prompt), device=device, dtype=torch.long)] = True
+            self._seen[torch.tensor(list(request.prompt), device=device, dtype=torch.long)] = True
         if sampling.logit_bias:
             tokens = torch.tensor(list(sampling.logit_bias), device=device, dtype=torch.long)
             self._bias = (tokens, torch.tensor(list(sampling.logit_bias.values()), device=device))
-        for token in generated:
+        for token in request.generated:
             self._count(token)
         if guide is not None:
-            guide.accept(generated)
+            guide.accept(request.generated)
         self.adjusts = any(part is not None for part in (self._counts, self._seen, self._bias, guide))
         self.plain = self.greedy and not self.adjusts and sampling.logprobs is None
 
@@ -98,7 +93,7 @@ class TokenChooser:
 
     def key(self) -> tuple[int, int]:
         """Two 32-bit numbers that the randomness of the next token is drawn from."""
-        digest = hashlib.blake2b(f"{self.sampling.seed}:{self.position}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self._seed}:{self.position}".encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
     def note_logprob(self, raw: torch.Tensor, token: int) -> None:
