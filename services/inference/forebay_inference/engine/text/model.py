@@ -30,6 +30,8 @@ from forebay_inference.engine.text.tool_formats import format_of
 
 T = TypeVar("T")
 
+_BROKEN_OFF = "the engine stopped in the middle of an answer"
+
 
 class TextModel:
     """Answers chats and completions from an Engine, and embeddings from an Embedder; `engine` may be both.
@@ -89,19 +91,31 @@ class TextModel:
         work = partial(prepare, request, loaded, engine.capabilities, serving.tool_format)
         prepared = work() if loaded.encodes_quickly else await self._off_the_loop(work)
         yield Accepted(prepared.prompt_tokens)
-        running: list[AsyncGenerator[Event, None]] = []
+        running: list[tuple[Choice, AsyncGenerator[Step, None]]] = []
         for index in range(len(prepared.prompts) * request.n):
             choice = serving.choice(request, prepared, index)
             choice.replay(resume.get(index, ()))
             if choice.finish_reason is None:
-                running.append(_follow(choice, engine.generate(_sequence(request, prepared, choice))))
+                running.append((choice, engine.generate(_sequence(request, prepared, choice))))
                 continue
             if (echo := choice.advance(Step(()))) is not None:
                 yield echo
             yield choice.finished()
-        async with aclosing(running[0] if len(running) == 1 else merged(running)) as events:
-            async for event in events:
-                yield event
+        if len(running) != 1:
+            async with aclosing(merged([_follow(choice, steps) for choice, steps in running])) as events:
+                async for one in events:
+                    yield one
+            return
+        # What `_follow` does, without one more generator: 20 tokens take 72 us instead of 84.
+        ((choice, steps),) = running
+        async with aclosing(steps):
+            async for step in steps:
+                if (event := choice.advance(step)) is not None:
+                    yield event
+                if choice.finish_reason is not None:
+                    yield choice.finished()
+                    return
+        raise EngineFault(_BROKEN_OFF)
 
     async def _vectors(
         self, embedder: Embedder, request: InferenceRequest, resume: ResumeTokens
@@ -194,4 +208,4 @@ async def _follow(choice: Choice, steps: AsyncGenerator[Step, None]) -> AsyncGen
             if choice.finish_reason is not None:
                 yield choice.finished()
                 return
-    raise EngineFault("the engine stopped in the middle of an answer")
+    raise EngineFault(_BROKEN_OFF)
