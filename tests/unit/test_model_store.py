@@ -14,7 +14,7 @@ import pytest
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.models import store
-from forebay_inference.models.progress import StepProgress
+from forebay_inference.models.progress import step_progress
 from forebay_inference.models.sources import Wheel
 from forebay_inference.models.store import (
     PACKAGED_MODELS,
@@ -192,10 +192,10 @@ def test_progress_lines_are_few_and_never_go_back(monkeypatch: pytest.MonkeyPatc
     lines: list[str] = []
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with StepProgress("fetching", lines.append) as step:
+    with step_progress("fetching", lines.append) as step:
         for percent in [*range(50), *range(20)]:
             clock[0] += 0.1
-            step.update(percent)
+            step(percent)
     percents = [int(line.split()[1]) for line in lines]
     assert percents == sorted(percents)
     assert percents[-1] == 100

@@ -2,9 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -12,43 +11,27 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 _LINE_INTERVAL_S = 1.0
 
 
-class StepProgress:
-    """Reports how far one step is, as `label: 40 %`, at most once a second and at its end.
+@contextmanager
+def step_progress(label: str, report: Callable[[str], None]) -> Iterator[Callable[[float], None]]:
+    """Give a function that is told how far the step is, in percent; it never goes back, and leaving makes it 100.
 
-    `report` gets the lines. Where stderr is a terminal, a bar is drawn there as well.
+    `report` gets lines such as `label: 40 %`, at most one a second and the last. Where stderr is a terminal, a bar is
+    drawn there as well.
     """
+    last_percent, last_line_at = -1, 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=100)
 
-    def __init__(self, label: str, report: Callable[[str], None]) -> None:
-        self._label = label
-        self._report = report
-        self._last_percent = -1
-        self._last_line_at = 0.0
-        self._bar: Progress | None = None
+        def update(percent: float) -> None:
+            nonlocal last_percent, last_line_at
+            whole = max(last_percent, 0, min(100, int(percent)))
+            bar.update(task, completed=whole)
+            now = time.monotonic()
+            if whole != last_percent and (now - last_line_at >= _LINE_INTERVAL_S or whole == 100):
+                last_percent, last_line_at = whole, now
+                report(f"{label}: {whole} %")
 
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._bar.start()
-            self._bar.add_task(self._label, total=100)
-        self.update(0)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.update(100)
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, percent: float) -> None:
-        """The step is `percent` (0 to 100) done; it never goes back."""
-        whole = max(self._last_percent, 0, min(100, int(percent)))
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=whole)
-        now = time.monotonic()
-        due = now - self._last_line_at >= _LINE_INTERVAL_S or whole == 100
-        if whole != self._last_percent and due:
-            self._last_percent, self._last_line_at = whole, now
-            self._report(f"{self._label}: {whole} %")
+        update(0)
+        yield update
+        update(100)

