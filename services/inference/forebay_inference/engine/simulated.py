@@ -24,7 +24,11 @@ from forebay_inference.engine.protocol import (
 
 _ORDERS = re.compile(r"\[\[([^\]]*)\]\]")
 _PIECES = re.compile(r"\s*\S+(?:\s+\Z)?|\s+\Z")
-_DEFAULT_TOKENS = 5
+_ORDER_VALUES: Final[Mapping[str, Callable[[str], Any]]] = {
+    "tokens": int,
+    "delay_ms": float,
+    **dict.fromkeys(("fail", "crash", "random", "say"), lambda _: True),
+}
 _CONTEXT_LENGTH = 1 << 20
 _DIMENSIONS = 64
 # From here on, a token is one byte of a text.
@@ -37,7 +41,7 @@ class Orders:
     `fail` raises after them, `crash` ends the process there without a word. `random` draws the tokens from the
     request's seed; `say` answers with the text behind the orders, a byte a token."""
 
-    tokens: int = _DEFAULT_TOKENS
+    tokens: int = 5
     delay_ms: float = 0
     fail: bool = False
     crash: bool = False
@@ -63,30 +67,19 @@ class Orders:
 def orders_in(text: str) -> Orders:
     """The orders in `text`; raises InvalidRequest for a word that is not one."""
     found = _ORDERS.search(text)
-    return _NO_ORDERS if found is None else _orders(found.group(1))
+    return _orders("" if found is None else found.group(1))
 
 
 @lru_cache(64)
 def _orders(words: str) -> Orders:
-    given: dict[str, Any] = {}
+    given = {}
     for word in words.split():
         name, _, value = word.partition("=")
         try:
-            match name:
-                case "tokens":
-                    given[name] = int(value)
-                case "delay_ms":
-                    given[name] = float(value)
-                case "fail" | "crash" | "random" | "say":
-                    given[name] = True
-                case _:
-                    raise ValueError
-        except ValueError:
+            given[name] = _ORDER_VALUES[name](value)
+        except (KeyError, ValueError):
             raise InvalidRequest(f"the simulated engine does not know the order {word!r}") from None
     return Orders(**given)
-
-
-_NO_ORDERS: Final = Orders()
 
 
 class SimulatedTokenizer:
