@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
-from forebay_inference.engine.protocol import EngineFault, Step, reason_of
+from forebay_inference.engine.protocol import EngineFault, EngineStatus, Step, reason_of
 from forebay_inference.engine.transformers import attention
 from forebay_inference.engine.transformers.memory import CachePlan
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose
@@ -27,16 +27,16 @@ _STOP_TIMEOUT_S = 10.0
 
 @dataclass(slots=True, eq=False)
 class SequenceInBatch:
-    """One sequence of tokens in the batch. `on_step` is called on the event loop, in the end with a step that has
-    `finish` or with the fault for which none comes."""
+    """One sequence of tokens in the batch. Its `steps` end with one that has `finish`, or with the fault for which none
+    comes; they are put on the event loop."""
 
     id: str
     tokens: list[int]
     max_new_tokens: int
     end_tokens: frozenset[int]
     chooser: TokenChooser
-    on_step: Callable[[Step | EngineFault], None]
-    cached_tokens: int = 0
+    steps: asyncio.Queue[Step | EngineFault] = field(default_factory=asyncio.Queue, init=False)
+    cached_tokens: int = field(default=0, init=False)
     delivered: int = field(default=0, init=False)
 
 
@@ -111,20 +111,11 @@ class Batch:
         error = self._manager.background_thread_status.fatal_error
         return f"{type(error).__name__} in the generation thread" if error is not None else reason
 
-    @property
-    def sequences(self) -> int:
-        """How many sequences run or wait for a step."""
-        return len(self._sequences)
-
-    @property
-    def steps(self) -> int:
-        """How many forward passes the thread has made."""
-        return int(self._manager.current_batch)
-
-    def cache_usage(self) -> float | None:
-        """The part of the KV cache in use, None before there is one."""
+    def status(self) -> EngineStatus:
+        """How it is now; callable from any thread."""
         processor = self._manager.batch_processor
-        return None if processor is None else 1 - float(processor.cache.compute_free_capacity(relative=True))
+        used = None if processor is None else 1 - float(processor.cache.compute_free_capacity(relative=True))
+        return EngineStatus(self.fault(), len(self._sequences), int(self._manager.current_batch), used)
 
     def stop(self) -> None:
         """Stop the thread, failing what still runs; blocks for a step at most."""
@@ -196,7 +187,7 @@ def _step(sequence: SequenceInBatch, tokens: tuple[int, ...], ended: bool) -> St
 
 def _dispatch(steps: Sequence[tuple[SequenceInBatch, Step | EngineFault]]) -> None:
     for sequence, step in steps:
-        sequence.on_step(step)
+        sequence.steps.put_nowait(step)
 
 
 class _Router(OutputRouter):  # type: ignore[misc]

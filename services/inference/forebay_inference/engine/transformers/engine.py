@@ -79,14 +79,13 @@ class TransformersEngine:
         serving = self._serving
         if serving is None:
             raise EngineFault("the engine is not started, or closed")
-        steps: asyncio.Queue[Step | EngineFault] = asyncio.Queue()
-        sequence = serving.sequence(request, steps.put_nowait)
+        sequence = serving.sequence(request)
         if not serving.batch.submit(sequence):
             raise EngineFault("the engine takes no more requests")
         try:
             finish = None
             while finish is None:
-                step = await steps.get()
+                step = await sequence.steps.get()
                 if isinstance(step, EngineFault):
                     raise step
                 finish = step.finish
@@ -96,10 +95,7 @@ class TransformersEngine:
 
     def status(self) -> EngineStatus:
         """See `Engine.status`."""
-        if self._serving is None:
-            return EngineStatus(None, 0, 0)
-        batch = self._serving.batch
-        return EngineStatus(batch.fault(), batch.sequences, batch.steps, batch.cache_usage())
+        return EngineStatus(None, 0, 0) if self._serving is None else self._serving.batch.status()
 
     async def close(self) -> None:
         """See `Engine.close`."""
@@ -117,7 +113,7 @@ class _Serving:
     vocabulary: int
     device: torch.device
 
-    def sequence(self, request: TokenRequest, on_step: Callable[[Step | EngineFault], None]) -> SequenceInBatch:
+    def sequence(self, request: TokenRequest) -> SequenceInBatch:
         """The sequence of the batch for `request`; raises EngineFault where its tokens so far are none of it."""
         guide = None if request.grammar is None else self.grammars.guide(request.grammar)
         return SequenceInBatch(
@@ -127,5 +123,4 @@ class _Serving:
             max_new_tokens=request.max_new_tokens,
             end_tokens=request.end_tokens,
             chooser=TokenChooser(request, self.vocabulary, self.device, guide),
-            on_step=on_step,
         )
