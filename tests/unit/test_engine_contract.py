@@ -69,8 +69,8 @@ async def transformers(folder: Path) -> Subject:
         loaded = await engine.start(lambda line: None)
 
     def break_down() -> str:
-        assert engine._serving is not None
-        runner = engine._serving.batch._manager.batch_processor.model_runner
+        assert engine._batch is not None
+        runner = engine._batch._manager.batch_processor.model_runner
 
         def out_of_memory(*_: object) -> None:
             raise MemoryError

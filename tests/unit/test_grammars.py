@@ -70,8 +70,8 @@ async def test_each_tool_keeps_its_own_schema(
     request = chat(tools=(PAINT, COUNT, SAME, OLD, TREE), tool_choice="required", parallel_tool_calls=False)
     engine = model.engine
     assert isinstance(engine, TransformersEngine)
-    assert engine._serving is not None
-    grammars = engine._serving.grammars
+    assert engine._batch is not None
+    grammars = engine._batch.grammars
     grammar = grammar_of(None, tool_use(request, form), grammars.fault)
     assert grammar is not None
 

@@ -57,7 +57,7 @@ async def test_a_dead_generation_thread_fails_its_requests_and_says_why(
 ) -> None:
     engine = await started(data_dir)
     try:
-        runner = engine.engine._serving.batch._manager.batch_processor.model_runner
+        runner = engine.engine._batch._manager.batch_processor.model_runner
 
         def out_of_memory(*_: object) -> None:
             raise MemoryError("no more")
@@ -87,7 +87,7 @@ async def test_a_forward_pass_that_never_ends_is_found(data_dir: Path, monkeypat
     engine = await started(data_dir)
     go_on = threading.Event()
     try:
-        runner = engine.engine._serving.batch._manager.batch_processor.model_runner
+        runner = engine.engine._batch._manager.batch_processor.model_runner
         compute = runner.compute_batch
 
         def hang(*args: object, **kwargs: object) -> object:

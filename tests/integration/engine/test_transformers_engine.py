@@ -154,7 +154,7 @@ async def test_logprobs_are_those_of_the_chosen_and_the_best(engine: TextModel) 
 
 
 async def test_closing_the_generator_takes_the_request_out_of_the_batch(engine: TextModel) -> None:
-    batch = engine.engine._serving.batch
+    batch = engine.engine._batch
     generator = engine.generate(chat(max_tokens=4000, ignore_eos=True), {})
     async for event in generator:
         if isinstance(event, Tokens):

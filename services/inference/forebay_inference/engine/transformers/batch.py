@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
-from forebay_inference.engine.protocol import EngineFault, EngineStatus, Step, reason_of
+from forebay_inference.engine.protocol import EngineFault, EngineStatus, Step, TokenRequest, reason_of
 from forebay_inference.engine.transformers import attention
+from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.memory import CachePlan
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose
 
@@ -31,8 +33,6 @@ class SequenceInBatch:
     comes; they are put on the event loop."""
 
     id: str
-    tokens: list[int]
-    max_new_tokens: int
     end_tokens: frozenset[int]
     chooser: TokenChooser
     steps: asyncio.Queue[Step | EngineFault] = field(default_factory=asyncio.Queue, init=False)
@@ -43,7 +43,11 @@ class SequenceInBatch:
 class Batch:
     """Runs sequences together on one model. `submit` and `cancel` are for the event loop's thread."""
 
-    def __init__(self, model: Any, max_batch_tokens: int, cache: CachePlan, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, model: Any, grammars: Grammars, max_batch_tokens: int, cache: CachePlan, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.grammars = grammars
+        self._device = model.device
         self._sequences: dict[str, SequenceInBatch] = {}
         self._loop = loop
         self._attends = attention.can_attend(model)
@@ -82,21 +86,29 @@ class Batch:
                 attention.watch_steps(processor)
             self._manager.start()
 
-    def submit(self, sequence: SequenceInBatch) -> bool:
-        """Put `sequence` into the batch; False where the batch takes no more."""
+    def submit(self, request: TokenRequest) -> SequenceInBatch:
+        """Put a sequence for `request` into the batch.
+
+        Raises:
+            EngineFault: the batch takes no more, or the grammar does not allow the tokens so far.
+        """
+        guide = None if request.grammar is None else self.grammars.guide(request.grammar)
+        chooser = TokenChooser(request, self.grammars.size, self._device, guide)
+        # Not the request's id alone: an earlier attempt may still be leaving the batch.
+        sequence = SequenceInBatch(f"{request.id}/{uuid.uuid4().hex[:8]}", request.end_tokens, chooser)
         self._sequences[sequence.id] = sequence
         taken = self._manager.add_request(
-            sequence.tokens,
+            [*request.prompt, *request.generated],
             request_id=sequence.id,
-            max_new_tokens=sequence.max_new_tokens,
+            max_new_tokens=request.max_new_tokens,
             streaming=True,
-            eos_token_id=list(sequence.end_tokens) or -1,
+            eos_token_id=list(request.end_tokens) or -1,
         )
         # The thread may have died between the library's check and its queue.
         if taken is None or self.fault() is not None:
             self._sequences.pop(sequence.id, None)
-            return False
-        return True
+            raise EngineFault("the engine takes no more requests")
+        return sequence
 
     def cancel(self, sequence_id: str) -> None:
         """Take a sequence out of the batch before its next step."""

@@ -1,11 +1,7 @@
 """The engine that serves a Transformers model from one continuous batch."""
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
-
-import torch
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.request import Sampling
@@ -18,11 +14,10 @@ from forebay_inference.engine.protocol import (
     TokenRequest,
 )
 from forebay_inference.engine.threads import in_daemon_thread
-from forebay_inference.engine.transformers.batch import Batch, SequenceInBatch
+from forebay_inference.engine.transformers.batch import Batch
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.loading import give_back_memory, load
 from forebay_inference.engine.transformers.memory import plan_cache
-from forebay_inference.engine.transformers.sampling import TokenChooser
 from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
 from forebay_inference.models.store import ensure_model, recommended_sampling
 
@@ -34,7 +29,7 @@ class TransformersEngine:
 
     def __init__(self, settings: InferenceSettings) -> None:
         self._settings = settings
-        self._serving: _Serving | None = None
+        self._batch: Batch | None = None
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Fetch, convert, load and warm up; see `Engine.start`.
@@ -61,9 +56,9 @@ class TransformersEngine:
         cache = plan_cache(config, loaded.model.dtype, loaded.device, settings.slots, loaded.context_length)
         progress(f"KV cache for {cache.tokens} tokens, context of {cache.context_length}")
         grammars = Grammars(loaded.tokenizer, config.vocab_size, loaded.end_tokens)
-        batch = Batch(loaded.model, settings.llm_batch_size, cache, loop)
+        batch = Batch(loaded.model, grammars, settings.llm_batch_size, cache, loop)
         batch.start()
-        self._serving = _Serving(batch, grammars, config.vocab_size, loaded.device)
+        self._batch = batch
         return LoadedModel(
             LibraryTokenizer(loaded.tokenizer, min(len(loaded.tokenizer), config.vocab_size), grammars.vocabulary),
             cache.context_length,
@@ -76,12 +71,10 @@ class TransformersEngine:
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
         """See `Engine.generate`."""
-        serving = self._serving
-        if serving is None:
+        batch = self._batch
+        if batch is None:
             raise EngineFault("the engine is not started, or closed")
-        sequence = serving.sequence(request)
-        if not serving.batch.submit(sequence):
-            raise EngineFault("the engine takes no more requests")
+        sequence = batch.submit(request)
         try:
             finish = None
             while finish is None:
@@ -91,36 +84,14 @@ class TransformersEngine:
                 finish = step.finish
                 yield step
         finally:
-            serving.batch.cancel(sequence.id)
+            batch.cancel(sequence.id)
 
     def status(self) -> EngineStatus:
         """See `Engine.status`."""
-        return EngineStatus(None, 0, 0) if self._serving is None else self._serving.batch.status()
+        return EngineStatus(None, 0, 0) if self._batch is None else self._batch.status()
 
     async def close(self) -> None:
         """See `Engine.close`."""
-        serving, self._serving = self._serving, None
-        if serving is not None:
-            await in_daemon_thread(serving.batch.stop)
-
-
-@dataclass(frozen=True, slots=True)
-class _Serving:
-    """What is in memory while the engine serves. `vocabulary`: how many scores the model gives a token."""
-
-    batch: Batch
-    grammars: Grammars
-    vocabulary: int
-    device: torch.device
-
-    def sequence(self, request: TokenRequest) -> SequenceInBatch:
-        """The sequence of the batch for `request`; raises EngineFault where its tokens so far are none of it."""
-        guide = None if request.grammar is None else self.grammars.guide(request.grammar)
-        return SequenceInBatch(
-            # Not the request's id alone: an earlier attempt may still be leaving the batch.
-            id=f"{request.id}/{uuid.uuid4().hex[:8]}",
-            tokens=[*request.prompt, *request.generated],
-            max_new_tokens=request.max_new_tokens,
-            end_tokens=request.end_tokens,
-            chooser=TokenChooser(request, self.vocabulary, self.device, guide),
-        )
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            await in_daemon_thread(batch.stop)

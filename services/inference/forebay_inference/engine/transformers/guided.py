@@ -43,12 +43,12 @@ class Grammars:
     """Makes guides for one model's vocabulary of `size` tokens. Thread-safe once built."""
 
     def __init__(self, tokenizer: Any, size: int, end_tokens: frozenset[int]) -> None:
-        self._size = size
+        self.size = size
         self.vocabulary = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(end_tokens) or None)
 
     def guide(self, grammar: str) -> Guide:
         """A guide at the beginning of `grammar`, written in llguidance's dialect of Lark."""
-        return Guide(LLMatcher(self.vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0), self._size)
+        return Guide(LLMatcher(self.vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0), self.size)
 
     def fault(self, grammar: str) -> str | None:
         """Why `grammar` cannot be enforced, in a line; None where it can."""
