@@ -113,7 +113,7 @@ async def test_a_failed_pass_fails_its_requests_alone(batch: EmbeddingBatch, pas
     passes.go.set()
     with pytest.raises(EngineFault, match="a forward pass failed"):
         await vectors(first)
-    assert batch.fault() is None
+    assert batch.status().fault is None
     passes.fail = False
     job = Job({0: [7]})
     batch.submit(job)
@@ -130,7 +130,7 @@ async def test_failures_in_a_row_break_the_engine(batch: EmbeddingBatch, passes:
     for job in waiting:
         with pytest.raises(EngineFault):
             await vectors(job)
-    assert batch.fault() == f"{MAX_FAILURES_IN_A_ROW} forward passes in a row failed"
+    assert batch.status().fault == f"{MAX_FAILURES_IN_A_ROW} forward passes in a row failed"
     with pytest.raises(EngineFault, match="the engine serves nothing"):
         batch.submit(Job({0: [1]}))
 

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from forebay_inference.engine.protocol import EngineFault
+from forebay_inference.engine.protocol import EngineFault, EngineStatus
 
 MAX_FAILURES_IN_A_ROW = 3
 """After so many failed forward passes without one that succeeded, the engine counts as broken."""
@@ -57,8 +57,8 @@ class EmbeddingBatch:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._stopped = False
-        self.passes = 0
-        self.rows = 0
+        self._passes = 0
+        self._rows = 0
         self._failures = 0
         self._fault: str | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="embedding")
@@ -81,9 +81,9 @@ class EmbeddingBatch:
         with self._changed, contextlib.suppress(ValueError):
             self._jobs.remove(job)
 
-    def fault(self) -> str | None:
-        """Why nothing is computed any more, or None."""
-        return self._fault
+    def status(self) -> EngineStatus:
+        """How it is now; callable from any thread."""
+        return EngineStatus(self._fault, self._rows, self._passes)
 
     def stop(self) -> None:
         """End the thread, failing what waits; blocks until the pass that runs is over."""
@@ -95,14 +95,14 @@ class EmbeddingBatch:
 
     def _run(self) -> None:
         while rows := self._next_rows():
-            self.rows = len(rows)
+            self._rows = len(rows)
             try:
                 vectors = self._embed([list(tokens) for _, _, tokens in rows])
             except Exception:
                 _log.exception("a forward pass over %d inputs failed", len(rows))
                 self._failed({id(job): job for job, _, _ in rows}.values())
                 continue
-            self.passes += 1
+            self._passes += 1
             self._failures = 0
             results: dict[int, tuple[Job, Vectors]] = {}
             for (job, index, _), values in zip(rows, vectors, strict=True):
@@ -116,7 +116,7 @@ class EmbeddingBatch:
         """What fits into the next pass, waiting until there is something; empty when it is time to end."""
         with self._changed:
             if not self._jobs:
-                self.rows = 0
+                self._rows = 0
             self._changed.wait_for(lambda: self._jobs or self._stopped)
             rows: list[tuple[Job, int, Sequence[int]]] = []
             longest = 0

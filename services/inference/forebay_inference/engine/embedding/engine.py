@@ -90,8 +90,7 @@ class EmbeddingEngine:
 
     def status(self) -> EngineStatus:
         """See `Engine.status`."""
-        batch = self._batch
-        return EngineStatus(None, 0, 0) if batch is None else EngineStatus(batch.fault(), batch.rows, batch.passes)
+        return EngineStatus(None, 0, 0) if self._batch is None else self._batch.status()
 
     async def close(self) -> None:
         """See `Engine.close`."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -70,10 +70,14 @@ class Batch:
         )
         if self._attends:
             attention.install(model)
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Chooser(self)]))
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Chooser(self._sequences)]))
         processors.tensors_required = 1
         self._manager.logit_processor = processors
-        self._manager.output_router = _Router(self)
+        router = OutputRouter()
+        # All outputs of a step at once, so that a step costs one wake-up of the event loop.
+        router.deliver_batch = self.deliver
+        router.deliver = lambda output: self.deliver([output])
+        self._manager.output_router = router
 
     def start(self) -> None:
         """Allocate the cache and start the thread; the thread is a daemon where the caller's is."""
@@ -133,10 +137,6 @@ class Batch:
         """Stop the thread, failing what still runs; blocks for a step at most."""
         self._manager.stop(block=True, timeout=_STOP_TIMEOUT_S, hard_stop=True)
         self._manager.destroy()
-
-    def running(self, sequence_id: str) -> SequenceInBatch | None:
-        """The sequence of that id, unless it has ended or was cancelled."""
-        return self._sequences.get(sequence_id)
 
     def deliver(self, outputs: Sequence[Any]) -> None:
         """Hand the outputs of one step to the event loop; called by the generation thread."""
@@ -202,20 +202,6 @@ def _dispatch(steps: Sequence[tuple[SequenceInBatch, Step | EngineFault]]) -> No
         sequence.steps.put_nowait(step)
 
 
-class _Router(OutputRouter):  # type: ignore[misc]
-    """Routes every output of a step to the batch at once, so that a step costs one wake-up of the event loop."""
-
-    def __init__(self, batch: Batch) -> None:
-        super().__init__()
-        self._batch = batch
-
-    def deliver(self, output: Any) -> None:
-        self._batch.deliver([output])
-
-    def deliver_batch(self, outputs: list[Any]) -> None:
-        self._batch.deliver(outputs)
-
-
 class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
     """Lets every sequence choose its token in the library's forward pass.
 
@@ -225,8 +211,8 @@ class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012
     ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
+    def __init__(self, sequences: Mapping[str, SequenceInBatch]) -> None:
+        self._sequences = sequences
         self._rows: list[tuple[int, TokenChooser]] = []
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
@@ -235,7 +221,7 @@ class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
         self._rows = []
         for row, request in enumerate(requests_with_new_token):
-            sequence = self._batch.running(request.state.request_id)
+            sequence = self._sequences.get(request.state.request_id)
             if sequence is not None:
                 self._rows.append((row, sequence.chooser))
         return torch.empty(0, dtype=torch.int32)
