@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from forebay_inference.engine.protocol import EngineFault, EngineStatus
@@ -100,14 +100,14 @@ class EmbeddingBatch:
                 vectors = self._embed([list(tokens) for _, _, tokens in rows])
             except Exception:
                 _log.exception("a forward pass over %d inputs failed", len(rows))
-                self._failed({id(job): job for job, _, _ in rows}.values())
+                self._failed({job for job, _, _ in rows})
                 continue
             self._passes += 1
             self._failures = 0
-            results: dict[int, tuple[Job, Vectors]] = {}
+            results: defaultdict[Job, Vectors] = defaultdict(list)
             for (job, index, _), values in zip(rows, vectors, strict=True):
-                results.setdefault(id(job), (job, []))[1].append((index, values))
-            for job, found in results.values():
+                results[job].append((index, values))
+            for job, found in results.items():
                 self._deliver(job, found)
         for job in self._jobs:
             self._deliver(job, "the engine was closed")

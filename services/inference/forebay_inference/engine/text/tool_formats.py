@@ -74,11 +74,11 @@ def tool_use(request: InferenceRequest, form: ToolFormat) -> ToolUse | None:
         InvalidRequest: a tool is no function, or `tool_choice` names none of them.
     """
     choice = request.tool_choice
-    tools = tuple(_tool(tool) for tool in request.tools)
-    if not tools:
+    if not request.tools:
         if choice not in (None, "none", "auto"):
             raise InvalidRequest("tool_choice needs tools.", param="tool_choice")
         return None
+    tools = tuple(_tool(tool) for tool in request.tools)
     match choice:
         case "none":
             return None
