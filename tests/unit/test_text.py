@@ -4,7 +4,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_inference.engine.text.choice import ChoiceText
+from forebay_inference.engine.protocol import Step
+from forebay_inference.engine.text.choice import Choice
 from forebay_inference.engine.text.detokenizer import Decoder, Detokenizer, StopStrings
 
 # One to five pieces of this alphabet make overlaps of stop strings likely, and most characters several bytes long.
@@ -62,14 +63,16 @@ def cut_by_character(text: str, stops: list[str]) -> tuple[str, str | None]:
 def test_a_stop_string_never_leaks(case: tuple[bytes, list[bytes]], stops: list[str]) -> None:
     data, tokens = case
     expected, matched = cut_by_character(data.decode(), stops)
-    choice = ChoiceText(decoder(tokens), stops)
+    choice = Choice(0, decoder(tokens), bytes, frozenset(), len(tokens) + 1, stops=stops)
     shown = ""
-    for index in range(len(tokens)):
-        shown += choice.push(index)[0]
+    for step in [*(Step((index,)) for index in range(len(tokens))), Step((), finish="length")]:
+        event = choice.advance(step)
+        shown += event.text if event is not None else ""
         assert expected.startswith(shown)
-    shown += choice.flush()[0]
+        if choice.finish_reason is not None:
+            break
     assert shown == expected
-    assert choice.stopped == (matched is not None)
+    assert (choice.finish_reason == "stop") == (matched is not None)
 
 
 @given(texts, stop_lists, st.integers(0, 40))

@@ -20,7 +20,7 @@ from forebay_inference.engine.protocol import (
     TokenRequest,
 )
 from forebay_inference.engine.text.best_of import best, widened
-from forebay_inference.engine.text.choice import Choice, ChoiceText
+from forebay_inference.engine.text.choice import Choice
 from forebay_inference.engine.text.detokenizer import Decoder
 from forebay_inference.engine.text.embeddings import added_tokens, encode_inputs
 from forebay_inference.engine.text.merged import merged
@@ -179,8 +179,16 @@ class _Serving:
             calls_first = request.response_format is not None
             parser = ToolParser(self.tool_format, tools.names, f"{request.id}:{index}", calls_first=calls_first)
         prompt = prepared.prompts[index // request.n]
-        text = ChoiceText(decoder, request.sampling.stop, parser)
-        return Choice(index, text, self.loaded.tokenizer.bytes_of, prepared.end_tokens, prompt.limit, prompt.echo)
+        return Choice(
+            index,
+            decoder,
+            self.loaded.tokenizer.bytes_of,
+            prepared.end_tokens,
+            prompt.limit,
+            stops=request.sampling.stop,
+            parser=parser,
+            echo=prompt.echo,
+        )
 
 
 def _sequence(request: InferenceRequest, prepared: Prepared, choice: Choice) -> TokenRequest:
