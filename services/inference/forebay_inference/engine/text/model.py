@@ -89,7 +89,7 @@ class TextModel:
         if loaded.recommended:
             request = request.model_copy(update={"sampling": request.sampling.settled(loaded.recommended)})
         work = partial(prepare, request, loaded, engine.capabilities, serving.tool_format)
-        prepared = work() if loaded.encodes_quickly else await self._off_the_loop(work)
+        prepared = work() if loaded.encodes_quickly else await self._in_thread(work)
         yield Accepted(prepared.prompt_tokens)
         running: list[tuple[Choice, AsyncGenerator[Step, None]]] = []
         for index in range(len(prepared.prompts) * request.n):
@@ -123,7 +123,7 @@ class TextModel:
         serving = self._ready()
         loaded = serving.loaded
         work = partial(encode_inputs, request, loaded, serving.added_tokens)
-        inputs = work() if loaded.encodes_quickly else await self._off_the_loop(work)
+        inputs = work() if loaded.encodes_quickly else await self._in_thread(work)
         yield Accepted(sum(map(len, inputs)))
         for index in resume:
             yield Finished(index, "stop")
@@ -140,7 +140,7 @@ class TextModel:
             raise EngineFault(f"the engine serves nothing: {fault}")
         return self._serving
 
-    async def _off_the_loop(self, work: Callable[[], T]) -> T:
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
 
     def status(self) -> EngineStatus:
