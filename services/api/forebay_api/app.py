@@ -6,17 +6,17 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 
-from fastapi import FastAPI
+from fastapi import Depends
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.clients.limits import KeyLimits
-from forebay_api.context import Context
+from forebay_api.context import Context, caller
 from forebay_api.create import Create
-from forebay_api.http import openapi
 from forebay_api.http.errors import ErrorAnswers
 from forebay_api.http.headers import REQUEST_ID_HEADER, HeadersMiddleware
+from forebay_api.http.openapi import ERRORS, KEY, Api, described
 from forebay_api.http.routing import Routes
 from forebay_api.http.tracing import TraceMiddleware
 from forebay_api.in_flight.dispatcher import Dispatcher
@@ -47,11 +47,15 @@ log = logging.getLogger(__name__)
 
 def create_app(context: Context) -> ASGIApp:
     """The HTTP side of a running api."""
-    rest = FastAPI(title="Forebay", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    rest = Api(title="Forebay", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     rest.state.context = context
-    for module in (models, queue, events, health, metrics, page):
-        rest.include_router(module.router)
-    openapi.install(rest, ENDPOINTS, keys=bool(context.settings.api_keys or context.settings.api_keys_file))
+    keyed = [Depends(caller)]
+    if context.settings.api_keys or context.settings.api_keys_file:
+        keyed.append(Depends(KEY))
+    for router in (described(ENDPOINTS), models.router, queue.router, events.router):
+        rest.include_router(router, dependencies=keyed, responses=ERRORS)
+    for router in (health.router, metrics.router, page.router):
+        rest.include_router(router)
     paths = frozenset(endpoint.path for endpoint in ENDPOINTS)
     routes = {(endpoint.method, endpoint.path): Create(endpoint, context) for endpoint in ENDPOINTS}
     served: ASGIApp = Routes(routes, rest, ErrorAnswers(context, paths))

@@ -44,10 +44,10 @@ async def context(request: Request) -> Context:
     return found
 
 
-Open = Annotated[Context, Depends(context)]
+Running = Annotated[Context, Depends(context)]
 
 
-async def caller(request: Request, found: Open) -> Client:
+async def caller(request: Request, found: Running) -> Client:
     """The client whose key `request` carries. Raises InvalidApiKey without a valid key."""
     client: Client = found.keys.check(request)
     request.state.client = client
@@ -55,11 +55,3 @@ async def caller(request: Request, found: Open) -> Client:
 
 
 Caller = Annotated[Client, Depends(caller)]
-
-
-async def authorized(found: Open, _: Caller) -> Context:
-    """The running api, for clients with a valid key."""
-    return found
-
-
-Authorized = Annotated[Context, Depends(authorized)]

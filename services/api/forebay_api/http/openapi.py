@@ -1,103 +1,80 @@
-"""The OpenAPI document: FastAPI's operations, and those of the table of endpoints."""
+"""What the OpenAPI document says beside what FastAPI derives: errors, keys, and the endpoints that queue a request."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Final
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
+from fastapi import APIRouter, FastAPI
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 
 from forebay_api.routes import Endpoint
 
-_REF = "#/components/schemas/"
-_ANSWERS = {
-    "200": "The answer as OpenAI gives it; server-sent events where `stream` is true",
-    "400": "The body cannot be served",
-    "401": "No key, or a wrong one",
-    "404": "No such model",
-    "408": "Not finished within REQUEST_TIMEOUT",
-    "413": "The body is too large",
-    "422": "The Idempotency-Key was used with another body",
-    "500": "The generation failed",
-    "503": "The queue is full or cannot be reached",
+
+class ErrorObject(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """The body of every error."""
+
+    error: ErrorObject
+
+
+_DESCRIPTIONS: Final = {
+    400: "The body cannot be served",
+    401: "No key, or a wrong one",
+    404: "No such model or request",
+    408: "Not finished within REQUEST_TIMEOUT",
+    413: "The body is too large",
+    422: "The Idempotency-Key was used with another body",
+    500: "The generation failed",
+    503: "The queue is full or cannot be reached",
 }
-_ERROR_SCHEMA = {
-    "title": "Error",
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
+_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": Error, "description": description} for status, description in _DESCRIPTIONS.items()
 }
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {status: _ERRORS[status] for status in (400, 401, 404, 503)}
+"""The errors of every operation under /v1."""
+
+KEY: Final = HTTPBearer(scheme_name="key", auto_error=False)
+"""Says that an operation needs a key. `context.caller` checks it."""
 
 
-def install(app: FastAPI, endpoints: Sequence[Endpoint], *, keys: bool) -> None:
-    """Make `app` serve the document at /openapi.json; `keys`: whether /v1 needs a key."""
+class Api(FastAPI):
+    """FastAPI, without its own error 422 in the document: it is never sent."""
 
-    def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            _, bodies = models_json_schema(
-                [(endpoint.body, "validation") for endpoint in endpoints], ref_template=_REF + "{model}"
-            )
-            components = schema.setdefault("components", {}).setdefault("schemas", {})
-            components.update(bodies["$defs"], Error=_ERROR_SCHEMA)
-            for path, operations in schema["paths"].items():
-                for operation in operations.values():
-                    _tell_errors(path, operation["responses"])
-            components.pop("HTTPValidationError", None)
-            components.pop("ValidationError", None)
-            queued = {endpoint.path: {endpoint.method.lower(): _operation(endpoint)} for endpoint in endpoints}
-            schema["paths"] = queued | schema["paths"]
-            if keys:
-                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-                for path, operations in schema["paths"].items():
-                    if path.startswith("/v1"):
-                        for operation in operations.values():
-                            operation["security"] = [{"key": []}]
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = document  # type: ignore[method-assign]
+    def openapi(self) -> dict[str, Any]:
+        """The document."""
+        schema = super().openapi()
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                    del operation["responses"]["422"]
+        return schema
 
 
-def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    return {
-        "tags": ["completions"],
-        "summary": endpoint.summary,
-        "operationId": f"create_{endpoint.body.__name__}",
-        "requestBody": {"required": True, "content": _json({"$ref": _REF + endpoint.body.__name__})},
-        "responses": {
-            status: {
-                "description": description,
-                "content": {"text/event-stream": {}, **_json({"type": "object"})}
-                if status == "200"
-                else _json({"$ref": _REF + "Error"}),
-            }
-            for status, description in _ANSWERS.items()
-        },
-    }
+def described(endpoints: Iterable[Endpoint]) -> APIRouter:
+    """Routes that only describe `endpoints`: their requests do not come to FastAPI."""
+    router = APIRouter(tags=["completions"], responses={200: {"content": {"text/event-stream": {}}}, **_ERRORS})
+    for endpoint in endpoints:
 
+        async def create(body: Any) -> dict[str, Any]:
+            raise NotImplementedError
 
-def _tell_errors(path: str, responses: dict[str, Any]) -> None:
-    """Replace FastAPI's error shape, which is never sent, by ours."""
-    responses.pop("422", None)
-    if path.startswith("/v1"):
-        for status in ("400", "401", "404", "503"):
-            description = "No such model or request" if status == "404" else _ANSWERS[status]
-            responses[status] = {"description": description, "content": _json({"$ref": _REF + "Error"})}
-    else:
-        responses["503"] = {"description": "Not ready", "content": _json({"type": "object"})}
-
-
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": schema}}
+        create.__annotations__["body"] = endpoint.body
+        router.add_api_route(
+            endpoint.path,
+            create,
+            methods=[endpoint.method],
+            summary=endpoint.summary,
+            operation_id=f"create_{endpoint.body.__name__}",
+            response_description="The answer as OpenAI gives it; server-sent events where `stream` is true",
+        )
+    return router

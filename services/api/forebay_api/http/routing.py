@@ -25,7 +25,6 @@ class Routes:
 
     def __init__(self, routes: Mapping[tuple[str, str], ASGIApp], rest: FastAPI, errors: ErrorAnswers) -> None:
         self._routes = routes
-        self._paths = frozenset(path for _, path in routes)
         self._rest = rest
         self._errors = errors
         for kind in (ApiError, HTTPException, Exception):
@@ -33,21 +32,13 @@ class Routes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
-        route = self._routes.get((scope["method"], scope["path"]))
-        if route is None:
-            await self._serve_rest(scope, receive, send)
-            return
-        try:
-            await route(scope, receive, send)
-        except Exception as exc:
-            answer = await self._answer(Request(scope), exc)
-            # If an answer has begun, uvicorn refuses a second one and closes the connection.
-            await answer(scope, receive, send)
-
-    async def _serve_rest(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in self._paths:
-            answer = await self._answer(Request(scope), HTTPException(405))
-            await answer(scope, receive, send)
+        if route := self._routes.get((scope["method"], scope["path"])):
+            try:
+                await route(scope, receive, send)
+            except Exception as exc:
+                answer = await self._answer(Request(scope), exc)
+                # If an answer has begun, uvicorn refuses a second one and closes the connection.
+                await answer(scope, receive, send)
         elif scope["method"] == "HEAD":
             await self._rest({**scope, "method": "GET"}, receive, _head_of(send))
         else:
@@ -63,8 +54,7 @@ class Routes:
         found = [
             method
             for method in _METHODS
-            if (method, scope["path"]) in self._routes
-            or any(route.matches({**scope, "method": method})[0] is Match.FULL for route in self._rest.routes)
+            if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in self._rest.routes)
         ]
         return ["HEAD", *found] if "GET" in found else found
 

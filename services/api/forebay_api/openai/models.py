@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from forebay_api.context import Authorized
+from forebay_api.context import Running
 from forebay_api.watching.served_models import ServedModel
 from forebay_contracts.wire.heartbeats import WorkerStatus
 
@@ -12,13 +12,13 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-async def list_models(context: Authorized) -> dict[str, Any]:
+async def list_models(context: Running) -> dict[str, Any]:
     """What live workers serve, and the default model."""
     return {"object": "list", "data": [_model(served) for served in context.models.served()]}
 
 
 @router.get("/{name:path}")
-async def retrieve_model(name: str, context: Authorized) -> dict[str, Any]:
+async def retrieve_model(name: str, context: Running) -> dict[str, Any]:
     """One model, by its name or an alias; also one that has no worker now."""
     return _model(context.models.of(await context.models.resolve(name)))
 

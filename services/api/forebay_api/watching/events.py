@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from forebay_api.clients.keys import Client
-from forebay_api.context import Authorized
+from forebay_api.context import Running
 from forebay_api.http import sse
 from forebay_api.in_flight.answer import SlowReader
 from forebay_api.watching.feed import Feed
@@ -46,7 +46,7 @@ class QueueEvents(Response):
 
 
 @router.get("/events", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
-async def get_queue_events(request: Request, context: Authorized) -> Response:
+async def get_queue_events(request: Request, context: Running) -> Response:
     """Numbers, workers and the newest requests, then each change of them, at most four messages a second.
 
     Each is an `event: queue` whose data is a JSON object of `at`, `connected`, `status` (as `/v1/queue/status`; null

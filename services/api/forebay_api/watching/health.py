@@ -5,20 +5,20 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from forebay_api.context import Open
+from forebay_api.context import Running
 
 router = APIRouter(prefix="/health", tags=["health"])
 
 
 @router.get("/live")
-async def live(context: Open) -> dict[str, str]:
+async def live(context: Running) -> dict[str, str]:
     """The process answers."""
     return {"status": "live"}
 
 
 @router.get("", include_in_schema=False)
-@router.get("/ready")
-async def ready(context: Open) -> Response:
+@router.get("/ready", responses={503: {"description": "Not ready", "content": {"application/json": {}}}})
+async def ready(context: Running) -> Response:
     """Requests can be taken: NATS is connected, and the api is not shutting down.
 
     Workers are listed but not required: without one, requests wait in the queue.

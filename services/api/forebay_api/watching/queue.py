@@ -5,7 +5,7 @@ from typing import Any, Final
 from fastapi import APIRouter
 
 from forebay_api.clients.keys import Client
-from forebay_api.context import Authorized, Caller, Context
+from forebay_api.context import Caller, Context, Running
 from forebay_contracts.nats.topology import waiting_place
 from forebay_contracts.queueing.status import QueueStatus, queue_status
 from forebay_contracts.wire import names
@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1/queue", tags=["queue"])
 
 
 @router.get("/status")
-async def get_queue_status(context: Authorized) -> QueueStatus:
+async def get_queue_status(context: Running) -> QueueStatus:
     """The queue's numbers, over all api replicas and since the system was first started."""
     status = await queue_status(context.connection, context.states, context.settings, context.workers.alive())
     context.rates.sample(status.total_queued - status.active_requests, status.active_requests, status.models)
@@ -32,7 +32,7 @@ async def get_queue_status(context: Authorized) -> QueueStatus:
 
 
 @router.get("/request/{request_id}")
-async def get_request(request_id: str, context: Authorized, caller: Caller) -> dict[str, Any]:
+async def get_request(request_id: str, context: Running, caller: Caller) -> dict[str, Any]:
     """The state of one request."""
     await context.dispatcher.registered(request_id)
     state = await _state(context, caller, request_id)
@@ -49,7 +49,7 @@ async def get_request(request_id: str, context: Authorized, caller: Caller) -> d
 
 
 @router.delete("/request/{request_id}")
-async def cancel_request(request_id: str, context: Authorized, caller: Caller) -> dict[str, Any]:
+async def cancel_request(request_id: str, context: Running, caller: Caller) -> dict[str, Any]:
     """Cancel a request, waiting or running; one that has ended stays as it ended."""
     await context.dispatcher.registered(request_id)
     await _state(context, caller, request_id)
