@@ -25,7 +25,7 @@ def defined() -> dict[str, Defined]:
     """Every metric that either service has, by the name that a scrape shows."""
     owners: dict[str, Any] = REGISTRY._names_to_collectors
     found = [(family, owners[family.name]) for family in REGISTRY.collect() if family.name.startswith("forebay_")]
-    found += [(family, family) for family in QueueGauges().describe()]
+    found += [(family, family) for family in QueueGauges().collect()]
     return {
         family.name + ("_total" if family.type == "counter" else ""): Defined(
             family.type, family.documentation, frozenset(owner._labelnames)

@@ -48,6 +48,7 @@ def app(system: Twins) -> ASGIApp:
             models=Models(settings, list, nobody_else),
             keys=ApiKeys(settings),
             rates=Rates(),
+            numbers=NONE,
             feed=NONE,
             exposition=None,
         )

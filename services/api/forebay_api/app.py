@@ -102,7 +102,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
 
         async def numbers() -> QueueStatus:
             status = await queue_status(connection, states, settings, workers.alive())
-            rates.sample(status.total_queued - status.active_requests, status.active_requests, status.models)
+            rates.sample(status)
             return status
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
@@ -123,7 +123,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 models=Models(settings, workers.alive, lambda: topology.known_models(connection)),
                 keys=keys,
                 rates=rates,
-                exposition=Exposition(connection, workers.alive, rates) if settings.metrics else None,
+                numbers=numbers,
+                exposition=Exposition(connection, numbers, workers.alive) if settings.metrics else None,
                 feed=Feed(connection, numbers, workers.alive),
             )
         finally:

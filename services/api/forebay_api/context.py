@@ -1,5 +1,6 @@
 """What the routes work with, built by `app`. FastAPI's routes reach it as `request.app.state.context`."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from forebay_api.watching.served_models import Models
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Presence
 from forebay_contracts.queueing.protocols import StateStore
+from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.heartbeats import WorkerInfo
 
@@ -32,6 +34,7 @@ class Context:
     models: Models
     keys: ApiKeys
     rates: Rates
+    numbers: Callable[[], Awaitable[QueueStatus]]
     feed: Feed
     exposition: Exposition | None
     draining: bool = False

@@ -4,10 +4,9 @@ import itertools
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from forebay_contracts.queueing.status import ModelQueue
+from forebay_contracts.queueing.status import QueueStatus
 
 WINDOW_S = 60.0
 SAMPLE_INTERVAL_S = 1.0
@@ -75,8 +74,8 @@ class Rates:
     queue: DrainRate = field(default_factory=DrainRate)
     lines: defaultdict[str, DrainRate] = field(default_factory=lambda: defaultdict(DrainRate))
 
-    def sample(self, left: int, messages: int, models: Iterable[ModelQueue]) -> None:
-        """Note the counts of the stream and of the consumers of `models`."""
-        self.queue.sample(left, busy=messages > 0)
-        for line in models:
+    def sample(self, numbers: QueueStatus) -> None:
+        """Note the counts of the stream and of the models' consumers."""
+        self.queue.sample(numbers.total_queued - numbers.active_requests, busy=numbers.active_requests > 0)
+        for line in numbers.models:
             self.lines[line.model].sample(line.delivered, busy=line.waiting > 0)

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from forebay_api.clients.keys import Client
 from forebay_api.context import Caller, Context, Running
 from forebay_contracts.nats.topology import waiting_place
-from forebay_contracts.queueing.status import QueueStatus, queue_status
+from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestNotFound
 from forebay_contracts.wire.state import RequestState, RequestStatus
@@ -26,9 +26,7 @@ router = APIRouter(prefix="/v1/queue", tags=["queue"])
 @router.get("/status")
 async def get_queue_status(context: Running) -> QueueStatus:
     """The queue's numbers, over all api replicas and since the system was first started."""
-    status = await queue_status(context.connection, context.states, context.settings, context.workers.alive())
-    context.rates.sample(status.total_queued - status.active_requests, status.active_requests, status.models)
-    return status
+    return await context.numbers()
 
 
 @router.get("/request/{request_id}")
