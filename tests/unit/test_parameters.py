@@ -111,7 +111,7 @@ def meaning(endpoint: str, fields: dict[str, Any]) -> tuple[Any, ...]:
     request = body.request(
         id="i", completion_type=kind, model=body.model, created_at=0, deadline=0, reply_to="", key=None
     )
-    return request, body.include_usage
+    return request, body.stream_options is not None and body.stream_options.include_usage
 
 
 @pytest.mark.parametrize("endpoint", BODIES)

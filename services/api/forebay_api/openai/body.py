@@ -6,11 +6,11 @@ OpenAI's own service (`user`, `metadata`, `store`, ...).
 
 from collections.abc import Callable
 from itertools import islice
-from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar, Unpack
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator, field_validator, model_validator
 
-from forebay_contracts.wire.request import RECOMMENDABLE, CompletionType, InferenceRequest, Sampling
+from forebay_contracts.wire.request import RECOMMENDABLE, InferenceRequest, Sampling
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 128
@@ -50,18 +50,6 @@ class Misfit(ValueError):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
         self.param = param
-
-
-class Origin(TypedDict):
-    """The fields of an `InferenceRequest` that its body does not set."""
-
-    id: str
-    completion_type: CompletionType
-    model: str
-    created_at: float
-    deadline: float
-    reply_to: str
-    key: str | None
 
 
 def as_many(value: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[int, ...], ...]) -> tuple[Any, ...]:
@@ -104,8 +92,8 @@ class RequestBody(StrictModel):
             return {name: value for name, value in body.items() if value is not None}
         return body
 
-    def request(self, **origin: Unpack[Origin]) -> InferenceRequest:
-        """The request as it goes into the queue."""
+    def request(self, **origin: Any) -> InferenceRequest:
+        """The request as it goes into the queue; `origin`: its fields that are not of the body."""
         raise NotImplementedError
 
 
@@ -154,11 +142,6 @@ class GenerationBody(RequestBody):
         if self.stream_options is not None and not self.stream:
             raise Misfit("stream_options", "stream_options is only allowed when stream is true")
         return self
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
         """The sampling parameters, with those marked that the client left open."""

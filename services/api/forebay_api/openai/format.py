@@ -19,30 +19,10 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Format(Protocol):
-    """How an endpoint writes an answer that is not streamed."""
+    """How an endpoint writes a whole answer."""
 
     def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
         """The answer as one JSON object."""
-        ...
-
-
-class StreamFormat(Format, Protocol):
-    """How an endpoint writes an answer, streamed or not."""
-
-    def opening(self) -> bytes:
-        """Events before the first token."""
-        ...
-
-    def chunk(self, delta: Delta) -> bytes:
-        """The event of a delta; empty if it shows nothing."""
-        ...
-
-    def closing(self, completed: Completed) -> bytes:
-        """The events that end a stream."""
-        ...
-
-    def failure(self, error: ApiError) -> bytes:
-        """The event that ends a stream which has begun and failed."""
         ...
 
 
@@ -61,8 +41,8 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-class GeneratedFormat:
-    """What the answers of chat and completions have in common."""
+class StreamFormat:
+    """How chat and completions write an answer, streamed or whole."""
 
     _prefix: ClassVar[str]
     _whole_object: ClassVar[str]
@@ -70,7 +50,15 @@ class GeneratedFormat:
 
     def __init__(self, request: InferenceRequest, body: GenerationBody) -> None:
         self._request = request
-        self._include_usage = body.include_usage
+        self._include_usage = body.stream_options is not None and body.stream_options.include_usage
+
+    def opening(self) -> bytes:
+        """Events before the first token."""
+        return b""
+
+    def chunk(self, delta: Delta) -> bytes:
+        """The event of a delta; empty if it shows nothing."""
+        raise NotImplementedError
 
     def closing(self, completed: Completed) -> bytes:
         """One finish reason for each choice, then usage if the client asked for it, then [DONE]."""

@@ -3,11 +3,11 @@
 Source: https://platform.openai.com/docs/api-reference/chat/create.
 """
 
-from typing import Annotated, Any, Literal, Self, Unpack
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from forebay_api.openai.body import Bool, GenerationBody, Int, Many, Misfit, OpenModel, Origin, StrictModel
+from forebay_api.openai.body import Bool, GenerationBody, Int, Many, Misfit, OpenModel, StrictModel
 from forebay_contracts.wire.request import InferenceRequest
 
 MAX_TOP_LOGPROBS = 20
@@ -142,7 +142,7 @@ class ChatCompletionBody(GenerationBody):
                 raise Misfit("tool_choice", f"the function {wanted!r} is not among the tools")
         return self
 
-    def request(self, **origin: Unpack[Origin]) -> InferenceRequest:
+    def request(self, **origin: Any) -> InferenceRequest:
         """The request as it goes into the queue."""
         choice, wanted = self.tool_choice, self.response_format
         return InferenceRequest(

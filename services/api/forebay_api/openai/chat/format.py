@@ -6,11 +6,11 @@ Sources: https://platform.openai.com/docs/api-reference/chat/object and chat/str
 from collections.abc import Iterable
 from typing import Any
 
-from forebay_api.openai.format import GeneratedFormat, joined_logprobs
+from forebay_api.openai.format import StreamFormat, joined_logprobs
 from forebay_contracts.wire.frames import Delta, FinishedChoice, TokenLogprob, TopLogprob
 
 
-class ChatFormat(GeneratedFormat):
+class ChatFormat(StreamFormat):
     """`chat.completion` and `chat.completion.chunk`."""
 
     _prefix = "chatcmpl"

@@ -3,11 +3,11 @@
 Source: https://platform.openai.com/docs/api-reference/completions/create.
 """
 
-from typing import Annotated, Self, Unpack
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from forebay_api.openai.body import MAX_CHOICES, Bool, GenerationBody, Int, Many, Misfit, Origin, Token, as_many
+from forebay_api.openai.body import MAX_CHOICES, Bool, GenerationBody, Int, Many, Misfit, Token, as_many
 from forebay_contracts.wire.request import InferenceRequest
 
 MAX_LOGPROBS = 5
@@ -48,7 +48,7 @@ class CompletionBody(GenerationBody):
         """The prompts, one or many, as text or token ids."""
         return as_many(self.prompt)
 
-    def request(self, **origin: Unpack[Origin]) -> InferenceRequest:
+    def request(self, **origin: Any) -> InferenceRequest:
         """The request as it goes into the queue."""
         return InferenceRequest(
             **origin,

@@ -8,12 +8,12 @@ from collections import defaultdict
 from typing import Any
 
 from forebay_api.openai.body import GenerationBody
-from forebay_api.openai.format import GeneratedFormat, joined_logprobs
+from forebay_api.openai.format import StreamFormat, joined_logprobs
 from forebay_contracts.wire.frames import Delta, FinishedChoice, TokenLogprob, TopLogprob
 from forebay_contracts.wire.request import InferenceRequest
 
 
-class CompletionFormat(GeneratedFormat):
+class CompletionFormat(StreamFormat):
     """`text_completion`, streamed and whole."""
 
     _prefix = "cmpl"
@@ -22,10 +22,6 @@ class CompletionFormat(GeneratedFormat):
     def __init__(self, request: InferenceRequest, body: GenerationBody) -> None:
         super().__init__(request, body)
         self._logprobs: defaultdict[int, Logprobs] = defaultdict(Logprobs)
-
-    def opening(self) -> bytes:
-        """Nothing: a completion has no role."""
-        return b""
 
     def chunk(self, delta: Delta) -> bytes:
         """Text."""

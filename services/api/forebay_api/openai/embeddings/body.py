@@ -3,12 +3,12 @@
 Source: https://platform.openai.com/docs/api-reference/embeddings/create.
 """
 
-from typing import Annotated, Literal, Unpack
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from forebay_api.openai.body import Int, Many, Origin, RequestBody, Token, as_many
+from forebay_api.openai.body import Int, Many, RequestBody, Token, as_many
 from forebay_contracts.wire.request import InferenceRequest
 
 MAX_INPUTS = 2048
@@ -34,11 +34,6 @@ class EmbeddingBody(RequestBody):
             raise PydanticCustomError("too_long", "at most {max_length} inputs", {"max_length": MAX_INPUTS})
         return value
 
-    @property
-    def inputs(self) -> tuple[str | tuple[int, ...], ...]:
-        """The inputs, one or many, as text or token ids."""
-        return as_many(self.input)
-
-    def request(self, **origin: Unpack[Origin]) -> InferenceRequest:
+    def request(self, **origin: Any) -> InferenceRequest:
         """The request as it goes into the queue."""
-        return InferenceRequest(**origin, prompts=self.inputs, dimensions=self.dimensions)
+        return InferenceRequest(**origin, prompts=as_many(self.input), dimensions=self.dimensions)
