@@ -15,8 +15,9 @@ from forebay_api.context import Context
 from forebay_api.http import sse
 from forebay_api.http.bodies import off_loop, read_body, validated
 from forebay_api.http.errors import about
-from forebay_api.in_flight.answer import Answer, ClientLeft, SlowReader
+from forebay_api.in_flight.answer import ClientLeft, SlowReader
 from forebay_api.in_flight.idempotency import HEADER, scoped_key
+from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.openai.format import Format, StreamFormat
 from forebay_api.routes import Endpoint
 from forebay_contracts.telemetry import tracing
@@ -78,7 +79,7 @@ class Create:
         )
         answer_format = endpoint.format(queued, body)
         early = request.headers.get(EARLY_HEADER) == "early"
-        submitted: AbstractAsyncContextManager[Answer]
+        submitted: AbstractAsyncContextManager[LiveAnswer]
         if (key := request.headers.get(HEADER)) is None:
             submitted = context.dispatcher.submit(queued)
         else:
@@ -99,7 +100,7 @@ class Create:
         await Response(whole, media_type="application/json")(scope, receive, send)
 
 
-async def _whole(endpoint: Endpoint, queued: InferenceRequest, answer: Answer, answer_format: Format) -> bytes:
+async def _whole(endpoint: Endpoint, queued: InferenceRequest, answer: LiveAnswer, answer_format: Format) -> bytes:
     """The whole answer, once it is complete."""
     deltas = [delta async for some in answer.deltas() for delta in some]
     assert answer.completed is not None
@@ -111,7 +112,7 @@ async def _whole(endpoint: Endpoint, queued: InferenceRequest, answer: Answer, a
 async def _stream(
     endpoint: Endpoint,
     queued: InferenceRequest,
-    answer: Answer,
+    answer: LiveAnswer,
     answer_format: StreamFormat,
     send: Send,
     *,
@@ -137,13 +138,13 @@ async def _stream(
         _log_end(endpoint, queued, answer.completed)
 
 
-async def _fail_when_client_leaves(receive: Receive, answer: Answer) -> None:
+async def _fail_when_client_leaves(receive: Receive, answer: LiveAnswer) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     answer.fail(ClientLeft("the client left"))
 
 
-def _log_failure(endpoint: Endpoint, queued: InferenceRequest, answer: Answer, error: ApiError) -> None:
+def _log_failure(endpoint: Endpoint, queued: InferenceRequest, answer: LiveAnswer, error: ApiError) -> None:
     # The code and not the message, which may quote the request.
     code = error.code or error.type
     known = about(queued, code=code)

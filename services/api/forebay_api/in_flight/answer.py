@@ -1,29 +1,7 @@
-"""A request's answer as a route sees it: generated now, shared by several clients, or kept from before."""
-
-from collections.abc import AsyncIterator
-from typing import Protocol
+"""How an answer ends for its client if it does not complete."""
 
 from forebay_contracts.wire.errors import ApiError, RequestCancelled
-from forebay_contracts.wire.frames import Completed, Delta, Failed
-
-
-class Answer(Protocol):
-    """The answer to one request, as far as it has come. `attempt` is the number of the attempt that generates it."""
-
-    attempt: int
-
-    @property
-    def completed(self) -> Completed | None:
-        """The last frame, once the answer is whole."""
-
-    async def started(self) -> None:
-        """Wait until a worker has begun. Raises the request's error if it ends before that."""
-
-    def deltas(self) -> AsyncIterator[list[Delta]]:
-        """All deltas in order, as many at a time as have come. Raises the request's error if it fails."""
-
-    def fail(self, error: ApiError) -> None:
-        """End this client's wait with `error`, unless the answer has ended."""
+from forebay_contracts.wire.frames import Failed
 
 
 class SlowReader(ApiError):

@@ -100,7 +100,7 @@ class Dispatcher:
             loop = asyncio.get_running_loop()
             timers = (
                 loop.call_later(QUEUED_AFTER_S, self._register_waiting, answer),
-                loop.call_later(max(request.deadline - time.time(), 0), self._time_out, answer),
+                loop.call_later(max(request.deadline - time.time(), 0), answer.time_out),
             )
             if answer.done:  # it was cancelled while it was published
                 self._background(answer, self._admission.remove(request.id, answer.sequence))
@@ -157,10 +157,6 @@ class Dispatcher:
             answer.registration = self._background(answer, create())
             answer.registration.add_done_callback(registered)
         return answer.registration
-
-    def _time_out(self, answer: LiveAnswer) -> None:
-        seconds = answer.request.deadline - answer.request.created_at
-        answer.fail(RequestTimeout(f"the request was not finished within {seconds:g} seconds"))
 
     def _on_end(self, answer: LiveAnswer) -> None:
         """The request has ended for its client. If the api ended it, end it in the queue too."""

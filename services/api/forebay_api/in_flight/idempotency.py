@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Literal
 
 from nats.errors import Error as NatsError
@@ -19,12 +19,12 @@ from nats.js.kv import KeyValue
 from pydantic import ValidationError
 
 from forebay_api.in_flight.dispatcher import Dispatcher
-from forebay_api.in_flight.recorded_answer import RecordedAnswer, Recording
+from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Presence
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import ApiError, InvalidRequest, QueueUnavailable, RequestTimeout
-from forebay_contracts.wire.frames import Completed, Delta
+from forebay_contracts.wire.errors import ApiError, InvalidRequest, QueueUnavailable
+from forebay_contracts.wire.frames import Completed, Delta, Frame, Started
 from forebay_contracts.wire.heartbeats import ApiInfo
 from forebay_contracts.wire.message import Message
 from forebay_contracts.wire.request import InferenceRequest
@@ -63,6 +63,40 @@ def scoped_key(key: str, authorization: str) -> str:
     return hashlib.sha256(f"{authorization}\n{key}".encode()).hexdigest()
 
 
+class SharedAnswer:
+    """An answer that several clients read, each from its first frame, while it is still generated."""
+
+    def __init__(self, body_hash: str) -> None:
+        self.body_hash = body_hash
+        self._frames: list[Frame] = []
+        self._readers: set[LiveAnswer] = set()
+
+    @contextlib.contextmanager
+    def read(self, request: InferenceRequest) -> Iterator[LiveAnswer]:
+        """The answer for one more client. It can stop waiting without an effect on other clients."""
+        answer = LiveAnswer(request, lambda _: None, shared=True)
+        for frame in self._frames:
+            answer.receive(frame)
+        self._readers.add(answer)
+        timer = asyncio.get_running_loop().call_later(request.deadline - request.created_at, answer.time_out)
+        try:
+            yield answer
+        finally:
+            timer.cancel()
+            self._readers.discard(answer)
+
+    def receive(self, frame: Frame) -> None:
+        """Give every client the next frame."""
+        self._frames.append(frame)
+        for reader in self._readers:
+            reader.receive(frame)
+
+    def fail(self, error: ApiError) -> None:
+        """End the wait of every client with `error`, unless the answer has ended."""
+        for reader in self._readers:
+            reader.fail(error)
+
+
 class IdempotentRequests:
     """Answers by key: those in flight here, and those kept in NATS."""
 
@@ -70,7 +104,7 @@ class IdempotentRequests:
         self._connection = connection
         self._dispatcher = dispatcher
         self._apis = apis
-        self._recordings: dict[str, tuple[str, Recording]] = {}
+        self._answers: dict[str, SharedAnswer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -81,55 +115,48 @@ class IdempotentRequests:
             await asyncio.wait(self._tasks)
 
     @contextlib.asynccontextmanager
-    async def attach(self, request: InferenceRequest, key: str) -> AsyncIterator[RecordedAnswer]:
+    async def attach(self, request: InferenceRequest, key: str) -> AsyncIterator[LiveAnswer]:
         """The answer for `key`. This request leads if no other does.
 
         Raises:
             KeyReused: the key was used with another body.
         """
         body_hash = _body_hash(request)
-        if key not in self._recordings:
-            recording = Recording()
-            self._recordings[key] = body_hash, recording
-            task = asyncio.create_task(self._obtain(request, key, body_hash, recording))
+        if key not in self._answers:
+            self._answers[key] = SharedAnswer(body_hash)
+            task = asyncio.create_task(self._obtain(request, key, self._answers[key]))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        known_hash, recording = self._recordings[key]
-        if known_hash != body_hash:
+        shared = self._answers[key]
+        if shared.body_hash != body_hash:
             raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
-        timeout_s = request.deadline - request.created_at
-        timed_out = RequestTimeout(f"the request was not finished within {timeout_s:g} seconds")
-        with recording.read() as answer:
-            timer = asyncio.get_running_loop().call_later(timeout_s, answer.fail, timed_out)
-            try:
-                yield answer
-            finally:
-                timer.cancel()
+        with shared.read(request) as answer:
+            yield answer
 
-    async def _obtain(self, request: InferenceRequest, key: str, body_hash: str, recording: Recording) -> None:
-        """Lead, or follow the leading request. The recording has ended when this returns."""
+    async def _obtain(self, request: InferenceRequest, key: str, shared: SharedAnswer) -> None:
+        """Lead, or follow the leading request. The shared answer has ended when this returns."""
         try:
             bucket = await self._connection.jetstream.key_value(names.ANSWERS_BUCKET)
-            mine = KeptAnswer(request_id=request.id, body_hash=body_hash, api=self._dispatcher.instance)
+            mine = KeptAnswer(request_id=request.id, body_hash=shared.body_hash, api=self._dispatcher.instance)
             while True:
                 try:
                     revision = await bucket.create(key, mine.encode())
                 except KeyWrongLastSequenceError:
-                    if await self._follow(bucket, key, mine, recording):
+                    if await self._follow(bucket, key, mine, shared):
                         return
                 else:
-                    await self._lead(request, bucket, key, mine, revision, recording)
+                    await self._lead(request, bucket, key, mine, revision, shared)
                     return
         except ApiError as exc:
-            recording.fail(exc)
+            shared.fail(exc)
         except ValidationError:
-            recording.fail(QueueUnavailable("another version of the api keeps the answer of this Idempotency-Key"))
+            shared.fail(QueueUnavailable("another version of the api keeps the answer of this Idempotency-Key"))
         except (NatsError, TimeoutError) as exc:
             log.warning("[RequestQueue] %s: kept answers cannot be reached: %r", request.id, exc)
-            recording.fail(QueueUnavailable("the queue cannot be reached, try again later"))
+            shared.fail(QueueUnavailable("the queue cannot be reached, try again later"))
         finally:
-            recording.fail(QueueUnavailable("the api stopped"))
-            self._recordings.pop(key, None)
+            shared.fail(QueueUnavailable("the api stopped"))
+            self._answers.pop(key, None)
 
     async def _lead(
         self,
@@ -138,31 +165,35 @@ class IdempotentRequests:
         key: str,
         mine: KeptAnswer,
         revision: int,
-        recording: Recording,
+        shared: SharedAnswer,
     ) -> None:
+        deltas: list[Delta] = []
         try:
             async with self._dispatcher.submit(request) as answer:
                 await answer.started()
-                recording.begin()
-                async for deltas in answer.deltas():
-                    recording.add(deltas)
+                # Not the newest attempt: deltas of older ones may follow.
+                shared.receive(Started(attempt=1, worker=answer.worker or ""))
+                async for some in answer.deltas():
+                    deltas += some
+                    for delta in some:
+                        shared.receive(delta)
                 completed = answer.completed
             assert completed is not None
-            kept = mine.model_copy(update={"deltas": tuple(recording.deltas), "completed": completed})
+            kept = mine.model_copy(update={"deltas": tuple(deltas), "completed": completed})
             try:
                 await bucket.update(key, kept.encode(), last=revision)
                 revision = 0
             except (NatsError, TimeoutError) as exc:
                 # The client gets its answer also if it is too large to be kept, the store is full or NATS is away.
                 log.warning("[RequestQueue] %s: the answer is not kept for its key: %r", request.id, exc)
-            recording.finish(completed)
+            shared.receive(completed)
         finally:
             # After an error, or if the answer was not kept, the key is free for another try.
             if revision:
                 with contextlib.suppress(NatsError, TimeoutError):
                     await bucket.delete(key, last=revision)
 
-    async def _follow(self, bucket: KeyValue, key: str, mine: KeptAnswer, recording: Recording) -> bool:
+    async def _follow(self, bucket: KeyValue, key: str, mine: KeptAnswer, shared: SharedAnswer) -> bool:
         """Wait for the leader's answer; False if no request leads any more."""
         changed = asyncio.Event()
 
@@ -182,9 +213,7 @@ class IdempotentRequests:
                 if kept.body_hash != mine.body_hash:
                     raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
                 if kept.completed is not None:
-                    recording.begin()
-                    recording.add(list(kept.deltas))
-                    recording.finish(kept.completed)
+                    shared.receive(kept.completed.model_copy(update={"deltas": kept.deltas}))
                     return True
                 if not self._apis.is_alive(kept.api):
                     with contextlib.suppress(KeyWrongLastSequenceError, APIError):

@@ -18,11 +18,12 @@ RESEND_RETRY_S = 1.0
 
 
 class LiveAnswer:
-    """See `Answer`. `on_end` is called once, when the request has ended for its client.
+    """The answer to one request, as far as it has come. `on_end` is called once, when it has ended for its client.
 
     Three kinds of frames are dropped: of an older attempt than the newest seen, with tokens that are here already, and
     with tokens missing before them. The last kind sets `gap` until the missing tokens have come. The tokens of each
-    choice are kept, since the next attempt goes on from them.
+    choice are kept, since the next attempt goes on from them. A `shared` answer may be read as slowly as its client
+    likes: its deltas are kept for other clients anyway.
     """
 
     __slots__ = (
@@ -40,12 +41,16 @@ class LiveAnswer:
         "registration",
         "request",
         "sequence",
+        "shared",
         "worker",
     )
 
-    def __init__(self, request: InferenceRequest, on_end: "Callable[[LiveAnswer], None]") -> None:
+    def __init__(
+        self, request: InferenceRequest, on_end: "Callable[[LiveAnswer], None]", *, shared: bool = False
+    ) -> None:
         self.request = request
         self.on_end = on_end
+        self.shared = shared
         self.sequence: int | None = None
         self.attempt = 0
         self.worker: str | None = None
@@ -117,19 +122,24 @@ class LiveAnswer:
         self._wake()
 
     def fail(self, error: ApiError) -> None:
-        """See `Answer.fail`."""
+        """End this client's wait with `error`, unless the answer has ended."""
         if not self.done:
             self.error = error
             self.on_end(self)
             self._wake()
 
+    def time_out(self) -> None:
+        """The deadline has passed."""
+        seconds = self.request.deadline - self.request.created_at
+        self.fail(RequestTimeout(f"the request was not finished within {seconds:g} seconds"))
+
     async def started(self) -> None:
-        """See `Answer.started`."""
+        """Wait until a worker has begun. Raises the request's error if it ends before that."""
         while self.worker is None and not self._unread and self.completed is None:
             await self._wait()
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """See `Answer.deltas`."""
+        """All deltas in order, as many at a time as have come. Raises the request's error if it fails."""
         while True:
             if self._unread:
                 unread, self._unread = self._unread, []
@@ -158,7 +168,7 @@ class LiveAnswer:
             tokens.extend(delta.tokens)
             self._unread.append(delta)
             self.gap, self._ask_again_at = False, -math.inf
-            if len(self._unread) > MAX_UNREAD_DELTAS:
+            if len(self._unread) > MAX_UNREAD_DELTAS and not self.shared:
                 self.error = SlowReader("the client does not read its stream")
 
     def _complete(self, frame: Completed) -> None:

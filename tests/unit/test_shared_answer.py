@@ -1,0 +1,56 @@
+"""One answer for several clients: each gets all of it, whenever it comes and however slowly it reads."""
+
+import time
+
+import pytest
+
+from forebay_api.in_flight import live_answer
+from forebay_api.in_flight.idempotency import SharedAnswer
+from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_contracts.wire.errors import RequestTimeout
+from forebay_contracts.wire.frames import Completed, Delta, FinishedChoice, Started
+from forebay_contracts.wire.state import Usage
+from support.twins import request
+
+TOKENS = 5
+
+
+def delta(offset: int) -> Delta:
+    return Delta(attempt=2, offset=offset, tokens=(offset,), text=f"t{offset} ")
+
+
+def end() -> Completed:
+    return Completed(
+        attempt=2,
+        choices=(FinishedChoice(index=0, finish_reason="stop", tokens=TOKENS),),
+        usage=Usage(prompt_tokens=1, completion_tokens=TOKENS),
+        deltas=(delta(TOKENS - 1), Delta(attempt=2, offset=TOKENS, text="end")),
+    )
+
+
+async def text(answer: LiveAnswer) -> str:
+    await answer.started()
+    return "".join([delta.text async for some in answer.deltas() for delta in some])
+
+
+async def test_early_late_and_slow_clients_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_answer, "MAX_UNREAD_DELTAS", 1)
+    shared, whole = SharedAnswer("hash"), "t0 t1 t2 t3 t4 end"
+    with shared.read(request()) as early:
+        shared.receive(Started(attempt=1, worker="w"))
+        for offset in range(TOKENS):
+            shared.receive(delta(offset))
+        with shared.read(request()) as late:
+            shared.receive(end())
+            with shared.read(request()) as last:
+                assert [await text(answer) for answer in (early, late, last)] == [whole] * 3
+
+
+async def test_a_client_that_waits_no_longer_leaves_the_others_alone() -> None:
+    shared = SharedAnswer("hash")
+    with shared.read(request(deadline=time.time() + 60)) as patient, shared.read(request()) as impatient:
+        impatient.time_out()
+        with pytest.raises(RequestTimeout):
+            await impatient.started()
+        shared.receive(Started(attempt=1, worker="w"))
+        await patient.started()
