@@ -5,8 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from forebay_api.context import Running
-from forebay_api.watching.served_models import ServedModel
-from forebay_contracts.wire.heartbeats import WorkerStatus
+from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -14,26 +13,27 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 @router.get("")
 async def list_models(context: Running) -> dict[str, Any]:
     """What live workers serve, and the default model."""
-    return {"object": "list", "data": [_model(served) for served in context.models.served()]}
+    return {"object": "list", "data": [_model(*served) for served in context.models.served().items()]}
 
 
 @router.get("/{name:path}")
 async def retrieve_model(name: str, context: Running) -> dict[str, Any]:
     """One model, by its name or an alias; also one that has no worker now."""
-    return _model(context.models.of(await context.models.resolve(name)))
+    model = await context.models.resolve(name)
+    return _model(model, context.models.served().get(model, []))
 
 
-def _model(served: ServedModel) -> dict[str, Any]:
+def _model(name: str, workers: list[WorkerInfo]) -> dict[str, Any]:
     """OpenAI's model object, then what the live workers say of it."""
-    worker = served.best
+    worker = workers[0] if workers else None
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
-        "created": int(min((one.started_at for one in served.workers), default=0)),
+        "created": int(min((one.started_at for one in workers), default=0)),
         "owned_by": "forebay",
         "status": worker.status.value if worker else "no_worker",
         "progress": worker.progress if worker else None,
-        "workers": {status.value: served.count(status) for status in WorkerStatus},
+        "workers": {status.value: sum(one.status is status for one in workers) for status in WorkerStatus},
         "aliases": list(worker.aliases) if worker else [],
         "completion_types": list(worker.completion_types) if worker else [],
         "context_length": worker.context_length if worker else None,

@@ -8,7 +8,6 @@ without a worker waits for one or is refused.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.errors import ModelNotFound, ModelUnavailable, UnsupportedByModel
@@ -19,23 +18,6 @@ KNOWN_MODELS_AGE_S = 1.0
 """Least time between two questions to NATS for known models, however many unknown names come."""
 
 _BY_READINESS = (WorkerStatus.READY, WorkerStatus.LOADING, WorkerStatus.DRAINING)
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model and its live workers: ready ones first, and of those the oldest first."""
-
-    name: str
-    workers: tuple[WorkerInfo, ...]
-
-    @property
-    def best(self) -> WorkerInfo | None:
-        """The worker that speaks for the model."""
-        return self.workers[0] if self.workers else None
-
-    def count(self, status: WorkerStatus) -> int:
-        """How many workers are in this status."""
-        return sum(worker.status is status for worker in self.workers)
 
 
 class Models:
@@ -61,14 +43,11 @@ class Models:
             ModelNotFound: no model has this name or alias.
             QueueUnavailable: no live worker serves it, and NATS does not answer.
         """
-        return await self._resolve(name, self._workers())
-
-    async def _resolve(self, name: str, workers: Iterable[WorkerInfo]) -> str:
         settings = self._settings
         if name == settings.served_model:
             return name
         served = {settings.served_model: settings.served_aliases}
-        for worker in workers:
+        for worker in self._workers():
             served[worker.model] = served.get(worker.model, ()) + worker.aliases
         found = _meant(name, served) or _meant(name, await self._known_models())
         if found is None:
@@ -83,9 +62,8 @@ class Models:
             UnsupportedByModel: its workers serve other types of requests.
             ModelUnavailable: no worker serves or loads it, and NO_WORKER_POLICY is `refuse`.
         """
-        alive = list(self._workers())
-        model = await self._resolve(name, alive)
-        workers = [worker for worker in alive if worker.model == model]
+        model = await self.resolve(name)
+        workers = [worker for worker in self._workers() if worker.model == model]
         types = {served for worker in workers for served in worker.completion_types}
         if types and completion_type not in types:
             raise UnsupportedByModel(model, completion_type, types)
@@ -93,16 +71,17 @@ class Models:
             raise ModelUnavailable(f"The model `{model}` has no worker at the moment, try again later.", param="model")
         return model
 
-    def served(self) -> list[ServedModel]:
-        """The models of the live workers by name, DEFAULT_MODEL before them, with or without a worker."""
-        by_model: dict[str, list[WorkerInfo]] = {self._settings.served_model: []}
-        for worker in sorted(self._workers(), key=lambda worker: worker.model):
-            by_model.setdefault(worker.model, []).append(worker)
-        return [_served(name, workers) for name, workers in by_model.items()]
+    def served(self) -> dict[str, list[WorkerInfo]]:
+        """The live workers of each model, DEFAULT_MODEL first, with or without one.
 
-    def of(self, model: str) -> ServedModel:
-        """One model by its own name, with or without a worker."""
-        return _served(model, [worker for worker in self._workers() if worker.model == model])
+        The first worker of a model speaks for it: ready ones come first, and of those the oldest.
+        """
+        by_model: dict[str, list[WorkerInfo]] = {self._settings.served_model: []}
+        for worker in sorted(
+            self._workers(), key=lambda one: (one.model, _BY_READINESS.index(one.status), one.started_at)
+        ):
+            by_model.setdefault(worker.model, []).append(worker)
+        return by_model
 
     async def _known_models(self) -> Mapping[str, tuple[str, ...]]:
         async with self._asking:
@@ -116,9 +95,3 @@ def _meant(name: str, aliases: Mapping[str, tuple[str, ...]]) -> str | None:
     if name in aliases:
         return name
     return next((model for model, others in aliases.items() if name in others), None)
-
-
-def _served(name: str, workers: list[WorkerInfo]) -> ServedModel:
-    return ServedModel(
-        name, tuple(sorted(workers, key=lambda worker: (_BY_READINESS.index(worker.status), worker.started_at)))
-    )
