@@ -66,15 +66,3 @@ def of(model: str, completion_type: str) -> RequestMetrics:
         {outcome: bound(SECONDS, model, completion_type, outcome.value) for outcome in OUTCOMES},
         {outcome: bound(FINISHED, model, completion_type, outcome.value) for outcome in OUTCOMES},
     )
-
-
-@functools.cache
-def key_requests(key: str, result: str) -> Any:
-    """The counter of requests with the key of this name, `admitted` or `refused`."""
-    return bound(KEY_REQUESTS, key, result)
-
-
-@functools.cache
-def rejected(reason: str) -> Any:
-    """The counter of completion requests that were answered without being queued, for this reason."""
-    return bound(REJECTED, reason)

@@ -8,10 +8,9 @@ from typing import Final
 from forebay_api import request_metrics
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.watching.drain_rate import DrainRate
+from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire.errors import KeyLimitReached
 from forebay_contracts.wire.heartbeats import ApiInfo
-
-_UNBOUNDED: Final = contextlib.nullcontext()
 
 RETRY_AFTER_S: Final = 1
 """Retry-After as long as nothing is known about how fast a key's requests end."""
@@ -31,18 +30,18 @@ class KeyLimits:
         self._ended: Counter[str] = Counter()
         self._rates: defaultdict[str, DrainRate] = defaultdict(DrainRate)
         self.unfinished: dict[str, int] = {}
-        """Here, by name."""
+        """The count of this api by name."""
 
-    def one_more(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def one_more(self, name: str | None) -> Iterator[None]:
         """A request with the key of this name (None: without), from its admission to its end.
 
         Raises:
             KeyLimitReached: the key has as many as it may have.
         """
-        return _UNBOUNDED if name is None else self._one_more(name)
-
-    @contextlib.contextmanager
-    def _one_more(self, name: str) -> Iterator[None]:
+        if name is None:
+            yield
+            return
         here = self.unfinished.get(name, 0)
         client = self._keys.of(name)
         if client is not None and client.max_requests is not None:
@@ -59,7 +58,7 @@ class KeyLimits:
     def _check(self, name: str, here: int, most: int) -> None:
         if here + sum(api.unfinished.get(name, 0) for api in self._others()) < most:
             return
-        request_metrics.key_requests(name, "refused").inc()
+        bound(request_metrics.KEY_REQUESTS, name, "refused").inc()
         rate = self._rates[name]
         rate.sample(self._ended[name])
         raise KeyLimitReached(

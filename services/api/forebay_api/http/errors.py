@@ -13,6 +13,7 @@ from forebay_api import request_metrics
 from forebay_api.clients.keys import Client
 from forebay_api.context import Context
 from forebay_contracts.telemetry.logs import Fields, fields
+from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire import errors, names
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.request import InferenceRequest
@@ -78,7 +79,7 @@ class ErrorAnswers:
         # All counters exist from the start: the first rejection of a kind is a change too.
         for row in ANSWERS.values():
             if row.rejection:
-                request_metrics.rejected(row.rejection)
+                bound(request_metrics.REJECTED, row.rejection)
 
     async def answer(self, request: Request, exc: Exception) -> Response:
         """What the client gets for `exc`."""
@@ -101,7 +102,7 @@ class ErrorAnswers:
         log.info("[RequestQueue] %s answered %d %s", request_id, error.status, code, extra=known)
         row = _answer_of(error)
         if row.rejection and request.scope["path"] in self._paths:
-            request_metrics.rejected(row.rejection).inc()
+            bound(request_metrics.REJECTED, row.rejection).inc()
         headers: dict[str, str] = {}
         if row.should_retry is not None:
             headers["x-should-retry"] = "true" if row.should_retry else "false"

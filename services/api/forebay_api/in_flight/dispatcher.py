@@ -89,7 +89,7 @@ class Dispatcher:
             measured = request_metrics.of(request.model, request.completion_type.value)
             measured.admitted.inc()
             if request.key is not None:
-                request_metrics.key_requests(request.key, "admitted").inc()
+                bound(request_metrics.KEY_REQUESTS, request.key, "admitted").inc()
             log.info(
                 "[RequestQueue] %s queued for %s at %d",
                 request.id,
