@@ -25,7 +25,6 @@ from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import Completed
-from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 
 EARLY_HEADER: Final = "forebay-stream"
@@ -92,83 +91,72 @@ class Create:
                 if queued.stream:
                     await (context.dispatcher.registered(queued.id) if early else answer.started())
                     await sse.begin(send)
-                    await _stream(endpoint, queued, answer, cast(StreamFormat, answer_format), send, early=early)
+                    await self._stream(answer, cast(StreamFormat, answer_format), send, early=early)
                     return
-                whole = await _whole(endpoint, queued, answer, answer_format)
+                whole = await self._whole(answer, answer_format)
             finally:
                 leaving.cancel()
         await Response(whole, media_type="application/json")(scope, receive, send)
 
+    async def _whole(self, answer: LiveAnswer, answer_format: Format) -> bytes:
+        """The whole answer, once it is complete."""
+        deltas = [delta async for some in answer.deltas() for delta in some]
+        completed = self._log_end(answer)
+        size = sum(len(delta.text) + len(delta.embedding) + LOGPROB_BYTES * len(delta.logprobs) for delta in deltas)
+        return await off_loop(size, answer_format.whole, deltas, completed)
 
-async def _whole(endpoint: Endpoint, queued: InferenceRequest, answer: LiveAnswer, answer_format: Format) -> bytes:
-    """The whole answer, once it is complete."""
-    deltas = [delta async for some in answer.deltas() for delta in some]
-    assert answer.completed is not None
-    _log_end(endpoint, queued, answer.completed)
-    size = sum(len(delta.text) + len(delta.embedding) + LOGPROB_BYTES * len(delta.logprobs) for delta in deltas)
-    return await off_loop(size, answer_format.whole, deltas, answer.completed)
+    async def _stream(self, answer: LiveAnswer, answer_format: StreamFormat, send: Send, *, early: bool) -> None:
+        """Write the answer as events while it comes. An error is the last event; a client that left gets none."""
+        with contextlib.suppress(ClientLeft, SlowReader):
+            try:
+                if early:
+                    await sse.write(send, b": queued\n\n")
+                    await answer.started()
+                await sse.write(send, answer_format.opening())
+                async for deltas in answer.deltas():
+                    await sse.write(send, b"".join(map(answer_format.chunk, deltas)))
+            except (ClientLeft, SlowReader):
+                raise
+            except ApiError as exc:
+                self._log_failure(answer, exc)
+                await sse.write(send, answer_format.failure(exc), last=True)
+                return
+            assert answer.completed is not None
+            await sse.write(send, answer_format.closing(answer.completed), last=True)
+            self._log_end(answer)
 
+    def _log_failure(self, answer: LiveAnswer, error: ApiError) -> None:
+        # The code and not the message, which may quote the request.
+        code = error.code or error.type
+        known = about(answer.request, code=code)
+        if answer.attempt:
+            known["fields"]["attempt"] = answer.attempt
+        log.info("%s %s broke off: %s", self._endpoint.log_prefix, answer.request.id, code, extra=known)
+        tracing.fail(code)
 
-async def _stream(
-    endpoint: Endpoint,
-    queued: InferenceRequest,
-    answer: LiveAnswer,
-    answer_format: StreamFormat,
-    send: Send,
-    *,
-    early: bool,
-) -> None:
-    """Write the answer as events while it comes. An error is the last event; a client that left gets none."""
-    with contextlib.suppress(ClientLeft, SlowReader):
-        try:
-            if early:
-                await sse.write(send, b": queued\n\n")
-                await answer.started()
-            await sse.write(send, answer_format.opening())
-            async for deltas in answer.deltas():
-                await sse.write(send, b"".join(map(answer_format.chunk, deltas)))
-        except (ClientLeft, SlowReader):
-            raise
-        except ApiError as exc:
-            _log_failure(endpoint, queued, answer, exc)
-            await sse.write(send, answer_format.failure(exc), last=True)
-            return
-        assert answer.completed is not None
-        await sse.write(send, answer_format.closing(answer.completed), last=True)
-        _log_end(endpoint, queued, answer.completed)
+    def _log_end(self, answer: LiveAnswer) -> Completed:
+        completed, request = answer.completed, answer.request
+        assert completed is not None
+        tokens = completed.usage.prompt_tokens, completed.usage.completion_tokens
+        log.info(
+            "%s %s completed in %.3f s: %d + %d tokens, attempt %d",
+            self._endpoint.log_prefix,
+            request.id,
+            time.time() - request.created_at,
+            *tokens,
+            completed.attempt,
+            extra=about(
+                request,
+                attempt=completed.attempt,
+                outcome=RequestStatus.COMPLETED.value,
+                prompt_tokens=tokens[0],
+                completion_tokens=tokens[1],
+            ),
+        )
+        return completed
 
 
 async def _fail_when_client_leaves(receive: Receive, answer: LiveAnswer) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     answer.fail(ClientLeft("the client left"))
-
-
-def _log_failure(endpoint: Endpoint, queued: InferenceRequest, answer: LiveAnswer, error: ApiError) -> None:
-    # The code and not the message, which may quote the request.
-    code = error.code or error.type
-    known = about(queued, code=code)
-    if answer.attempt:
-        known["fields"]["attempt"] = answer.attempt
-    log.info("%s %s broke off: %s", endpoint.log_prefix, queued.id, code, extra=known)
-    tracing.fail(code)
-
-
-def _log_end(endpoint: Endpoint, queued: InferenceRequest, completed: Completed) -> None:
-    usage = completed.usage
-    log.info(
-        "%s %s completed in %.3f s: %d + %d tokens, attempt %d",
-        endpoint.log_prefix,
-        queued.id,
-        time.time() - queued.created_at,
-        usage.prompt_tokens,
-        usage.completion_tokens,
-        completed.attempt,
-        extra=about(
-            queued,
-            attempt=completed.attempt,
-            outcome=RequestStatus.COMPLETED.value,
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-        ),
-    )
