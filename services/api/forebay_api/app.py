@@ -24,7 +24,7 @@ from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.listener import Listener
 from forebay_api.openai import models
 from forebay_api.routes import ENDPOINTS
-from forebay_api.watching import events, health, metrics, page, queue
+from forebay_api.watching import health, page, queue
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
@@ -52,9 +52,9 @@ def create_app(context: Context) -> ASGIApp:
     keyed = [Depends(caller)]
     if context.settings.api_keys or context.settings.api_keys_file:
         keyed.append(Depends(KEY))
-    for router in (described(ENDPOINTS), models.router, queue.router, events.router):
+    for router in (described(ENDPOINTS), models.router, queue.router):
         rest.include_router(router, dependencies=keyed, responses=ERRORS)
-    for router in (health.router, metrics.router, page.router):
+    for router in (health.router, page.router):
         rest.include_router(router)
     paths = frozenset(endpoint.path for endpoint in ENDPOINTS)
     routes = {(endpoint.method, endpoint.path): Create(endpoint, context) for endpoint in ENDPOINTS}
