@@ -157,6 +157,5 @@ class Create:
 
 
 async def _fail_when_client_leaves(receive: Receive, answer: LiveAnswer) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await sse.left(receive)
     answer.fail(ClientLeft("the client left"))

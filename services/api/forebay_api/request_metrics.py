@@ -1,8 +1,7 @@
 """What the api measures of requests, from admission to their end as their clients see it."""
 
 import functools
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import Counter, Histogram
 
@@ -43,26 +42,22 @@ PUBLISH: Final = Histogram(
 )
 
 
-@dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """The metrics of requests of one model and type."""
+    """The metrics of requests of one model and type. The model is served, so that clients cannot make up any."""
 
-    admitted: Any
-    seconds: dict[RequestStatus, Any]
-    finished: dict[RequestStatus, Any]
+    def __init__(self, model: str, completion_type: str) -> None:
+        labels = model, completion_type
+        self.admitted = bound(ADMITTED, *labels)
+        self._ended = {
+            outcome: (bound(FINISHED, *labels, outcome.value), bound(SECONDS, *labels, outcome.value))
+            for outcome in OUTCOMES
+        }
 
     def end(self, outcome: RequestStatus | None, seconds: float) -> None:
-        """An admitted request has ended so."""
-        ended = outcome or RequestStatus.CANCELLED
-        self.finished[ended].inc()
-        self.seconds[ended].observe(seconds)
+        """An admitted request has ended."""
+        finished, took = self._ended[outcome or RequestStatus.CANCELLED]
+        finished.inc()
+        took.observe(seconds)
 
 
-@functools.cache
-def of(model: str, completion_type: str) -> RequestMetrics:
-    """The metrics of requests for a model that is served, so that clients cannot make up any."""
-    return RequestMetrics(
-        bound(ADMITTED, model, completion_type),
-        {outcome: bound(SECONDS, model, completion_type, outcome.value) for outcome in OUTCOMES},
-        {outcome: bound(FINISHED, model, completion_type, outcome.value) for outcome in OUTCOMES},
-    )
+of = functools.cache(RequestMetrics)

@@ -69,7 +69,22 @@ async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
     raise_file_limit(MAX_CONNECTIONS + SPARE_FILES)
     async with running(settings) as context:
         calm_collector()
-        await Server(_config(settings, create_app(context)), context).serve(sockets)
+        config = uvicorn.Config(
+            create_app(context),
+            loop="uvloop",
+            http=functools.partial(BoundedHttp, body_timeout_s=settings.body_timeout),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            limit_concurrency=MAX_CONNECTIONS,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=int(settings.drain_timeout) or None,
+        )
+        await Server(config, context).serve(sockets)
 
 
 def process(listener: socket.socket, parent: int) -> None:
@@ -77,7 +92,6 @@ def process(listener: socket.socket, parent: int) -> None:
     die_with_parent(parent)
     settings = load(ApiSettings)
     configure(settings)
-    _survive_signals()
     sys.exit(_guarded(settings, listener))
 
 
@@ -99,7 +113,6 @@ def main() -> int:
             # Read by prometheus_client on import: the children count in files, which each of them can sum up.
             os.environ.setdefault(MULTIPROCESS_DIR, shared)
             return _supervise(settings.api_processes, listener)
-    _survive_signals()
     return _guarded(settings, listener)
 
 
@@ -125,13 +138,11 @@ def _supervise(count: int, listener: socket.socket) -> int:
     return max(abs(child.exitcode or 0) for child in children)
 
 
-def _survive_signals() -> None:
+def _guarded(settings: ApiSettings, listener: socket.socket) -> int:
+    """Serve until a signal; the exit status."""
     # uvicorn raises the signal again once it has drained, but a drained process ends with 0.
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: None)
-
-
-def _guarded(settings: ApiSettings, listener: socket.socket) -> int:
     try:
         uvloop.run(serve(settings, [listener]))
     except ForebayError as exc:
@@ -155,21 +166,3 @@ def _listen(settings: ApiSettings) -> socket.socket:
     # From here on the system accepts connections; they wait until the api has started.
     listener.listen(BACKLOG)
     return listener
-
-
-def _config(settings: ApiSettings, app: object) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        loop="uvloop",
-        http=functools.partial(BoundedHttp, body_timeout_s=settings.body_timeout),  # type: ignore[arg-type]
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        limit_concurrency=MAX_CONNECTIONS,
-        backlog=BACKLOG,
-        timeout_graceful_shutdown=int(settings.drain_timeout) or None,
-    )

@@ -53,9 +53,8 @@ class ApiKeys:
         self._file = settings.api_keys_file
         self._max_requests = settings.key_max_requests
         self._plain = _plain(settings.api_keys, self._max_requests)
+        self._use({})
         self._text: str | None = None
-        self._clients: dict[bytes, Client] = self._plain
-        self._by_name: dict[str, Client] = {}
         self._follower: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -64,7 +63,6 @@ class ApiKeys:
         Raises:
             ConfigurationError: the file cannot be read, or is not valid.
         """
-        self._use({})
         if self._file is not None:
             self._reread(self._file)
             self._follower = asyncio.create_task(self._follow(self._file))

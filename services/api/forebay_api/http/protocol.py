@@ -11,6 +11,8 @@ from typing import Any, Final
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from forebay_contracts.wire.errors import InvalidRequest
+
 MAX_HEAD_BYTES: Final = 32 * 1024
 """Largest request line and headers together; more gets 431."""
 
@@ -186,8 +188,7 @@ class BoundedHttp(HttpToolsProtocol):
             return
         answered = self._in_body and self.cycle.response_started
         if not answered and not self._answers_before():
-            error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-            body = json.dumps({"error": error}).encode()
+            body = json.dumps(InvalidRequest(message).body()).encode()
             self.transport.write(
                 STATUS_LINE[status]
                 + b"content-type: application/json\r\nx-content-type-options: nosniff\r\nx-should-retry: false\r\n"

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Final
 
-from starlette.types import Send
+from starlette.types import Receive, Send
 
 from forebay_api.in_flight.answer import SlowReader
 
@@ -20,6 +20,12 @@ _HEADERS: Final = (
 async def begin(send: Send) -> None:
     """Send status 200 and the headers of a stream, whose length is unknown."""
     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+
+
+async def left(receive: Receive) -> None:
+    """Wait until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def write(send: Send, data: bytes, *, last: bool = False) -> None:

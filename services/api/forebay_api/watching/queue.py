@@ -96,7 +96,7 @@ class QueueEvents(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call. An error before the first event is an HTTP status."""
-        leaving = asyncio.create_task(_left(receive))
+        leaving = asyncio.create_task(sse.left(receive))
         try:
             async with contextlib.aclosing(self._feed.listen(self._caller)) as events:
                 first = await anext(events)
@@ -111,8 +111,3 @@ class QueueEvents(Response):
             return
         finally:
             leaving.cancel()
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

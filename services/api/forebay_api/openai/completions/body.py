@@ -7,17 +7,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from forebay_api.openai.body import MAX_CHOICES, Bool, GenerationBody, Int, Many, Misfit, Token, as_many
+from forebay_api.openai.body import MAX_CHOICES, Bool, GenerationBody, Int, Many, Misfit, Tokens, as_many
 from forebay_contracts.wire.request import InferenceRequest
 
 MAX_LOGPROBS = 5
 
-Prompt = (
-    str
-    | Annotated[Many[Token], Field(min_length=1)]
-    | Annotated[Many[str], Field(min_length=1)]
-    | Annotated[Many[Annotated[Many[Token], Field(min_length=1)]], Field(min_length=1)]
-)
+Prompt = str | Tokens | Annotated[Many[str], Field(min_length=1)] | Annotated[Many[Tokens], Field(min_length=1)]
 
 
 class CompletionBody(GenerationBody):

@@ -8,15 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from forebay_api.openai.body import Int, Many, RequestBody, Token, as_many
+from forebay_api.openai.body import Int, Many, RequestBody, Tokens, as_many
 from forebay_contracts.wire.request import InferenceRequest
 
 MAX_INPUTS = 2048
 MAX_DIMENSIONS = 65_536
 
 _Text = Annotated[str, Field(min_length=1)]
-_Tokens = Annotated[Many[Token], Field(min_length=1)]
-Input = _Text | _Tokens | Annotated[Many[_Text], Field(min_length=1)] | Annotated[Many[_Tokens], Field(min_length=1)]
+Input = _Text | Tokens | Annotated[Many[_Text], Field(min_length=1)] | Annotated[Many[Tokens], Field(min_length=1)]
 
 
 class EmbeddingBody(RequestBody):
