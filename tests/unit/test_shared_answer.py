@@ -5,7 +5,7 @@ import time
 import pytest
 
 from forebay_api.in_flight import live_answer
-from forebay_api.in_flight.idempotency import SharedAnswer
+from forebay_api.in_flight.idempotency import KeptAnswer, SharedAnswer
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_contracts.wire.errors import RequestTimeout
 from forebay_contracts.wire.frames import Completed, Delta, FinishedChoice, Started
@@ -28,6 +28,10 @@ def end() -> Completed:
     )
 
 
+def shared_answer() -> SharedAnswer:
+    return SharedAnswer("key", KeptAnswer(request_id="r", body_hash="hash", api="api"))
+
+
 async def text(answer: LiveAnswer) -> str:
     await answer.started()
     return "".join([delta.text async for some in answer.deltas() for delta in some])
@@ -35,7 +39,7 @@ async def text(answer: LiveAnswer) -> str:
 
 async def test_early_late_and_slow_clients_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_answer, "MAX_UNREAD_DELTAS", 1)
-    shared, whole = SharedAnswer("hash"), "t0 t1 t2 t3 t4 end"
+    shared, whole = shared_answer(), "t0 t1 t2 t3 t4 end"
     with shared.read(request()) as early:
         shared.receive(Started(attempt=1, worker="w"))
         for offset in range(TOKENS):
@@ -47,7 +51,7 @@ async def test_early_late_and_slow_clients_get_the_same(monkeypatch: pytest.Monk
 
 
 async def test_a_client_that_waits_no_longer_leaves_the_others_alone() -> None:
-    shared = SharedAnswer("hash")
+    shared = shared_answer()
     with shared.read(request(deadline=time.time() + 60)) as patient, shared.read(request()) as impatient:
         impatient.time_out()
         with pytest.raises(RequestTimeout):

@@ -77,8 +77,7 @@ def create_app(context: Context) -> ASGIApp:
 async def running(settings: ApiSettings) -> AsyncIterator[Context]:
     """The parts of an api, connected and listening to NATS, for as long as the block lasts."""
     keys = ApiKeys(settings)
-    await keys.start()
-    async with connected(settings, "forebay-api", "api") as connection:
+    async with keys.followed(), connected(settings, "forebay-api", "api") as connection:
         await topology.ensure(connection, settings, settings.served_model)
         states = KeyValueStateStore(connection)
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
@@ -133,4 +132,3 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             await workers.stop()
             await apis.stop()
             await heartbeat.stop()
-            await keys.stop()

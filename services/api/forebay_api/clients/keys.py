@@ -1,10 +1,11 @@
 """Who asks: `Authorization: Bearer`, one of the keys of API_KEYS and of the file API_KEYS_FILE."""
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -55,22 +56,19 @@ class ApiKeys:
         self._plain = _plain(settings.api_keys, self._max_requests)
         self._use({})
         self._text: str | None = None
-        self._follower: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Read the keys file, and follow its changes from then on.
-
-        Raises:
-            ConfigurationError: the file cannot be read, or is not valid.
-        """
-        if self._file is not None:
-            self._reread(self._file)
-            self._follower = asyncio.create_task(self._follow(self._file))
-
-    async def stop(self) -> None:
-        """Stop following the file."""
-        if self._follower is not None:
-            self._follower.cancel()
+    @contextlib.asynccontextmanager
+    async def followed(self) -> AsyncIterator[None]:
+        """Read the keys file, and follow its changes. Raises ConfigurationError if it is unreadable or not valid."""
+        if self._file is None:
+            yield
+            return
+        self._reread(self._file)
+        follower = asyncio.create_task(self._follow(self._file))
+        try:
+            yield
+        finally:
+            follower.cancel()
 
     def check(self, request: Request) -> Client:
         """The client of a request. Raises InvalidApiKey unless it carries one of the keys."""

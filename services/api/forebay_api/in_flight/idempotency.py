@@ -66,8 +66,10 @@ def scoped_key(key: str, authorization: str) -> str:
 class SharedAnswer:
     """An answer that several clients read, each from its first frame, while it is still generated."""
 
-    def __init__(self, body_hash: str) -> None:
-        self.body_hash = body_hash
+    def __init__(self, key: str, claim: KeptAnswer) -> None:
+        self.key = key
+        self.claim = claim
+        """What is stored under `key` while the request of this api leads."""
         self._frames: list[Frame] = []
         self._readers: set[LiveAnswer] = set()
 
@@ -121,31 +123,28 @@ class IdempotentRequests:
         Raises:
             KeyReused: the key was used with another body.
         """
-        body_hash = _body_hash(request)
-        if key not in self._answers:
-            self._answers[key] = SharedAnswer(body_hash)
-            task = asyncio.create_task(self._obtain(request, key, self._answers[key]))
+        claim = KeptAnswer(request_id=request.id, body_hash=_body_hash(request), api=self._dispatcher.instance)
+        if (shared := self._answers.get(key)) is None:
+            shared = self._answers[key] = SharedAnswer(key, claim)
+            task = asyncio.create_task(self._obtain(request, shared))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        shared = self._answers[key]
-        if shared.body_hash != body_hash:
-            raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
+        _check_body(shared.claim, claim)
         with shared.read(request) as answer:
             yield answer
 
-    async def _obtain(self, request: InferenceRequest, key: str, shared: SharedAnswer) -> None:
+    async def _obtain(self, request: InferenceRequest, shared: SharedAnswer) -> None:
         """Lead, or follow the leading request. The shared answer has ended when this returns."""
         try:
             bucket = await self._connection.jetstream.key_value(names.ANSWERS_BUCKET)
-            mine = KeptAnswer(request_id=request.id, body_hash=shared.body_hash, api=self._dispatcher.instance)
             while True:
                 try:
-                    revision = await bucket.create(key, mine.encode())
+                    revision = await bucket.create(shared.key, shared.claim.encode())
                 except KeyWrongLastSequenceError:
-                    if await self._follow(bucket, key, mine, shared):
+                    if await self._follow(bucket, shared):
                         return
                 else:
-                    await self._lead(request, bucket, key, mine, revision, shared)
+                    await self._lead(request, bucket, revision, shared)
                     return
         except ApiError as exc:
             shared.fail(exc)
@@ -156,17 +155,9 @@ class IdempotentRequests:
             shared.fail(QueueUnavailable("the queue cannot be reached, try again later"))
         finally:
             shared.fail(QueueUnavailable("the api stopped"))
-            self._answers.pop(key, None)
+            self._answers.pop(shared.key, None)
 
-    async def _lead(
-        self,
-        request: InferenceRequest,
-        bucket: KeyValue,
-        key: str,
-        mine: KeptAnswer,
-        revision: int,
-        shared: SharedAnswer,
-    ) -> None:
+    async def _lead(self, request: InferenceRequest, bucket: KeyValue, revision: int, shared: SharedAnswer) -> None:
         deltas: list[Delta] = []
         try:
             async with self._dispatcher.submit(request) as answer:
@@ -179,9 +170,9 @@ class IdempotentRequests:
                         shared.receive(delta)
                 completed = answer.completed
             assert completed is not None
-            kept = mine.model_copy(update={"deltas": tuple(deltas), "completed": completed})
+            kept = shared.claim.model_copy(update={"deltas": tuple(deltas), "completed": completed})
             try:
-                await bucket.update(key, kept.encode(), last=revision)
+                await bucket.update(shared.key, kept.encode(), last=revision)
                 revision = 0
             except (NatsError, TimeoutError) as exc:
                 # The client gets its answer also if it is too large to be kept, the store is full or NATS is away.
@@ -191,39 +182,43 @@ class IdempotentRequests:
             # After an error, or if the answer was not kept, the key is free for another try.
             if revision:
                 with contextlib.suppress(NatsError, TimeoutError):
-                    await bucket.delete(key, last=revision)
+                    await bucket.delete(shared.key, last=revision)
 
-    async def _follow(self, bucket: KeyValue, key: str, mine: KeptAnswer, shared: SharedAnswer) -> bool:
+    async def _follow(self, bucket: KeyValue, shared: SharedAnswer) -> bool:
         """Wait for the leader's answer; False if no request leads any more."""
         changed = asyncio.Event()
 
         async def heard(_: object) -> None:
             changed.set()
 
-        subject = names.bucket_subject(names.ANSWERS_BUCKET, key)
+        subject = names.bucket_subject(names.ANSWERS_BUCKET, shared.key)
         subscription = await self._connection.client.subscribe(subject, cb=heard)
         try:
             while True:
                 changed.clear()
                 try:
-                    entry = await bucket.get(key)
+                    entry = await bucket.get(shared.key)
                 except KeyNotFoundError:
                     return False
                 kept = KeptAnswer.model_validate_json(entry.value or b"")
-                if kept.body_hash != mine.body_hash:
-                    raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
+                _check_body(kept, shared.claim)
                 if kept.completed is not None:
                     shared.receive(kept.completed.model_copy(update={"deltas": kept.deltas}))
                     return True
                 if not self._apis.is_alive(kept.api):
                     with contextlib.suppress(KeyWrongLastSequenceError, APIError):
-                        await bucket.delete(key, last=entry.revision)
+                        await bucket.delete(shared.key, last=entry.revision)
                     return False
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), FOLLOW_CHECK_S)
         finally:
             with contextlib.suppress(NatsError):
                 await subscription.unsubscribe()
+
+
+def _check_body(first: KeptAnswer, repeated: KeptAnswer) -> None:
+    if first.body_hash != repeated.body_hash:
+        raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
 
 
 def _body_hash(request: InferenceRequest) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 
 from forebay_api.in_flight.answer import SlowReader, WorkerError
 from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
@@ -17,6 +18,7 @@ RESEND_RETRY_S = 1.0
 """Pause before a worker is asked a second time for the same missing tokens."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class LiveAnswer:
     """The answer to one request, as far as it has come. `on_end` is called once, when it has ended for its client.
 
@@ -26,44 +28,22 @@ class LiveAnswer:
     likes: its deltas are kept for other clients anyway.
     """
 
-    __slots__ = (
-        "_ask_again_at",
-        "_changed",
-        "_tokens",
-        "_unread",
-        "attempt",
-        "cancelling",
-        "completed",
-        "error",
-        "gap",
-        "on_end",
-        "registered",
-        "registration",
-        "request",
-        "sequence",
-        "shared",
-        "worker",
-    )
-
-    def __init__(
-        self, request: InferenceRequest, on_end: "Callable[[LiveAnswer], None]", *, shared: bool = False
-    ) -> None:
-        self.request = request
-        self.on_end = on_end
-        self.shared = shared
-        self.sequence: int | None = None
-        self.attempt = 0
-        self.worker: str | None = None
-        self.gap = False
-        self.completed: Completed | None = None
-        self.error: ApiError | None = None
-        self.registered = False
-        self.registration: asyncio.Task[None] | None = None
-        self.cancelling: asyncio.Task[None] | None = None
-        self._ask_again_at = -math.inf
-        self._tokens: dict[int, list[int]] = {}
-        self._unread: list[Delta] = []
-        self._changed: asyncio.Future[None] | None = None
+    request: InferenceRequest
+    on_end: "Callable[[LiveAnswer], None]"
+    shared: bool = False
+    sequence: int | None = None
+    attempt: int = 0
+    worker: str | None = None
+    gap: bool = False
+    completed: Completed | None = None
+    error: ApiError | None = None
+    registered: bool = False
+    registration: asyncio.Task[None] | None = None
+    cancelling: asyncio.Task[None] | None = None
+    _ask_again_at: float = -math.inf
+    _tokens: dict[int, list[int]] = field(default_factory=dict)
+    _unread: list[Delta] = field(default_factory=list)
+    _changed: asyncio.Future[None] | None = None
 
     @property
     def done(self) -> bool:
