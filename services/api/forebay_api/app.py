@@ -15,10 +15,9 @@ from forebay_api.clients.limits import KeyLimits
 from forebay_api.context import Context, caller
 from forebay_api.create import Create
 from forebay_api.http.errors import ErrorAnswers
-from forebay_api.http.headers import REQUEST_ID_HEADER, HeadersMiddleware
+from forebay_api.http.middleware import REQUEST_ID_HEADER, HeadersMiddleware, TraceMiddleware
 from forebay_api.http.openapi import ERRORS, KEY, Api, described
 from forebay_api.http.routing import Routes
-from forebay_api.http.tracing import TraceMiddleware
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.listener import Listener

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -21,35 +22,32 @@ HEADERS = {
 # The icons in Swagger UI's style sheet are data URLs.
 DOCS_HEADERS = HEADERS | {"content-security-policy": f"{POLICY}; img-src 'self' data:"}
 
+_OURS, _SWAGGER = (files(package) / "static" for package in ("forebay_api.watching", "fastapi_offline"))
+_PAGE = ("app.js", "common.js", "queue.js", "requests.js", "chat.js", "style.css", "icon.svg")
 FILES = {
-    "/": ("forebay_api.watching", "static/index.html"),
-    **{
-        f"/page/{name}": ("forebay_api.watching", f"static/{name}")
-        for name in ("app.js", "common.js", "queue.js", "requests.js", "chat.js", "style.css", "icon.svg")
-    },
-    "/docs": ("forebay_api.watching", "static/docs.html"),
-    "/docs/start.js": ("forebay_api.watching", "static/docs.js"),
-    "/docs/swagger-ui.js": ("fastapi_offline", "static/swagger-ui-bundle.js"),
-    "/docs/swagger-ui.css": ("fastapi_offline", "static/swagger-ui.css"),
+    "/": _OURS / "index.html",
+    **{f"/page/{name}": _OURS / name for name in _PAGE},
+    "/docs": _OURS / "docs.html",
+    "/docs/start.js": _OURS / "docs.js",
+    "/docs/swagger-ui.js": _SWAGGER / "swagger-ui-bundle.js",
+    "/docs/swagger-ui.css": _SWAGGER / "swagger-ui.css",
 }
-"""For each path, the package and the name of its file."""
+"""The file of each path."""
 
 MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
 router = APIRouter()
 
 
-def _route(package: str, name: str, headers: Mapping[str, str]) -> Callable[[Request], Awaitable[Response]]:
-    @functools.cache
-    def content() -> bytes:
-        return files(package).joinpath(name).read_bytes()
+def _route(file: Traversable, headers: Mapping[str, str]) -> Callable[[Request], Awaitable[Response]]:
+    content = functools.cache(file.read_bytes)
 
     async def serve(_: Request) -> Response:
-        return Response(content(), media_type=MEDIA_TYPES[name.rsplit(".", 1)[1]], headers=headers)
+        return Response(content(), media_type=MEDIA_TYPES[file.name.rsplit(".", 1)[1]], headers=headers)
 
     return serve
 
 
 for _path, _file in FILES.items():
     _headers = DOCS_HEADERS if _path.startswith("/docs") else HEADERS
-    router.add_route(_path, _route(*_file, _headers), include_in_schema=False)
+    router.add_route(_path, _route(_file, _headers), include_in_schema=False)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -14,7 +14,6 @@ from forebay_api.clients.keys import Client
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http import sse
 from forebay_api.in_flight.answer import SlowReader
-from forebay_api.watching.feed import Feed
 from forebay_contracts.nats.topology import waiting_place
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.wire import names
@@ -47,7 +46,7 @@ async def get_queue_events(request: Request, context: Running) -> Response:
     before. With `reset`, they are the newest ones, and all others are to be forgotten. A key that is no operator's is
     told of its own requests only, without `fault` (what went wrong inside). A key that is taken away ends the stream.
     """
-    return QueueEvents(context.feed, lambda: context.keys.check(request))
+    return QueueEvents(context.feed.listen(lambda: context.keys.check(request)))
 
 
 @router.get("/request/{request_id}")
@@ -89,16 +88,15 @@ async def _state(context: Context, caller: Client, request_id: str) -> RequestSt
 class QueueEvents(Response):
     """The events of one listener, until it leaves or does not read, its key is taken away, or the api stops."""
 
-    def __init__(self, feed: Feed, caller: Callable[[], Client]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__()
-        self._feed = feed
-        self._caller = caller
+        self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call. An error before the first event is an HTTP status."""
         leaving = asyncio.create_task(sse.left(receive))
         try:
-            async with contextlib.aclosing(self._feed.listen(self._caller)) as events:
+            async with contextlib.aclosing(self._events) as events:
                 first = await anext(events)
                 await sse.begin(send)
                 await sse.write(send, first)

@@ -1,14 +1,45 @@
-"""The span of an HTTP request, by an ASGI middleware that is installed only where traces are on."""
+"""What surrounds every request: the headers of its answer, and its span where traces are on."""
 
+import uuid
 from collections.abc import Awaitable
 from typing import Final
 
 from opentelemetry.trace import Span
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from forebay_api.context import Context
 from forebay_contracts.telemetry import tracing
 
-_CONTEXT: Final = {b"traceparent": "traceparent", b"tracestate": "tracestate"}
+_TRACE_CONTEXT: Final = (b"traceparent", b"tracestate")
+
+REQUEST_ID_HEADER = "x-request-id"
+
+
+class HeadersMiddleware:
+    """Gives each request an id (`request.state.request_id`) and returns it as `x-request-id`."""
+
+    def __init__(self, app: ASGIApp, context: Context) -> None:
+        self._app = app
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI call."""
+        request_id = str(uuid.uuid4())
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                # Keeps browsers from taking an answer for a script or a page.
+                headers["x-content-type-options"] = "nosniff"
+                if self._context.draining:
+                    # The client's next connection reaches another api.
+                    headers["connection"] = "close"
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
 
 
 class TraceMiddleware:
@@ -26,7 +57,7 @@ class TraceMiddleware:
         served = self._spans.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if served is None:
             return self._app(scope, receive, send)
-        context = {_CONTEXT[name]: value.decode("latin-1") for name, value in scope["headers"] if name in _CONTEXT}
+        context = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _TRACE_CONTEXT}
         span = tracing.serve(*served, context)
         if not span.is_recording():
             return self._app(scope, receive, send)
