@@ -104,14 +104,15 @@ class ApiKeys:
         try:
             with file.open("rb") as opened:
                 data = opened.read(keys.MAX_FILE_BYTES + 1)
+            # Before it is decoded: what was read may end within a character.
+            if len(data) > keys.MAX_FILE_BYTES:
+                raise ConfigurationError(f"API_KEYS_FILE={file} is larger than {keys.MAX_FILE_BYTES} bytes")
             text = data.decode()
         except (OSError, UnicodeDecodeError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
             raise ConfigurationError(f"API_KEYS_FILE={file} cannot be read: {reason}") from None
         if text == self._text:
             return
-        if len(data) > keys.MAX_FILE_BYTES:
-            raise ConfigurationError(f"API_KEYS_FILE={file} is larger than {keys.MAX_FILE_BYTES} bytes")
         try:
             entries = keys.parse(text)
             self._use(entries)
