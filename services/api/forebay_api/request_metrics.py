@@ -9,37 +9,25 @@ from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.telemetry.metrics import FAST_S, REGISTRY, WAIT_S, bound
 from forebay_contracts.wire.state import RequestStatus
 
-ADMITTED: Final = Counter(
-    "forebay_requests_admitted", "Requests that the queue took", ("model", "type"), registry=REGISTRY
+_counter: Final = functools.partial(Counter, registry=REGISTRY)
+_histogram: Final = functools.partial(Histogram, registry=REGISTRY)
+
+ADMITTED: Final = _counter("forebay_requests_admitted", "Requests that the queue took", ("model", "type"))
+REJECTED: Final = _counter(
+    "forebay_requests_rejected", "Completion requests that were answered without being queued", ("reason",)
 )
-REJECTED: Final = Counter(
-    "forebay_requests_rejected",
-    "Completion requests that were answered without being queued",
-    ("reason",),
-    registry=REGISTRY,
+FINISHED: Final = _counter(
+    "forebay_requests_finished", "Admitted requests that ended, as their clients see it", ("model", "type", "outcome")
 )
-FINISHED: Final = Counter(
-    "forebay_requests_finished",
-    "Admitted requests that ended, as their clients see it",
-    ("model", "type", "outcome"),
-    registry=REGISTRY,
+SECONDS: Final = _histogram(
+    "forebay_request_seconds", "Time from a request's arrival to its end", ("model", "type", "outcome"), buckets=WAIT_S
 )
-SECONDS: Final = Histogram(
-    "forebay_request_seconds",
-    "Time from a request's arrival to its end",
-    ("model", "type", "outcome"),
-    buckets=WAIT_S,
-    registry=REGISTRY,
-)
-KEY_REQUESTS: Final = Counter(
+KEY_REQUESTS: Final = _counter(
     "forebay_key_requests",
     "Completion requests by the name of the key that they came with: that the queue took, or the key's limit refused",
     ("key", "result"),
-    registry=REGISTRY,
 )
-PUBLISH: Final = Histogram(
-    "forebay_publish_seconds", "Time until the queue took or refused a request", buckets=FAST_S, registry=REGISTRY
-)
+PUBLISH: Final = _histogram("forebay_publish_seconds", "Time until the queue took or refused a request", buckets=FAST_S)
 
 
 class RequestMetrics:
