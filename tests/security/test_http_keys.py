@@ -14,7 +14,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from forebay_api.clients.keys import ApiKeys
 from forebay_contracts import keys
+from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.state import RequestStatus
 from support.answers import chat_body, error_of, summary, user
@@ -299,6 +301,14 @@ async def test_a_file_that_cannot_be_meant_ends_the_start(nats_server: NatsServe
 def test_what_the_file_may_not_hold(text: str, sentence: str) -> None:
     with pytest.raises(ConfigurationError, match=sentence):
         keys.parse(text)
+
+
+async def test_a_file_that_is_too_large_is_not_read_whole(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text("#" * keys.MAX_FILE_BYTES + "é")
+    with pytest.raises(ConfigurationError, match=f"larger than {keys.MAX_FILE_BYTES} bytes"):
+        async with ApiKeys(ApiSettings(api_keys_file=file, _env_file=None)).followed():
+            pass
 
 
 def test_the_command_makes_a_key_and_its_entry() -> None:
