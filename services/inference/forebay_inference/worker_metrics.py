@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge
 
-from forebay_contracts.telemetry.metrics import REGISTRY, TOKEN_S, WAIT_S, bound
+from forebay_contracts.telemetry.metrics import REGISTRY, TOKEN_S, WAIT_S, Histogram, bound
 from forebay_inference.engine.text.model import TextModel
 
 QUEUE_WAIT: Final = Histogram(

@@ -6,8 +6,8 @@ and no waiter for each call. A worker makes five such calls for one request.
 
 import asyncio
 import itertools
-import json
 
+import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import NoRespondersError
@@ -62,7 +62,7 @@ class Requests:
             APIError: the stream refused the message.
             NoRespondersError, TimeoutError, nats.errors.Error: as `request`.
         """
-        answer = json.loads((await self.request(subject, payload, timeout_s=timeout_s, headers=headers)).data)
+        answer = orjson.loads((await self.request(subject, payload, timeout_s=timeout_s, headers=headers)).data)
         if "error" in answer:
             raise APIError.from_error(answer["error"])
         return int(answer["seq"])

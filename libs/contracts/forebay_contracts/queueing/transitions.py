@@ -37,9 +37,12 @@ class TransitionRefused(QueueConflict):
 
 def queued(request: InferenceRequest, sequence: int | None) -> RequestState:
     """The first state of a request that the queue admitted at `sequence`."""
+    return _first(request, sequence, status=RequestStatus.QUEUED)
+
+
+def _first(request: InferenceRequest, sequence: int | None, **rest: Any) -> RequestState:
     return RequestState(
         id=request.id,
-        status=RequestStatus.QUEUED,
         completion_type=request.completion_type.value,
         timestamp=request.created_at,
         model=request.model,
@@ -47,21 +50,24 @@ def queued(request: InferenceRequest, sequence: int | None) -> RequestState:
         deadline=request.deadline,
         sequence=sequence,
         key=request.key,
+        **rest,
     )
 
 
 def claimed(state: RequestState | None, request: InferenceRequest, worker: str, sequence: int) -> RequestState:
     """The next attempt claims the request. Its number is one more than the last, whatever JetStream counts."""
-    before = state or queued(request, sequence)
+    if state is None:
+        begun = {"attempt": 1, "worker": worker, "started_at": time.time()}
+        return _first(request, sequence, status=RequestStatus.PROCESSING, **begun)
     return _changed(
         state,
-        before,
+        state,
         RequestStatus.PROCESSING,
-        attempt=before.attempt + 1,
+        attempt=state.attempt + 1,
         worker=worker,
         sequence=sequence,
-        started_at=before.started_at or time.time(),
-        fault=_fault_before(before),
+        started_at=state.started_at or time.time(),
+        fault=_fault_before(state),
     )
 
 

@@ -4,12 +4,32 @@ Each service defines its metrics in a module of its own. Labels take few values:
 outcomes and reasons, never anything that a client makes up.
 """
 
+import collections
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
+import prometheus_client
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.metrics import MetricWrapperBase
 
 from forebay_contracts.settings import Settings
+
+
+class Histogram(prometheus_client.Histogram):
+    """A histogram that also takes many observations at once.
+
+    A gap between two tokens takes 0.3 us in a batch of 20, and 2.3 us by `observe`: 4 % of a worker's CPU time for a
+    stream of 20 tokens (compare.py, 16 clients, an engine that takes no time).
+    """
+
+    def observe_many(self, amounts: Sequence[float]) -> None:
+        """Observe each of `amounts`."""
+        self._sum.inc(sum(amounts))
+        places = (bisect_left(self._upper_bounds, amount) for amount in amounts)
+        for place, count in collections.Counter(places).items():
+            self._buckets[place].inc(count)
+
 
 REGISTRY: Final = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -41,6 +61,9 @@ class _Off:
         """Count nothing."""
 
     def observe(self, amount: float) -> None:
+        """Observe nothing."""
+
+    def observe_many(self, amounts: Sequence[float]) -> None:
         """Observe nothing."""
 
     def set_function(self, function: Any) -> None:

@@ -1,6 +1,7 @@
 """The metrics and spans of one attempt, and the fields of its log lines."""
 
 import time
+from typing import Final
 
 from opentelemetry.trace import INVALID_SPAN, Span
 
@@ -10,6 +11,9 @@ from forebay_contracts.telemetry.logs import Fields, fields
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.events import Tokens
 from forebay_inference.worker_metrics import WorkerMetrics
+
+MAX_GAPS: Final = 64
+"""So many times between two tokens are recorded together."""
 
 
 class Measured:
@@ -24,6 +28,7 @@ class Measured:
         self._request = request
         self.attempt = delivery.num_delivered
         self._tokens_at: dict[int, float] = {}
+        self._gaps: list[float] = []
         self._output = 0
         self._phase: Span = INVALID_SPAN
         self.queue_wait_s: float | None = None
@@ -69,14 +74,22 @@ class Measured:
         self._output += count
         before = self._tokens_at.get(event.index)
         if before is not None:
-            self._metrics.inter_token.observe((now - before) / count)
+            self._gaps.append((now - before) / count)
+            if len(self._gaps) >= MAX_GAPS:
+                self._observe_gaps()
         self._tokens_at[event.index] = now
 
     def generated(self) -> None:
         """The engine no longer has the request."""
+        self._observe_gaps()
         self._metrics.output_tokens.inc(self._output)
         self._phase.set_attribute("gen_ai.usage.output_tokens", self._output)
         self._phase.end()
+
+    def _observe_gaps(self) -> None:
+        gaps, self._gaps = self._gaps, []
+        if gaps:
+            self._metrics.inter_token.observe_many(gaps)
 
     def ended(self, outcome: str, code: str | None = None) -> None:
         """The attempt has this outcome; `code` says what went wrong."""

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from forebay_contracts.queueing.protocols import ReplyChannel
@@ -41,7 +41,7 @@ class Reply:
         self._completed = b""
         self._announcing: asyncio.TimerHandle | None = None
         self._announcement: asyncio.Task[None] | None = None
-        self._held: list[Delta] = []
+        self._held: dict[int, list[Tokens]] = {}
         self._tails: list[Delta] = []
         self._flushed_at = time.monotonic()
 
@@ -54,7 +54,7 @@ class Reply:
         """Announce an attempt that is not the first; returns what the client has already."""
         resume = await self._channel.ask(self._started())
         self._lengths = {choice.index: len(choice.tokens) for choice in resume.choices}
-        self._sent, self._held, self._tails = [], [], []
+        self._sent, self._held, self._tails = [], {}, []
         return resume
 
     async def announce(self) -> None:
@@ -62,37 +62,27 @@ class Reply:
         if self._request.stream:
             await self._channel.send(self._started())
             return
-        loop, frame = asyncio.get_running_loop(), self._started()
+        loop = asyncio.get_running_loop()
 
         def announce() -> None:
-            self._announcement = loop.create_task(self._channel.send(frame))
+            self._announcement = loop.create_task(self._channel.send(self._started()))
 
         self._announcing = loop.call_later(ANNOUNCE_AFTER_S, announce)
 
     async def send(self, tokens: Tokens) -> None:
         """Send the next tokens of a choice; a stream sends them at once."""
-        offset = self._lengths.get(tokens.index, 0)
-        delta = Delta(
-            attempt=self.attempt,
-            index=tokens.index,
-            offset=offset,
-            tokens=tokens.token_ids,
-            text=tokens.text,
-            logprobs=tokens.logprobs,
-            tool_calls=tokens.tool_calls,
-        )
         if not tokens.token_ids:
             # A receiver recognises a repeated delta by its tokens. One without tokens travels in the last frame.
-            self._tails.append(delta)
+            self._tails.append(self._delta(tokens.index, [tokens]))
             return
-        self._lengths[tokens.index] = offset + len(tokens.token_ids)
+        self._lengths[tokens.index] = self._lengths.get(tokens.index, 0) + len(tokens.token_ids)
         if self._request.stream:
-            await self._channel.send(self._kept(delta))
+            await self._channel.send(self._kept(self._delta(tokens.index, [tokens])))
             return
-        self._held.append(delta)
+        self._held.setdefault(tokens.index, []).append(tokens)
         if time.monotonic() - self._flushed_at >= UNARY_FLUSH_S:
-            for joined in self._take_held():
-                await self._channel.send(self._kept(joined))
+            for delta in self._take_held():
+                await self._channel.send(self._kept(delta))
 
     async def send_vector(self, vector: Vector) -> None:
         """Send an embedding in a frame of its own: one frame cannot hold all of them."""
@@ -151,8 +141,30 @@ class Reply:
         return frame
 
     def _take_held(self) -> list[Delta]:
-        held, self._held = self._held, []
-        return join(held)
+        held, self._held = self._held, {}
+        return [self._delta(index, events) for index, events in held.items()]
+
+    def _delta(self, index: int, events: Sequence[Tokens]) -> Delta:
+        """The last `events` of a choice in one delta."""
+        if len(events) == 1:
+            (one,) = events
+        else:
+            one = Tokens(
+                index,
+                tuple(token for event in events for token in event.token_ids),
+                "".join(event.text for event in events),
+                tuple(logprob for event in events for logprob in event.logprobs),
+                tuple(call for event in events for call in event.tool_calls),
+            )
+        return Delta(
+            attempt=self.attempt,
+            index=index,
+            offset=self._lengths.get(index, 0) - len(one.token_ids),
+            tokens=one.token_ids,
+            text=one.text,
+            logprobs=one.logprobs,
+            tool_calls=one.tool_calls,
+        )
 
 
 def failed(attempt: int, error: ApiError) -> Failed:
@@ -165,24 +177,3 @@ def failed(attempt: int, error: ApiError) -> Failed:
         message=error.message,
         param=error.param,
     )
-
-
-def join(deltas: list[Delta]) -> list[Delta]:
-    """The same deltas, joined into one for each choice."""
-    by_index: dict[int, list[Delta]] = {}
-    for delta in deltas:
-        by_index.setdefault(delta.index, []).append(delta)
-    return [
-        own[0]
-        if len(own) == 1
-        else Delta(
-            attempt=own[0].attempt,
-            index=index,
-            offset=own[0].offset,
-            tokens=tuple(token for delta in own for token in delta.tokens),
-            text="".join(delta.text for delta in own),
-            logprobs=tuple(logprob for delta in own for logprob in delta.logprobs),
-            tool_calls=tuple(call for delta in own for call in delta.tool_calls),
-        )
-        for index, own in by_index.items()
-    ]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
@@ -43,15 +43,11 @@ NOT_RECEIVED: Final = "the answer was not received: its client or the api is gon
 log = logging.getLogger(__name__)
 
 
-def _future() -> asyncio.Future[Any]:
-    return asyncio.get_running_loop().create_future()
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Attempt:
     """An attempt that runs here; `number` is its number, from 1.
 
-    `stopped` is set by `stop`. `misjudged` is set when an attempt that started as the first one is not the first.
+    `stopped` is how it has to end. `misjudged`: it started as the first attempt and is not.
     """
 
     request: InferenceRequest
@@ -61,13 +57,20 @@ class Attempt:
     measured: Measured
     number: int = 1
     claim: asyncio.Task[int] = field(init=False)
-    stopped: asyncio.Future[Ended] = field(default_factory=_future)
-    misjudged: asyncio.Future[None] = field(default_factory=_future)
+    generation: asyncio.Task[Ended] | None = None
+    stopped: Ended | None = None
+    misjudged: bool = False
 
     def stop(self, ended: Ended) -> None:
         """Stop generating within one step of the engine, and end as `ended`. The first call decides."""
-        if not self.stopped.done():
-            self.stopped.set_result(ended)
+        if self.stopped is None:
+            self.stopped = ended
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """Stop generating within one step of the engine."""
+        if self.generation is not None:
+            self.generation.cancel()
 
 
 class AttemptRunner:
@@ -137,7 +140,7 @@ class AttemptRunner:
                 with contextlib.suppress(_NotTheFirst):
                     await self._settle(attempt, await self._work(attempt))
                     return
-                attempt.misjudged = _future()
+                attempt.misjudged = False
             attempt.number = attempt.reply.attempt = await attempt.claim
             await self._settle(attempt, await self._work(attempt))
         except EndedBefore as exc:
@@ -177,7 +180,8 @@ class AttemptRunner:
             number = await attempt.ownership.claim(fresh=fresh)
         finally:
             if fresh and number != attempt.number:
-                attempt.misjudged.set_result(None)
+                attempt.misjudged = True
+                attempt.interrupt()
         attempt.measured.attempt = number
         log.info(
             "[RequestQueue] %s processing, attempt %d", attempt.request.id, number, extra=attempt.measured.fields()
@@ -190,29 +194,28 @@ class AttemptRunner:
         if self._spent(attempt, attempt.number - 1):
             message = f"generation failed in {self._max_deliveries} attempts"
             return Ended(End.SPENT, error=InferenceFailed(message))
-        seconds = request.deadline - request.created_at
-        timed_out = Ended(
-            End.TIMED_OUT, error=RequestTimeout(f"the request was not finished within {seconds:g} seconds")
-        )
         left_s = request.deadline - time.time()
+        seconds = request.deadline - request.created_at
+        late = RequestTimeout(f"the request was not finished within {seconds:g} seconds")
+        timed_out = Ended(End.TIMED_OUT, error=late)
         if left_s <= 0:
             return timed_out
         if not self._api_alive(names.api_of(request.reply_to)):
             return Ended(End.ABANDONED, reason=API_GONE)
-        generation = asyncio.create_task(self._generate(attempt))
+        attempt.generation = asyncio.create_task(self._generate(attempt))
+        if attempt.stopped is not None or attempt.misjudged:
+            attempt.interrupt()
+        timer = asyncio.get_running_loop().call_later(left_s, attempt.stop, timed_out)
         try:
-            ends: set[asyncio.Future[Any]] = {generation, attempt.stopped, attempt.misjudged}
-            await asyncio.wait(ends, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            return await attempt.generation
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            return attempt.stopped or Ended(End.SUPERSEDED)
         finally:
-            if not generation.done():
-                generation.cancel()
-                await asyncio.wait({generation})
+            timer.cancel()
+            attempt.generation = None
             attempt.measured.generated()
-        if not generation.cancelled():
-            return generation.result()
-        if attempt.stopped.done():
-            return attempt.stopped.result()
-        return Ended(End.SUPERSEDED) if attempt.misjudged.done() else timed_out
 
     def _spent(self, attempt: Attempt, attempts: int) -> bool:
         # A hand-over is not the request's fault, so it does not use up an attempt.
