@@ -1,7 +1,6 @@
 """The live reply channel: core NATS to the one api that holds the client."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -38,8 +37,10 @@ class LiveReplyChannel:
 
     async def send(self, frame: bytes) -> None:
         """See `ReplyChannel.send`."""
-        with contextlib.suppress(NatsError):
+        try:
             await self._connection.client.publish(self._reply_to, frame)
+        except NatsError as exc:
+            log.debug("%s: a frame was not sent: %r", self._reply_to, exc)
 
     async def ask(self, frame: bytes) -> Resume:
         """See `ReplyChannel.ask`. An api without subscription and heartbeat is gone. If none answers, it timed out."""

@@ -8,7 +8,7 @@ from typing import Final
 
 from forebay_contracts.queueing.protocols import ReplyChannel
 from forebay_contracts.wire.errors import ApiError
-from forebay_contracts.wire.frames import Completed, Delta, Failed, FinishedChoice, Resume, Started
+from forebay_contracts.wire.frames import Completed, Delta, Failed, FinishedChoice, Resume, Started, encode_delta
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
 from forebay_inference.engine.events import Tokens, Vector
@@ -71,25 +71,30 @@ class Reply:
 
     async def send(self, tokens: Tokens) -> None:
         """Send the next tokens of a choice; a stream sends them at once."""
+        index, offset = tokens.index, self._lengths.get(tokens.index, 0)
         if not tokens.token_ids:
             # A receiver recognises a repeated delta by its tokens. One without tokens travels in the last frame.
-            self._tails.append(self._delta(tokens.index, [tokens]))
+            self._tails.append(self._delta(index, [tokens]))
             return
-        self._lengths[tokens.index] = self._lengths.get(tokens.index, 0) + len(tokens.token_ids)
+        self._lengths[index] = offset + len(tokens.token_ids)
         if self._request.stream:
-            await self._channel.send(self._kept(self._delta(tokens.index, [tokens])))
+            if tokens.logprobs or tokens.tool_calls:
+                frame = self._delta(index, [tokens]).encode()
+            else:
+                frame = encode_delta(self.attempt, index, offset, tokens.token_ids, tokens.text)
+            await self._channel.send(self._kept(index, offset, frame))
             return
-        self._held.setdefault(tokens.index, []).append(tokens)
+        self._held.setdefault(index, []).append(tokens)
         if time.monotonic() - self._flushed_at >= UNARY_FLUSH_S:
             for delta in self._take_held():
-                await self._channel.send(self._kept(delta))
+                await self._channel.send(self._kept(delta.index, delta.offset, delta.encode()))
 
     async def send_vector(self, vector: Vector) -> None:
         """Send an embedding in a frame of its own: one frame cannot hold all of them."""
         values = base64.b64encode(vector.values).decode()
         self._lengths[vector.index] = 1
         delta = Delta(attempt=self.attempt, index=vector.index, tokens=(0,), embedding=values)
-        await self._channel.send(self._kept(delta))
+        await self._channel.send(self._kept(vector.index, 0, delta.encode()))
 
     def finish(self, finish_reasons: Mapping[int, str], usage: Usage) -> None:
         """Make the last frame of a whole answer. Raises ValueError if the answer cannot be written as JSON."""
@@ -133,11 +138,10 @@ class Reply:
     def _started(self) -> bytes:
         return Started(attempt=self.attempt, worker=self._worker).encode()
 
-    def _kept(self, delta: Delta) -> bytes:
+    def _kept(self, index: int, offset: int, frame: bytes) -> bytes:
         """The frame of a delta, which is kept until the end."""
         self._flushed_at = time.monotonic()
-        frame = delta.encode()
-        self._sent.append((delta.index, delta.offset, frame))
+        self._sent.append((index, offset, frame))
         return frame
 
     def _take_held(self) -> list[Delta]:
