@@ -47,6 +47,7 @@ ACTIONS: dict[str, tuple[str, str, set[str]]] = {
     "beat-as-api": ("publish", "$KV.inference-apis.some-api", {"api"}),
     "count": ("publish", "inference.counters.completed", {"api", "inference"}),
     "read-limits": ("publish", f"{JS}STREAM.INFO.INFERENCE", set(ROLES)),
+    "read-request": ("publish", f"{JS}DIRECT.GET.INFERENCE", {"api", "operator", "admin"}),
     "remove-request": ("publish", f"{JS}STREAM.MSG.DELETE.INFERENCE", {"api", "admin"}),
     "remove-state": ("publish", f"{JS}STREAM.MSG.DELETE.KV_inference-requests", {"admin"}),
     "purge": ("publish", f"{JS}STREAM.PURGE.INFERENCE", {"admin"}),
