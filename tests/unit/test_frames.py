@@ -1,9 +1,21 @@
 """Frames on the wire."""
 
+import json
+
+import pytest
+
 from forebay_contracts.wire.frames import Delta, decode_frame, encode_delta
 
 
-def test_a_delta_made_without_its_message_reads_as_one() -> None:
-    made = decode_frame(encode_delta(2, 1, 7, (8, 9), 'Grüß "dich" 🙂\n'))
-    assert made == Delta(attempt=2, index=1, offset=7, tokens=(8, 9), text='Grüß "dich" 🙂\n')
-    assert decode_frame(made.encode()) == made
+@pytest.mark.parametrize(
+    "delta",
+    [
+        Delta(attempt=2, index=1, offset=7, tokens=(8, 9), text='Grüß "dich" 🙂\n'),
+        Delta(attempt=1, tokens=(0,), text="t0"),
+        Delta(attempt=1, offset=1, tokens=(5,)),
+    ],
+)
+def test_a_delta_is_encoded_the_same_without_its_message(delta: Delta) -> None:
+    encoded = encode_delta(delta.attempt, delta.index, delta.offset, delta.tokens, delta.text)
+    assert json.loads(encoded) == json.loads(delta.encode())
+    assert decode_frame(encoded) == delta

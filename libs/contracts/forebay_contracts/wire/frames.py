@@ -70,13 +70,19 @@ class Delta(FrameMessage):
 
 
 def encode_delta(attempt: int, index: int, offset: int, tokens: Sequence[int], text: str) -> bytes:
-    """The frame of a Delta that has only tokens and text, without making one.
+    """What `Delta.encode` gives for a delta that has only tokens and text, without making one.
 
     Takes 0.6 us instead of 3.9: a tenth of a worker's CPU time for a stream of 20 tokens.
     """
-    return orjson.dumps(
-        {"type": "delta", "attempt": attempt, "index": index, "offset": offset, "tokens": tokens, "text": text}
-    )
+    frame: dict[str, Any] = {"type": "delta", "attempt": attempt}
+    if index:
+        frame["index"] = index
+    if offset:
+        frame["offset"] = offset
+    frame["tokens"] = tokens
+    if text:
+        frame["text"] = text
+    return orjson.dumps(frame)
 
 
 class Started(FrameMessage):
