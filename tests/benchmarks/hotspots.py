@@ -26,8 +26,8 @@ PURPOSES = (
     ("NATS's socket", ("writelines",)),
     ("event loop, reads", ("Runner.run", "run (uvloop")),
     ("Pydantic, JSON", ("pydantic", "json")),
-    ("NATS client", ("nats/", "asyncio/queues", "forebay_contracts/requests", "forebay_contracts/pulls")),
-    ("HTTP", ("uvicorn", "starlette", "forebay_api/http", "forebay_api/middleware")),
+    ("NATS client", ("nats/", "asyncio/queues", "contracts/nats/request_reply", "contracts/queueing/deliveries")),
+    ("HTTP", ("uvicorn", "starlette", "forebay_api/http")),
     ("metrics", ("prometheus",)),
     ("Forebay's own", ("forebay_",)),
 )
@@ -36,7 +36,7 @@ PURPOSES = (
 
 def purpose(frames: list[str]) -> str:
     """What a stack is there for."""
-    if any("logging/" in frame or "forebay_contracts/logs" in frame for frame in frames):
+    if any("logging/" in frame or "telemetry/logs" in frame for frame in frames):
         return "log lines"
     for name, words in PURPOSES:
         if (all if name == PURPOSES[0][0] else any)(word in frames[-1] for word in words):
