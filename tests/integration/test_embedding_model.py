@@ -110,7 +110,7 @@ async def test_one_input_does_not_wait_for_all_of_another_request(engine: TextMo
     assert not large.done()
     large.cancel()
     await asyncio.gather(large, return_exceptions=True)
-    # What was called off is not computed any further: nothing is before this one.
+    # What was cancelled is not computed any further: nothing is before this one.
     passes = engine.status().steps
     await vectors(engine, "small")
     assert engine.status().steps - passes <= 2

@@ -116,7 +116,7 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
             assert api("forebay_requests_rejected_total", reason=reason) == 1
         assert api("forebay_publish_seconds_count") == 7
         assert api("forebay_state_seconds_count", operation="write") >= 1
-        # Five ended at the worker; the api called off the sixth.
+        # Five ended at the worker; the api cancelled the sixth.
         for operation, least in {"read": 1, "write": 5, "count": 5}.items():
             assert worker("forebay_state_seconds_count", operation=operation) >= least
         for found in (api, worker):

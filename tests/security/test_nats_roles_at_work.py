@@ -36,7 +36,7 @@ async def test_the_whole_system_works_within_its_rights(own_site: Site) -> None:
             )
             bodies.append(answer.json()["choices"][0]["message"]["content"])
         assert bodies == ["t0 t1", "t0 t1"]
-        # Looked at and called off over the other api, while it runs.
+        # Looked at and cancelled over the other api, while it runs.
         running_one = asyncio.create_task(stack.chat("[[tokens=500 delay_ms=50]]"))
         async with asyncio.timeout(20), stack.http.stream("GET", f"{stack.apis[1].url}/v1/queue/events") as events:
             request_id = ""

@@ -1,4 +1,4 @@
-"""The table of parameters in docs/engine.md, held to the schemas and to what the OpenAI SDK documents."""
+"""The table of parameters in docs/engine.md, compared with the schemas and with what the OpenAI SDK documents."""
 
 import json
 import re

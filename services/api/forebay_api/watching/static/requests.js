@@ -1,4 +1,4 @@
-// The newest requests, calling one off, and looking one up.
+// The newest requests, cancelling one, and looking one up.
 
 import { $, ask, askRequest, element, put, seconds } from "./common.js";
 
