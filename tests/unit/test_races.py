@@ -10,6 +10,7 @@ from forebay_api.in_flight.live_answer import RESEND_RETRY_S, LiveAnswer
 from forebay_contracts.queueing import state_store, transitions
 from forebay_contracts.queueing.memory import InMemoryDelivery
 from forebay_contracts.queueing.protocols import Stored
+from forebay_contracts.telemetry.metrics import REGISTRY
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InferenceFailed, QueueConflict, QueueUnavailable, StateUnreadable
 from forebay_contracts.wire.frames import Delta, Started
@@ -18,6 +19,7 @@ from forebay_contracts.wire.state import RequestState, RequestStatus
 from forebay_inference.attempt import ownership
 from forebay_inference.attempt.endings import End, Ended
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens
+from forebay_inference.worker_metrics import WorkerMetrics
 from support.twins import Twins, request, twins
 
 
@@ -139,6 +141,42 @@ async def test_a_stop_while_the_claim_finds_an_earlier_attempt_is_not_lost(syste
             await work
         assert delivery.verbs == ["nak"]
         assert (await system.state(wanted.id)).status is RequestStatus.QUEUED
+
+
+async def test_an_attempt_that_goes_on_under_its_true_number_counts_each_token_once(system: Twins) -> None:
+    # Two tokens are out before the claim finds an earlier attempt.
+    wanted = request("tokens=5 delay_ms=10", model="counted once")
+    async with system.dispatcher.submit(wanted) as answer:
+        runner, delivery = system.runner(), await pulled(system)
+        runner._metrics = WorkerMetrics(wanted.model)
+        await system.states.write(transitions.claimed(None, wanted, "w0", 1), 0)
+        two_are_out, write = asyncio.Event(), system.states.write
+
+        async def slow_write(state: RequestState, revision: int) -> int:
+            if not revision:
+                await two_are_out.wait()
+            return await write(state, revision)
+
+        system.states.write = slow_write  # type: ignore[method-assign]
+        work = asyncio.create_task(runner.run(delivery))
+        deltas = [delta async for some in _until(answer.deltas(), two_are_out) for delta in some]
+        await work
+        assert [token for delta in deltas for token in delta.tokens] == [0, 1, 2, 3, 4]
+        assert (await system.state(wanted.id)).attempt == 2
+    count = REGISTRY.get_sample_value
+    assert count("forebay_tokens_total", {"model": wanted.model, "direction": "output"}) == 5
+    assert count("forebay_time_to_first_token_seconds_count", {"model": wanted.model}) == 1
+
+
+async def _until(
+    batches: AsyncIterator[list[Delta]], reached: asyncio.Event, tokens: int = 2
+) -> AsyncIterator[list[Delta]]:
+    """All of `batches`; sets `reached` once that many tokens have come."""
+    async for some in batches:
+        tokens -= sum(len(delta.tokens) for delta in some)
+        if tokens <= 0:
+            reached.set()
+        yield some
 
 
 async def test_a_client_that_still_waits_hears_of_an_end_before_whatever_its_last_attempt(system: Twins) -> None:

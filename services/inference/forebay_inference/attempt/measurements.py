@@ -66,7 +66,7 @@ class Measured:
             return
         now = time.perf_counter()
         if not self._output:
-            if not resumed:
+            if not resumed and self.first_token_s is None:
                 self.first_token_s = max(self.total_s, 0.0)
                 self._metrics.first_token.observe(self.first_token_s)
             self._phase.end()
@@ -80,11 +80,12 @@ class Measured:
         self._tokens_at[event.index] = now
 
     def generated(self) -> None:
-        """The engine no longer has the request."""
+        """The engine no longer has the request. It may get it again, under the true number of the attempt."""
         self._observe_gaps()
         self._metrics.output_tokens.inc(self._output)
         self._phase.set_attribute("gen_ai.usage.output_tokens", self._output)
         self._phase.end()
+        self._phase, self._output, self._tokens_at = INVALID_SPAN, 0, {}
 
     def _observe_gaps(self) -> None:
         gaps, self._gaps = self._gaps, []
