@@ -171,7 +171,8 @@ async def test_a_client_that_does_not_read_is_given_up(system: Twins, monkeypatc
     assert [message["type"] for message in client.sent] == ["http.response.start", "http.response.body"]
     await system.empty()
     (request_id,) = system.notices.told
-    assert (await system.state(request_id)).status is RequestStatus.CANCELLED
+    state = await system.state(request_id)
+    assert (state.status, state.error) == (RequestStatus.CANCELLED, "the client did not read its stream")
 
 
 async def test_a_full_queue_is_a_503() -> None:

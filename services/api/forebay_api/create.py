@@ -115,7 +115,8 @@ class Create:
                 await sse.write(send, answer_format.opening())
                 async for deltas in answer.deltas():
                     await sse.write(send, b"".join(map(answer_format.chunk, deltas)))
-            except (ClientLeft, SlowReader):
+            except (ClientLeft, SlowReader) as exc:
+                answer.fail(exc)
                 raise
             except ApiError as exc:
                 self._log_failure(answer, exc)
