@@ -119,7 +119,9 @@ async def test_a_forward_pass_that_never_ends_is_found(data_dir: Path, monkeypat
 async def test_closing_fails_what_still_runs(data_dir: Path) -> None:
     engine = await started(data_dir)
     running = asyncio.ensure_future(answer(engine, chat(max_tokens=4000, ignore_eos=True)))
-    await asyncio.sleep(0.5)
+    steps = engine.status().steps
+    while engine.status().steps == steps:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
     await engine.close()
     with pytest.raises(EngineFault):
         await running
