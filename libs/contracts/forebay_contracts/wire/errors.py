@@ -71,7 +71,7 @@ class QueueFull(QueueError):
 
 
 class QueueUnavailable(QueueError):
-    """NATS cannot be reached or did not answer in time. Nothing was accepted."""
+    """NATS cannot be reached or did not answer in time. A worker cancels what was stored all the same."""
 
     code = "queue_unavailable"
 
@@ -148,7 +148,7 @@ class RequestTimeout(RequestError):
 
 
 class RequestTooLarge(RequestError):
-    """The body is larger than MAX_REQUEST_BYTES."""
+    """The body is larger than MAX_REQUEST_BYTES, or the request larger than a message of NATS may be."""
 
     status = 413
     type = "invalid_request_error"
