@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from forebay_contracts.telemetry.metrics import REGISTRY
 from forebay_contracts.wire.frames import Delta, Started
 from forebay_contracts.wire.state import RequestStatus
 from forebay_inference.attempt.endings import End, Ended
-from support.twins import Twins, request, twins
+from support.twins import MODEL, Twins, request, twins
 
 TEXT = "t0 t1 t2 t3 t4 t5"
 
@@ -26,6 +27,11 @@ async def agree(system: Twins, request_id: str) -> None:
     assert {outcome: count for outcome, count in (await system.states.totals()).items() if count} == {
         RequestStatus.COMPLETED: 1
     }
+
+
+def counted(sample: str) -> float:
+    """The value of a counter of the workers' model."""
+    return REGISTRY.get_sample_value(sample, {"model": MODEL}) or 0.0
 
 
 async def test_the_next_attempt_goes_on_from_the_tokens_that_are_out(system: Twins) -> None:
@@ -74,6 +80,7 @@ async def test_a_broker_that_forgot_its_deliveries_does_not_disturb_the_one_that
 async def test_two_workers_never_carry_one_number(system: Twins) -> None:
     wanted = request("tokens=6 delay_ms=5")
     runners = [system.runner("w1"), system.runner("w2")]
+    before = counted("forebay_queue_wait_seconds_count"), counted("forebay_request_redeliveries_total")
     async with system.dispatcher.submit(wanted) as answer:
         works = [asyncio.create_task(runners[0].run(await system.queue.pull()))]
         await answer.started()
@@ -87,6 +94,8 @@ async def test_two_workers_never_carry_one_number(system: Twins) -> None:
     await agree(system, wanted.id)
     numbers = [state.attempt for state in system.states.history if state.status is RequestStatus.PROCESSING]
     assert numbers == [1, 2]
+    after = counted("forebay_queue_wait_seconds_count"), counted("forebay_request_redeliveries_total")
+    assert after == (before[0] + 1, before[1] + 1), "the metrics count by the number, and not by JetStream's count"
 
 
 async def test_two_that_begin_at_once_get_different_numbers(system: Twins) -> None:

@@ -129,9 +129,7 @@ class Create:
     def _log_failure(self, answer: LiveAnswer, error: ApiError) -> None:
         # The code and not the message, which may quote the request.
         code = error.code or error.type
-        known = about(answer.request, code=code)
-        if answer.attempt:
-            known["fields"]["attempt"] = answer.attempt
+        known = about(answer.request, code=code, attempt=answer.attempt or None)
         log.info("%s %s broke off: %s", self._endpoint.log_prefix, answer.request.id, code, extra=known)
         tracing.fail(code)
 

@@ -34,7 +34,7 @@ TOKENS: Final = Counter(
 )
 REDELIVERIES: Final = Counter(
     "forebay_request_redeliveries",
-    "Requests taken that an earlier attempt had not ended",
+    "Pulled requests that an earlier attempt had begun and not ended",
     ("model",),
     registry=REGISTRY,
 )

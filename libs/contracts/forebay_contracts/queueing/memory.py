@@ -10,7 +10,7 @@ from forebay_contracts.queueing.protocols import Delivery, Stored
 from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueFull
-from forebay_contracts.wire.frames import Completed, Delta, Frame, Resume, ResumedChoice, decode_frame
+from forebay_contracts.wire.frames import Frame, Resume, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
@@ -177,14 +177,13 @@ class InMemoryStateStore:
 
 
 class InMemoryReplyChannel:
-    """`ReplyChannel` to a receiver in this process. Without `receive` it is a receiver that takes everything.
+    """`ReplyChannel` to a receiver in this process.
 
     `frames` holds what has arrived. The next `losing` frames that `send` gets are lost.
     """
 
-    def __init__(self, receive: Callable[[Frame], Resume] | None = None) -> None:
-        self._receive = receive or self._take
-        self._tokens: dict[int, list[int]] = {}
+    def __init__(self, receive: Callable[[Frame], Resume]) -> None:
+        self._receive = receive
         self.frames: list[Frame] = []
         self.losing = 0
 
@@ -203,24 +202,6 @@ class InMemoryReplyChannel:
         decoded = decode_frame(frame)
         self.frames.append(decoded)
         return self._receive(decoded)
-
-    def _take(self, frame: Frame) -> Resume:
-        if isinstance(frame, Completed):
-            for delta in frame.deltas:
-                self._add(delta)
-            if all(len(self._tokens.get(choice.index, ())) == choice.tokens for choice in frame.choices):
-                return Resume(wanted=False, outcome=RequestStatus.COMPLETED)
-        elif isinstance(frame, Delta):
-            self._add(frame)
-        elif frame.type == "failed":
-            return Resume(wanted=False, outcome=RequestStatus.FAILED)
-        choices = tuple(ResumedChoice(index=index, tokens=tuple(tokens)) for index, tokens in self._tokens.items())
-        return Resume(choices=choices)
-
-    def _add(self, delta: Delta) -> None:
-        tokens = self._tokens.setdefault(delta.index, [])
-        if delta.offset == len(tokens):
-            tokens.extend(delta.tokens)
 
 
 class InMemoryCancelNotices:

@@ -30,7 +30,7 @@ class Fields(TypedDict, total=False):
     key: str | None
     model: str
     type: str
-    attempt: int
+    attempt: int | None
     outcome: str | None
     code: str | None
     queue_wait_s: float | None

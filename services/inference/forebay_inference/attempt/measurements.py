@@ -26,29 +26,34 @@ class Measured:
     def __init__(self, metrics: WorkerMetrics, request: InferenceRequest, delivery: Delivery, worker: str) -> None:
         self._metrics = metrics
         self._request = request
-        self.attempt = delivery.num_delivered
+        self.attempt: int | None = None
         self._tokens_at: dict[int, float] = {}
         self._gaps: list[float] = []
         self._output = 0
         self._phase: Span = INVALID_SPAN
         self.queue_wait_s: float | None = None
         self.first_token_s: float | None = None
-        if delivery.num_delivered == 1:
-            self.queue_wait_s = max(self.total_s, 0.0)  # the clocks of two machines may differ
-            metrics.queue_wait.observe(self.queue_wait_s)
-        else:
-            metrics.redeliveries.inc()
+        self._pulled_after_s = max(self.total_s, 0.0)  # the clocks of two machines may differ
         self._span = tracing.resume(
             "attempt",
             delivery.headers,
             {
                 "messaging.system": "nats",
                 "forebay.request_id": request.id,
-                "forebay.attempt": delivery.num_delivered,
                 "forebay.worker": worker,
                 "gen_ai.request.model": request.model,
             },
         )
+
+    def claimed(self, attempt: int) -> None:
+        """The attempt owns the request, under this number."""
+        self.attempt = attempt
+        self._span.set_attribute("forebay.attempt", attempt)
+        if attempt == 1:
+            self.queue_wait_s = self._pulled_after_s
+            self._metrics.queue_wait.observe(self.queue_wait_s)
+        else:
+            self._metrics.redeliveries.inc()
 
     def generating(self) -> None:
         """The engine gets the request."""

@@ -182,7 +182,7 @@ class AttemptRunner:
             if fresh and number != attempt.number:
                 attempt.misjudged = True
                 attempt.interrupt()
-        attempt.measured.attempt = number
+        attempt.measured.claimed(number)
         log.info(
             "[RequestQueue] %s processing, attempt %d", attempt.request.id, number, extra=attempt.measured.fields()
         )
