@@ -234,7 +234,8 @@ async def test_what_times_out_is_counted_so(nats_server: NatsServer) -> None:
         found = await scrape(stack, stack.apis[0])
         ended = {"model": NAME, "type": "chat", "outcome": "timed_out"}
         assert found("forebay_requests_finished_total", **ended) == 1
-        assert found("forebay_request_seconds_sum", **ended) >= 1
+        # A timer of uvloop counts in whole milliseconds and may be up to one early.
+        assert found("forebay_request_seconds_sum", **ended) >= 0.99
 
 
 async def test_what_nats_does_not_answer_takes_its_time_too(nats_server: NatsServer) -> None:
