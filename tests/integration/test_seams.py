@@ -1,4 +1,4 @@
-"""What the seams of the queue promise: the adapter on NATS and the in-memory twin of each pass the same tests."""
+"""Admission, Deliveries and StateStore: the adapter on NATS and the in-memory twin of each pass the same tests."""
 
 import asyncio
 import contextlib
@@ -7,42 +7,28 @@ from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 import pytest
-from nats.aio.msg import Msg
 
 from forebay_contracts.nats import topology
-from forebay_contracts.nats.connection import Connection, connect
+from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing import state_store
 from forebay_contracts.queueing.admission import JetStreamAdmission
-from forebay_contracts.queueing.cancellation import NatsCancelNotices
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.queueing.memory import (
-    InMemoryCancelNotices,
     InMemoryQueue,
-    InMemoryReplyChannel,
     InMemoryStateStore,
 )
 from forebay_contracts.queueing.protocols import (
     Admission,
-    CancelNotices,
     Deliveries,
     Delivery,
-    ReplyChannel,
     StateStore,
 )
-from forebay_contracts.queueing.reply_channel import CONFIRM_GRACE_S, LiveReplyChannel
 from forebay_contracts.queueing.state_store import KeyValueStateStore
-from forebay_contracts.settings import Settings, load
-from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueFull, QueueUnavailable
-from forebay_contracts.wire.frames import Delta, Frame, Resume, ResumedChoice, Started, decode_frame
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.nats import NatsServer
-
-MODEL = "org/model"
-MAX_QUEUE_SIZE = 4
-MAX_CONCURRENT = 2
-ACK_WAIT_S = 30
+from support.seams import MAX_CONCURRENT, MAX_QUEUE_SIZE, MODEL, connected
 
 
 def request(request_id: str) -> InferenceRequest:
@@ -71,23 +57,6 @@ def state(request_id: str, status: RequestStatus = RequestStatus.QUEUED) -> Requ
 
 def id_of(delivery: Delivery) -> str:
     return InferenceRequest.model_validate_json(delivery.data).id
-
-
-@contextlib.asynccontextmanager
-async def connected(server: NatsServer, ack_wait: float = ACK_WAIT_S) -> AsyncIterator[Connection]:
-    settings = load(
-        Settings,
-        nats_url=server.url,
-        max_queue_size=MAX_QUEUE_SIZE,
-        max_concurrent_requests=MAX_CONCURRENT,
-        ack_wait=ack_wait,
-    )
-    connection = await connect(settings, "test")
-    try:
-        await topology.ensure(connection, settings, MODEL)
-        yield connection
-    finally:
-        await connection.close()
 
 
 class Queue(NamedTuple):
@@ -403,100 +372,3 @@ async def test_a_message_is_taken_out_by_its_own_request_alone(queue: Queue) -> 
     sequence = await queue.admission.publish(request("a"))
     assert not await queue.admission.remove("somebody-else", sequence)
     assert id_of(await queue.deliveries.pull()) == "a"
-
-
-class Receiver:
-    """The other end of a reply channel."""
-
-    def __init__(self) -> None:
-        self.frames: list[Frame] = []
-        self.come = asyncio.Event()
-
-    def receive(self, frame: Frame) -> Resume:
-        self.frames.append(frame)
-        self.come.set()
-        return Resume(choices=(ResumedChoice(index=0, tokens=(7, 8)),))
-
-
-@pytest.fixture(params=["memory", pytest.param("nats", marks=pytest.mark.nats)])
-async def channel(request: pytest.FixtureRequest) -> AsyncIterator[tuple[ReplyChannel, Receiver]]:
-    receiver = Receiver()
-    if request.param == "memory":
-        yield InMemoryReplyChannel(receiver.receive), receiver
-        return
-    async with connected(request.getfixturevalue("nats_server")) as connection:
-
-        async def heard(msg: Msg) -> None:
-            have = receiver.receive(decode_frame(msg.data))
-            if msg.reply:
-                await msg.respond(have.encode())
-
-        await connection.client.subscribe("inference.replies.api.a", cb=heard)
-        yield LiveReplyChannel(connection, "inference.replies.api.a", time.time() + 60, lambda: True), receiver
-
-
-async def test_what_is_sent_arrives_as_it_is(channel: tuple[ReplyChannel, Receiver]) -> None:
-    sender, receiver = channel
-    delta = Delta(attempt=1, tokens=(7, 8), text="hi")
-    await sender.send(delta.encode())
-    await asyncio.wait_for(receiver.come.wait(), 5)
-    assert receiver.frames == [delta]
-
-
-async def test_asking_tells_what_the_receiver_has(channel: tuple[ReplyChannel, Receiver]) -> None:
-    sender, receiver = channel
-    started = Started(attempt=2, worker="w")
-    have = await sender.ask(started.encode())
-    assert have == Resume(choices=(ResumedChoice(index=0, tokens=(7, 8)),))
-    assert receiver.frames == [started]
-
-
-@pytest.mark.nats
-async def test_a_receiver_that_is_gone_wants_nothing(nats_server: NatsServer) -> None:
-    async with connected(nats_server) as connection:
-        frame = Started(attempt=2, worker="w").encode()
-        gone = LiveReplyChannel(connection, "inference.replies.gone.a", time.time() + 60, lambda: False)
-        assert await gone.ask(frame) == Resume(wanted=False)
-        # Alive by its heartbeat and never heard: by then its client has been told that the time is over.
-        silent = LiveReplyChannel(connection, "inference.replies.gone.a", time.time() - CONFIRM_GRACE_S, lambda: True)
-        assert await silent.ask(frame) == Resume(wanted=False, outcome=RequestStatus.TIMED_OUT)
-
-
-Heard = asyncio.Queue[tuple[str, ...]]
-
-
-@pytest.fixture(params=["memory", pytest.param("nats", marks=pytest.mark.nats)])
-async def notices(request: pytest.FixtureRequest) -> AsyncIterator[tuple[CancelNotices, Heard]]:
-    """Notices, and what is heard of them: `ask` or `tell`, the id, the reason."""
-    heard: Heard = asyncio.Queue()
-    if request.param == "memory":
-        made = InMemoryCancelNotices()
-
-        async def asked(request_id: str, reason: str) -> None:
-            heard.put_nowait(("ask", request_id, reason))
-
-        async def told(request_id: str, reason: str) -> None:
-            heard.put_nowait(("tell", request_id, reason))
-
-        made.on_ask.append(asked)
-        made.on_tell.append(told)
-        yield made, heard
-        return
-    async with connected(request.getfixturevalue("nats_server")) as connection:
-
-        async def arrived(msg: Msg) -> None:
-            kind = "ask" if names.HEADER_CANCEL in (msg.headers or {}) else "tell"
-            heard.put_nowait((kind, msg.subject.rsplit(".", 1)[1], msg.data.decode()))
-
-        await connection.client.subscribe(names.cancel_subject("*"), cb=arrived)
-        yield NatsCancelNotices(connection), heard
-
-
-async def test_a_question_and_a_notice_can_be_told_apart(
-    notices: tuple[CancelNotices, Heard],
-) -> None:
-    sender, heard = notices
-    await sender.ask("a", "why")
-    await sender.tell("a", "because")
-    assert await asyncio.wait_for(heard.get(), 5) == ("ask", "a", "why")
-    assert await asyncio.wait_for(heard.get(), 5) == ("tell", "a", "because")

@@ -4,6 +4,7 @@ A parameter is honoured or refused by name. None is ignored in silence, except t
 OpenAI's own service (`user`, `metadata`, `store`, ...).
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -94,9 +95,9 @@ class RequestBody(StrictModel):
             return {name: value for name, value in body.items() if value is not None}
         return body
 
+    @abstractmethod
     def request(self, **origin: Any) -> InferenceRequest:
         """The request as it goes into the queue; `origin`: its fields that are not of the body."""
-        raise NotImplementedError
 
 
 class StreamOptions(StrictModel):

@@ -4,6 +4,7 @@ A whole answer is a fold over the same deltas as the stream.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
@@ -41,7 +42,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-class StreamFormat:
+class StreamFormat(ABC):
     """How chat and completions write an answer, streamed or whole."""
 
     _prefix: ClassVar[str]
@@ -56,9 +57,9 @@ class StreamFormat:
         """Events before the first token."""
         return b""
 
+    @abstractmethod
     def chunk(self, delta: Delta) -> bytes:
         """The event of a delta; empty if it shows nothing."""
-        raise NotImplementedError
 
     def closing(self, completed: Completed) -> bytes:
         """One finish reason for each choice, then usage if the client asked for it, then [DONE]."""
@@ -80,13 +81,13 @@ class StreamFormat:
         usage = usage_object(completed.usage)
         return orjson.dumps(self._head | {"object": self._whole_object, "choices": choices, "usage": usage})
 
+    @abstractmethod
     def _last_chunk(self, choice: FinishedChoice) -> dict[str, Any]:
         """The choice object that tells the finish reason."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _whole_choice(self, choice: FinishedChoice, deltas: list[Delta]) -> dict[str, Any]:
         """The choice object of a whole answer."""
-        raise NotImplementedError
 
     @functools.cached_property
     def _head(self) -> dict[str, Any]:
