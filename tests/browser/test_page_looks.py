@@ -69,7 +69,7 @@ async def test_screenshots_for_the_docs(nats_server: NatsServer, windows: Window
         await window.page.get_by_label("Message").fill("What is a forebay? [[tokens=12 delay_ms=20]]")
         await window.page.keyboard.press("Enter")
         await stack.chat("[[tokens=3 fail]]")
-        early = load(stack, 7, "[[tokens=10 delay_ms=150]]")
+        early = load(stack, 7, "[[tokens=10 delay_ms=400]]")
         await window.shows("#queue_size", "3")
         await window.page.get_by_role("button", name=f"Cancel {await newest_id(window, 'queued')}").click()
         await window.page.mouse.move(0, 0)
