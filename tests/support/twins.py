@@ -9,12 +9,16 @@ from typing import Any
 
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_contracts.queueing.cancellation import Cancellation
+from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
 from forebay_contracts.queueing.memory import (
+    InMemoryAnswerLog,
     InMemoryCancelNotices,
     InMemoryQueue,
     InMemoryReplyChannel,
     InMemoryStateStore,
 )
+from forebay_contracts.queueing.protocols import ReplyChannel
+from forebay_contracts.wire import names
 from forebay_contracts.wire.frames import Delta, Frame, Resume
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
@@ -52,7 +56,8 @@ class Twins:
         self.queue = InMemoryQueue(max_queue_size)
         self.states = InMemoryStateStore()
         self.notices = InMemoryCancelNotices()
-        self.cancellation = Cancellation(self.states, self.queue, self.notices)
+        self.answers = InMemoryAnswerLog()
+        self.cancellation = Cancellation(self.states, self.queue, self.notices, self.answers)
         self.dispatcher = Dispatcher(
             API, self.queue, self.states, self.cancellation, lambda _: contextlib.nullcontext()
         )
@@ -71,7 +76,7 @@ class Twins:
             engine=simulated_model(),
             channel=self._channel,
             notices=self.notices,
-            api_alive=lambda _: self.alive,
+            api_alive=lambda api: not api or self.alive,
             max_deliveries=self._max_deliveries,
             metrics=WorkerMetrics(MODEL),
         )
@@ -127,8 +132,10 @@ class Twins:
         await asyncio.gather(*self._slots, return_exceptions=True)
         await self.dispatcher.close()
 
-    def _channel(self, reply_to: str, _: float) -> InMemoryReplyChannel:
-        request_id = reply_to.rsplit(".", 1)[-1]
+    def _channel(self, reply_to: str, deadline: float) -> ReplyChannel:
+        request_id = names.id_of(reply_to)
+        if names.is_logged(reply_to):
+            return LoggedReplyChannel(self.answers, request_id, deadline)
 
         def receive(frame: Frame) -> Resume:
             answer = self.dispatcher.waiting.get(request_id)

@@ -72,6 +72,20 @@ class Settings(BaseSettings):
         le=2_592_000,
         description="Seconds for which a request's state is kept after its last change",
     )
+    response_ttl: float = Field(
+        86_400,
+        ge=1,
+        le=31_536_000,
+        description="Seconds for which stored responses and completions are kept after they were asked for",
+    )
+    answer_log_bytes: int = Field(
+        1_073_741_824,
+        ge=1_048_576,
+        description="Most bytes of stored answers; a token takes about 250. When full: new stored requests get 503",
+    )
+    background_timeout: float = Field(
+        86_400, ge=1, le=2_592_000, description="Seconds from arrival until a background response ends as failed"
+    )
     nats_url: str | None = Field(
         None, description="URLs of NATS servers, comma-separated; empty: `forebay up` starts one of its own"
     )
@@ -118,6 +132,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"REQUEST_STATE_TTL={self.request_state_ttl:g} would forget requests that may still run: "
                 f"it must be at least REQUEST_TIMEOUT={self.request_timeout:g}"
+            )
+        if self.response_ttl < max(self.background_timeout, self.request_timeout):
+            raise ValueError(
+                f"RESPONSE_TTL={self.response_ttl:g} would remove answers that may still run: it must be at least "
+                f"BACKGROUND_TIMEOUT={self.background_timeout:g} and REQUEST_TIMEOUT={self.request_timeout:g}"
             )
         if (self.nats_tls_cert is None) != (self.nats_tls_key is None):
             raise ValueError("NATS_TLS_CERT and NATS_TLS_KEY are needed together")

@@ -21,6 +21,7 @@ from forebay_api.http.routing import Routes
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.listener import Listener
+from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai import models
 from forebay_api.routes import ENDPOINTS
 from forebay_api.watching import health, page, queue
@@ -32,6 +33,7 @@ from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import connected
 from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.queueing.admission import JetStreamAdmission
+from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.cancellation import Cancellation, NatsCancelNotices
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import QueueStatus, queue_status
@@ -82,7 +84,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
         limits = KeyLimits(keys, lambda: (api for api in apis.alive() if api.id != instance))
         admission = JetStreamAdmission(connection, patience_s=settings.admission_patience)
-        cancellation = Cancellation(states, admission, NatsCancelNotices(connection))
+        answers = JetStreamAnswerLog(connection)
+        cancellation = Cancellation(states, admission, NatsCancelNotices(connection), answers)
         instance = f"api-{uuid.uuid4().hex[:12]}"
         dispatcher = Dispatcher(instance, admission, states, cancellation, limits.one_more)
         workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
@@ -109,6 +112,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await Listener(connection, dispatcher).start()
         await heartbeat.start()
         log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
+        stored = StoredRequests(dispatcher, states, cancellation, answers, limits.one_more)
         idempotent = IdempotentRequests(connection, dispatcher, apis)
         try:
             yield Context(
@@ -116,6 +120,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 connection=connection,
                 states=states,
                 dispatcher=dispatcher,
+                stored=stored,
                 idempotent=idempotent,
                 workers=workers,
                 models=Models(settings, workers.alive, lambda: topology.known_models(connection)),
@@ -127,6 +132,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             )
         finally:
             await idempotent.close()
+            await stored.close()
             await dispatcher.close()
             await workers.stop()
             await apis.stop()

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from forebay_api.clients.keys import ApiKeys, Client
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
+from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
@@ -29,6 +30,7 @@ class Context:
     connection: Connection
     states: StateStore
     dispatcher: Dispatcher
+    stored: StoredRequests
     idempotent: IdempotentRequests
     workers: Presence[WorkerInfo]
     models: Models

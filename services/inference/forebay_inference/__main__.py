@@ -11,8 +11,11 @@ import uvloop
 
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.presence import Presence
+from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.cancellation import NatsCancelNotices
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
+from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
+from forebay_contracts.queueing.protocols import ReplyChannel
 from forebay_contracts.queueing.reply_channel import LiveReplyChannel
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.settings import InferenceSettings, load
@@ -48,7 +51,11 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
     model = build_model(settings)
     apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
 
-    def channel(reply_to: str, deadline: float) -> LiveReplyChannel:
+    answers = JetStreamAnswerLog(connection)
+
+    def channel(reply_to: str, deadline: float) -> ReplyChannel:
+        if names.is_logged(reply_to):
+            return LoggedReplyChannel(answers, names.id_of(reply_to), deadline)
         return LiveReplyChannel(connection, reply_to, deadline, lambda: apis.is_alive(names.api_of(reply_to)))
 
     runner = AttemptRunner(
@@ -57,7 +64,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
         engine=model,
         channel=channel,
         notices=NatsCancelNotices(connection),
-        api_alive=apis.is_alive,
+        api_alive=lambda api: not api or apis.is_alive(api),
         max_deliveries=settings.max_deliveries,
         metrics=WorkerMetrics(settings.served_model),
     )

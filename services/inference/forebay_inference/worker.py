@@ -168,7 +168,8 @@ class Worker:
         while True:
             await asyncio.sleep(self._settings.ack_wait / KEEP_ALIVE_FRACTION)
             for attempt in list(self._runner.running.values()):
-                if not self._apis.is_alive(names.api_of(attempt.request.reply_to)):
+                api = names.api_of(attempt.request.reply_to)
+                if api and not self._apis.is_alive(api):
                     attempt.stop(Ended(End.ABANDONED, reason=API_GONE))
                     continue
                 try:

@@ -9,6 +9,7 @@ from forebay_cli.commands.requests import find
 from forebay_cli.declarations import AsJson, synchronous
 from forebay_cli.nats_connection import connected, load_settings
 from forebay_contracts.queueing.admission import JetStreamAdmission
+from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.cancellation import Cancellation, NatsCancelNotices
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.wire.errors import QueueConflict
@@ -20,7 +21,7 @@ async def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")], as_js
     async with connected(load_settings()) as link:
         known = await find(link, request_id)
         states = KeyValueStateStore(link)
-        cancellation = Cancellation(states, JetStreamAdmission(link), NatsCancelNotices(link))
+        cancellation = Cancellation(states, JetStreamAdmission(link), NatsCancelNotices(link), JetStreamAnswerLog(link))
         done = await cancellation.cancel(request_id, "cancelled by the operator")
         latest = await states.get(request_id)
     ended = (latest.state if latest else known).status

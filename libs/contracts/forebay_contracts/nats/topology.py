@@ -19,6 +19,7 @@ from nats.js.api import (
     ConsumerConfig,
     ConsumerInfo,
     DiscardPolicy,
+    RePublish,
     RetentionPolicy,
     StorageType,
     StreamConfig,
@@ -37,11 +38,17 @@ HEARTBEAT_TTL_S = 4
 DUPLICATE_WINDOW_S = 120
 """How long NATS recognises a repeated Nats-Msg-Id."""
 
+ANSWER_DUPLICATE_WINDOW_S = 30
+"""The same for the answer log. Its writers are fenced, so it only saves a read."""
+
 COUNTER_HISTORY = 10_000
 """Increments kept for each counter, so that NATS recognises a repetition also after its restart."""
 
-QUEUE_SHARE = 0.75
-"""The part of the NATS account's storage that requests may take. States, counters and kept answers have the rest."""
+QUEUE_SHARE = 0.5
+"""The part of the NATS account's storage that requests may take."""
+
+ANSWER_SHARE = 0.3
+"""The part that the answer log may take, if that is less than ANSWER_LOG_BYTES. States and counters have the rest."""
 
 START_PATIENCE_S = 30.0
 """How long a service waits at its start for NATS to answer."""
@@ -59,11 +66,15 @@ _ZERO = (None, False, 0, -1)
 log = logging.getLogger(__name__)
 
 
-def stream_configs(settings: Settings, queue_bytes: int | None = None) -> list[StreamConfig]:
+def stream_configs(settings: Settings, storage: int | None = None) -> list[StreamConfig]:
     """All streams of Forebay, those behind its buckets included, as `settings` want them.
 
-    `queue_bytes` bounds the stored requests; None leaves the bound as it is.
+    `storage` is how many bytes the account may store for each replica. None: unbounded, or unknown; then the bound of
+    the stored requests stays as it is.
     """
+    queue_bytes, answer_bytes = None, settings.answer_log_bytes
+    if storage is not None:
+        queue_bytes, answer_bytes = int(storage * QUEUE_SHARE), min(answer_bytes, int(storage * ANSWER_SHARE))
     replicas = settings.nats_replicas
     return [
         StreamConfig(
@@ -91,6 +102,20 @@ def stream_configs(settings: Settings, queue_bytes: int | None = None) -> list[S
             allow_direct=True,
             num_replicas=replicas,
         ),
+        StreamConfig(
+            name=names.ANSWERS,
+            description="Answers that outlive their connection",
+            subjects=[names.ANSWER_SUBJECTS],
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            max_age=settings.response_ttl,
+            max_bytes=answer_bytes,
+            duplicate_window=ANSWER_DUPLICATE_WINDOW_S,
+            republish=RePublish(src=names.ANSWER_SUBJECTS, dest=names.ANSWERED_SUBJECTS),
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        _bucket(names.RESPONSES_BUCKET, "What responses were asked for", settings.response_ttl, replicas),
         _bucket(names.REQUESTS_BUCKET, "State of each request", settings.request_state_ttl, replicas),
         _bucket(names.ANSWERS_BUCKET, "Answers to idempotent requests", settings.request_state_ttl, replicas),
         _bucket(names.WORKERS_BUCKET, "Live workers", HEARTBEAT_TTL_S, replicas),
@@ -227,7 +252,7 @@ async def _parts(connection: Connection, settings: Settings, consumer: ConsumerC
         ConfigurationError: another model has the consumer.
     """
     js = connection.jetstream
-    for wanted in stream_configs(settings, await _queue_bytes(connection, settings)):
+    for wanted in stream_configs(settings, await _storage(connection, settings)):
         live = await _live(js.stream_info(wanted.name))
         name = f"stream {wanted.name}"
         yield _Part(name, wanted, live, _differences(name, live, wanted))
@@ -277,15 +302,15 @@ def _differences(name: str, live: Any, wanted: Any) -> list[str]:
     ]
 
 
-async def _queue_bytes(connection: Connection, settings: Settings) -> int | None:
-    """QUEUE_SHARE of the account's storage; None if the storage is unbounded or this user may not ask."""
+async def _storage(connection: Connection, settings: Settings) -> int | None:
+    """Bytes that the account may store for each replica; None if that is unbounded or this user may not ask."""
     allowed = await permissions.own(connection)
     if allowed is not None and not allowed.publish.permit("$JS.API.INFO"):
         return None
     # An account with tiers has its limits in the tiers, so this is unbounded.
     limit: int = (await connection.jetstream.account_info()).limits.max_storage
     # The server counts each replica.
-    return int(limit * QUEUE_SHARE) // settings.nats_replicas if limit > 0 else None
+    return limit // settings.nats_replicas if limit > 0 else None
 
 
 async def consumers(connection: Connection) -> list[ConsumerInfo]:

@@ -1,7 +1,7 @@
 """Cancelling a request: because its client left, by DELETE, at its deadline, or by `forebay cancel`.
 
 The api that holds a request's client decides how the request ends for that client. Another process asks that api first.
-It ends the request itself only if no api answers.
+It ends the request itself only if no api answers. If the answer is logged, the log decides: the last frame in it.
 """
 
 import asyncio
@@ -12,11 +12,12 @@ from typing import Final
 from nats.errors import Error as NatsError
 
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.queueing.protocols import Admission, CancelNotices, StateStore
+from forebay_contracts.queueing.logged_reply import end_answer
+from forebay_contracts.queueing.protocols import Admission, AnswerLog, CancelNotices, StateStore
 from forebay_contracts.queueing.state_store import end
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import StateUnreadable
+from forebay_contracts.wire.errors import ApiError, RequestCancelled, RequestTimeout, StateUnreadable
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
 LOOKS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.3)
@@ -28,8 +29,9 @@ log = logging.getLogger(__name__)
 class Cancellation:
     """Ends requests before their time."""
 
-    def __init__(self, states: StateStore, admission: Admission, notices: CancelNotices) -> None:
+    def __init__(self, states: StateStore, admission: Admission, notices: CancelNotices, answers: AnswerLog) -> None:
         self._states = states
+        self._answers = answers
         self._admission = admission
         self._notices = notices
 
@@ -39,14 +41,15 @@ class Cancellation:
         Raises:
             QueueUnavailable: NATS does not answer.
         """
-        if (status := await self._status(request_id)) is None or status.final:
+        if (state := await self._state(request_id)) is None or state.status.final:
             return False
-        await self._notices.ask(request_id, reason)
-        for pause_s in LOOKS_S:
-            await asyncio.sleep(pause_s)
-            if (status := await self._status(request_id)) is None or status.final:
-                return status is RequestStatus.CANCELLED
-        return await self.end(request_id, RequestStatus.CANCELLED, reason) is not None
+        if not state.logged:
+            await self._notices.ask(request_id, reason)
+            for pause_s in LOOKS_S:
+                await asyncio.sleep(pause_s)
+                if (state := await self._state(request_id)) is None or state.status.final:
+                    return state is not None and state.status is RequestStatus.CANCELLED
+        return await self.end(request_id, RequestStatus.CANCELLED, reason, unknown=state) is not None
 
     async def end(
         self,
@@ -58,12 +61,16 @@ class Cancellation:
     ) -> RequestState | None:
         """End a request as `cancelled` or `timed_out`; returns its last state, or None if it had ended before.
 
-        The order is: write the final state, count it, remove the message, tell the worker. The worker stops within one
-        step of the engine. `unknown` is the state to start from if none is stored yet.
+        The order is: end a logged answer, write the final state, count it, remove the message, tell the worker. The
+        worker stops within one step of the engine. `unknown` is the state to start from if none is stored yet.
 
         Raises:
-            QueueUnavailable: NATS does not answer.
+            QueueUnavailable, AnswerLogFull: NATS does not answer, or the answer cannot be ended now.
         """
+        if unknown is not None and unknown.logged:
+            outcome = await end_answer(self._answers, request_id, _error(outcome, reason))
+            if outcome in (RequestStatus.COMPLETED, RequestStatus.FAILED):
+                return None  # its worker, or the next one, writes that state
         state = unknown
         try:
             ended = await end(self._states, request_id, outcome, reason, unknown)
@@ -97,9 +104,16 @@ class Cancellation:
             )
         return ended
 
-    async def _status(self, request_id: str) -> RequestStatus | None:
+    async def _state(self, request_id: str) -> RequestState | None:
         stored = await self._states.get(request_id)
-        return stored.state.status if stored is not None else None
+        return stored.state if stored is not None else None
+
+
+def _error(outcome: RequestStatus, reason: str) -> ApiError:
+    """What a reader of the answer gets."""
+    if outcome is RequestStatus.TIMED_OUT:
+        return RequestTimeout(f"the request was not finished in time: {reason}")
+    return RequestCancelled(f"the request was cancelled: {reason}")
 
 
 class NatsCancelNotices:

@@ -2,14 +2,15 @@
 
 import asyncio
 import itertools
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from forebay_contracts.queueing.protocols import Delivery, Stored
+from forebay_contracts.queueing.protocols import Delivery, Record, Stored
 from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import QueueConflict, QueueFull
+from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueConflict, QueueFull
 from forebay_contracts.wire.frames import Frame, Resume, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
@@ -182,6 +183,8 @@ class InMemoryReplyChannel:
     `frames` holds what has arrived. The next `losing` frames that `send` gets are lost.
     """
 
+    lossless = False
+
     def __init__(self, receive: Callable[[Frame], Resume]) -> None:
         self._receive = receive
         self.frames: list[Frame] = []
@@ -202,6 +205,56 @@ class InMemoryReplyChannel:
         decoded = decode_frame(frame)
         self.frames.append(decoded)
         return self._receive(decoded)
+
+
+class InMemoryAnswerLog:
+    """`AnswerLog`. `full` refuses every record, and `room` says whether new answers may begin."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, list[Record]] = {}
+        self._names: dict[str, int] = {}
+        self._sequences = itertools.count(1)
+        self._changed = asyncio.Event()
+        self.full = False
+        self.room = True
+
+    async def append(self, request_id: str, frames: Sequence[bytes], last: int, name: str) -> int:
+        """Once for each name."""
+        if self.full:
+            raise AnswerLogFull("the answer log is full, try again later")
+        records = self._answers.setdefault(request_id, [])
+        if (records[-1].sequence if records else 0) != last:
+            if records and self._names.get(f"{request_id}.{name}") == records[-1].sequence:
+                return records[-1].sequence
+            raise AnswerTaken(f"{request_id}: another record follows {last}")
+        records.append(Record(next(self._sequences), tuple(frames), time.time()))
+        self._names[f"{request_id}.{name}"] = records[-1].sequence
+        self._changed.set()
+        self._changed = asyncio.Event()
+        return records[-1].sequence
+
+    async def read(self, request_id: str, after: int = 0) -> list[Record]:
+        """What is there."""
+        return [record for record in self._answers.get(request_id, ()) if record.sequence > after]
+
+    async def follow(self, request_id: str) -> AsyncGenerator[list[Record], None]:
+        """What is there, and what comes."""
+        last = 0
+        while True:
+            changed = self._changed
+            if records := await self.read(request_id, last):
+                last = records[-1].sequence
+                yield records
+            else:
+                await changed.wait()
+
+    async def has_room(self) -> bool:
+        """As `room` says."""
+        return self.room
+
+    async def purge(self, request_id: str) -> None:
+        """Remove it."""
+        self._answers.pop(request_id, None)
 
 
 class InMemoryCancelNotices:

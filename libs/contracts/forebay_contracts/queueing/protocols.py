@@ -5,10 +5,11 @@ Admission      puts requests into the queue, and removes one       the api, `for
 Deliveries     hands requests out, with the verbs that end each    the worker
 StateStore     holds the state of each request, and the totals     both
 ReplyChannel   carries the frames of one attempt to the receiver   the worker
+AnswerLog      keeps the answers that outlive their connection     both
 CancelNotices  tells api and worker that a request is cancelled    the api, `forebay cancel`
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,17 +95,65 @@ class StateStore(Protocol):
         """The total for each of OUTCOMES."""
 
 
+class Superseded(Exception):
+    """Another attempt owns the request now. This one must not write or acknowledge anything."""
+
+
 class ReplyChannel(Protocol):
-    """Carries encoded frames of one attempt to the receiver of the answer."""
+    """Carries encoded frames of one attempt to the receiver of the answer. `lossless`: no frame is ever missing."""
+
+    lossless: bool
 
     async def send(self, frame: bytes) -> None:
-        """Send without a confirmation. A frame may be lost; the receiver notices the gap."""
+        """Send without a confirmation. A frame may be lost; the receiver notices the gap.
+
+        Raises:
+            Superseded: another attempt answers the request. Only a lossless channel notices it here.
+        """
 
     async def ask(self, frame: bytes) -> Resume:
         """Send a frame until the receiver confirms it; returns what the receiver has so far.
 
         For a receiver that is gone the answer is not wanted, and has no outcome.
+
+        Raises:
+            Superseded: as `send`.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of an answer: encoded frames, in order. `at` is when it was stored, by the server's clock (s)."""
+
+    sequence: int
+    frames: Sequence[bytes]
+    at: float
+
+
+class AnswerLog(Protocol):
+    """Answers as records by request id, in order. Without an answer each method raises QueueUnavailable."""
+
+    async def append(self, request_id: str, frames: Sequence[bytes], last: int, name: str) -> int:
+        """Add a record after sequence `last` (0: it is the first); returns its sequence.
+
+        `name` is the record's own. So a record whose confirmation was lost can be appended again and is stored once.
+
+        Raises:
+            AnswerTaken: another record follows `last`.
+            AnswerLogFull: nothing was stored.
+        """
+
+    async def read(self, request_id: str, after: int = 0) -> list[Record]:
+        """The records with a sequence above `after`. A replica that lags behind may lack the newest."""
+
+    def follow(self, request_id: str) -> AsyncGenerator[list[Record], None]:
+        """All records, as many at a time as there are, and waits for more. Ends only when it is closed."""
+
+    async def has_room(self) -> bool:
+        """Whether new answers may begin. What is left then is for those under way."""
+
+    async def purge(self, request_id: str) -> None:
+        """Remove an answer."""
 
 
 class CancelNotices(Protocol):

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 class LiveReplyChannel:
     """Frames to `reply_to`; see `ReplyChannel`. `ask` gives up CONFIRM_GRACE_S after `deadline` (Unix time)."""
 
+    lossless = False
+
     def __init__(self, connection: Connection, reply_to: str, deadline: float, api_alive: Callable[[], bool]) -> None:
         self._connection = connection
         self._reply_to = reply_to

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
+from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
@@ -50,6 +51,7 @@ def _first(request: InferenceRequest, sequence: int | None, **rest: Any) -> Requ
         deadline=request.deadline,
         sequence=sequence,
         key=request.key,
+        logged=names.is_logged(request.reply_to),
         **rest,
     )
 

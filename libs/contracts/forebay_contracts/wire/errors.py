@@ -6,7 +6,9 @@ ForebayError
 │   ├── QueueFull                 503 queue_full
 │   ├── QueueUnavailable          503 queue_unavailable
 │   ├── ModelUnavailable          503 model_unavailable
-│   └── QueueConflict             another write came first
+│   ├── QueueConflict             another write came first
+│   │   └── AnswerTaken           another attempt, or whoever cancelled it, wrote the answer on
+│   └── AnswerLogFull             503 answer_log_full
 ├── StateUnreadable               500 state_unreadable
 └── RequestError                  ends one request, with an answer for its client
     ├── InvalidRequest            400
@@ -86,6 +88,16 @@ class QueueConflict(QueueError):
     """A compare-and-set failed: another write came first."""
 
     code = "queue_conflict"
+
+
+class AnswerTaken(QueueConflict):
+    """The answer goes on with another record than this writer's."""
+
+
+class AnswerLogFull(QueueError):
+    """The answer log has no room for another answer. Nothing was accepted."""
+
+    code = "answer_log_full"
 
 
 class StateUnreadable(ApiError):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field, TypeAdapter
 
+from forebay_contracts.wire.errors import ApiError, RequestCancelled, RequestTimeout
 from forebay_contracts.wire.message import Message
 from forebay_contracts.wire.state import RequestStatus, Usage
 
@@ -129,6 +130,29 @@ _frames: TypeAdapter[Frame] = TypeAdapter(Frame)
 def decode_frame(data: bytes) -> Frame:
     """Decode a frame. Raises pydantic's ValidationError."""
     return _frames.validate_json(data)
+
+
+def outcome_of(frame: Completed | Failed) -> RequestStatus:
+    """How a request ended whose last frame this is."""
+    if isinstance(frame, Completed):
+        return RequestStatus.COMPLETED
+    by_code: dict[str | None, RequestStatus] = {
+        RequestTimeout.code: RequestStatus.TIMED_OUT,
+        RequestCancelled.code: RequestStatus.CANCELLED,
+    }
+    return by_code.get(frame.code, RequestStatus.FAILED)
+
+
+def failed(attempt: int, error: ApiError) -> Failed:
+    """The frame for `error`."""
+    return Failed(
+        attempt=attempt,
+        status=error.status,
+        error_type=error.type,
+        code=error.code,
+        message=error.message,
+        param=error.param,
+    )
 
 
 class ResumedChoice(Message):

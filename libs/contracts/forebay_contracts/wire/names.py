@@ -11,10 +11,16 @@ STREAM_SUBJECTS: Final = "inference.requests.>"
 COUNTERS: Final = "INFERENCE_COUNTERS"
 COUNTER_SUBJECTS: Final = "inference.counters.>"
 
+ANSWERS: Final = "INFERENCE_ANSWERS"
+ANSWER_SUBJECTS: Final = "inference.answers.*"
+ANSWERED_SUBJECTS: Final = "inference.answered.{{wildcard(1)}}"
+"""Where the server publishes again what the answer log has stored, and nothing that it refused."""
+
 REQUESTS_BUCKET: Final = "inference-requests"
 WORKERS_BUCKET: Final = "inference-workers"
 APIS_BUCKET: Final = "inference-apis"
 ANSWERS_BUCKET: Final = "inference-answers"
+RESPONSES_BUCKET: Final = "inference-responses"
 
 HEADER_DEADLINE: Final = "Forebay-Deadline"
 HEADER_REPLY_TO: Final = "Forebay-Reply-To"
@@ -51,8 +57,23 @@ def reply_subject(api: str, request_id: str) -> str:
     return f"inference.replies.{api}.{request_id}"
 
 
+def answer_subject(request_id: str) -> str:
+    """The subject of a request's answer in the log."""
+    return f"inference.answers.{request_id}"
+
+
+def answered_subject(request_id: str) -> str:
+    """The subject on which the server publishes again what the log has stored of a request's answer."""
+    return f"inference.answered.{request_id}"
+
+
+def is_logged(reply_to: str) -> bool:
+    """Whether an answer to `reply_to` goes into the log, and not to one api."""
+    return reply_to.startswith("inference.answers.")
+
+
 def is_reply_subject(text: str) -> bool:
-    """Whether frames of one request may be sent to `text`."""
+    """Whether frames of one request may be sent to `text`, the subject of an api."""
     return re.fullmatch(r"inference\.replies\.[A-Za-z0-9_-]{1,128}\.[A-Za-z0-9_-]{1,128}", text) is not None
 
 
@@ -101,7 +122,12 @@ def is_request_id(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text) is not None
 
 
+def id_of(reply_to: str) -> str:
+    """The request id in the subject of an answer."""
+    return reply_to.rsplit(".", 1)[-1]
+
+
 def api_of(reply_to: str) -> str:
-    """The api instance in a reply subject; empty if there is none."""
+    """The api instance in a reply subject; empty if there is none, as for an answer that is logged."""
     parts = reply_to.split(".")
     return parts[2] if len(parts) == 4 else ""

@@ -34,7 +34,8 @@ class RequestState(Message):
     """The value in the KV bucket `inference-requests`, its key the request id. Times: seconds since the epoch.
 
     `error` is what the client got. `fault` says to operators why the last failed attempt failed, with its number and
-    its worker. It quotes no request. `started_at` is when the first attempt began.
+    its worker. It quotes no request. `started_at` is when the first attempt began. `logged`: the answer goes into the
+    answer log, and not to one api.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -55,6 +56,7 @@ class RequestState(Message):
     handed_over: int = 0
     usage: Usage | None = None
     key: str | None = None
+    logged: bool = False
 
     def encode(self) -> bytes:
         """The state as JSON with all fields, for people who read it with `nats kv get`."""

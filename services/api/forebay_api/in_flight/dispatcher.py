@@ -76,27 +76,12 @@ class Dispatcher:
         with self._one_more(request.key):
             answer = LiveAnswer(request, self._on_end)
             self.waiting[request.id] = answer
-            began = time.perf_counter()
-            span = tracing.start("queue publish", SpanKind.PRODUCER, attributes={"forebay.request_id": request.id})
             try:
-                with tracing.current(span):
-                    answer.sequence = await self._admission.publish(request)
+                answer.sequence = await self.admit(request)
             except BaseException:
                 self._forget(answer, RequestStatus.CANCELLED)
                 raise
-            finally:
-                self._publish_seconds.observe(time.perf_counter() - began)
             measured = request_metrics.of(request.model, request.completion_type.value)
-            measured.admitted.inc()
-            if request.key is not None:
-                bound(request_metrics.KEY_REQUESTS, request.key, "admitted").inc()
-            log.info(
-                "[RequestQueue] %s queued for %s at %d",
-                request.id,
-                request.model,
-                answer.sequence,
-                extra=fields(request_id=request.id, model=request.model, type=request.completion_type.value),
-            )
             loop = asyncio.get_running_loop()
             timers = (
                 loop.call_later(QUEUED_AFTER_S, self._register_waiting, answer),
@@ -112,6 +97,27 @@ class Dispatcher:
                 answer.fail(ClientLeft("the client left"))
                 self._forget(answer, answer.outcome)
                 measured.end(answer.outcome, max(time.time() - request.created_at, 0.0))
+
+    async def admit(self, request: InferenceRequest) -> int:
+        """Publish `request`; returns its sequence. Raises QueueFull, QueueUnavailable, RequestTooLarge."""
+        began = time.perf_counter()
+        span = tracing.start("queue publish", SpanKind.PRODUCER, attributes={"forebay.request_id": request.id})
+        try:
+            with tracing.current(span):
+                sequence = await self._admission.publish(request)
+        finally:
+            self._publish_seconds.observe(time.perf_counter() - began)
+        request_metrics.of(request.model, request.completion_type.value).admitted.inc()
+        if request.key is not None:
+            bound(request_metrics.KEY_REQUESTS, request.key, "admitted").inc()
+        log.info(
+            "[RequestQueue] %s queued for %s at %d",
+            request.id,
+            request.model,
+            sequence,
+            extra=fields(request_id=request.id, model=request.model, type=request.completion_type.value),
+        )
+        return sequence
 
     def outcome(self, request_id: str) -> RequestStatus | None:
         """How a request ended for its client here; None if unknown."""

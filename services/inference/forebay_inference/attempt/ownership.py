@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
-from forebay_contracts.queueing.protocols import StateStore, Stored
+from forebay_contracts.queueing.protocols import StateStore, Stored, Superseded
 from forebay_contracts.queueing.state_store import change
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
 from forebay_contracts.wire.request import InferenceRequest
@@ -21,10 +21,6 @@ STORE_PATIENCE_S: Final = 60.0
 """How long such a write is tried. Then the attempt gives up, and NATS redelivers the message."""
 
 T = TypeVar("T")
-
-
-class Superseded(Exception):
-    """Another attempt owns the request now. This one must not write or acknowledge anything."""
 
 
 class EndedBefore(Exception):

@@ -8,7 +8,15 @@ from typing import Final
 
 from forebay_contracts.queueing.protocols import ReplyChannel
 from forebay_contracts.wire.errors import ApiError
-from forebay_contracts.wire.frames import Completed, Delta, Failed, FinishedChoice, Resume, Started, encode_delta
+from forebay_contracts.wire.frames import (
+    Completed,
+    Delta,
+    FinishedChoice,
+    Resume,
+    Started,
+    encode_delta,
+    failed,
+)
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
 from forebay_inference.engine.events import Tokens, Vector
@@ -141,7 +149,8 @@ class Reply:
     def _kept(self, index: int, offset: int, frame: bytes) -> bytes:
         """The frame of a delta, which is kept until the end."""
         self._flushed_at = time.monotonic()
-        self._sent.append((index, offset, frame))
+        if not self._channel.lossless:
+            self._sent.append((index, offset, frame))
         return frame
 
     def _take_held(self) -> list[Delta]:
@@ -169,15 +178,3 @@ class Reply:
             logprobs=one.logprobs,
             tool_calls=one.tool_calls,
         )
-
-
-def failed(attempt: int, error: ApiError) -> Failed:
-    """The frame for `error`."""
-    return Failed(
-        attempt=attempt,
-        status=error.status,
-        error_type=error.type,
-        code=error.code,
-        message=error.message,
-        param=error.param,
-    )

@@ -12,7 +12,7 @@ from typing import Final
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
-from forebay_contracts.queueing.protocols import CancelNotices, Delivery, ReplyChannel, StateStore
+from forebay_contracts.queueing.protocols import CancelNotices, Delivery, ReplyChannel, StateStore, Superseded
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S, end
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
@@ -25,12 +25,13 @@ from forebay_contracts.wire.errors import (
     RequestTimeout,
     StateUnreadable,
 )
+from forebay_contracts.wire.frames import failed
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 from forebay_inference.attempt.endings import End, Ended, Told, settle
 from forebay_inference.attempt.measurements import Measured
-from forebay_inference.attempt.ownership import EndedBefore, Ownership, Superseded, patiently
-from forebay_inference.attempt.reply import Reply, failed
+from forebay_inference.attempt.ownership import EndedBefore, Ownership, patiently
+from forebay_inference.attempt.reply import Reply
 from forebay_inference.engine.events import Accepted, Finished, Tokens, Vector
 from forebay_inference.engine.protocol import reason_of
 from forebay_inference.engine.text.model import TextModel
@@ -254,6 +255,8 @@ class AttemptRunner:
             reply.finish(reasons, usage)
         except RequestError as exc:
             return Ended(End.REFUSED, error=exc)
+        except Superseded:
+            return Ended(End.SUPERSEDED)
         except Exception as exc:  # whatever an engine raises fails this attempt, and not the worker
             return Ended(End.FAULT, fault=reason_of(exc))
         return Ended(End.COMPLETED, usage=usage)

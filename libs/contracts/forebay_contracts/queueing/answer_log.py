@@ -1,0 +1,206 @@
+"""The answer log: the stream `INFERENCE_ANSWERS`, one subject an answer.
+
+The server fences the writers: each record names the last sequence of its subject, and only one can follow it. What is
+stored, and nothing else, the server publishes again on `inference.answered.<id>`, with the sequence and the one before
+it. So a reader needs no consumer: it reads what is there by direct gets, and notices a message that it missed.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from datetime import datetime
+from typing import Final
+
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+
+from forebay_contracts.nats import direct_get
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.queueing.protocols import Record
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueUnavailable
+
+LOG_TIMEOUT_S: Final = 2.0
+"""How long one try at a request to the log may take."""
+
+CHECK_S: Final = 10.0
+"""How often a reader that hears nothing looks whether it missed the end."""
+
+READ_RETRY_S: Final = 0.05
+"""Pause between two reads of a replica that lags behind, or while NATS is away."""
+
+MAX_LAGS: Final = 100
+"""How often such a read is tried until the next look."""
+
+ROOM: Final = 0.9
+"""The part of the log that new answers may fill. The rest is for answers under way."""
+
+ROOM_CHECK_S: Final = 1.0
+"""How long a look at the log's size counts."""
+
+_STORE_FAILED = 10077
+_WRONG_LAST_SEQUENCE = (10071, 10164)
+
+log = logging.getLogger(__name__)
+
+
+class JetStreamAnswerLog:
+    """See `AnswerLog`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._requests = connection.requests
+        self._room = True
+        self._looked_at = float("-inf")
+
+    async def append(self, request_id: str, frames: Sequence[bytes], last: int, name: str) -> int:
+        """See `AnswerLog.append`."""
+        subject = names.answer_subject(request_id)
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(last), names.HEADER_MSG_ID: f"{request_id}.{name}"}
+        try:
+            return await self._requests.store(subject, b"\n".join(frames), timeout_s=LOG_TIMEOUT_S, headers=headers)
+        except APIError as exc:
+            if exc.err_code in _WRONG_LAST_SEQUENCE:
+                return await self._stored_before(subject, headers, last)
+            if exc.err_code == _STORE_FAILED and "exceeded" in (exc.description or ""):
+                raise AnswerLogFull("the answer log is full, try again later") from exc
+            raise QueueUnavailable(f"the answer was not stored: {exc.description}") from exc
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the answer was not stored") from exc
+
+    async def _stored_before(self, subject: str, headers: Mapping[str, str], last: int) -> int:
+        """The sequence of a record whose confirmation was lost. Raises AnswerTaken if another one follows `last`."""
+        msg = await self._last(subject)
+        found = msg.headers or {} if msg is not None else {}
+        sequence = int(found.get("Nats-Sequence", 0))
+        if found.get(names.HEADER_MSG_ID) == headers[names.HEADER_MSG_ID]:
+            return sequence
+        if sequence == last:
+            raise QueueUnavailable("a replica of the answer log lags behind")
+        raise AnswerTaken(f"{subject}: another record follows {last}")
+
+    async def _last(self, subject: str) -> Msg | None:
+        try:
+            msg = await self._requests.request(f"$JS.API.DIRECT.GET.{names.ANSWERS}.{subject}", timeout_s=LOG_TIMEOUT_S)
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the answer cannot be read") from exc
+        return msg if "Nats-Sequence" in (msg.headers or {}) else None
+
+    async def read(self, request_id: str, after: int = 0) -> list[Record]:
+        """See `AnswerLog.read`."""
+        try:
+            found = await direct_get.messages(
+                self._connection, names.ANSWERS, names.answer_subject(request_id), after + 1
+            )
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the answer cannot be read") from exc
+        return [_record(msg) for msg in found]
+
+    async def follow(self, request_id: str) -> AsyncGenerator[list[Record], None]:
+        """See `AnswerLog.follow`."""
+        heard: asyncio.Queue[Msg | None] = asyncio.Queue()
+        heard.put_nowait(None)
+
+        async def look() -> None:
+            heard.put_nowait(None)
+
+        subscription = await self._subscribed(request_id, heard)
+        self._connection.on_reconnect.append(look)
+        last = 0
+        try:
+            while True:
+                messages = await _all_of(heard)
+                records = following(messages, last)
+                if records is None:
+                    records = await self._read_up_to(_newest(messages), request_id, last)
+                if records:
+                    last = records[-1].sequence
+                    yield records
+        finally:
+            self._connection.on_reconnect.remove(look)
+            with contextlib.suppress(NatsError):
+                await subscription.unsubscribe()
+
+    async def _subscribed(self, request_id: str, heard: asyncio.Queue[Msg | None]) -> Subscription:
+        while True:
+            try:
+                return await self._connection.client.subscribe(names.answered_subject(request_id), cb=heard.put)
+            except NatsError as exc:
+                log.debug("%s: not followed yet: %r", request_id, exc)
+                await asyncio.sleep(READ_RETRY_S)
+
+    async def _read_up_to(self, sequence: int, request_id: str, after: int) -> list[Record]:
+        """The records above `after`; waits for a replica that lags behind `sequence`, and while NATS is away."""
+        records: list[Record] = []
+        for _ in range(MAX_LAGS):
+            try:
+                records = await self.read(request_id, after)
+            except QueueUnavailable as exc:
+                log.debug("%s: %s", request_id, exc)
+            if sequence == 0 or (records and records[-1].sequence >= sequence):
+                break
+            await asyncio.sleep(READ_RETRY_S)
+        return records
+
+    async def has_room(self) -> bool:
+        """See `AnswerLog.has_room`."""
+        if (now := time.monotonic()) - self._looked_at > ROOM_CHECK_S:
+            self._looked_at = now
+            try:
+                info = await self._connection.jetstream.stream_info(names.ANSWERS)
+            except (NatsError, TimeoutError) as exc:
+                raise QueueUnavailable("the answer log cannot be reached") from exc
+            limit = info.config.max_bytes or -1
+            self._room = limit <= 0 or info.state.bytes < limit * ROOM
+        return self._room
+
+    async def purge(self, request_id: str) -> None:
+        """See `AnswerLog.purge`."""
+        order = json.dumps({"filter": names.answer_subject(request_id)}).encode()
+        try:
+            await self._requests.request(f"$JS.API.STREAM.PURGE.{names.ANSWERS}", order, timeout_s=LOG_TIMEOUT_S)
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the answer was not removed") from exc
+
+
+async def _all_of(heard: asyncio.Queue[Msg | None]) -> list[Msg | None]:
+    """What has been heard, at least one message. None asks to look; so does silence for CHECK_S."""
+    try:
+        async with asyncio.timeout(CHECK_S):
+            found = [await heard.get()]
+    except TimeoutError:
+        return [None]
+    while not heard.empty():
+        found.append(heard.get_nowait())
+    return found
+
+
+def following(messages: Sequence[Msg | None], last: int) -> list[Record] | None:
+    """The records that follow `last` without a gap, or None if the log must be read."""
+    records: list[Record] = []
+    for msg in messages:
+        if msg is None:
+            return None
+        headers = msg.headers or {}
+        if (sequence := int(headers["Nats-Sequence"])) <= last:
+            continue
+        if int(headers["Nats-Last-Sequence"]) != last:
+            return None
+        records.append(_record(msg))
+        last = sequence
+    return records
+
+
+def _newest(messages: Sequence[Msg | None]) -> int:
+    return max((int((msg.headers or {})["Nats-Sequence"]) for msg in messages if msg is not None), default=0)
+
+
+def _record(msg: Msg) -> Record:
+    headers = msg.headers or {}
+    at = datetime.fromisoformat(headers["Nats-Time-Stamp"]).timestamp()
+    return Record(int(headers["Nats-Sequence"]), msg.data.split(b"\n"), at)

@@ -1,0 +1,187 @@
+"""Requests whose answer is stored: it goes into the answer log, and outlives its client and this api.
+
+Whoever wants to read it follows the log, at any api. A client that leaves ends nothing. The api that admitted a request
+also ends it at its deadline; if that api is gone, its worker does, or the next reader.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, aclosing
+from typing import Final
+
+from forebay_api import request_metrics
+from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_contracts.queueing import transitions
+from forebay_contracts.queueing.cancellation import Cancellation
+from forebay_contracts.queueing.protocols import AnswerLog, Record, StateStore
+from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
+from forebay_contracts.telemetry.logs import fields
+from forebay_contracts.wire.errors import AnswerLogFull, ForebayError, QueueConflict, QueueUnavailable
+from forebay_contracts.wire.frames import Completed, Failed, decode_frame, outcome_of
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestStatus
+
+OVERDUE_S: Final = 2.0
+"""How long after its deadline a request may take to end in the log."""
+
+END_RETRY_S: Final = 1.0
+"""Pause between two tries to end a request whose deadline has passed."""
+
+log = logging.getLogger(__name__)
+
+
+class StoredRequests:
+    """Admits requests whose answer is stored, and reads stored answers.
+
+    `one_more` counts a request of a key until it has ended, and raises KeyLimitReached.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        states: StateStore,
+        cancellation: Cancellation,
+        answers: AnswerLog,
+        one_more: Callable[[str | None], AbstractContextManager[None]],
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._states = states
+        self._cancellation = cancellation
+        self._answers = answers
+        self._one_more = one_more
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Stop following. The requests go on."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    @contextlib.asynccontextmanager
+    async def submit(self, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
+        """Admit `request`; yields its answer. Leaving the block ends nothing.
+
+        Raises:
+            QueueFull, QueueUnavailable, RequestTooLarge, KeyLimitReached, AnswerLogFull: nothing was admitted.
+        """
+        if not await self._answers.has_room():
+            raise AnswerLogFull("no room is left for further stored answers, try again later")
+        with ExitStack() as permit:
+            permit.enter_context(self._one_more(request.key))
+            sequence = await self._dispatcher.admit(request)
+            reader = _Reader(request)
+            task = asyncio.create_task(self._watch(request, sequence, reader, permit.pop_all()))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        with reader as answer:
+            yield answer
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
+        """The answer to a request that any api has admitted, from its beginning and until its end."""
+        reader = _Reader(request)
+        task = asyncio.create_task(self._follow(request, None, reader))
+        try:
+            with reader as answer:
+                yield answer
+        finally:
+            task.cancel()
+
+    async def so_far(self, request: InferenceRequest) -> LiveAnswer:
+        """What is there of an answer now. Raises QueueUnavailable."""
+        reader = _Reader(request)
+        reader.receive(await self._answers.read(request.id))
+        if not reader.answer.done and time.time() > request.deadline + OVERDUE_S:
+            await self._end_late(request, None)
+            reader.receive(await self._answers.read(request.id, reader.last))
+        return reader.answer
+
+    async def _watch(self, request: InferenceRequest, sequence: int, reader: "_Reader", permit: ExitStack) -> None:
+        """Follow a request that was admitted here to its end."""
+        loop = asyncio.get_running_loop()
+        with permit:
+            timer = loop.call_later(QUEUED_AFTER_S, self._register, request, sequence, reader)
+            try:
+                outcome = await self._follow(request, sequence, reader)
+            finally:
+                timer.cancel()
+        measured = request_metrics.of(request.model, request.completion_type.value)
+        measured.end(outcome, max(time.time() - request.created_at, 0.0))
+
+    async def _follow(self, request: InferenceRequest, sequence: int | None, reader: "_Reader") -> RequestStatus | None:
+        """Give `reader` what comes, until the end; end the request at its deadline."""
+        ending = asyncio.create_task(self._end_at_deadline(request, sequence))
+        try:
+            async with aclosing(self._answers.follow(request.id)) as coming:
+                async for records in coming:
+                    if (outcome := reader.receive(records)) is not None:
+                        return outcome
+        except ForebayError as exc:
+            log.warning("[RequestQueue] %s: %s", request.id, exc, extra=fields(request_id=request.id))
+        finally:
+            ending.cancel()
+        return None
+
+    def _register(self, request: InferenceRequest, sequence: int, reader: "_Reader") -> None:
+        """Create the state `queued`, unless a worker was faster."""
+
+        async def create() -> None:
+            with contextlib.suppress(QueueConflict, QueueUnavailable):
+                await self._states.write(transitions.queued(request, sequence), 0)
+
+        if reader.last == 0:
+            task = asyncio.create_task(create())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _end_at_deadline(self, request: InferenceRequest, sequence: int | None) -> None:
+        await asyncio.sleep(request.deadline - time.time() + (0 if sequence is not None else OVERDUE_S))
+        while True:
+            with contextlib.suppress(ForebayError):
+                await self._end_late(request, sequence)
+                return
+            await asyncio.sleep(END_RETRY_S)
+
+    async def _end_late(self, request: InferenceRequest, sequence: int | None) -> None:
+        seconds = request.deadline - request.created_at
+        await self._cancellation.end(
+            request.id,
+            RequestStatus.TIMED_OUT,
+            f"it took longer than {seconds:g} seconds",
+            unknown=transitions.queued(request, sequence),
+        )
+
+
+class _Reader:
+    """Feeds an answer from the log while its block lasts. `last` is the sequence of the last record."""
+
+    def __init__(self, request: InferenceRequest) -> None:
+        self.answer = LiveAnswer(request, lambda _: None)
+        self.last = 0
+        self._wanted = True
+
+    def __enter__(self) -> LiveAnswer:
+        return self.answer
+
+    def __exit__(self, *_: object) -> None:
+        self._wanted = False
+
+    def receive(self, records: Iterable[Record]) -> RequestStatus | None:
+        """Take the next records; returns how the request ended, once it has."""
+        for record in records:
+            self.last = record.sequence
+            frames = record.frames if self._wanted else record.frames[-1:]
+            for encoded in frames:
+                frame = decode_frame(encoded)
+                if self._wanted:
+                    # The server fenced the writers: the log is in order, whatever number an attempt had.
+                    self.answer.attempt = min(self.answer.attempt, frame.attempt)
+                    self.answer.receive(frame)
+            if isinstance(frame, Completed | Failed):
+                return outcome_of(frame)
+        return None

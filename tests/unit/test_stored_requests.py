@@ -1,0 +1,176 @@
+"""Requests whose answer is stored, on the twins: apis, workers and clients come and go."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.in_flight.stored import StoredRequests
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import AnswerLogFull, ApiError
+from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestStatus
+from support.twins import Twins, request, twins
+
+
+def stored_request(orders: str = "", seconds: float = 30) -> InferenceRequest:
+    made = request(orders)
+    return made.model_copy(update={"reply_to": names.answer_subject(made.id), "deadline": made.created_at + seconds})
+
+
+def an_api(system: Twins) -> StoredRequests:
+    return StoredRequests(
+        system.dispatcher, system.states, system.cancellation, system.answers, lambda _: contextlib.nullcontext()
+    )
+
+
+@pytest.fixture
+async def system() -> AsyncIterator[Twins]:
+    async with twins() as made:
+        yield made
+
+
+async def text_of(answer: LiveAnswer) -> str:
+    async with asyncio.timeout(5):
+        return "".join([delta.text async for some in answer.deltas() for delta in some])
+
+
+WHOLE = " ".join(f"t{number}" for number in range(20))
+
+
+async def test_a_stored_answer_is_read_while_it_runs_and_after(system: Twins) -> None:
+    api, other = an_api(system), an_api(system)
+    wanted = stored_request("tokens=20 delay_ms=1")
+    system.worker()
+    async with api.submit(wanted) as answer, other.read(wanted) as elsewhere:
+        assert await asyncio.gather(text_of(answer), text_of(elsewhere)) == [WHOLE, WHOLE]
+    async with other.read(wanted) as later:
+        assert await text_of(later) == WHOLE
+    now = await api.so_far(wanted)
+    assert now.outcome is RequestStatus.COMPLETED
+    assert now.completed is not None
+    assert now.completed.usage.completion_tokens == 20
+    assert (await system.reaches(wanted.id, RequestStatus.COMPLETED)).logged
+    await system.empty()
+
+
+async def test_a_client_and_an_api_that_leave_end_nothing(system: Twins) -> None:
+    api, other = an_api(system), an_api(system)
+    wanted = stored_request("tokens=20 delay_ms=5")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        await answer.started()
+    system.alive = False
+    await api.close()
+    async with other.read(wanted) as later:
+        assert await text_of(later) == WHOLE
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+
+
+async def test_a_worker_that_dies_is_followed_without_a_word_lost_or_doubled(system: Twins) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20 delay_ms=5")
+    first = system.runner("w1")
+    async with api.submit(wanted) as answer:
+        delivery = await system.queue.pull()
+        dying = asyncio.create_task(first.run(delivery))
+        async with asyncio.timeout(5):
+            while not (await system.answers.read(wanted.id))[1:]:  # noqa: ASYNC110 - the worker tells no test
+                await asyncio.sleep(0.001)
+        dying.cancel()
+        system.worker("w2")
+        system.queue.forget_deliveries()
+        assert await text_of(answer) == WHOLE
+        assert answer.attempt == 2
+    frames = [frame for record in await system.answers.read(wanted.id) for frame in record.frames]
+    assert sum(frame.startswith(b'{"type":"started"') for frame in frames) == 2
+
+
+async def test_two_attempts_at_once_write_one_answer(system: Twins) -> None:
+    """As after a killed NATS that delivers again what still runs on another worker."""
+    api = an_api(system)
+    wanted = stored_request("tokens=40 delay_ms=2")
+    system.worker("w1", slots=1)
+    async with api.submit(wanted) as answer:
+        await answer.started()
+        system.worker("w2", slots=1)
+        system.queue.forget_deliveries()
+        assert await text_of(answer) == " ".join(f"t{number}" for number in range(40))
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+
+
+async def test_cancelling_is_told_to_every_reader(system: Twins) -> None:
+    api, other = an_api(system), an_api(system)
+    wanted = stored_request("tokens=1000 delay_ms=5")
+    system.worker()
+    async with api.submit(wanted) as answer, other.read(wanted) as elsewhere:
+        await answer.started()
+        assert await system.cancellation.cancel(wanted.id, "by its owner")
+        for each in (answer, elsewhere):
+            with pytest.raises(ApiError, match="by its owner"):
+                await text_of(each)
+            assert each.outcome is RequestStatus.CANCELLED
+    await system.reaches(wanted.id, RequestStatus.CANCELLED)
+    await system.empty()
+    assert not await system.cancellation.cancel(wanted.id, "again")
+
+
+async def test_one_that_waits_can_be_cancelled(system: Twins) -> None:
+    api = an_api(system)
+    wanted = stored_request()
+    async with api.submit(wanted):
+        await system.reaches(wanted.id, RequestStatus.QUEUED)
+    assert await system.cancellation.cancel(wanted.id, "not needed")
+    assert (await api.so_far(wanted)).outcome is RequestStatus.CANCELLED
+    await system.empty()
+
+
+async def test_the_deadline_ends_it_wherever_it_is(system: Twins) -> None:
+    api = an_api(system)
+    waiting = stored_request(seconds=0.05)
+    async with api.submit(waiting) as answer:
+        with pytest.raises(ApiError) as told:
+            await text_of(answer)
+    assert told.value.status == 408
+    await system.reaches(waiting.id, RequestStatus.TIMED_OUT)
+    await system.empty()
+
+
+async def test_a_reader_ends_what_its_api_has_left_behind(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    api, other = an_api(system), an_api(system)
+    wanted = stored_request(seconds=0.2)
+    async with api.submit(wanted):
+        await system.reaches(wanted.id, RequestStatus.QUEUED)
+    await api.close()
+    assert not (await other.so_far(wanted)).done
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 10)
+    assert (await other.so_far(wanted)).outcome is RequestStatus.TIMED_OUT
+    await system.reaches(wanted.id, RequestStatus.TIMED_OUT)
+
+
+async def test_a_full_log_refuses_new_answers_and_none_under_way(system: Twins) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20 delay_ms=5")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        await answer.started()
+        system.answers.room = False
+        with pytest.raises(AnswerLogFull):
+            async with api.submit(stored_request()):
+                pass
+        assert await text_of(answer) == WHOLE
+
+
+async def test_a_failure_is_an_error_for_every_reader(system: Twins) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=3 fail")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        with pytest.raises(ApiError) as told:
+            await text_of(answer)
+    assert (told.value.status, told.value.code) == (500, "inference_failed")
+    assert (await api.so_far(wanted)).outcome is RequestStatus.FAILED
+    assert (await system.reaches(wanted.id, RequestStatus.FAILED)).attempt == 3
