@@ -12,6 +12,7 @@ class Usage(Message):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class RequestStatus(StrEnum):

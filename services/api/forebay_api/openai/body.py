@@ -66,6 +66,12 @@ class OpenModel(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
 
 
+class LenientModel(BaseModel):
+    """An object whose unknown members are ignored: clients send back what other services added."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
 class StrictModel(BaseModel):
     """An object that refuses unknown parameters."""
 

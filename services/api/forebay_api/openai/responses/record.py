@@ -1,0 +1,54 @@
+"""What is kept of a response's request: with the frames of the answer, all that a client sees follows from it."""
+
+import uuid
+from typing import Any, Literal
+
+from forebay_contracts.wire.message import SCHEMA_VERSION, Message
+
+_PREFIX = "resp_"
+
+
+def response_id(request_id: str) -> str:
+    """The id of the response to a request: the request id in another spelling."""
+    return _PREFIX + request_id.replace("-", "")
+
+
+def request_id(response_id: str) -> str | None:
+    """The id of a response's request, or None if it is no id of a response."""
+    try:
+        found = str(uuid.UUID(hex=response_id.removeprefix(_PREFIX)))
+    except ValueError:
+        return None
+    return found if response_id == _PREFIX + found.replace("-", "") else None
+
+
+def item_id(prefix: str, response_id: str, place: int, *, of_input: bool = False) -> str:
+    """The id of an item of a response, from its place in the input or in the output. No two responses share one."""
+    return f"{prefix}_{response_id.removeprefix(_PREFIX)}_{'in' if of_input else ''}{place}"
+
+
+class ResponseRecord(Message):
+    """A response as its request describes it. `created_at`: seconds since the epoch.
+
+    `input` holds the request's own items, with ids; what was before them is in `previous_response_id` or
+    `conversation`. `parameters` are the members of the response object that repeat the request. `key` is the name of
+    the client's key.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: str
+    key: str | None = None
+    created_at: float
+    model: str
+    input: tuple[dict[str, Any], ...]
+    previous_response_id: str | None = None
+    conversation: str | None = None
+    background: bool = False
+    store: bool = True
+    stream: bool = False
+    logprobs: bool = False
+    parameters: dict[str, Any]
+
+    def encode(self) -> bytes:
+        """The record as JSON, every field written out."""
+        return self.model_dump_json().encode()

@@ -1,0 +1,98 @@
+"""Responses for unit tests: a body as bytes become it, its record, and frames that answer it."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel
+
+from forebay_api.http.bodies import validated
+from forebay_api.openai.responses.body import ResponseBody
+from forebay_api.openai.responses.events import ResponseFold
+from forebay_api.openai.responses.record import ResponseRecord
+from forebay_contracts.wire.frames import Completed, Delta, Failed, FinishedChoice, Frame, Started, TokenLogprob
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.state import Usage
+
+REQUEST_ID = "0b7ed6ce-3c9f-4a36-9d33-6c2f4c1f2a10"
+HEX = REQUEST_ID.replace("-", "")
+ENDED_AT = 1_800_000_010.5
+USAGE = Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=3, reasoning_tokens=2)
+EVENTS: dict[str, type[BaseModel]] = {
+    get_args(kind.model_fields["type"].annotation)[0]: kind for kind in get_args(get_args(ResponseStreamEvent)[0])
+}
+
+
+def body(**fields: Any) -> ResponseBody:
+    """A body as it comes over HTTP."""
+    return validated(ResponseBody, json.dumps({"model": "m", "input": "hello"} | fields).encode())
+
+
+def request(of: ResponseBody, items: Sequence[dict[str, Any]] | None = None) -> InferenceRequest:
+    """The chat of a body, by default without what was before it."""
+    return of.request(
+        of.items(REQUEST_ID) if items is None else items,
+        id=REQUEST_ID,
+        completion_type=CompletionType.CHAT,
+        model="m",
+        created_at=0.0,
+        deadline=1.0,
+        reply_to="",
+    )
+
+
+def record(**fields: Any) -> ResponseRecord:
+    """The record of a body, as it is read from the store."""
+    of = body(**fields)
+    made = of.record(of.items(REQUEST_ID), request_id=REQUEST_ID, key="alice", created_at=1_800_000_000.25, model="m")
+    return ResponseRecord.model_validate_json(made.encode())
+
+
+def text(value: str, **fields: Any) -> Delta:
+    return Delta(attempt=1, text=value, **fields)
+
+
+def call(index: int, name: str, *arguments: str) -> list[Delta]:
+    """The deltas of one call: its name, then its arguments in pieces."""
+    head = {"index": index, "id": f"call_{index}", "type": "function", "function": {"name": name, "arguments": ""}}
+    pieces = [head, *({"index": index, "function": {"arguments": piece}} for piece in arguments)]
+    return [Delta(attempt=1, tool_calls=(piece,)) for piece in pieces]
+
+
+def logprob(token: str) -> TokenLogprob:
+    top = {"token": 1, "text": token, "logprob": -0.5}
+    return TokenLogprob.model_validate(top | {"top": [top]})
+
+
+def ended(reason: str = "stop", *deltas: Delta) -> Completed:
+    return Completed(
+        attempt=1,
+        choices=(FinishedChoice(index=0, finish_reason=reason, tokens=5),),
+        usage=USAGE,
+        deltas=deltas,
+    )
+
+
+def rendered(of: ResponseRecord, frames: Iterable[Frame]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All events of an answer, and the response at its end."""
+    fold = ResponseFold(of)
+    events = fold.opening()
+    for frame in frames:
+        match frame:
+            case Started():
+                events += fold.started()
+            case Delta():
+                events += fold.delta(frame)
+            case Completed():
+                events += fold.completed(frame, ENDED_AT)
+            case Failed():
+                events += fold.failed(frame.status, frame.code, frame.message)
+    return events, fold.response()
+
+
+def check_types(events: list[dict[str, Any]], response: dict[str, Any]) -> None:
+    """Hold events and response to the OpenAI SDK's own types; raises pydantic's ValidationError."""
+    for event in events:
+        EVENTS[event["type"]].model_validate_json(json.dumps(event))
+    Response.model_validate_json(json.dumps(response))
