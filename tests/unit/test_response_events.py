@@ -9,12 +9,6 @@ import orjson
 import pytest
 from openai import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
-from openai.types.responses import Response
-
-from forebay_api.openai.responses.events import ResponseFold, sse
-from forebay_api.openai.responses.output import CustomInput
-from forebay_api.openai.responses.record import request_id, response_id
-from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Started
 from tests.support.responses import (
     ENDED_AT,
     EVENTS,
@@ -28,6 +22,11 @@ from tests.support.responses import (
     rendered,
     text,
 )
+
+from forebay_api.openai.responses.events import ResponseFold, sse
+from forebay_api.openai.responses.output import CustomInput
+from forebay_api.openai.responses.record import request_id, response_id
+from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Started
 
 STARTED = Started(attempt=1, worker="w")
 FUNCTION = {"type": "function", "name": "weather", "parameters": {"type": "object"}}

@@ -20,8 +20,12 @@ _END = "204"
 _NOTHING = "404"
 
 
-async def messages(connection: Connection, stream: str, subjects: str, first: int = 1) -> list[Msg]:
+async def messages(
+    connection: Connection, stream: str, subjects: str, first: int = 1, most: int | None = None
+) -> list[Msg]:
     """The messages of `stream` on `subjects` from sequence `first` on, oldest first, each with its headers.
+
+    With `most`, only so many.
 
     Raises:
         NotFoundError: there is no such stream.
@@ -32,7 +36,8 @@ async def messages(connection: Connection, stream: str, subjects: str, first: in
     subscription = await client.subscribe(inbox)
     try:
         while True:
-            order = {"seq": first, "batch": BATCH, "next_by_subj": subjects}
+            batch = BATCH if most is None else min(BATCH, most - len(found))
+            order = {"seq": first, "batch": batch, "next_by_subj": subjects}
             await client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(order).encode(), reply=inbox)
             while True:
                 msg = await subscription.next_msg(timeout=READ_TIMEOUT_S)
@@ -40,6 +45,8 @@ async def messages(connection: Connection, stream: str, subjects: str, first: in
                 if (status := headers.get("Status")) is None:
                     found.append(msg)
                     continue
+                if len(found) == most:
+                    return found
                 if status == _END and int(headers["Nats-Num-Pending"]) > 0:
                     first = int(headers["Nats-Last-Sequence"]) + 1
                     break

@@ -103,12 +103,16 @@ class FinishedChoice(Message):
 
 
 class Completed(FrameMessage):
-    """The last frame of a success: a NATS request, answered by `Resume`. `deltas` are those not sent before."""
+    """The last frame of a success: a NATS request, answered by `Resume`.
+
+    `deltas` are those not sent before. `at` is when the answer was whole, in seconds since the epoch.
+    """
 
     type: Literal["completed"] = "completed"
     choices: tuple[FinishedChoice, ...]
     usage: Usage
     deltas: tuple[Delta, ...] = ()
+    at: float = 0.0
 
 
 class Failed(FrameMessage):

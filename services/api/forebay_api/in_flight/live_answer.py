@@ -118,12 +118,16 @@ class LiveAnswer:
         while self.worker is None and not self._unread and self.completed is None:
             await self._wait()
 
+    def take(self) -> list[Delta]:
+        """The deltas that have come and were not read."""
+        unread, self._unread = self._unread, []
+        return unread
+
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """All deltas in order, as many at a time as have come. Raises the request's error if it fails."""
         while True:
             if self._unread:
-                unread, self._unread = self._unread, []
-                yield unread
+                yield self.take()
             elif self.completed is not None:
                 return
             else:

@@ -101,6 +101,16 @@ class StoredRequests:
             reader.receive(await self._answers.read(request.id, reader.last))
         return reader.answer
 
+    async def cancel(self, request: InferenceRequest, reason: str) -> None:
+        """Cancel a request, unless it has ended."""
+        unknown = transitions.queued(request, None)
+        await self._cancellation.end(request.id, RequestStatus.CANCELLED, reason, unknown=unknown)
+
+    async def forget(self, request: InferenceRequest) -> None:
+        """Cancel a request, if it still runs, and remove its answer."""
+        await self.cancel(request, "its answer was deleted")
+        await self._answers.purge(request.id)
+
     async def _watch(self, request: InferenceRequest, sequence: int, reader: "_Reader", permit: ExitStack) -> None:
         """Follow a request that was admitted here to its end."""
         loop = asyncio.get_running_loop()

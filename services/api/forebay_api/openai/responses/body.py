@@ -235,15 +235,14 @@ class ResponseBody(PromptBody):
         """The chat that goes into the queue, as `PromptBody.request` makes it."""
         return super().request(items, **origin, stream=self.stream)
 
-    def record(
-        self, items: tuple[dict[str, Any], ...], *, request_id: str, key: str | None, created_at: float, model: str
-    ) -> ResponseRecord:
+    def record(self, items: tuple[dict[str, Any], ...], queued: InferenceRequest) -> ResponseRecord:
         """What is kept of the request; `items` is the body's own input, as `items` gives it."""
         return ResponseRecord(
-            id=response_id(request_id),
-            key=key,
-            created_at=created_at,
-            model=model,
+            id=response_id(queued.id),
+            key=queued.key,
+            created_at=queued.created_at,
+            deadline=queued.deadline,
+            model=queued.model,
             input=items,
             previous_response_id=self.previous_response_id,
             conversation=self.conversation_id,

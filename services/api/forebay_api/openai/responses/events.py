@@ -79,8 +79,8 @@ class ResponseFold:
             made += self._piece(piece)
         return events + self._numbered(made)
 
-    def completed(self, completed: Completed, at: float) -> list[Event]:
-        """The answer is whole, or cut at its most tokens. `at`: when, in seconds since the epoch."""
+    def completed(self, completed: Completed) -> list[Event]:
+        """The answer is whole, or cut at its most tokens."""
         if self.ended:
             return []
         events = [event for delta in completed.deltas for event in self.delta(delta)] or self.started()
@@ -95,7 +95,7 @@ class ResponseFold:
         if cut:
             self._status, self._cut = "incomplete", {"reason": "max_output_tokens"}
         else:
-            self._status, self._completed_at = "completed", int(at)
+            self._status, self._completed_at = "completed", int(completed.at)
         return events + self._numbered([*made, self._lifecycle(self._status)])
 
     def failed(self, status: int, code: str | None, message: str) -> list[Event]:

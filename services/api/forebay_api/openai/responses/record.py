@@ -28,7 +28,7 @@ def item_id(prefix: str, response_id: str, place: int, *, of_input: bool = False
 
 
 class ResponseRecord(Message):
-    """A response as its request describes it. `created_at`: seconds since the epoch.
+    """A response as its request describes it. `created_at` and `deadline`: seconds since the epoch.
 
     `input` holds the request's own items, with ids; what was before them is in `previous_response_id` or
     `conversation`. `parameters` are the members of the response object that repeat the request. `key` is the name of
@@ -39,6 +39,7 @@ class ResponseRecord(Message):
     id: str
     key: str | None = None
     created_at: float
+    deadline: float
     model: str
     input: tuple[dict[str, Any], ...]
     previous_response_id: str | None = None

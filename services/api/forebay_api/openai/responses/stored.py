@@ -1,0 +1,186 @@
+"""Stored responses and conversations: what a response goes on from, and what is there of it."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, Final
+
+from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.in_flight.records import Kept, Records, key_of
+from forebay_api.in_flight.stored import StoredRequests
+from forebay_api.openai.responses.body import PromptBody
+from forebay_api.openai.responses.conversation import ConversationRecord, Entry
+from forebay_api.openai.responses.events import ResponseFold
+from forebay_api.openai.responses.record import ResponseRecord, request_id
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import InvalidRequest, QueueConflict, RequestNotFound
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
+
+MAX_CHAIN: Final = 1_000
+"""Most responses that a conversation may hold, whether by `previous_response_id` or by its id."""
+
+MAX_CONFLICTS: Final = 10
+"""How often a change of a conversation is tried."""
+
+_Items = list[dict[str, Any]]
+
+
+class Responses:
+    """The responses and conversations of every key."""
+
+    def __init__(self, records: Records, requests: StoredRequests) -> None:
+        self._records = records
+        self._requests = requests
+
+    async def get(self, owner: str | None, identifier: str) -> ResponseRecord:
+        """The record of a response. Raises RequestNotFound."""
+        found = await self._records.get(key_of("resp", owner, _known(identifier)), ResponseRecord)
+        if found is None:
+            raise RequestNotFound(f"Response with id '{identifier}' not found.", code=None)
+        return found.record
+
+    async def keep(self, record: ResponseRecord) -> None:
+        """Store the record of a response that is to begin, and add it to its conversation."""
+        await self._records.put(key_of("resp", record.key, record.id), record)
+        if record.conversation is not None:
+            await self.change(record.key, record.conversation, Entry(response=record.id))
+
+    async def forget(self, record: ResponseRecord) -> None:
+        """Remove a response, and its answer."""
+        await self._records.delete(key_of("resp", record.key, record.id))
+        await self._requests.forget(origin(record))
+
+    async def fold(self, record: ResponseRecord) -> ResponseFold:
+        """The response as it is now."""
+        return folded(record, await self._requests.so_far(origin(record)))
+
+    async def conversation(self, owner: str | None, identifier: str) -> Kept[ConversationRecord]:
+        """A conversation. Raises RequestNotFound."""
+        found = await self._records.get(key_of("conv", owner, _known(identifier)), ConversationRecord)
+        if found is None:
+            raise RequestNotFound(f"Conversation with id '{identifier}' not found.", code=None)
+        return found
+
+    async def change(
+        self,
+        owner: str | None,
+        identifier: str,
+        *more: Entry,
+        metadata: dict[str, str] | None = None,
+        without: str | None = None,
+    ) -> ConversationRecord:
+        """Add entries to a conversation, replace its metadata, or remove an item."""
+        for _ in range(MAX_CONFLICTS):
+            kept = await self.conversation(owner, identifier)
+            changed = kept.record.changed(more, metadata, without)
+            if sum(entry.response is not None for entry in changed.entries) > MAX_CHAIN:
+                raise InvalidRequest(f"A conversation may hold {MAX_CHAIN} responses.", param="conversation")
+            try:
+                await self._records.put(key_of("conv", owner, identifier), changed, kept.revision)
+            except QueueConflict:
+                continue
+            return changed
+        raise QueueConflict(f"conversation {identifier}: it was changed {MAX_CONFLICTS} times in a row, try again")
+
+    async def begin_conversation(
+        self, owner: str | None, metadata: dict[str, str], entries: Sequence[Entry]
+    ) -> ConversationRecord:
+        """Make a conversation."""
+        record = ConversationRecord(
+            id=f"conv_{uuid.uuid4().hex}", created_at=time.time(), metadata=metadata, entries=tuple(entries)
+        )
+        await self._records.put(key_of("conv", owner, record.id), record)
+        return record
+
+    async def end_conversation(self, owner: str | None, identifier: str) -> None:
+        """Remove a conversation. Its responses stay."""
+        await self.conversation(owner, identifier)
+        await self._records.delete(key_of("conv", owner, identifier))
+
+    async def before(self, owner: str | None, body: PromptBody) -> _Items:
+        """The items that the input of `body` comes after.
+
+        Raises:
+            InvalidRequest: a response that it names is not known, or has not ended well.
+            RequestNotFound: its conversation is not known.
+        """
+        if body.conversation_id is not None:
+            return await self.items_of(owner, (await self.conversation(owner, body.conversation_id)).record)
+        chain: list[ResponseRecord] = []
+        identifier = body.previous_response_id
+        while identifier is not None:
+            if len(chain) == MAX_CHAIN:
+                raise InvalidRequest(f"A conversation may hold {MAX_CHAIN} responses.", param="previous_response_id")
+            try:
+                chain.append(await self.get(owner, identifier))
+            except RequestNotFound:
+                raise InvalidRequest(
+                    f"Previous response with id '{identifier}' not found.",
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                ) from None
+            identifier = chain[-1].previous_response_id
+        outputs = await asyncio.gather(*map(self._output, chain))
+        if outputs and outputs[0] is None:
+            raise InvalidRequest(
+                f"Response '{body.previous_response_id}' has not completed, so it cannot be continued.",
+                param="previous_response_id",
+            )
+        pairs = zip(reversed(chain), reversed(outputs), strict=True)
+        return [item for record, output in pairs for item in (*record.input, *(output or ()))]
+
+    async def items_of(self, owner: str | None, conversation: ConversationRecord) -> _Items:
+        """The items of a conversation, oldest first. A response that has not ended well adds none."""
+
+        async def items(entry: Entry) -> _Items:
+            if entry.item is not None:
+                return [entry.item]
+            try:
+                record = await self.get(owner, entry.response or "")
+            except RequestNotFound:
+                return []
+            output = await self._output(record)
+            return [] if output is None else [*record.input, *output]
+
+        found = await asyncio.gather(*map(items, conversation.entries))
+        return [item for some in found for item in some if item["id"] not in conversation.removed]
+
+    async def _output(self, record: ResponseRecord) -> _Items | None:
+        """What a response has answered; None if it has not, or failed."""
+        response = (await self.fold(record)).response()
+        return response["output"] if response["status"] in ("completed", "incomplete") else None
+
+
+def _known(identifier: str) -> str:
+    # An id becomes part of a subject: what cannot be an id must not.
+    return identifier if names.is_request_id(identifier) else "none"
+
+
+def origin(record: ResponseRecord) -> InferenceRequest:
+    """The request of a record, without what it asked for."""
+    identifier = request_id(record.id) or ""
+    return InferenceRequest(
+        id=identifier,
+        completion_type=CompletionType.CHAT,
+        model=record.model,
+        created_at=record.created_at,
+        deadline=record.deadline,
+        reply_to=names.answer_subject(identifier),
+        key=record.key,
+    )
+
+
+def folded(record: ResponseRecord, answer: LiveAnswer) -> ResponseFold:
+    """The fold of all that has come of an answer."""
+    fold = ResponseFold(record)
+    fold.opening()
+    if answer.worker is not None:
+        fold.started()
+    for delta in answer.take():
+        fold.delta(delta)
+    if answer.completed is not None:
+        fold.completed(answer.completed)
+    elif answer.error is not None:
+        fold.failed(answer.error.status, answer.error.code, answer.error.message)
+    return fold
