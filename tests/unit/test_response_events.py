@@ -1,4 +1,4 @@
-"""The events of a response and its object: OpenAI's types and order, the same however often and from whatever deltas."""
+"""The events of a response and its object: OpenAI's types and order, the same however often they are made."""
 
 import copy
 import json
@@ -9,13 +9,12 @@ import orjson
 import pytest
 from openai import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
-from openai.types.responses import Response
 
 from forebay_api.openai.responses.events import ResponseFold, sse
 from forebay_api.openai.responses.output import CustomInput
 from forebay_api.openai.responses.record import request_id, response_id
 from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Started
-from tests.support.responses import (
+from support.responses import (
     ENDED_AT,
     EVENTS,
     HEX,
