@@ -36,16 +36,17 @@ def request(of: ResponseBody, items: Sequence[dict[str, Any]] | None = None) -> 
         id=REQUEST_ID,
         completion_type=CompletionType.CHAT,
         model="m",
-        created_at=0.0,
-        deadline=1.0,
+        created_at=1_800_000_000.25,
+        deadline=1_800_000_300.25,
         reply_to="",
+        key="alice",
     )
 
 
 def record(**fields: Any) -> ResponseRecord:
     """The record of a body, as it is read from the store."""
     of = body(**fields)
-    made = of.record(of.items(REQUEST_ID), request_id=REQUEST_ID, key="alice", created_at=1_800_000_000.25, model="m")
+    made = of.record(of.items(REQUEST_ID), request(of))
     return ResponseRecord.model_validate_json(made.encode())
 
 
@@ -71,6 +72,7 @@ def ended(reason: str = "stop", *deltas: Delta) -> Completed:
         choices=(FinishedChoice(index=0, finish_reason=reason, tokens=5),),
         usage=USAGE,
         deltas=deltas,
+        at=ENDED_AT,
     )
 
 
@@ -85,7 +87,9 @@ def rendered(of: ResponseRecord, frames: Iterable[Frame]) -> tuple[list[dict[str
             case Delta():
                 events += fold.delta(frame)
             case Completed():
-                events += fold.completed(frame, ENDED_AT)
+                for delta in frame.deltas:
+                    events += fold.delta(delta)
+                events += fold.completed(frame)
             case Failed():
                 events += fold.failed(frame.status, frame.code, frame.message)
     return events, fold.response()

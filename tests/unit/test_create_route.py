@@ -43,6 +43,8 @@ def app(system: Twins) -> ASGIApp:
             connection=NONE,
             states=system.states,
             dispatcher=system.dispatcher,
+            stored=NONE,
+            responses=NONE,
             idempotent=NONE,
             workers=NONE,
             models=Models(settings, list, nobody_else),
@@ -189,7 +191,7 @@ async def test_a_full_queue_is_a_503() -> None:
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.path)
 async def test_each_row_of_the_table_is_a_route(system: Twins, endpoint: Any) -> None:
     answer = await post(system, endpoint.path, {"model": MODEL})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "missing_required_parameter")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
     transport = httpx.ASGITransport(app(system))
     async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
         wrong = await client.put(endpoint.path)

@@ -1,4 +1,4 @@
-"""The events of a response and its object: OpenAI's types and order, the same however often and from whatever deltas."""
+"""The events of a response and its object: OpenAI's types and order, the same however often they are made."""
 
 import copy
 import json
@@ -9,7 +9,12 @@ import orjson
 import pytest
 from openai import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
-from tests.support.responses import (
+
+from forebay_api.openai.responses.events import ResponseFold, sse
+from forebay_api.openai.responses.output import CustomInput
+from forebay_api.openai.responses.record import request_id, response_id
+from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Started
+from support.responses import (
     ENDED_AT,
     EVENTS,
     HEX,
@@ -22,11 +27,6 @@ from tests.support.responses import (
     rendered,
     text,
 )
-
-from forebay_api.openai.responses.events import ResponseFold, sse
-from forebay_api.openai.responses.output import CustomInput
-from forebay_api.openai.responses.record import request_id, response_id
-from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Started
 
 STARTED = Started(attempt=1, worker="w")
 FUNCTION = {"type": "function", "name": "weather", "parameters": {"type": "object"}}

@@ -21,8 +21,11 @@ from forebay_api.http.routing import Routes
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.listener import Listener
+from forebay_api.in_flight.records import Records
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai import models
+from forebay_api.openai.responses import routes as responses
+from forebay_api.openai.responses.stored import Responses
 from forebay_api.routes import ENDPOINTS
 from forebay_api.watching import health, page, queue
 from forebay_api.watching.drain_rate import Rates
@@ -53,7 +56,7 @@ def create_app(context: Context) -> ASGIApp:
     keyed = [Depends(caller)]
     if context.settings.api_keys or context.settings.api_keys_file:
         keyed.append(Depends(KEY))
-    for router in (described(ENDPOINTS), models.router, queue.router):
+    for router in (described(ENDPOINTS), models.router, responses.router, queue.router):
         rest.include_router(router, dependencies=keyed, responses=ERRORS)
     for router in (health.router, page.router):
         rest.include_router(router)
@@ -121,6 +124,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 states=states,
                 dispatcher=dispatcher,
                 stored=stored,
+                responses=Responses(Records(connection), stored),
                 idempotent=idempotent,
                 workers=workers,
                 models=Models(settings, workers.alive, lambda: topology.known_models(connection)),

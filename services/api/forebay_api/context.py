@@ -10,6 +10,7 @@ from forebay_api.clients.keys import ApiKeys, Client
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.stored import StoredRequests
+from forebay_api.openai.responses.stored import Responses
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
@@ -31,6 +32,7 @@ class Context:
     states: StateStore
     dispatcher: Dispatcher
     stored: StoredRequests
+    responses: Responses
     idempotent: IdempotentRequests
     workers: Presence[WorkerInfo]
     models: Models

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from contextlib import AbstractAsyncContextManager
 from typing import Final, cast
 
 from starlette.requests import Request
@@ -16,13 +15,12 @@ from forebay_api.http import sse
 from forebay_api.http.bodies import off_loop, read_body, validated
 from forebay_api.http.errors import about
 from forebay_api.in_flight.answer import ClientLeft, SlowReader
-from forebay_api.in_flight.idempotency import HEADER, scoped_key
 from forebay_api.in_flight.live_answer import LiveAnswer
-from forebay_api.openai.format import Format, StreamFormat
+from forebay_api.openai.format import Format, StreamWriter
+from forebay_api.prepare import Accepted
 from forebay_api.routes import Endpoint
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import fields
-from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import Completed
 from forebay_contracts.wire.state import RequestStatus
@@ -48,13 +46,35 @@ class Create:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Raises the ApiError that the client gets instead of an answer."""
-        endpoint, context, request = self._endpoint, self._context, Request(scope, receive)
+        context, request = self._context, Request(scope, receive)
+        prepared = await self._endpoint.prepare(context, await self._accepted(request))
+        queued = request.state.queued = prepared.request
+        early = prepared.early or request.headers.get(EARLY_HEADER) == "early"
+        del request  # It may wait for long: only what it needs is kept.
+        async with prepared.answered as answer:
+            if prepared.at_once is not None:
+                whole = prepared.at_once()
+            else:
+                leaving = asyncio.create_task(_fail_when_client_leaves(receive, answer))
+                try:
+                    if queued.stream:
+                        await (context.dispatcher.registered(queued.id) if early else answer.started())
+                        await sse.begin(send)
+                        await self._stream(answer, cast(StreamWriter, prepared.format), send, early=early)
+                        return
+                    whole = await self._whole(answer, prepared.format)
+                finally:
+                    leaving.cancel()
+        await Response(whole, media_type="application/json")(scope, receive, send)
+
+    async def _accepted(self, request: Request) -> Accepted:
+        """Who asks, and for what. Raises what the client did wrong."""
+        endpoint, context = self._endpoint, self._context
         client = request.state.client = context.keys.check(request)
         data = await read_body(request, context.settings.max_request_bytes)
-        size = len(data)
-        body = await off_loop(size, validated, endpoint.body, data)
+        body = await off_loop(len(data), validated, endpoint.body, data)
         model = await context.models.admit(body.model, endpoint.completion_type)
-        request_id, now = request.state.request_id, time.time()
+        request_id = request.state.request_id
         log.info(
             "%s %s received for %s%s",
             endpoint.log_prefix,
@@ -65,38 +85,9 @@ class Create:
         )
         if context.settings.log_prompts:
             log.info("%s %s asks %s", endpoint.log_prefix, request_id, body.model_dump_json(exclude_unset=True))
-        queued = request.state.queued = await off_loop(
-            size,
-            body.request,
-            id=request_id,
-            completion_type=endpoint.completion_type,
-            model=model,
-            created_at=now,
-            deadline=now + context.settings.request_timeout,
-            reply_to=names.reply_subject(context.dispatcher.instance, request_id),
-            key=client.name,
+        return Accepted(
+            body, len(data), request_id, client, request.headers, endpoint.completion_type, model, time.time()
         )
-        answer_format = endpoint.format(queued, body)
-        early = request.headers.get(EARLY_HEADER) == "early"
-        submitted: AbstractAsyncContextManager[LiveAnswer]
-        if (key := request.headers.get(HEADER)) is None:
-            submitted = context.dispatcher.submit(queued)
-        else:
-            key = scoped_key(key, request.headers.get("authorization", ""))
-            submitted = context.idempotent.attach(queued, key)
-        del request, data, body  # It may wait for long: only what it needs is kept.
-        async with submitted as answer:
-            leaving = asyncio.create_task(_fail_when_client_leaves(receive, answer))
-            try:
-                if queued.stream:
-                    await (context.dispatcher.registered(queued.id) if early else answer.started())
-                    await sse.begin(send)
-                    await self._stream(answer, cast(StreamFormat, answer_format), send, early=early)
-                    return
-                whole = await self._whole(answer, answer_format)
-            finally:
-                leaving.cancel()
-        await Response(whole, media_type="application/json")(scope, receive, send)
 
     async def _whole(self, answer: LiveAnswer, answer_format: Format) -> bytes:
         """The whole answer, once it is complete."""
@@ -105,25 +96,11 @@ class Create:
         size = sum(len(delta.text) + len(delta.embedding) + LOGPROB_BYTES * len(delta.logprobs) for delta in deltas)
         return await off_loop(size, answer_format.whole, deltas, completed)
 
-    async def _stream(self, answer: LiveAnswer, answer_format: StreamFormat, send: Send, *, early: bool) -> None:
-        """Write the answer as events while it comes. An error is the last event; a client that left gets none."""
-        with contextlib.suppress(ClientLeft, SlowReader):
-            try:
-                if early:
-                    await sse.write(send, b": queued\n\n")
-                    await answer.started()
-                await sse.write(send, answer_format.opening())
-                async for deltas in answer.deltas():
-                    await sse.write(send, b"".join(map(answer_format.chunk, deltas)))
-            except (ClientLeft, SlowReader) as exc:
-                answer.fail(exc)
-                raise
-            except ApiError as exc:
-                self._log_failure(answer, exc)
-                await sse.write(send, answer_format.failure(exc), last=True)
-                return
-            assert answer.completed is not None
-            await sse.write(send, answer_format.closing(answer.completed), last=True)
+    async def _stream(self, answer: LiveAnswer, writer: StreamWriter, send: Send, *, early: bool) -> None:
+        error = await write_stream(answer, writer, send, early=early)
+        if error is not None:
+            self._log_failure(answer, error)
+        elif answer.completed is not None:
             self._log_end(answer)
 
     def _log_failure(self, answer: LiveAnswer, error: ApiError) -> None:
@@ -155,6 +132,29 @@ class Create:
         return completed
 
 
+async def write_stream(answer: LiveAnswer, writer: StreamWriter, send: Send, *, early: bool) -> ApiError | None:
+    """Write the answer as events while it comes; returns the error that it ended with.
+
+    An error is the last event; a client that left, or does not read, gets none. `early`: no worker has begun yet.
+    """
+    try:
+        if early:
+            await sse.write(send, writer.queued())
+            await answer.started()
+        await sse.write(send, writer.opening())
+        async for deltas in answer.deltas():
+            await sse.write(send, b"".join(map(writer.chunk, deltas)))
+        assert answer.completed is not None
+        await sse.write(send, writer.closing(answer.completed), last=True)
+    except (ClientLeft, SlowReader) as exc:
+        answer.fail(exc)
+    except ApiError as exc:
+        with contextlib.suppress(SlowReader):
+            await sse.write(send, writer.failure(exc), last=True)
+        return exc
+    return None
+
+
 async def _fail_when_client_leaves(receive: Receive, answer: LiveAnswer) -> None:
     await sse.left(receive)
-    answer.fail(ClientLeft("the client left"))
+    answer.leave()

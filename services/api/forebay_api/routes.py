@@ -4,9 +4,8 @@ Routing, the OpenAPI document, log prefixes and metrics follow from this table. 
 its body and its answer format, and add a row. What only reads or cancels is a FastAPI router of its own.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from forebay_api.openai.body import RequestBody
 from forebay_api.openai.chat.body import ChatCompletionBody
@@ -15,19 +14,23 @@ from forebay_api.openai.completions.body import CompletionBody
 from forebay_api.openai.completions.format import CompletionFormat
 from forebay_api.openai.embeddings.body import EmbeddingBody
 from forebay_api.openai.embeddings.format import EmbeddingFormat
-from forebay_api.openai.format import Format
-from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_api.openai.responses.body import InputTokensBody, ResponseBody
+from forebay_api.openai.responses.create import count, respond
+from forebay_api.prepare import Prepare, live
+from forebay_contracts.wire.request import CompletionType
+
+CHAT, COMPLETION, EMBEDDING = CompletionType.CHAT, CompletionType.COMPLETION, CompletionType.EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One row. `format` makes the writer of one answer from the request and its body."""
+    """One row. `prepare` makes of a body what goes into the queue, and who writes the answer."""
 
     method: str
     path: str
     completion_type: CompletionType
     body: type[RequestBody]
-    format: Callable[[InferenceRequest, Any], Format]
+    prepare: Prepare
     log_prefix: str
 
     @property
@@ -36,8 +39,12 @@ class Endpoint:
         return (self.body.__doc__ or "").removesuffix(".")
 
 
+# fmt: off
 ENDPOINTS: Final = (
-    Endpoint("POST", "/v1/chat/completions", CompletionType.CHAT, ChatCompletionBody, ChatFormat, "[Chat Completions]"),
-    Endpoint("POST", "/v1/completions", CompletionType.COMPLETION, CompletionBody, CompletionFormat, "[Completions]"),
-    Endpoint("POST", "/v1/embeddings", CompletionType.EMBEDDING, EmbeddingBody, EmbeddingFormat, "[Embeddings]"),
+    Endpoint("POST", "/v1/chat/completions", CHAT, ChatCompletionBody, live(ChatFormat), "[Chat Completions]"),
+    Endpoint("POST", "/v1/completions", COMPLETION, CompletionBody, live(CompletionFormat), "[Completions]"),
+    Endpoint("POST", "/v1/embeddings", EMBEDDING, EmbeddingBody, live(EmbeddingFormat), "[Embeddings]"),
+    Endpoint("POST", "/v1/responses", CHAT, ResponseBody, respond, "[Responses]"),
+    Endpoint("POST", "/v1/responses/input_tokens", CHAT, InputTokensBody, count, "[Responses]"),
 )
+# fmt: on

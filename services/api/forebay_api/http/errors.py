@@ -5,6 +5,7 @@ import logging
 import time
 from typing import Final, NamedTuple, Unpack
 
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -70,6 +71,13 @@ def about(queued: InferenceRequest, **more: Unpack[Fields]) -> dict[str, Fields]
     return {"fields": known | more}
 
 
+def _of_query(exc: RequestValidationError) -> errors.InvalidRequest:
+    """The first fault of a query."""
+    fault = exc.errors()[0]
+    param = str(fault["loc"][-1])
+    return errors.InvalidRequest(f"Invalid '{param}': {fault['msg']}.", param=param, code="invalid_value")
+
+
 class ErrorAnswers:
     """Turns every exception that a route raises into an answer, and counts rejections at `paths`."""
 
@@ -86,6 +94,8 @@ class ErrorAnswers:
         match exc:
             case ApiError():
                 return await self._api_error(request, exc)
+            case RequestValidationError():
+                return await self._api_error(request, _of_query(exc))
             case HTTPException():
                 error = errors.InvalidRequest(f"{request.method} {request.scope['path']}: {exc.detail}")
                 return JSONResponse(error.body(), exc.status_code, exc.headers)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,7 +28,7 @@ class Routes:
         self._routes = routes
         self._rest = rest
         self._errors = errors
-        for kind in (ApiError, HTTPException, Exception):
+        for kind in (ApiError, HTTPException, RequestValidationError, Exception):
             rest.add_exception_handler(kind, self._answer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,7 +5,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from forebay_api.in_flight.answer import SlowReader, WorkerError
+from forebay_api.in_flight.answer import ClientLeft, SlowReader, WorkerError
 from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
 from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Resume, ResumedChoice, Started
 from forebay_contracts.wire.request import InferenceRequest
@@ -107,6 +107,10 @@ class LiveAnswer:
             self.error = error
             self.on_end(self)
             self._wake()
+
+    def leave(self) -> None:
+        """The client has left."""
+        self.fail(ClientLeft("the client left"))
 
     def time_out(self) -> None:
         """The deadline has passed."""

@@ -42,6 +42,30 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
+class StreamWriter(Format, Protocol):
+    """How an endpoint writes a stream."""
+
+    def queued(self) -> bytes:
+        """What a stream begins with if it begins before a worker has."""
+        ...
+
+    def opening(self) -> bytes:
+        """What comes once a worker has begun."""
+        ...
+
+    def chunk(self, delta: Delta) -> bytes:
+        """The events of one delta."""
+        ...
+
+    def closing(self, completed: Completed) -> bytes:
+        """The events that end a whole answer."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """The event that ends a broken stream."""
+        ...
+
+
 class StreamFormat(ABC):
     """How chat and completions write an answer, streamed or whole."""
 
@@ -52,6 +76,10 @@ class StreamFormat(ABC):
     def __init__(self, request: InferenceRequest, body: GenerationBody) -> None:
         self._request = request
         self._include_usage = body.stream_options is not None and body.stream_options.include_usage
+
+    def queued(self) -> bytes:
+        """What a stream begins with if it begins before a worker has."""
+        return b": queued\n\n"
 
     def opening(self) -> bytes:
         """Events before the first token."""

@@ -112,7 +112,9 @@ class Reply:
         )
         self._last = self._take_held()
         deltas = (*self._last, *self._tails)
-        self._completed = Completed(attempt=self.attempt, choices=choices, usage=usage, deltas=deltas, at=time.time()).encode()
+        self._completed = Completed(
+            attempt=self.attempt, choices=choices, usage=usage, deltas=deltas, at=time.time()
+        ).encode()
 
     async def complete(self) -> RequestStatus:
         """Send the last frame until the receiver has every token; returns how the request ended for its client."""

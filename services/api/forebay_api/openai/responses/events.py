@@ -80,10 +80,10 @@ class ResponseFold:
         return events + self._numbered(made)
 
     def completed(self, completed: Completed) -> list[Event]:
-        """The answer is whole, or cut at its most tokens."""
+        """The answer is whole, or cut at its most tokens. The deltas of its last frame have come by `delta`."""
         if self.ended:
             return []
-        events = [event for delta in completed.deltas for event in self.delta(delta)] or self.started()
+        events = self.started()
         cut = any(choice.finish_reason == "length" for choice in completed.choices)
         made: list[Event] = []
         if not (self._done or self._text or self._call):
@@ -108,6 +108,10 @@ class ResponseFold:
             self._status = "failed"
             self._error = {"code": code or _CODES.get(status, "server_error"), "message": message}
         return self._numbered([self._lifecycle("failed")])
+
+    def encode(self) -> bytes:
+        """The response object as JSON."""
+        return orjson.dumps(self.response())
 
     def response(self) -> dict[str, Any]:
         """The response object as it is now."""

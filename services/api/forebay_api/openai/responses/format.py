@@ -27,8 +27,6 @@ class InputTokensFormat:
 class ResponseFormat:
     """Writes a response. Events up to number `after` are left out."""
 
-    early = True
-
     def __init__(self, record: ResponseRecord, after: int = -1) -> None:
         self._fold = ResponseFold(record)
         self._after = after
@@ -59,12 +57,12 @@ class ResponseFormat:
         for delta in deltas:
             self._fold.delta(delta)
         self._fold.completed(completed)
-        return orjson.dumps(self._fold.response())
+        return self._fold.encode()
 
     def waiting(self) -> bytes:
         """The response object before anything has come."""
         self._fold.opening()
-        return orjson.dumps(self._fold.response())
+        return self._fold.encode()
 
     def _written(self, events: list[Event]) -> bytes:
         return b"".join(sse(event) for event in events if event["sequence_number"] > self._after)

@@ -171,25 +171,27 @@ class OtherItem(LenientModel):
 
 
 def _kind(value: Any) -> str:
-    if not isinstance(value, dict):
-        return "message"
-    match value.get("type"):
+    """The tag of an item. It is no member's name, since errors name both."""
+    kind = value.get("type") if isinstance(value, dict) else "message"
+    match kind:
         case None:
-            return "item_reference" if "id" in value and "role" not in value else "message"
+            return "reference item" if "id" in value and "role" not in value else "message item"
+        case "message" | "function_call" | "custom_tool_call" | "reasoning":
+            return f"{kind} item"
         case "function_call_output" | "custom_tool_call_output":
-            return "output"
-        case ("message" | "function_call" | "custom_tool_call" | "reasoning" | "item_reference") as kind:
-            return str(kind)
-    return "other"
+            return "output item"
+        case "item_reference":
+            return "reference item"
+    return "other item"
 
 
 InputItem = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[FunctionCallItem, Tag("function_call")]
-    | Annotated[CustomToolCallItem, Tag("custom_tool_call")]
-    | Annotated[CallOutputItem, Tag("output")]
-    | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[ItemReference, Tag("item_reference")]
-    | Annotated[OtherItem, Tag("other")],
+    Annotated[MessageItem, Tag("message item")]
+    | Annotated[FunctionCallItem, Tag("function_call item")]
+    | Annotated[CustomToolCallItem, Tag("custom_tool_call item")]
+    | Annotated[CallOutputItem, Tag("output item")]
+    | Annotated[ReasoningItem, Tag("reasoning item")]
+    | Annotated[ItemReference, Tag("reference item")]
+    | Annotated[OtherItem, Tag("other item")],
     Discriminator(_kind),
 ]

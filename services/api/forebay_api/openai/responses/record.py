@@ -27,6 +27,12 @@ def item_id(prefix: str, response_id: str, place: int, *, of_input: bool = False
     return f"{prefix}_{response_id.removeprefix(_PREFIX)}_{'in' if of_input else ''}{place}"
 
 
+def response_of(item_id: str) -> str | None:
+    """The id of the response that an item belongs to, or None if the id is not one of ours."""
+    parts = item_id.split("_")
+    return _PREFIX + parts[1] if len(parts) == 3 else None
+
+
 class ResponseRecord(Message):
     """A response as its request describes it. `created_at` and `deadline`: seconds since the epoch.
 

@@ -1,9 +1,10 @@
 """Stored responses and conversations: what a response goes on from, and what is there of it."""
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from forebay_api.in_flight.live_answer import LiveAnswer
@@ -12,7 +13,7 @@ from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai.responses.body import PromptBody
 from forebay_api.openai.responses.conversation import ConversationRecord, Entry
 from forebay_api.openai.responses.events import ResponseFold
-from forebay_api.openai.responses.record import ResponseRecord, request_id
+from forebay_api.openai.responses.record import ResponseRecord, request_id, response_of
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InvalidRequest, QueueConflict, RequestNotFound
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
@@ -45,6 +46,22 @@ class Responses:
         await self._records.put(key_of("resp", record.key, record.id), record)
         if record.conversation is not None:
             await self.change(record.key, record.conversation, Entry(response=record.id))
+
+    async def drop(self, record: ResponseRecord) -> None:
+        """Remove the record of a response that did not begin."""
+        await self._records.delete(key_of("resp", record.key, record.id))
+
+    async def referenced(
+        self, owner: str | None, identifiers: Sequence[str], known: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """The items of stored responses that `identifiers` name, without those that are known."""
+        responses = {response_of(one) for one in identifiers if one not in known}
+        found: dict[str, dict[str, Any]] = {}
+        for identifier in filter(None, responses):
+            with contextlib.suppress(RequestNotFound):
+                record = await self.get(owner, identifier)
+                found |= {item["id"]: item for item in (*record.input, *(await self._output(record) or ()))}
+        return found
 
     async def forget(self, record: ResponseRecord) -> None:
         """Remove a response, and its answer."""

@@ -82,13 +82,14 @@ class HostedTool(LenientModel):
 
 def _kind(value: Any) -> str:
     kind = value.get("type") if isinstance(value, Mapping) else None
-    return kind if kind in ("function", "custom", "namespace") else "hosted"
+    # A tag must be no member's name: errors name both.
+    return f"{kind} tool" if kind in ("function", "custom", "namespace") else "hosted tool"
 
 
 Callable = (
-    Annotated[FunctionTool, Tag("function")]
-    | Annotated[CustomTool, Tag("custom")]
-    | Annotated[HostedTool, Tag("hosted")]
+    Annotated[FunctionTool, Tag("function tool")]
+    | Annotated[CustomTool, Tag("custom tool")]
+    | Annotated[HostedTool, Tag("hosted tool")]
 )
 
 
@@ -101,7 +102,7 @@ class NamespaceTool(LenientModel):
     tools: Many[Annotated[Callable, Discriminator(_kind)]] = ()
 
 
-Tool = Annotated[Callable | Annotated[NamespaceTool, Tag("namespace")], Discriminator(_kind)]
+Tool = Annotated[Callable | Annotated[NamespaceTool, Tag("namespace tool")], Discriminator(_kind)]
 
 
 class NamedChoice(LenientModel):
@@ -140,19 +141,19 @@ class HostedChoice(HostedTool):
 def _choice_kind(value: Any) -> str:
     match value:
         case str():
-            return "mode"
+            return "mode of choice"
         case {"type": "function" | "custom"}:
-            return "named"
+            return "named choice"
         case {"type": "allowed_tools"}:
-            return "allowed"
-    return "hosted"
+            return "allowed choice"
+    return "hosted choice"
 
 
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("mode")]
-    | Annotated[NamedChoice, Tag("named")]
-    | Annotated[AllowedTools, Tag("allowed")]
-    | Annotated[HostedChoice, Tag("hosted")],
+    Annotated[Literal["none", "auto", "required"], Tag("mode of choice")]
+    | Annotated[NamedChoice, Tag("named choice")]
+    | Annotated[AllowedTools, Tag("allowed choice")]
+    | Annotated[HostedChoice, Tag("hosted choice")],
     Discriminator(_choice_kind),
 ]
 

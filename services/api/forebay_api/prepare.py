@@ -1,0 +1,80 @@
+"""What becomes of an accepted body: a request for the queue, the writer of its answer, and the way of the answer."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from forebay_api.clients.keys import Client
+from forebay_api.context import Context
+from forebay_api.http.bodies import off_loop
+from forebay_api.in_flight.idempotency import HEADER, scoped_key
+from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.openai.format import Format
+from forebay_contracts.wire import names
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A valid body, of `size` bytes, and where it comes from. `created_at`: seconds since the epoch."""
+
+    body: Any
+    size: int
+    id: str
+    client: Client
+    headers: Headers
+    completion_type: CompletionType
+    model: str
+    created_at: float
+
+    async def request(self, *args: Any, reply_to: str, timeout_s: float) -> InferenceRequest:
+        """The request that `body.request` makes of `args`, made in a thread if the body is large."""
+        return await off_loop(
+            self.size,
+            self.body.request,
+            *args,
+            id=self.id,
+            completion_type=self.completion_type,
+            model=self.model,
+            created_at=self.created_at,
+            deadline=self.created_at + timeout_s,
+            reply_to=reply_to,
+            key=self.client.name,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request, and the block in which it is answered.
+
+    `early`: a stream begins as soon as the request is queued. `at_once` makes what a client gets that does not wait.
+    """
+
+    request: InferenceRequest
+    format: Format
+    answered: AbstractAsyncContextManager[LiveAnswer]
+    early: bool = False
+    at_once: Callable[[], bytes] | None = None
+
+
+Prepare = Callable[[Context, Accepted], Awaitable[Prepared]]
+
+
+def live(kind: Callable[[InferenceRequest, Any], Format]) -> Prepare:
+    """Answered to this api, in the form `kind`."""
+
+    async def prepare(context: Context, accepted: Accepted) -> Prepared:
+        reply_to = names.reply_subject(context.dispatcher.instance, accepted.id)
+        request = await accepted.request(reply_to=reply_to, timeout_s=context.settings.request_timeout)
+        answered: AbstractAsyncContextManager[LiveAnswer]
+        if (key := accepted.headers.get(HEADER)) is None:
+            answered = context.dispatcher.submit(request)
+        else:
+            key = scoped_key(key, accepted.headers.get("authorization", ""))
+            answered = context.idempotent.attach(request, key)
+        return Prepared(request, kind(request, accepted.body), answered)
+
+    return prepare

@@ -1,0 +1,177 @@
+"""Responses by the OpenAI SDK, on real processes: two apis, whichever is asked, and what is left behind."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai.types.responses import Response
+
+from support.nats import NatsServer
+from support.stack import MODEL, Stack, running
+
+WORDS = " ".join(f"t{number}" for number in range(20))
+
+
+@pytest.fixture
+async def stack(nats_server: NatsServer) -> AsyncIterator[Stack]:
+    async with running(nats_server, apis=2, workers=1, max_concurrent_requests=8) as made:
+        yield made
+
+
+async def events_of(client: openai.AsyncOpenAI, response_id: str, after: int | None = None) -> list[dict[str, Any]]:
+    more = {} if after is None else {"starting_after": after}
+    stream = await client.responses.retrieve(response_id, stream=True, **more)
+    return [event.to_dict() async for event in stream]
+
+
+async def test_an_answer_whole_and_streamed(stack: Stack) -> None:
+    client = stack.openai()
+    whole = await client.responses.create(model=MODEL, input="[[tokens=20]]")
+    assert (whole.status, whole.output_text) == ("completed", WORDS)
+    assert whole.usage is not None
+    assert whole.usage.output_tokens == 20
+    assert whole.completed_at is not None
+    stream = await client.responses.create(model=MODEL, input="[[tokens=20]]", stream=True)
+    events = [event async for event in stream]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events][:3] == ["response.created", "response.queued", "response.in_progress"]
+    assert events[-1].type == "response.completed"
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == WORDS
+    live = await client.responses.create(model=MODEL, input="[[tokens=20]]", store=False)
+    assert live.output_text == WORDS
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(live.id)
+
+
+async def test_it_is_read_at_any_api_while_it_runs_and_after(stack: Stack) -> None:
+    one, two = stack.openai(0), stack.openai(1)
+    async with await one.responses.create(model=MODEL, input="[[tokens=40 delay_ms=25]]", stream=True) as stream:
+        seen = []
+        async for event in stream:
+            seen.append(event.to_dict())
+            if len(seen) == 10:
+                break
+    response_id = seen[0]["response"]["id"]
+    rest = await events_of(two, response_id, seen[-1]["sequence_number"])
+    again = await events_of(one, response_id)
+    assert seen + rest == again, "left at one api, and taken up at the other"
+    assert [event["sequence_number"] for event in again] == list(range(len(again)))
+    raw = [await _raw(stack, api, f"/v1/responses/{response_id}?stream=true&starting_after=3") for api in (0, 1)]
+    assert raw[0] == raw[1]
+    one_of_them, other = await one.responses.retrieve(response_id), await two.responses.retrieve(response_id)
+    assert one_of_them == other
+    assert again[-1]["response"] == one_of_them.to_dict()
+
+
+async def _raw(stack: Stack, api: int, path: str) -> bytes:
+    return (await stack.http.get(stack.apis[api].url + path)).content
+
+
+async def test_in_the_background(stack: Stack) -> None:
+    one, two = stack.openai(0), stack.openai(1)
+    begun = await one.responses.create(model=MODEL, input="[[tokens=20 delay_ms=20]]", background=True)
+    assert (begun.status, begun.background) == ("queued", True)
+    await stack.apis[0].kill()
+    events = await events_of(two, begun.id)
+    assert events[-1]["type"] == "response.completed"
+    assert Response.model_validate(events[-1]["response"]).output_text == WORDS
+    request_id = str(uuid.UUID(begun.id.removeprefix("resp_")))
+    state = await stack.http.get(f"{stack.apis[1].url}/v1/queue/request/{request_id}")
+    assert state.json()["status"] == "completed"
+
+
+async def test_it_is_cancelled_and_deleted(stack: Stack) -> None:
+    one, two = stack.openai(0), stack.openai(1)
+    begun = await one.responses.create(model=MODEL, input="[[tokens=9000 delay_ms=20]]", background=True)
+    assert (await two.responses.cancel(begun.id)).status == "cancelled"
+    assert (await one.responses.retrieve(begun.id)).status == "cancelled"
+    foreground = await one.responses.create(model=MODEL, input="[[tokens=1]]")
+    with pytest.raises(openai.BadRequestError):
+        await one.responses.cancel(foreground.id)
+    running_one = await one.responses.create(model=MODEL, input="[[tokens=9000 delay_ms=20]]", background=True)
+    await two.responses.delete(running_one.id)
+    for gone in (running_one.id, "resp_unknown", "resp_" + "0" * 32, "*", "a.b", ">"):
+        with pytest.raises(openai.NotFoundError):
+            await one.responses.retrieve(gone)
+    await stack.becomes_idle(stack.workers[0])
+    info = await stack.connection.jetstream.stream_info("INFERENCE_ANSWERS", subjects_filter=">")
+    assert not [name for name in info.state.subjects or {} if uuid.UUID(running_one.id[5:]).hex in name]
+
+
+async def test_a_conversation_goes_on(stack: Stack) -> None:
+    client = stack.openai()
+    first = await client.responses.create(model=MODEL, input="[[say]]Hello.")
+    second = await client.responses.create(model=MODEL, input="[[say]]Again.", previous_response_id=first.id)
+    assert second.previous_response_id == first.id
+    with pytest.raises(openai.BadRequestError) as told:
+        await client.responses.create(model=MODEL, input="hi", previous_response_id="resp_" + "0" * 32)
+    assert told.value.code == "previous_response_not_found"
+    items = await client.responses.input_items.list(second.id)
+    assert [item.content[0].text for item in items.data] == ["[[say]]Again."]
+
+    conversation = await client.conversations.create(
+        metadata={"a": "b"}, items=[{"type": "message", "role": "user", "content": "before"}]
+    )
+    for text in ("One.", "Two."):
+        await client.responses.create(model=MODEL, input=f"[[say]]{text}", conversation=conversation.id)
+    listed = await client.conversations.items.list(conversation.id, order="asc")
+    texts = [item.content[0].text for item in listed.data]
+    assert texts == ["before", "[[say]]One.", "One.", "[[say]]Two.", "Two."]
+    await client.conversations.items.delete(listed.data[0].id, conversation_id=conversation.id)
+    page = await client.conversations.items.list(conversation.id, order="asc", limit=2)
+    assert [item.content[0].text for item in page.data] == ["[[say]]One.", "One."]
+    assert page.has_more
+    assert (await client.conversations.update(conversation.id, metadata={"c": "d"})).metadata == {"c": "d"}
+    assert (await client.conversations.delete(conversation.id)).deleted
+    with pytest.raises(openai.NotFoundError):
+        await client.conversations.retrieve(conversation.id)
+
+
+async def test_tokens_are_counted(stack: Stack) -> None:
+    counted = await stack.openai().responses.input_tokens.count(model=MODEL, input="one two three")
+    assert counted.input_tokens == 3
+
+
+async def test_what_belongs_to_another_key_is_not_there(nats_server: NatsServer, tmp_path: Path) -> None:
+    async with running(nats_server, workers=1, api_keys="alice-alice-alice-alice,bob-bob-bob-bob-bob") as stack:
+        alice, bob = (stack.openai(api_key=key) for key in ("alice-alice-alice-alice", "bob-bob-bob-bob-bob"))
+        made = await alice.responses.create(model=MODEL, input="[[tokens=1]]")
+        conversation = await alice.conversations.create()
+        assert (await alice.responses.retrieve(made.id)).id == made.id
+        for attempt in (
+            bob.responses.retrieve(made.id),
+            bob.responses.delete(made.id),
+            bob.responses.cancel(made.id),
+            bob.responses.input_items.list(made.id),
+            bob.conversations.retrieve(conversation.id),
+            bob.responses.create(model=MODEL, input="x", conversation=conversation.id),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                await attempt
+
+
+async def test_what_is_wrong_is_said(stack: Stack) -> None:
+    for fields, param in (
+        ({}, "input"),
+        (
+            {"input": [{"type": "message", "role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0].type",
+        ),
+        ({"input": "a", "conversation": "b", "previous_response_id": "c"}, "conversation"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].id"),
+    ):
+        answer = await stack.http.post(f"{stack.apis[0].url}/v1/responses", json={"model": MODEL, **fields})
+        assert answer.status_code in (400, 404), answer.text
+        assert answer.json()["error"]["param"] == param
+    listed = await stack.http.get(f"{stack.apis[0].url}/v1/responses/resp_{'0' * 32}/input_items?limit=x")
+    assert (listed.status_code, listed.json()["error"]["param"]) == (400, "limit")
+
+
+async def test_two_hundred_at_once_are_exact(stack: Stack) -> None:
+    client = stack.openai()
+    answers = await asyncio.gather(*(client.responses.create(model=MODEL, input="[[tokens=20]]") for _ in range(50)))
+    assert {answer.output_text for answer in answers} == {WORDS}
