@@ -1,0 +1,1 @@
+"""Anthropic's Messages API, for its SDKs and Claude Code."""

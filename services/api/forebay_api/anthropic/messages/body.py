@@ -1,0 +1,299 @@
+"""The bodies of `POST /v1/messages` and `POST /v1/messages/count_tokens`.
+
+Sources: https://docs.anthropic.com/en/api/messages and messages-count-tokens.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Self
+
+import orjson
+from pydantic import Field, model_validator
+
+from forebay_api.openai.body import MAX_STOP_STRINGS, Bool, Finite, Int, Many, Misfit, OpenModel, RequestBody
+from forebay_contracts.wire.request import RECOMMENDABLE, InferenceRequest, Sampling
+
+BLOCKS_JOINED_BY = "\n"
+"""What stands between two text blocks of one message."""
+
+
+class TextBlock(OpenModel):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class PlainText(OpenModel):
+    """The text of a document."""
+
+    type: Literal["text"]
+    data: str
+
+
+class DocumentBlock(OpenModel):
+    """A document; only plain text is understood."""
+
+    type: Literal["document"]
+    source: PlainText
+    title: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Its title and its text."""
+        return f"{self.title}\n{self.source.data}" if self.title else self.source.data
+
+
+class ThinkingBlock(OpenModel):
+    """What the model thought in an earlier answer."""
+
+    type: Literal["thinking"]
+    thinking: str
+
+
+class RedactedThinkingBlock(OpenModel):
+    """What another service's model thought, encrypted. The model here cannot read it."""
+
+    type: Literal["redacted_thinking"]
+
+
+class ToolUseBlock(OpenModel):
+    """A call that an earlier answer made."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+    def call(self) -> dict[str, Any]:
+        """The call in OpenAI's form."""
+        arguments = orjson.dumps(self.input).decode()
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+
+
+class ToolResultBlock(OpenModel):
+    """What a call gave."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | Many[TextBlock | DocumentBlock] = ""
+
+
+UserBlock = Annotated[TextBlock | DocumentBlock | ToolResultBlock, Field(discriminator="type")]
+AssistantBlock = Annotated[
+    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock, Field(discriminator="type")
+]
+
+
+class SystemMessage(OpenModel):
+    """Instructions in the middle of a conversation."""
+
+    role: Literal["system"]
+    content: str | Many[TextBlock]
+
+    def plain(self) -> Iterator[dict[str, Any]]:
+        """The message in OpenAI's form."""
+        yield {"role": "system", "content": _text(self.content)}
+
+
+class UserMessage(OpenModel):
+    """What the user says, and what calls gave."""
+
+    role: Literal["user"]
+    content: str | Many[UserBlock]
+
+    def plain(self) -> Iterator[dict[str, Any]]:
+        """The messages in OpenAI's form: one for each result, and one for the text."""
+        blocks = () if isinstance(self.content, str) else self.content
+        results = [block for block in blocks if isinstance(block, ToolResultBlock)]
+        for result in results:
+            yield {"role": "tool", "tool_call_id": result.tool_use_id, "content": _text(result.content)}
+        if isinstance(self.content, str) or len(results) < len(blocks) or not blocks:
+            yield {"role": "user", "content": _text(self.content)}
+
+
+class AssistantMessage(OpenModel):
+    """An earlier answer; as the last message, the beginning of this one."""
+
+    role: Literal["assistant"]
+    content: str | Many[AssistantBlock]
+
+    def plain(self) -> Iterator[dict[str, Any]]:
+        """The message in OpenAI's form."""
+        message: dict[str, Any] = {"role": "assistant", "content": _text(self.content)}
+        blocks = () if isinstance(self.content, str) else self.content
+        if calls := [block.call() for block in blocks if isinstance(block, ToolUseBlock)]:
+            message["tool_calls"] = calls
+        if thought := "".join(block.thinking for block in blocks if isinstance(block, ThinkingBlock)):
+            message["reasoning_content"] = thought
+        yield message
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class Tool(OpenModel):
+    """A tool that the client runs; `input_schema` is a JSON schema."""
+
+    name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_-]+$")]
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: Bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runs_at_the_client(cls, tool: Any) -> Any:
+        if isinstance(tool, dict) and tool.get("type") not in (None, "custom"):
+            raise Misfit("type", f"tools of type {tool['type']!r} are not served here, only those of type 'custom'")
+        return tool
+
+    def function(self) -> dict[str, Any]:
+        """The tool in OpenAI's form."""
+        function = {"name": self.name, "parameters": self.input_schema}
+        if self.description is not None:
+            function["description"] = self.description
+        if self.strict is not None:
+            function["strict"] = self.strict
+        return {"type": "function", "function": function}
+
+
+class ToolChoice(OpenModel):
+    """Whether the model calls tools, and which."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: Bool = False
+
+    @model_validator(mode="after")
+    def _has_name(self) -> Self:
+        if (self.type == "tool") != (self.name is not None):
+            raise Misfit("name", "a name is needed with type tool, and only there")
+        return self
+
+    def choice(self) -> str | dict[str, Any]:
+        """The choice in OpenAI's form."""
+        if self.name is not None:
+            return {"type": "function", "function": {"name": self.name}}
+        return "required" if self.type == "any" else self.type
+
+
+class Thinking(OpenModel):
+    """Whether the model thinks before it answers. A model that always thinks does so in any case."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class JsonFormat(OpenModel):
+    """A JSON schema that the answer must satisfy."""
+
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(OpenModel):
+    """What the answer must look like. `effort` has no effect."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: JsonFormat | None = None
+
+
+class ConversationBody(RequestBody):
+    """What both endpoints have in common: a conversation, and the tools of its model."""
+
+    messages: Annotated[Many[Message], Field(min_length=1)]
+    system: str | Many[TextBlock] = ""
+    tools: Many[Tool] = ()
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    # Accepted without effect: they are about Anthropic's own service, or save tokens and change no answer.
+    cache_control: dict[str, Any] | None = None
+    context_management: dict[str, Any] | None = None
+    diagnostics: dict[str, Any] | None = None
+    inference_geo: str | None = None
+    speed: Literal["standard", "fast"] | None = None
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        choice = self.tool_choice
+        if choice is not None and choice.type in ("any", "tool") and not self.tools:
+            raise Misfit("tool_choice", "tool_choice is only allowed when tools are given")
+        if choice is not None and choice.name is not None and choice.name not in {tool.name for tool in self.tools}:
+            raise Misfit("tool_choice", f"the tool {choice.name!r} is not among the tools")
+        return self
+
+    @property
+    def shows_thinking(self) -> bool:
+        """Whether the client asked to see what the model thinks."""
+        return self.thinking is not None and self.thinking.type != "disabled"
+
+    @abstractmethod
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+
+    def request(self, **origin: Any) -> InferenceRequest:
+        """The request as it goes into the queue: a chat."""
+        system = [{"role": "system", "content": _text(self.system)}] if self.system else []
+        wanted = self.output_config.format if self.output_config is not None else None
+        choice = self.tool_choice
+        return InferenceRequest(
+            **origin,
+            messages=(*system, *(plain for message in self.messages for plain in message.plain())),
+            sampling=self.sampling(),
+            fit_max_tokens=True,
+            tools=tuple(tool.function() for tool in self.tools),
+            tool_choice=choice.choice() if choice is not None and self.tools else None,
+            parallel_tool_calls=not (choice is not None and choice.disable_parallel_tool_use),
+            response_format=(
+                {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted.json_schema}}
+                if wanted is not None
+                else None
+            ),
+            chat_template_kwargs={"enable_thinking": self.shows_thinking},
+        )
+
+
+class MessagesBody(ConversationBody):
+    """Answer a conversation, in Anthropic's form."""
+
+    max_tokens: Annotated[Int, Field(ge=1)]
+    stream: Bool = False
+    temperature: Annotated[Finite, Field(ge=0, le=1)] = 1.0
+    top_p: Annotated[Finite, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[Int, Field(ge=0)] = 0
+    stop_sequences: Annotated[Many[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)] = ()
+    # Accepted without effect.
+    metadata: dict[str, Any] | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+    def sampling(self) -> Sampling:
+        """The sampling parameters, with those marked that the client left open."""
+        given = {name: getattr(self, name) for name in RECOMMENDABLE if name in self.model_fields_set}
+        return Sampling(
+            **given,
+            max_tokens=self.max_tokens,
+            stop=self.stop_sequences,
+            unset=tuple(name for name in RECOMMENDABLE if name not in given),
+        )
+
+    def request(self, **origin: Any) -> InferenceRequest:
+        """The request as it goes into the queue: a chat."""
+        return super().request(**origin, stream=self.stream)
+
+
+class CountTokensBody(ConversationBody):
+    """Count the tokens of a conversation, in Anthropic's form. It waits in the queue, since workers know tokens."""
+
+    def sampling(self) -> Sampling:
+        """Nothing is generated."""
+        return Sampling(max_tokens=0)
+
+
+def _text(content: str | Iterable[OpenModel]) -> str:
+    """The text of a message: its text blocks, and no others."""
+    if isinstance(content, str):
+        return content
+    return BLOCKS_JOINED_BY.join(block.text for block in content if isinstance(block, TextBlock | DocumentBlock))
