@@ -61,8 +61,9 @@ def create_app(context: Context) -> ASGIApp:
     for router in (health.router, page.router):
         rest.include_router(router)
     paths = frozenset(endpoint.path for endpoint in ENDPOINTS)
+    shapes = {endpoint.path: endpoint.error for endpoint in ENDPOINTS}
     routes = {(endpoint.method, endpoint.path): Create(endpoint, context) for endpoint in ENDPOINTS}
-    served: ASGIApp = Routes(routes, rest, ErrorAnswers(context, paths))
+    served: ASGIApp = Routes(routes, rest, ErrorAnswers(context, shapes))
     if tracing.enabled():
         served = TraceMiddleware(served, paths)
     served = HeadersMiddleware(served, context)

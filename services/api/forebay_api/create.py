@@ -49,7 +49,7 @@ class Create:
         context, request = self._context, Request(scope, receive)
         prepared = await self._endpoint.prepare(context, await self._accepted(request))
         queued = request.state.queued = prepared.request
-        early = prepared.early or request.headers.get(EARLY_HEADER) == "early"
+        early = request.headers.get(EARLY_HEADER) == "early"
         del request  # It may wait for long: only what it needs is kept.
         async with prepared.answered as answer:
             if prepared.at_once is not None:
@@ -58,7 +58,10 @@ class Create:
                 leaving = asyncio.create_task(_fail_when_client_leaves(receive, answer))
                 try:
                     if queued.stream:
-                        await (context.dispatcher.registered(queued.id) if early else answer.started())
+                        if early:
+                            await context.dispatcher.registered(queued.id)
+                        else:
+                            early = not await _started(answer, prepared.begins_after_s)
                         await sse.begin(send)
                         await self._stream(answer, cast(StreamWriter, prepared.format), send, early=early)
                         return
@@ -130,6 +133,18 @@ class Create:
             ),
         )
         return completed
+
+
+async def _started(answer: LiveAnswer, within_s: float | None) -> bool:
+    """Whether a worker has begun within this time (None: for ever). Raises the request's error if it has ended."""
+    if within_s == 0:
+        return False
+    try:
+        async with asyncio.timeout(within_s):
+            await answer.started()
+    except TimeoutError:
+        return False
+    return True
 
 
 async def write_stream(answer: LiveAnswer, writer: StreamWriter, send: Send, *, early: bool) -> ApiError | None:

@@ -50,13 +50,14 @@ class Accepted:
 class Prepared:
     """A request, and the block in which it is answered.
 
-    `early`: a stream begins as soon as the request is queued. `at_once` makes what a client gets that does not wait.
+    A stream begins when a worker has begun, or `begins_after_s` after the request was queued, if that is earlier.
+    `at_once` makes what a client gets that does not wait.
     """
 
     request: InferenceRequest
     format: Format
     answered: AbstractAsyncContextManager[LiveAnswer]
-    early: bool = False
+    begins_after_s: float | None = None
     at_once: Callable[[], bytes] | None = None
 
 
@@ -73,7 +74,8 @@ def live(kind: Callable[[InferenceRequest, Any], Format]) -> Prepare:
         if (key := accepted.headers.get(HEADER)) is None:
             answered = context.dispatcher.submit(request)
         else:
-            key = scoped_key(key, accepted.headers.get("authorization", ""))
+            given = accepted.headers.get("authorization") or accepted.headers.get("x-api-key", "")
+            key = scoped_key(key, given)
             answered = context.idempotent.attach(request, key)
         return Prepared(request, kind(request, accepted.body), answered)
 

@@ -95,11 +95,12 @@ class Started(FrameMessage):
 
 
 class FinishedChoice(Message):
-    """How one choice ended, and its number of tokens."""
+    """How one choice ended, and its number of tokens. `stop_string` is the one that ended it, if one did."""
 
     index: int
     finish_reason: str
     tokens: int
+    stop_string: str | None = None
 
 
 class Completed(FrameMessage):

@@ -59,7 +59,8 @@ class InferenceRequest(Message):
     Times are seconds since the epoch. A chat has `messages`; a completion has `prompts`, each text or token ids. The
     answer has `len(prompts) * n` choices (`n` for chat), numbered from 0, the choices of one prompt together. For an
     embedding, `prompts` are the inputs, and the choices are their vectors, cut to `dimensions` if that is set. `key` is
-    the name of the client's key, if the api has keys.
+    the name of the client's key, if the api has keys. With `fit_max_tokens`, `max_tokens` beyond what the context has
+    left is cut to it, and not refused.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -83,6 +84,7 @@ class InferenceRequest(Message):
     response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     dimensions: int | None = None
+    fit_max_tokens: bool = False
 
     def encode(self) -> bytes:
         """The request as JSON: the schema version, and the fields that differ from their defaults."""

@@ -5,7 +5,7 @@ Source: https://docs.anthropic.com/en/api/errors.
 
 from typing import Any, Final
 
-from forebay_contracts.wire.errors import ApiError, QueueFull
+from forebay_contracts.wire.errors import AnswerLogFull, ApiError, QueueFull
 
 OVERLOADED: Final = 529
 
@@ -21,13 +21,8 @@ _TYPES: Final = {
 }
 
 
-def status_of(error: ApiError) -> int:
-    """The HTTP status: a full queue is 529, all others are as in OpenAI's shape."""
-    return OVERLOADED if error.code == QueueFull.code else error.status
-
-
-def error_object(error: ApiError, request_id: str) -> dict[str, Any]:
-    """The body of an error, which is an event of a stream too. It names the parameter in its message."""
-    status = status_of(error)
+def anthropic_error(error: ApiError, request_id: str) -> tuple[int, dict[str, Any]]:
+    """The HTTP status and the body of an error, which is an event of a stream too. A full queue is 529."""
+    status = OVERLOADED if error.code in (QueueFull.code, AnswerLogFull.code) else error.status
     kind = _TYPES.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+    return status, {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}

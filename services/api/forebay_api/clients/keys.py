@@ -1,4 +1,4 @@
-"""Who asks: `Authorization: Bearer`, one of the keys of API_KEYS and of the file API_KEYS_FILE."""
+"""Who asks: `Authorization: Bearer` or `x-api-key`, one of the keys of API_KEYS and of the file API_KEYS_FILE."""
 
 import asyncio
 import contextlib
@@ -76,7 +76,11 @@ class ApiKeys:
             return ANYBODY
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not given:
-            raise InvalidApiKey("You didn't provide an API key: send it as `Authorization: Bearer YOUR_KEY`.")
+            given = request.headers.get("x-api-key", "")
+        if not given:
+            raise InvalidApiKey(
+                "You didn't provide an API key: send it as `Authorization: Bearer YOUR_KEY`, or as `x-api-key`."
+            )
         # Starlette decodes header values as latin-1: this gives the bytes as they came.
         found = self._clients.get(_place(hashlib.sha256(given.strip().encode("latin-1")).digest()))
         if found is None:

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import time
-from typing import Final, NamedTuple, Unpack
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple, Unpack
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -78,12 +79,24 @@ def _of_query(exc: RequestValidationError) -> errors.InvalidRequest:
     return errors.InvalidRequest(f"Invalid '{param}': {fault['msg']}.", param=param, code="invalid_value")
 
 
-class ErrorAnswers:
-    """Turns every exception that a route raises into an answer, and counts rejections at `paths`."""
+Shape = Callable[[ApiError, str], tuple[int, dict[str, Any]]]
+"""The HTTP status and the body of an error of the request with this id."""
 
-    def __init__(self, context: Context, paths: frozenset[str]) -> None:
+
+def openai_error(error: ApiError, request_id: str) -> tuple[int, dict[str, Any]]:
+    """OpenAI's shape."""
+    return error.status, error.body()
+
+
+class ErrorAnswers:
+    """Turns every exception that a route raises into an answer, in the shape of its path.
+
+    `shapes` holds those of the paths at which rejections are counted.
+    """
+
+    def __init__(self, context: Context, shapes: Mapping[str, Shape]) -> None:
         self._context = context
-        self._paths = paths
+        self._shapes = shapes
         # All counters exist from the start: the first rejection of a kind is a change too.
         for row in ANSWERS.values():
             if row.rejection:
@@ -98,10 +111,16 @@ class ErrorAnswers:
                 return await self._api_error(request, _of_query(exc))
             case HTTPException():
                 error = errors.InvalidRequest(f"{request.method} {request.scope['path']}: {exc.detail}")
-                return JSONResponse(error.body(), exc.status_code, exc.headers)
+                error.status = exc.status_code
+                return self._shaped(request, error, dict(exc.headers or {}))
         log.error("[RequestQueue] %s failed unexpectedly", request.state.request_id, exc_info=exc)
         unexpected = ApiError("an unexpected error occurred; give the request id to the operator of this server")
-        return JSONResponse(unexpected.body(), 500, {"x-should-retry": "false"})
+        return self._shaped(request, unexpected, {"x-should-retry": "false"})
+
+    def _shaped(self, request: Request, error: ApiError, headers: Mapping[str, str]) -> Response:
+        shape = self._shapes.get(request.scope["path"], openai_error)
+        status, body = shape(error, request.state.request_id)
+        return JSONResponse(body, status, headers)
 
     async def _api_error(self, request: Request, error: ApiError) -> Response:
         code, request_id = error.code or error.type, request.state.request_id
@@ -111,14 +130,14 @@ class ErrorAnswers:
         known = about(queued, code=code, key=key) if queued else fields(request_id=request_id, code=code, key=key)
         log.info("[RequestQueue] %s answered %d %s", request_id, error.status, code, extra=known)
         row = _answer_of(error)
-        if row.rejection and request.scope["path"] in self._paths:
+        if row.rejection and request.scope["path"] in self._shapes:
             bound(request_metrics.REJECTED, row.rejection).inc()
         headers: dict[str, str] = {}
         if row.should_retry is not None:
             headers["x-should-retry"] = "true" if row.should_retry else "false"
         if (retry_after_s := await self._retry_after_s(error)) is not None:
             headers["retry-after"] = str(retry_after_s)
-        return JSONResponse(error.body(), error.status, headers)
+        return self._shaped(request, error, headers)
 
     async def _retry_after_s(self, error: ApiError) -> int | None:
         if isinstance(error, errors.KeyLimitReached):

@@ -19,7 +19,7 @@ from forebay_contracts.wire.frames import (
 )
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
-from forebay_inference.engine.events import Tokens, Vector
+from forebay_inference.engine.events import Finished, Tokens, Vector
 
 RESEND_PAUSE_S: Final = 0.01
 """Pause between sending missed frames again and asking again whether all have arrived."""
@@ -104,11 +104,16 @@ class Reply:
         delta = Delta(attempt=self.attempt, index=vector.index, tokens=(0,), embedding=values)
         await self._channel.send(self._kept(vector.index, 0, delta.encode()))
 
-    def finish(self, finish_reasons: Mapping[int, str], usage: Usage) -> None:
+    def finish(self, finished: Mapping[int, Finished], usage: Usage) -> None:
         """Make the last frame of a whole answer. Raises ValueError if the answer cannot be written as JSON."""
         choices = tuple(
-            FinishedChoice(index=index, finish_reason=reason, tokens=self._lengths.get(index, 0))
-            for index, reason in sorted(finish_reasons.items())
+            FinishedChoice(
+                index=index,
+                finish_reason=end.finish_reason,
+                tokens=self._lengths.get(index, 0),
+                stop_string=end.stop_string,
+            )
+            for index, end in sorted(finished.items())
         )
         self._last = self._take_held()
         deltas = (*self._last, *self._tails)

@@ -232,7 +232,7 @@ class AttemptRunner:
                 return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome)
             resume = {choice.index: choice.tokens for choice in have.choices}
         prompt_tokens = cached_tokens = 0
-        reasons: dict[int, str] = {}
+        finished: dict[int, Finished] = {}
         measured.generating()
         try:
             async with aclosing(self._engine.generate(request, resume)) as events:
@@ -244,7 +244,7 @@ class AttemptRunner:
                         case Vector():
                             await reply.send_vector(event)
                         case Finished():
-                            reasons[event.index] = event.finish_reason
+                            finished[event.index] = event
                             cached_tokens += event.cached_tokens
                         case Accepted():
                             prompt_tokens = event.prompt_tokens
@@ -252,7 +252,7 @@ class AttemptRunner:
                             if attempt.number == 1:
                                 await reply.announce()
             usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=reply.token_count, cached_tokens=cached_tokens)
-            reply.finish(reasons, usage)
+            reply.finish(finished, usage)
         except RequestError as exc:
             return Ended(End.REFUSED, error=exc)
         except Superseded:

@@ -39,11 +39,15 @@ class Vector:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Once a choice: `finish_reason` is OpenAI's (stop, length, tool_calls); `cached_tokens` of its prompt."""
+    """Once a choice: `finish_reason` is OpenAI's (stop, length, tool_calls); `cached_tokens` of its prompt.
+
+    `stop_string` is the one that ended it, if one did.
+    """
 
     index: int
     finish_reason: str
     cached_tokens: int = 0
+    stop_string: str | None = None
 
 
 Event = Accepted | Tokens | Vector | Finished

@@ -149,7 +149,7 @@ class Tool(OpenModel):
 
     def function(self) -> dict[str, Any]:
         """The tool in OpenAI's form."""
-        function = {"name": self.name, "parameters": self.input_schema}
+        function: dict[str, Any] = {"name": self.name, "parameters": self.input_schema}
         if self.description is not None:
             function["description"] = self.description
         if self.strict is not None:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from forebay_api.anthropic.errors import error_object
+from forebay_api.anthropic.errors import anthropic_error
 from forebay_api.anthropic.messages.body import CountTokensBody, MessagesBody
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import Completed, Delta
@@ -16,7 +16,7 @@ from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import Usage
 
 _STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-_FORMS: Final = {
+_FORMS: Final[dict[str, tuple[dict[str, Any], str, str]]] = {
     "text": ({"text": ""}, "text_delta", "text"),
     "thinking": ({"thinking": "", "signature": ""}, "thinking_delta", "thinking"),
     "tool_use": ({"input": {}}, "input_json_delta", "partial_json"),
@@ -44,18 +44,20 @@ class MessagesFormat:
     def __init__(self, request: InferenceRequest, body: MessagesBody) -> None:
         self._request = request
         self._shows_thinking = body.shows_thinking
-        self._shows_thoughts = body.shows_thinking and body.thinking.display != "omitted"
+        self._shows_thoughts = body.thinking is not None and body.thinking.display != "omitted"
+        self._begun = False
         self._block: str | None = None
         self._call: int | None = None
         self._blocks = 0
 
-    def opening(self) -> bytes:
-        """`message_start`. The tokens of the prompt are known only at the end."""
-        return _written([{"type": "message_start", "message": self._message()}])
+    def queued(self) -> bytes:
+        """`message_start` and a ping, if the stream begins before a worker has."""
+        self._begun = True
+        return _written([self._start_of_message(), {"type": "ping"}])
 
-    def waiting(self) -> bytes:
-        """An event that says that the answer is still to come."""
-        return _written([{"type": "ping"}])
+    def opening(self) -> bytes:
+        """`message_start`, unless it was sent. The tokens of the prompt are known only at the end."""
+        return b"" if self._begun else _written([self._start_of_message()])
 
     def chunk(self, delta: Delta) -> bytes:
         """The events of one delta."""
@@ -67,7 +69,7 @@ class MessagesFormat:
 
     def failure(self, error: ApiError) -> bytes:
         """The event that ends a broken stream."""
-        return _written([error_object(error, self._request.id)])
+        return _written([anthropic_error(error, self._request.id)[1]])
 
     def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
         """The answer as one JSON object."""
@@ -85,6 +87,9 @@ class MessagesFormat:
         end = self._end(completed)
         return orjson.dumps(self._message() | {"content": blocks, **end["delta"], "usage": end["usage"]})
 
+    def _start_of_message(self) -> dict[str, Any]:
+        return {"type": "message_start", "message": self._message()}
+
     def _message(self) -> dict[str, Any]:
         return {
             "id": f"msg_{self._request.id.replace('-', '')}",
@@ -94,6 +99,7 @@ class MessagesFormat:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
+            "stop_details": None,
             "usage": _usage(Usage(prompt_tokens=0, completion_tokens=0)),
         }
 
@@ -137,7 +143,7 @@ class MessagesFormat:
         reason = "stop_sequence" if choice.stop_string is not None else _STOP_REASONS[choice.finish_reason]
         return {
             "type": "message_delta",
-            "delta": {"stop_reason": reason, "stop_sequence": choice.stop_string},
+            "delta": {"stop_reason": reason, "stop_sequence": choice.stop_string, "stop_details": None},
             "usage": _usage(completed.usage),
         }
 

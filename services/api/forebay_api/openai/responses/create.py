@@ -29,10 +29,10 @@ async def respond(context: Context, accepted: Accepted) -> Prepared:
     answered = _stored(context, record, request) if body.store else context.dispatcher.submit(request)
     writer = ResponseFormat(record)
     at_once = writer.waiting if body.background and not body.stream else None
-    return Prepared(request, writer, answered, early=True, at_once=at_once)
+    return Prepared(request, writer, answered, begins_after_s=0, at_once=at_once)
 
 
-async def count(context: Context, accepted: Accepted) -> Prepared:
+async def count_input(context: Context, accepted: Accepted) -> Prepared:
     """The number of tokens of an input."""
     before, items = await _conversation(context, accepted)
     reply_to = names.reply_subject(context.dispatcher.instance, accepted.id)

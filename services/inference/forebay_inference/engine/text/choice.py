@@ -48,7 +48,7 @@ class Choice:
 
     def finished(self) -> Finished:
         """The event of its end."""
-        return Finished(self.index, self.finish_reason or "", self.cached_tokens)
+        return Finished(self.index, self.finish_reason or "", self.cached_tokens, self._stops.matched)
 
     def replay(self, tokens: Sequence[int]) -> None:
         """Take `tokens` as generated and shown already, with what goes before them."""

@@ -79,13 +79,13 @@ def _new_tokens(request: InferenceRequest, prompt: int, context: int) -> int:
     param = "messages" if request.completion_type is CompletionType.CHAT else "prompt"
     if prompt + (1 if wanted is None else 0) > context:
         fault = f"your {param} resulted in {prompt} tokens. Please reduce the length of the {param}."
-    elif wanted is not None and prompt + wanted > context:
+    elif wanted is not None and prompt + wanted > context and not request.fit_max_tokens:
         fault = (
             f"you requested {prompt + wanted} tokens ({prompt} in the {param}, {wanted} in the completion). "
             f"Please reduce the length of the {param} or completion."
         )
     else:
-        return context - prompt if wanted is None else wanted
+        return context - prompt if wanted is None else min(wanted, context - prompt)
     raise InvalidRequest(
         f"This model's maximum context length is {context} tokens. However, {fault}",
         param=param,
