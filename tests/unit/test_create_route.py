@@ -196,7 +196,8 @@ async def test_each_row_of_the_table_is_a_route(system: Twins, endpoint: Any) ->
     async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
         wrong = await client.put(endpoint.path)
         document = (await client.get("/openapi.json")).json()
-    assert (wrong.status_code, wrong.headers["allow"]) == (405, endpoint.method)
+    assert wrong.status_code == 405
+    assert endpoint.method in wrong.headers["allow"].split(", ")
     operation = document["paths"][endpoint.path][endpoint.method.lower()]
     assert operation["summary"] == endpoint.summary
     assert endpoint.body.__name__ in document["components"]["schemas"]

@@ -117,7 +117,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await heartbeat.start()
         log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
         stored = StoredRequests(dispatcher, states, cancellation, answers, limits.one_more)
-        idempotent = IdempotentRequests(connection, dispatcher, apis)
+        idempotent = IdempotentRequests(connection, stored)
         try:
             yield Context(
                 settings=settings,
@@ -136,7 +136,6 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 feed=Feed(connection, numbers, workers.alive),
             )
         finally:
-            await idempotent.close()
             await stored.close()
             await dispatcher.close()
             await workers.stop()

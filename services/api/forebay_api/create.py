@@ -52,6 +52,7 @@ class Create:
         early = request.headers.get(EARLY_HEADER) == "early"
         del request  # It may wait for long: only what it needs is kept.
         async with prepared.answered as answer:
+            writer = prepared.format(answer.request)
             if prepared.at_once is not None:
                 whole = prepared.at_once()
             else:
@@ -63,9 +64,9 @@ class Create:
                         else:
                             early = not await _started(answer, prepared.begins_after_s)
                         await sse.begin(send)
-                        await self._stream(answer, cast(StreamWriter, prepared.format), send, early=early)
+                        await self._stream(answer, cast(StreamWriter, writer), send, early=early)
                         return
-                    whole = await self._whole(answer, prepared.format)
+                    whole = await self._whole(answer, writer)
                 finally:
                     leaving.cancel()
         await Response(whole, media_type="application/json")(scope, receive, send)

@@ -30,6 +30,13 @@ class Accepted:
     model: str
     created_at: float
 
+    @property
+    def idempotency_key(self) -> str | None:
+        """The key under which this client asked for the request, if it gave one. Raises InvalidRequest."""
+        if (key := self.headers.get(HEADER)) is None:
+            return None
+        return scoped_key(key, self.headers.get("authorization") or self.headers.get("x-api-key", ""))
+
     async def request(self, *args: Any, reply_to: str, timeout_s: float) -> InferenceRequest:
         """The request that `body.request` makes of `args`, made in a thread if the body is large."""
         return await off_loop(
@@ -48,14 +55,14 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request, and the block in which it is answered.
+    """A request, and the block in which it is answered. `format` makes the writer of the answer to a request.
 
     A stream begins when a worker has begun, or `begins_after_s` after the request was queued, if that is earlier.
     `at_once` makes what a client gets that does not wait.
     """
 
     request: InferenceRequest
-    format: Format
+    format: Callable[[InferenceRequest], Format]
     answered: AbstractAsyncContextManager[LiveAnswer]
     begins_after_s: float | None = None
     at_once: Callable[[], bytes] | None = None
@@ -65,18 +72,18 @@ Prepare = Callable[[Context, Accepted], Awaitable[Prepared]]
 
 
 def live(kind: Callable[[InferenceRequest, Any], Format]) -> Prepare:
-    """Answered to this api, in the form `kind`."""
+    """Answered in the form `kind`: to this api, or into the log if the client sent an Idempotency-Key."""
 
     async def prepare(context: Context, accepted: Accepted) -> Prepared:
+        body, key = accepted.body, accepted.idempotency_key
         reply_to = names.reply_subject(context.dispatcher.instance, accepted.id)
+        if key is not None:
+            reply_to = names.answer_subject(accepted.id)
         request = await accepted.request(reply_to=reply_to, timeout_s=context.settings.request_timeout)
-        answered: AbstractAsyncContextManager[LiveAnswer]
-        if (key := accepted.headers.get(HEADER)) is None:
-            answered = context.dispatcher.submit(request)
+        if key is not None:
+            answered = context.idempotent.attach(request, key, context.stored.submit)
         else:
-            given = accepted.headers.get("authorization") or accepted.headers.get("x-api-key", "")
-            key = scoped_key(key, given)
-            answered = context.idempotent.attach(request, key)
-        return Prepared(request, kind(request, accepted.body), answered)
+            answered = context.dispatcher.submit(request)
+        return Prepared(request, lambda answered: kind(answered, body), answered)
 
     return prepare

@@ -1,52 +1,54 @@
 """`Idempotency-Key`: a client that repeats a request gets the running or finished answer instead of another run.
 
-The first request with a key leads: it runs to its end even if its client leaves, and its answer is kept for
-REQUEST_STATE_TTL. Other requests with the same key and body, at any api replica, get that answer. An error is not
-kept, so a repetition runs again. It also runs again if the api of the leading request has died.
+The first request with a key leads. Its answer is stored, so it runs to its end whoever leaves or dies, and any api
+gives it to other requests with the same key and body, for REQUEST_STATE_TTL. An answer that failed is not given again:
+a repetition runs anew.
 """
 
-import asyncio
 import contextlib
 import hashlib
-import logging
 import re
-from collections.abc import AsyncIterator, Iterator
-from typing import Literal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from typing import Final, Literal
 
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError
+from nats.js.errors import KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 from pydantic import ValidationError
 
-from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.in_flight.stored import StoredRequests
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.presence import Presence
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import ApiError, InvalidRequest, QueueUnavailable
-from forebay_contracts.wire.frames import Completed, Delta, Frame, Started
-from forebay_contracts.wire.heartbeats import ApiInfo
+from forebay_contracts.wire.errors import InvalidRequest, QueueUnavailable
 from forebay_contracts.wire.message import Message
 from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.state import RequestStatus
 
-HEADER = "idempotency-key"
-MAX_KEY_LENGTH = 255
+HEADER: Final = "idempotency-key"
+MAX_KEY_LENGTH: Final = 255
 
-FOLLOW_CHECK_S = 2.0
-"""How often a request that waits for another api's answer checks that this api is alive."""
+ADMISSION_S: Final = 30.0
+"""A request that is not in the queue so long after it claimed its key was never admitted: its api died."""
 
-log = logging.getLogger(__name__)
+Begin = Callable[[InferenceRequest], AbstractAsyncContextManager[LiveAnswer]]
+"""Admits a request; yields its answer."""
 
 
-class KeptAnswer(Message):
-    """The value in the KV bucket `inference-answers`: which request leads, and its answer once it is whole."""
+class Claim(Message):
+    """The value in the KV bucket `inference-answers`: the request that leads. Times: seconds since the epoch."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     request_id: str
     body_hash: str
-    api: str
-    deltas: tuple[Delta, ...] = ()
-    completed: Completed | None = None
+    created_at: float
+    deadline: float
+
+    def encode(self) -> bytes:
+        """The claim as JSON, every field written out."""
+        return self.model_dump_json().encode()
 
 
 class KeyReused(InvalidRequest):
@@ -63,162 +65,106 @@ def scoped_key(key: str, authorization: str) -> str:
     return hashlib.sha256(f"{authorization}\n{key}".encode()).hexdigest()
 
 
-class SharedAnswer:
-    """An answer that several clients read, each from its first frame, while it is still generated."""
-
-    def __init__(self, key: str, claim: KeptAnswer) -> None:
-        self.key = key
-        self.claim = claim
-        """What is stored under `key` while the request of this api leads."""
-        self._frames: list[Frame] = []
-        self._readers: set[LiveAnswer] = set()
-
-    @contextlib.contextmanager
-    def read(self, request: InferenceRequest) -> Iterator[LiveAnswer]:
-        """The answer for one more client. It can stop waiting without an effect on other clients."""
-        answer = LiveAnswer(request, lambda _: None, shared=True)
-        for frame in self._frames:
-            answer.receive(frame)
-        self._readers.add(answer)
-        timer = asyncio.get_running_loop().call_later(request.deadline - request.created_at, answer.time_out)
-        try:
-            yield answer
-        finally:
-            timer.cancel()
-            self._readers.discard(answer)
-
-    def receive(self, frame: Frame) -> None:
-        """Give every client the next frame."""
-        self._frames.append(frame)
-        for reader in self._readers:
-            reader.receive(frame)
-
-    def fail(self, error: ApiError) -> None:
-        """End the wait of every client with `error`, unless the answer has ended."""
-        for reader in self._readers:
-            reader.fail(error)
-
-
 class IdempotentRequests:
-    """Answers by key: those in flight here, and those kept in NATS."""
+    """Requests by key."""
 
-    def __init__(self, connection: Connection, dispatcher: Dispatcher, apis: Presence[ApiInfo]) -> None:
+    def __init__(self, connection: Connection, stored: StoredRequests) -> None:
         self._connection = connection
-        self._dispatcher = dispatcher
-        self._apis = apis
-        self._answers: dict[str, SharedAnswer] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def close(self) -> None:
-        """Cancel requests that run without a client."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        self._stored = stored
 
     @contextlib.asynccontextmanager
-    async def attach(self, request: InferenceRequest, key: str) -> AsyncIterator[LiveAnswer]:
-        """The answer for `key`. This request leads if no other does.
+    async def attach(self, request: InferenceRequest, key: str, begin: Begin) -> AsyncIterator[LiveAnswer]:
+        """The answer for `key`. This request leads if no other does; `begin` then admits it.
 
         Raises:
             KeyReused: the key was used with another body.
+            QueueUnavailable: NATS does not answer, or another version of the api has claimed the key.
         """
-        claim = KeptAnswer(request_id=request.id, body_hash=_body_hash(request), api=self._dispatcher.instance)
-        if (shared := self._answers.get(key)) is None:
-            shared = self._answers[key] = SharedAnswer(key, claim)
-            task = asyncio.create_task(self._obtain(request, shared))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        _check_body(shared.claim, claim)
-        with shared.read(request) as answer:
+        claim = Claim(
+            request_id=request.id,
+            body_hash=_body_hash(request),
+            created_at=request.created_at,
+            deadline=request.deadline,
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            bucket = await self._bucket()
+            while True:
+                with _translated():
+                    leads, entry = await _claimed(bucket, key, claim)
+                if leads:
+                    try:
+                        answer = await stack.enter_async_context(begin(request))
+                    except BaseException:
+                        with contextlib.suppress(NatsError, TimeoutError):
+                            await bucket.delete(key)
+                        raise
+                    break
+                if entry is None:
+                    continue
+                first = _decoded(entry)
+                if first.body_hash != claim.body_hash:
+                    raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
+                followed = _as(request, first)
+                if await self._worth_following(followed):
+                    answer = await stack.enter_async_context(self._stored.read(followed))
+                    break
+                with contextlib.suppress(KeyWrongLastSequenceError), _translated():
+                    await bucket.delete(key, last=entry.revision)
             yield answer
 
-    async def _obtain(self, request: InferenceRequest, shared: SharedAnswer) -> None:
-        """Lead, or follow the leading request. The shared answer has ended when this returns."""
+    async def _worth_following(self, request: InferenceRequest) -> bool:
+        """Whether a request runs, waits or has completed."""
+        answer = await self._stored.so_far(request)
+        if answer.done:
+            return answer.outcome is RequestStatus.COMPLETED
+        admitted = answer.attempt > 0 or await self._stored.known(request)
+        return admitted or time.time() - request.created_at < ADMISSION_S
+
+    async def _bucket(self) -> KeyValue:
+        with _translated():
+            return await self._connection.jetstream.key_value(names.ANSWERS_BUCKET)
+
+
+async def _claimed(bucket: KeyValue, key: str, claim: Claim) -> tuple[bool, KeyValue.Entry | None]:
+    """Whether `claim` has the key; else the entry of the one that has it, or None if it has gone meanwhile."""
+    try:
+        await bucket.create(key, claim.encode())
+    except KeyWrongLastSequenceError:
         try:
-            bucket = await self._connection.jetstream.key_value(names.ANSWERS_BUCKET)
-            while True:
-                try:
-                    revision = await bucket.create(shared.key, shared.claim.encode())
-                except KeyWrongLastSequenceError:
-                    if await self._follow(bucket, shared):
-                        return
-                else:
-                    await self._lead(request, bucket, revision, shared)
-                    return
-        except ApiError as exc:
-            shared.fail(exc)
-        except ValidationError:
-            shared.fail(QueueUnavailable("another version of the api keeps the answer of this Idempotency-Key"))
-        except (NatsError, TimeoutError) as exc:
-            log.warning("[RequestQueue] %s: kept answers cannot be reached: %r", request.id, exc)
-            shared.fail(QueueUnavailable("the queue cannot be reached, try again later"))
-        finally:
-            shared.fail(QueueUnavailable("the api stopped"))
-            self._answers.pop(shared.key, None)
-
-    async def _lead(self, request: InferenceRequest, bucket: KeyValue, revision: int, shared: SharedAnswer) -> None:
-        deltas: list[Delta] = []
-        try:
-            async with self._dispatcher.submit(request) as answer:
-                await answer.started()
-                # Not the newest attempt: deltas of older ones may follow.
-                shared.receive(Started(attempt=1, worker=answer.worker or ""))
-                async for some in answer.deltas():
-                    deltas += some
-                    for delta in some:
-                        shared.receive(delta)
-                completed = answer.completed
-            assert completed is not None
-            kept = shared.claim.model_copy(update={"deltas": tuple(deltas), "completed": completed})
-            try:
-                await bucket.update(shared.key, kept.encode(), last=revision)
-                revision = 0
-            except (NatsError, TimeoutError) as exc:
-                # The client gets its answer also if it is too large to be kept, the store is full or NATS is away.
-                log.warning("[RequestQueue] %s: the answer is not kept for its key: %r", request.id, exc)
-            shared.receive(completed)
-        finally:
-            # After an error, or if the answer was not kept, the key is free for another try.
-            if revision:
-                with contextlib.suppress(NatsError, TimeoutError):
-                    await bucket.delete(shared.key, last=revision)
-
-    async def _follow(self, bucket: KeyValue, shared: SharedAnswer) -> bool:
-        """Wait for the leader's answer; False if no request leads any more."""
-        changed = asyncio.Event()
-
-        async def heard(_: object) -> None:
-            changed.set()
-
-        subject = names.bucket_subject(names.ANSWERS_BUCKET, shared.key)
-        subscription = await self._connection.client.subscribe(subject, cb=heard)
-        try:
-            while True:
-                changed.clear()
-                try:
-                    entry = await bucket.get(shared.key)
-                except KeyNotFoundError:
-                    return False
-                kept = KeptAnswer.model_validate_json(entry.value or b"")
-                _check_body(kept, shared.claim)
-                if kept.completed is not None:
-                    shared.receive(kept.completed.model_copy(update={"deltas": kept.deltas}))
-                    return True
-                if not self._apis.is_alive(kept.api):
-                    with contextlib.suppress(KeyWrongLastSequenceError, APIError):
-                        await bucket.delete(shared.key, last=entry.revision)
-                    return False
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), FOLLOW_CHECK_S)
-        finally:
-            with contextlib.suppress(NatsError):
-                await subscription.unsubscribe()
+            return False, await bucket.get(key)
+        except KeyNotFoundError:
+            return False, None
+    return True, None
 
 
-def _check_body(first: KeptAnswer, repeated: KeptAnswer) -> None:
-    if first.body_hash != repeated.body_hash:
-        raise KeyReused("this Idempotency-Key was used with another body", param=HEADER)
+def _decoded(entry: KeyValue.Entry) -> Claim:
+    try:
+        return Claim.model_validate_json(entry.value or b"")
+    except ValidationError:
+        raise QueueUnavailable("another version of the api keeps the answer of this Idempotency-Key") from None
+
+
+def _as(request: InferenceRequest, first: Claim) -> InferenceRequest:
+    """The request that leads: the same body under another id."""
+    return request.model_copy(
+        update={
+            "id": first.request_id,
+            "created_at": first.created_at,
+            "deadline": first.deadline,
+            "reply_to": names.answer_subject(first.request_id),
+        }
+    )
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Makes QueueUnavailable of an error of NATS."""
+    try:
+        yield
+    except KeyWrongLastSequenceError:
+        raise
+    except (NatsError, TimeoutError) as exc:
+        raise QueueUnavailable("the queue cannot be reached, try again later") from exc
 
 
 def _body_hash(request: InferenceRequest) -> str:

@@ -24,13 +24,11 @@ class LiveAnswer:
 
     Three kinds of frames are dropped: of an older attempt than the newest seen, with tokens that are here already, and
     with tokens missing before them. The last kind sets `gap` until the missing tokens have come. The tokens of each
-    choice are kept, since the next attempt goes on from them. A `shared` answer may be read as slowly as its client
-    likes: its deltas are kept for other clients anyway.
+    choice are kept, since the next attempt goes on from them.
     """
 
     request: InferenceRequest
     on_end: "Callable[[LiveAnswer], None]"
-    shared: bool = False
     sequence: int | None = None
     attempt: int = 0
     worker: str | None = None
@@ -156,7 +154,7 @@ class LiveAnswer:
             tokens.extend(delta.tokens)
             self._unread.append(delta)
             self.gap, self._ask_again_at = False, -math.inf
-            if len(self._unread) > MAX_UNREAD_DELTAS and not self.shared:
+            if len(self._unread) > MAX_UNREAD_DELTAS:
                 self.error = SlowReader("the client does not read its stream")
 
     def _complete(self, frame: Completed) -> None:

@@ -101,6 +101,10 @@ class StoredRequests:
             reader.receive(await self._answers.read(request.id, reader.last))
         return reader.answer
 
+    async def known(self, request: InferenceRequest) -> bool:
+        """Whether the request has a state: it waits, or is processed. Raises QueueUnavailable."""
+        return await self._states.get(request.id) is not None
+
     async def cancel(self, request: InferenceRequest, reason: str) -> None:
         """Cancel a request, unless it has ended."""
         unknown = transitions.queued(request, None)

@@ -29,7 +29,7 @@ async def respond(context: Context, accepted: Accepted) -> Prepared:
     answered = _stored(context, record, request) if body.store else context.dispatcher.submit(request)
     writer = ResponseFormat(record)
     at_once = writer.waiting if body.background and not body.stream else None
-    return Prepared(request, writer, answered, begins_after_s=0, at_once=at_once)
+    return Prepared(request, lambda _: writer, answered, begins_after_s=0, at_once=at_once)
 
 
 async def count_input(context: Context, accepted: Accepted) -> Prepared:
@@ -37,7 +37,7 @@ async def count_input(context: Context, accepted: Accepted) -> Prepared:
     before, items = await _conversation(context, accepted)
     reply_to = names.reply_subject(context.dispatcher.instance, accepted.id)
     request = await accepted.request((*before, *items), reply_to=reply_to, timeout_s=context.settings.request_timeout)
-    return Prepared(request, InputTokensFormat(request, accepted.body), context.dispatcher.submit(request))
+    return Prepared(request, lambda _: InputTokensFormat(), context.dispatcher.submit(request))
 
 
 async def _conversation(

@@ -9,14 +9,10 @@ from forebay_api.openai.responses.output import Event
 from forebay_api.openai.responses.record import ResponseRecord
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import Completed, Delta
-from forebay_contracts.wire.request import InferenceRequest
 
 
 class InputTokensFormat:
     """The number of tokens of an input."""
-
-    def __init__(self, request: InferenceRequest, body: object) -> None:
-        pass
 
     def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
         """The answer as one JSON object."""
