@@ -21,4 +21,16 @@ def fetch() -> None:
 
 def _become(module: str) -> None:
     # The service replaces this process: its signals, output and exit code are the container's.
-    os.execv(sys.executable, [sys.executable, "-m", module])
+    os.execve(sys.executable, [sys.executable, "-m", module], os.environ | _embedded_nats())
+
+
+def _embedded_nats() -> dict[str, str]:
+    """Without NATS_URL, the settings of the server of the `forebay up` that runs on DATA_DIR."""
+    if os.environ.get("NATS_URL"):
+        return {}
+    # Imported here, since it takes 0.3 s and containers have NATS_URL.
+    from forebay_cli.nats_connection import load_settings
+
+    read = load_settings()
+    access = {"NATS_URL": read.nats_url, "NATS_NKEY_SEED": read.nats_nkey_seed}
+    return {name: str(value) for name, value in access.items() if value is not None}
