@@ -17,7 +17,10 @@ _ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
 
 
 def _default_data_dir() -> Path:
-    return Path.home() / ".cache" / "forebay"
+    try:
+        return Path.home() / ".cache" / "forebay"
+    except RuntimeError as exc:
+        raise ConfigurationError("DATA_DIR is not set, and this user has no home folder for its default") from exc
 
 
 def _number(value: Any) -> Any:
@@ -26,13 +29,15 @@ def _number(value: Any) -> Any:
 
 
 ENV_FILE: Final = ".env"
+ENV_FILE_ENCODING: Final = "utf-8-sig"
+"""UTF-8, with or without the mark at the start that editors on Windows write."""
 
 
 class Settings(BaseSettings):
     """The settings of every process: how to reach the queue, and its limits."""
 
     model_config = SettingsConfigDict(
-        env_file=ENV_FILE, env_file_encoding="utf-8", extra="ignore", frozen=True, env_ignore_empty=True
+        env_file=ENV_FILE, env_file_encoding=ENV_FILE_ENCODING, extra="ignore", frozen=True, env_ignore_empty=True
     )
 
     max_concurrent_requests: int = Field(
@@ -97,6 +102,14 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("data_dir")
+    @classmethod
+    def _home_is_known(cls, value: Path) -> Path:
+        try:
+            return value.expanduser()
+        except RuntimeError as exc:
+            raise ValueError("there is no such user") from exc
 
     @field_validator("nats_url")
     @classmethod
@@ -272,9 +285,23 @@ def load(cls: type[S], **overrides: Any) -> S:
         ConfigurationError: it names each wrong setting and says why.
     """
     try:
+        _check_env_file()
         return cls(**overrides)
     except ValidationError as exc:
         raise ConfigurationError("; ".join(_sentence(error) for error in exc.errors())) from exc
+
+
+def _check_env_file() -> None:
+    """Raise ConfigurationError where `.env` is there and no text: its settings would be left out without a word."""
+    path = Path(ENV_FILE)
+    try:
+        # A folder of this name may be a virtual environment.
+        if path.is_file() and "\0" in path.read_text(ENV_FILE_ENCODING):
+            raise ConfigurationError(f"{path.absolute()} is no text in UTF-8: save it as UTF-8")
+    except UnicodeDecodeError as exc:
+        raise ConfigurationError(f"{path.absolute()} is no text in UTF-8 ({exc.reason}): save it as UTF-8") from exc
+    except OSError as exc:
+        raise ConfigurationError(f"{path.absolute()} cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
 
 
 def _sentence(error: Any) -> str:

@@ -54,8 +54,7 @@ async def up(
 
     Prints `ready http://HOST:PORT` once requests are answered. SIGINT and SIGTERM let running requests finish.
     """
-    folder = data_dir.expanduser().resolve() if data_dir else None
-    options = {"api_host": host, "api_port": port, "inference_engine": engine, "data_dir": folder}
+    options = {"api_host": host, "api_port": port, "inference_engine": engine, "data_dir": data_dir}
     given = {name: value for name, value in options.items() if value is not None}
     raise typer.Exit(await _run(Deployment(given, workers, verbose=verbose)))
 
@@ -71,7 +70,7 @@ class Deployment:
                 "NATS_CREDENTIALS and NATS_NKEY_SEED need NATS_URL: the server of `forebay up` has a user of its own"
             )
         self.workers = workers
-        self.data_dir = self.api.data_dir.expanduser().resolve()
+        self.data_dir = self.api.data_dir.resolve()
         self.port = self.api.api_port or addresses.free_port("127.0.0.1")
         self.supervisor = Supervisor(self.data_dir / "logs", console.say_of_child, verbose=verbose)
         # In the children the environment overrides `.env`, and so do the options.

@@ -145,7 +145,7 @@ def running(data_dir: Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: it runs, and belongs to another user.
     """
-    folder = data_dir.expanduser().absolute() / "nats"
+    folder = data_dir.absolute() / "nats"
     try:
         with (folder.parent / "up.lock").open() as lock:
             if _try_lock(lock.fileno()):

@@ -53,7 +53,7 @@ def ensure_model(model: str, data_dir: Path, progress: Callable[[str], None]) ->
     Raises:
         ConfigurationError: there is no such folder or file, or nothing that could be fetched under that name.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigurationError(f"DEFAULT_MODEL={path}: the folder holds no config.json, so it is no checkpoint")
@@ -150,7 +150,7 @@ def _is_complete(target: Path) -> bool:
 
 
 def _models(data_dir: Path) -> Path:
-    folder = data_dir.expanduser() / "models"
+    folder = data_dir / "models"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
