@@ -235,6 +235,7 @@ class InferenceSettings(Settings):
     model_quantization: Literal["auto", "none", "int8", "nf4", "fp4"] = Field(
         "auto", description="bitsandbytes quantization; auto: the checkpoint's own, else nf4"
     )
+    hf_token: SecretStr | None = Field(None, description="Token for private and gated models of the hub")
     model_device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
     inference_engine: Literal["transformers", "embedding", "simulated"] = Field(
         "transformers",

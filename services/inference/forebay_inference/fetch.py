@@ -13,7 +13,9 @@ def fetch() -> None:
     if settings.inference_engine == "simulated":
         print("the simulated engine has no model")
         return
-    folder = ensure_model(settings.default_model, settings.data_dir, lambda line: print(line, flush=True))
+    folder = ensure_model(
+        settings.default_model, settings.data_dir, lambda line: print(line, flush=True), settings.hf_token
+    )
     print(f"{settings.served_model} is in {folder}")
 
 

@@ -53,13 +53,10 @@ async def _with_connection(link: Connection, read: Settings, role: Role, violati
         message = f"with --role {role}, this user gets no answers: it may not subscribe to _INBOX.{role}.>"
         fix = "give `--role api` or `inference` for the user of that service, and none for `operator` and `admin`"
         return [Finding("permissions", "problem", message, fix)]
-    # The user of a service has what the service needs. Some checks need more.
-    of_service = role != "cli" and found[0].severity == "ok"
     found += await _checks(link, read)
-    if not violations:
-        return found
-    if of_service:
-        return [_not_checked(finding) if finding.fix == _PERMIT else finding for finding in found]
+    if role != "cli":
+        # Some checks need more than a service does. What the service lacks, the check of permissions has said.
+        return [_not_checked(finding) if violations and finding.fix == _PERMIT else finding for finding in found]
     return found + [Finding("permissions", "problem", line, _PERMIT) for line in violations]
 
 

@@ -62,7 +62,7 @@ class EmbeddingEngine:
 
     def _load(self, progress: Callable[[str], None]) -> SentenceTransformer:
         settings = self._settings
-        folder = ensure_model(settings.default_model, settings.data_dir, progress)
+        folder = ensure_model(settings.default_model, settings.data_dir, progress, settings.hf_token)
         if not (folder / "modules.json").is_file():
             raise ConfigurationError(
                 f"DEFAULT_MODEL={settings.default_model} is no sentence-transformers model: it has no modules.json"
