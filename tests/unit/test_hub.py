@@ -143,6 +143,11 @@ def test_no_hub_is_one_sentence(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
     assert "HF_HUB_OFFLINE is set" in refusal(tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file" in refusal(tmp_path / "file")
+
+
 def test_the_command_takes_the_token_of_its_env_file(hub: Hub, tmp_path: Path) -> None:
     hub.private.add("org/model")
     (tmp_path / ".env").write_text(f"HF_TOKEN={hub.token}\nDEFAULT_MODEL=org/model\n")

@@ -49,7 +49,8 @@ class Progress:
     """One line that says what the command waits for: redrawn on a terminal, else printed when it changes."""
 
     def __init__(self) -> None:
-        self._status: Status | None = Status("", console=stderr) if stderr.is_terminal else None
+        spinner = "dots" if stderr.encoding.startswith("utf") else "line"
+        self._status: Status | None = Status("", console=stderr, spinner=spinner) if stderr.is_terminal else None
         self._printed = ("", 0.0)
 
     def show(self, text: str) -> None:

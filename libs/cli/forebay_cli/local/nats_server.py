@@ -95,9 +95,13 @@ def _user(seed: Path) -> str:
 def _write(path: Path, text: str) -> None:
     """Write a file that only its owner can read. A process that is killed meanwhile leaves the old one."""
     descriptor, made = tempfile.mkstemp(dir=path.parent)  # mode 0600
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(made, path)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(made, path)
+    except OSError as exc:
+        os.unlink(made)
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc
 
 
 def find_binary() -> str:

@@ -21,6 +21,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.models.progress import step_progress
+from forebay_inference.models.sources import bytes_in
 
 _TIMEOUT_S: Final = 5
 _POLL_S: Final = 0.5
@@ -28,7 +29,7 @@ _POLL_S: Final = 0.5
 _TEXTS: Final = ("*.json", "*.jinja", "*.model", "tokenizer*", "*.txt")
 """Configuration, tokenizer and chat template, by name."""
 
-_FOLDERS: Final = re.compile(r"(\d+_\w+|additional_chat_templates)/")
+_FOLDERS: Final = re.compile(r"(\d+_[^/]+|additional_chat_templates)/")
 """The folders that belong to a checkpoint: the modules of sentence-transformers (`1_Pooling`), and chat templates."""
 
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
@@ -119,7 +120,12 @@ def _fetched(model: str, folder: Path, progress: Callable[[str], None], token: s
         raise ConfigurationError(f"its index names weights that the hub does not have: {', '.join(sorted(missing))}")
     blobs = folder / f"models--{model.replace('/', '--')}" / "blobs"
     total = sum(sizes[name] for name in files)
-    with step_progress(f"fetching {model}", progress) as step, _polled(lambda: step(_percent(blobs, total))):
+
+    def look() -> None:
+        # The files of another revision count too.
+        step(min(99, 100 * bytes_in(blobs) / max(total, 1)))
+
+    with step_progress(f"fetching {model}", progress) as step, _polled(look):
         return Path(snapshot_download(model, allow_patterns=[escape(name) for name in files], max_workers=4, **common))
 
 
@@ -149,12 +155,6 @@ def _polled(look: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def _percent(blobs: Path, total: int) -> float:
-    """How much of `total` bytes is there. Files of another revision count too, so it is at most 99."""
-    there = sum(path.stat().st_size for path in blobs.glob("*") if path.exists())
-    return min(99, 100 * there / max(total, 1))
-
-
 def _reason(model: str, error: Exception) -> str:
     """The error of the hub's client as a sentence that says what to do."""
     if isinstance(error, GatedRepoError):
@@ -166,9 +166,9 @@ def _reason(model: str, error: Exception) -> str:
         status = error.response.status_code
         return "the hub does not accept HF_TOKEN" if status == 401 else f"the hub answered with status {status}"
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and it is not in the cache"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'DATA_DIR'}: {error.strerror.lower()}"
     cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
         f"the model hub at {constants.ENDPOINT} cannot be reached ({cause}); "

