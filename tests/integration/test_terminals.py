@@ -128,4 +128,4 @@ def test_a_data_dir_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "nats").touch()
     code, _, error = shell(tmp_path, "FOREBAY up --engine simulated --port 0")
-    assert (code, error) == (1, f"forebay: {tmp_path}/data/nats/url: not a directory\n")
+    assert (code, error) == (2, f"forebay: DATA_DIR={tmp_path}/data cannot be used: Not a directory\n")

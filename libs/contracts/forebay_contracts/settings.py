@@ -5,11 +5,12 @@ Every setting is a field here and a line of `queue-config.env.example`. A test k
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from forebay_contracts import env_file
 from forebay_contracts.wire.errors import ConfigurationError
 
 _URL = re.compile(r"^(nats|tls|ws|wss)://\S+$")
@@ -28,16 +29,15 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-ENV_FILE: Final = ".env"
-ENV_FILE_ENCODING: Final = "utf-8-sig"
-"""UTF-8, with or without the mark at the start that editors on Windows write."""
-
-
 class Settings(BaseSettings):
     """The settings of every process: how to reach the queue, and its limits."""
 
     model_config = SettingsConfigDict(
-        env_file=ENV_FILE, env_file_encoding=ENV_FILE_ENCODING, extra="ignore", frozen=True, env_ignore_empty=True
+        env_file=env_file.ENV_FILE,
+        env_file_encoding=env_file.ENCODING,
+        extra="ignore",
+        frozen=True,
+        env_ignore_empty=True,
     )
 
     max_concurrent_requests: int = Field(
@@ -286,23 +286,10 @@ def load(cls: type[S], **overrides: Any) -> S:
         ConfigurationError: it names each wrong setting and says why.
     """
     try:
-        _check_env_file()
+        env_file.check()
         return cls(**overrides)
     except ValidationError as exc:
         raise ConfigurationError("; ".join(_sentence(error) for error in exc.errors())) from exc
-
-
-def _check_env_file() -> None:
-    """Raise ConfigurationError where `.env` is there and no text: its settings would be left out without a word."""
-    path = Path(ENV_FILE)
-    try:
-        # A folder of this name may be a virtual environment.
-        if path.is_file() and "\0" in path.read_text(ENV_FILE_ENCODING):
-            raise ConfigurationError(f"{path.absolute()} is no text in UTF-8: save it as UTF-8")
-    except UnicodeDecodeError as exc:
-        raise ConfigurationError(f"{path.absolute()} is no text in UTF-8 ({exc.reason}): save it as UTF-8") from exc
-    except OSError as exc:
-        raise ConfigurationError(f"{path.absolute()} cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
 
 
 def _sentence(error: Any) -> str:

@@ -6,22 +6,22 @@ import sys
 
 def api() -> None:
     """Run the api in the foreground, for containers."""
-    _become("forebay_api")
+    _become("forebay_api", _embedded_nats())
 
 
 def inference() -> None:
     """Run one worker in the foreground, for containers."""
-    _become("forebay_inference")
+    _become("forebay_inference", _embedded_nats())
 
 
 def fetch() -> None:
     """Fetch and convert the model into DATA_DIR, then exit. Run it before the first worker or in an init container."""
-    _become("forebay_inference.fetch")
+    _become("forebay_inference.fetch", {})
 
 
-def _become(module: str) -> None:
+def _become(module: str, settings: dict[str, str]) -> None:
     # The service replaces this process: its signals, output and exit code are the container's.
-    os.execve(sys.executable, [sys.executable, "-m", module], os.environ | _embedded_nats())
+    os.execve(sys.executable, [sys.executable, "-m", module], os.environ | settings)
 
 
 def _embedded_nats() -> dict[str, str]:

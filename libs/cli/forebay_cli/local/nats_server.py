@@ -126,20 +126,22 @@ def exclusive(data_dir: Path) -> Iterator[None]:
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        lock = (data_dir / "up.lock").open("a+")
+        lock = (data_dir / "up.lock").open("ab+", buffering=0)
     except OSError as exc:
         raise ConfigurationError(f"DATA_DIR={data_dir} cannot be used: {exc.strerror}") from exc
     with lock:
         if not _try_lock(lock.fileno()):
             lock.seek(0)
             raise ConfigurationError(
-                f"`forebay up` already runs on DATA_DIR={data_dir} (process {lock.read().strip() or 'unknown'}): "
+                f"`forebay up` already runs on DATA_DIR={data_dir} (process {lock.read().decode() or 'unknown'}): "
                 f"stop it, or give this one another --data-dir"
             )
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        (data_dir / "nats" / "url").unlink(missing_ok=True)
+        try:
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+            (data_dir / "nats" / "url").unlink(missing_ok=True)
+        except OSError as exc:
+            raise ConfigurationError(f"DATA_DIR={data_dir} cannot be used: {exc.strerror}") from exc
         yield
 
 
