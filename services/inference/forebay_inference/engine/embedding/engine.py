@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from pickle import UnpicklingError
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -70,7 +71,10 @@ class EmbeddingEngine:
         device = resolve_device(settings.model_device)
         use_cpus(device)
         progress(f"loading the weights ({device})")
-        return SentenceTransformer(str(folder), device=str(device), local_files_only=True).eval()
+        try:
+            return SentenceTransformer(str(folder), device=str(device), local_files_only=True).eval()
+        except UnpicklingError as exc:
+            raise ConfigurationError(f"{folder}: its .bin file holds more than weights, and is not loaded") from exc
 
     async def embed(
         self, inputs: Mapping[int, Sequence[int]], dimensions: int | None
