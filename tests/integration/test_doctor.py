@@ -97,6 +97,7 @@ async def test_a_connection_that_is_refused_is_a_finding(nats_server: NatsServer
         for settings, message, fix in (
             ({"nats_url": old}, "nats-server 2.10.29 is too old", "update nats-server"),
             ({"nats_credentials": nowhere}, f"the NATS credentials {nowhere} cannot be read", "set NATS_CREDENTIALS"),
+            ({"nats_credentials": no_seed}, f"the NATS credentials {no_seed} hold no user", "set NATS_CREDENTIALS"),
             (
                 {"nats_nkey_seed": no_seed},
                 f"NATS_NKEY_SEED={no_seed} holds no NKey seed",

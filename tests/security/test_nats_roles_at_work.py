@@ -127,16 +127,21 @@ async def test_a_service_says_what_differs_and_goes_on(own_site: Site) -> None:
 
 
 async def test_doctor_says_what_a_user_may_and_what_it_lacks(own_site: Site) -> None:
-    async def found(role: str) -> list[dict[str, str]]:
-        inboxes = role if role in ("api", "inference") else "cli"
+    async def found(role: str, inboxes: str = "") -> list[dict[str, str]]:
+        inboxes = inboxes or (role if role in ("api", "inference") else "cli")
         _, printed = await own_site.forebay(role, "doctor", "--role", inboxes, "--json")
         findings, _ = json.JSONDecoder().raw_decode(printed, printed.index("[\n"))
+        problems = {finding["check"] for finding in findings if finding["severity"] == "problem"}
+        # Nothing runs here. What a service's user may not ask is no problem of JetStream.
+        assert problems <= {"permissions", "models", "services", "disk"}
         return [finding for finding in findings if finding["check"] == "permissions"]
 
     async with running(own_site, apis=0, workers=0):
         for role, findings in zip(ROLES, await asyncio.gather(*map(found, ROLES)), strict=True):
             assert findings[0]["severity"] == "ok"
             assert role in findings[0]["message"]
+        (wrong,) = await found("inference", "api")
+        assert wrong["message"] == ("with --role api, this user gets no answers: it may not subscribe to _INBOX.api.>")
         conf = own_site.folder / "forebay.conf"
         text = conf.read_text()
         assert text.count('"inference.resend.*", "inference.cancel.*"') == 1

@@ -145,6 +145,47 @@ def test_the_environment_is_stronger_than_the_file(monkeypatch: pytest.MonkeyPat
     assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
 
 
+def test_a_file_of_any_editor_is_read_or_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / ".env"
+    file.write_bytes(b"\xef\xbb\xbfMAX_QUEUE_SIZE=7\r\nMODEL_NAME=mod\xc3\xa8le\r\n")
+    assert (load(Settings).max_queue_size, load(Settings).served_model) == (7, "modèle")
+    for wrong in ("MAX_QUEUE_SIZE=7".encode(encoding) for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")):
+        file.write_bytes(wrong)
+        with pytest.raises(ConfigurationError, match=r"\.env is no text in UTF-8"):
+            load(Settings)
+    file.write_bytes(b"MODEL_NAME=mod\xe8le")  # Latin-1
+    with pytest.raises(ConfigurationError, match=r"\.env is no text in UTF-8"):
+        load(Settings)
+    file.unlink()
+    file.mkdir()
+    assert load(Settings).max_queue_size == 100
+
+
+def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").touch()
+
+    def denied(path: Path, _: str) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)  # root may read everything
+    with pytest.raises(ConfigurationError, match=r"\.env cannot be read: permission denied"):
+        load(Settings)
+
+
+def test_a_user_without_a_home_sets_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ConfigurationError, match="DATA_DIR is not set"):
+        load(Settings)
+    with pytest.raises(ConfigurationError, match="DATA_DIR='~nobody-here/x': there is no such user"):
+        load(Settings, data_dir="~nobody-here/x")
+
+
 @pytest.mark.parametrize("name", ["API_KEYS", "CORS_ORIGINS"])
 @pytest.mark.parametrize("value", [",", " ", " , ,"])
 def test_a_list_that_is_set_and_names_nothing_is_an_error(

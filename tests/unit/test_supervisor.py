@@ -111,6 +111,12 @@ async def test_what_a_child_leaves_behind_is_ended(tmp_path: Path) -> None:
             assert await child.ended == 0
 
 
+def test_a_full_disk_costs_log_lines_alone() -> None:
+    log = LogFile(Path("/dev/full"))
+    log.write(b"a line\n")
+    log.close()
+
+
 def test_a_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "MAX_LOG_BYTES", 100)
     log = LogFile(tmp_path / "it.log")

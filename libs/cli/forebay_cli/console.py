@@ -1,5 +1,6 @@
 """What a person sees: progress and log lines on stderr, results on stdout."""
 
+import contextlib
 import json
 import re
 import sys
@@ -26,15 +27,30 @@ LONG_COLUMNS = {"model": 12, "status": 10, "engine": 12, "error": 24, "subjects"
 VALUE_MIN_WIDTH = 20
 """The width that a value beside its name keeps."""
 
+
+class Messages(Console):
+    """Where messages go. A command goes on when they cannot be written: its work does not depend on them."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print a message."""
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more."""
+        self.quiet = True
+
+
 stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stderr = Messages(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Progress:
     """One line that says what the command waits for: redrawn on a terminal, else printed when it changes."""
 
     def __init__(self) -> None:
-        self._status: Status | None = Status("", console=stderr) if stderr.is_terminal else None
+        spinner = "dots" if stderr.encoding.startswith("utf") else "line"
+        self._status: Status | None = Status("", console=stderr, spinner=spinner) if stderr.is_terminal else None
         self._printed = ("", 0.0)
 
     def show(self, text: str) -> None:
@@ -71,8 +87,9 @@ def fail(text: str) -> None:
 
 
 def print_json(value: Any, *, one_line: bool = False) -> None:
-    """Print `value` on stdout as JSON."""
-    stdout.out(json.dumps(value, indent=None if one_line else 2, ensure_ascii=False))
+    """Print `value` on stdout as JSON, with escapes where the terminal knows no Unicode."""
+    escaped = not stdout.encoding.startswith("utf")
+    stdout.out(json.dumps(value, indent=None if one_line else 2, ensure_ascii=escaped))
 
 
 def print_result(value: Any, text: str, *, as_json: bool) -> None:

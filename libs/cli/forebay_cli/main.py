@@ -9,10 +9,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from forebay_contracts.wire.errors import ConfigurationError, ForebayError
-
-EXIT_FAILED: Final = 1
-EXIT_CONFIGURATION: Final = 2
+from forebay_contracts.program import run
 
 COMMANDS: Final = {
     "up": ("up", "Start nats-server (unless NATS_URL is set), the api and workers on this machine."),
@@ -79,10 +76,10 @@ def main() -> None:
     """Run `forebay`. Exit code 2: wrong configuration or usage; 1: any other failure."""
     # At each end of a TLS connection asyncio warns about nats-py's transport. A user cannot change that.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    try:
-        app()
-    except ForebayError as exc:
-        from forebay_cli import console
+    sys.exit(run(app, _fail))
 
-        console.fail(str(exc))
-        sys.exit(EXIT_CONFIGURATION if isinstance(exc, ConfigurationError) else EXIT_FAILED)
+
+def _fail(text: str) -> None:
+    from forebay_cli import console
+
+    console.fail(text)

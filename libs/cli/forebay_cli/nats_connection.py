@@ -39,11 +39,11 @@ def permission_violations() -> Iterator[list[str]]:
 
 
 def load_settings() -> Settings:
-    """The settings. Without NATS_URL, it is the server of the `forebay up` that runs on DATA_DIR."""
+    """The settings. Without NATS_URL, they lead to the server of the `forebay up` that runs on DATA_DIR."""
     read = load(Settings)
     if read.nats_url is not None:
         return read
-    return read.model_copy(update={"nats_url": nats_server.running_url(read.data_dir.expanduser())})
+    return read.model_copy(update=nats_server.running(read.data_dir))
 
 
 @contextlib.asynccontextmanager

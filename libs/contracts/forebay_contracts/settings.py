@@ -5,11 +5,12 @@ Every setting is a field here and a line of `queue-config.env.example`. A test k
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from forebay_contracts import env_file
 from forebay_contracts.wire.errors import ConfigurationError
 
 _URL = re.compile(r"^(nats|tls|ws|wss)://\S+$")
@@ -17,7 +18,10 @@ _ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
 
 
 def _default_data_dir() -> Path:
-    return Path.home() / ".cache" / "forebay"
+    try:
+        return Path.home() / ".cache" / "forebay"
+    except RuntimeError as exc:
+        raise ConfigurationError("DATA_DIR is not set, and this user has no home folder for its default") from exc
 
 
 def _number(value: Any) -> Any:
@@ -25,14 +29,15 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-ENV_FILE: Final = ".env"
-
-
 class Settings(BaseSettings):
     """The settings of every process: how to reach the queue, and its limits."""
 
     model_config = SettingsConfigDict(
-        env_file=ENV_FILE, env_file_encoding="utf-8", extra="ignore", frozen=True, env_ignore_empty=True
+        env_file=env_file.ENV_FILE,
+        env_file_encoding=env_file.ENCODING,
+        extra="ignore",
+        frozen=True,
+        env_ignore_empty=True,
     )
 
     max_concurrent_requests: int = Field(
@@ -111,6 +116,14 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("data_dir")
+    @classmethod
+    def _home_is_known(cls, value: Path) -> Path:
+        try:
+            return value.expanduser()
+        except RuntimeError as exc:
+            raise ValueError("there is no such user") from exc
 
     @field_validator("nats_url")
     @classmethod
@@ -241,6 +254,7 @@ class InferenceSettings(Settings):
     model_quantization: Literal["auto", "none", "int8", "nf4", "fp4"] = Field(
         "auto", description="bitsandbytes quantization; auto: the checkpoint's own, else nf4"
     )
+    hf_token: SecretStr | None = Field(None, description="Token for private and gated models of the hub")
     model_device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
     inference_engine: Literal["transformers", "embedding", "simulated"] = Field(
         "transformers",
@@ -291,6 +305,7 @@ def load(cls: type[S], **overrides: Any) -> S:
         ConfigurationError: it names each wrong setting and says why.
     """
     try:
+        env_file.check()
         return cls(**overrides)
     except ValidationError as exc:
         raise ConfigurationError("; ".join(_sentence(error) for error in exc.errors())) from exc

@@ -2,25 +2,22 @@
 
 import sys
 
+from forebay_contracts import program
 from forebay_contracts.settings import InferenceSettings, load
-from forebay_contracts.wire.errors import ForebayError
 from forebay_inference.models.store import ensure_model
 
 
-def main() -> int:
-    """Fetch what the worker would; the exit status."""
-    try:
-        settings = load(InferenceSettings)
-        if settings.inference_engine == "simulated":
-            print("the simulated engine has no model")
-        else:
-            folder = ensure_model(settings.default_model, settings.data_dir, lambda line: print(line, flush=True))
-            print(f"{settings.served_model} is in {folder}")
-    except ForebayError as exc:
-        print(f"forebay fetch: {exc}", file=sys.stderr)
-        return 2
-    return 0
+def fetch() -> None:
+    """Fetch what the worker would."""
+    settings = load(InferenceSettings)
+    if settings.inference_engine == "simulated":
+        print("the simulated engine has no model")
+        return
+    folder = ensure_model(
+        settings.default_model, settings.data_dir, lambda line: print(line, flush=True), settings.hf_token
+    )
+    print(f"{settings.served_model} is in {folder}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run(fetch, lambda text: print(f"forebay fetch: {text}", file=sys.stderr)))

@@ -54,8 +54,7 @@ async def up(
 
     Prints `ready http://HOST:PORT` once requests are answered. SIGINT and SIGTERM let running requests finish.
     """
-    folder = data_dir.expanduser().resolve() if data_dir else None
-    options = {"api_host": host, "api_port": port, "inference_engine": engine, "data_dir": folder}
+    options = {"api_host": host, "api_port": port, "inference_engine": engine, "data_dir": data_dir}
     given = {name: value for name, value in options.items() if value is not None}
     raise typer.Exit(await _run(Deployment(given, workers, verbose=verbose)))
 
@@ -66,8 +65,12 @@ class Deployment:
     def __init__(self, given: Mapping[str, Any], workers: int, *, verbose: bool) -> None:
         self.api = load(ApiSettings, **given)
         load(InferenceSettings, **given)  # Wrong settings of a worker stop the start here.
+        if self.api.nats_url is None and (self.api.nats_credentials or self.api.nats_nkey_seed):
+            raise ConfigurationError(
+                "NATS_CREDENTIALS and NATS_NKEY_SEED need NATS_URL: the server of `forebay up` has a user of its own"
+            )
         self.workers = workers
-        self.data_dir = self.api.data_dir.expanduser().resolve()
+        self.data_dir = self.api.data_dir.resolve()
         self.port = self.api.api_port or addresses.free_port("127.0.0.1")
         self.supervisor = Supervisor(self.data_dir / "logs", console.say_of_child, verbose=verbose)
         # In the children the environment overrides `.env`, and so do the options.
@@ -90,22 +93,24 @@ class Deployment:
     async def bring_up(self) -> None:
         """Start everything; return when all workers and the api are ready."""
         try:
-            settings = self.api.model_copy(update={"nats_url": await self._nats_url()})
-            self.env["NATS_URL"] = str(settings.nats_url)
+            settings = self.api
+            if settings.nats_url is None:
+                settings = settings.model_copy(update=await self._start_nats())
             async with connection.connected(settings, "forebay up") as link:
                 await self._start_services(link, settings)
         finally:
             self._progress.stop()
 
-    async def _nats_url(self) -> str:
-        if self.api.nats_url is not None:
-            return self.api.nats_url
+    async def _start_nats(self) -> dict[str, Any]:
+        """Start the embedded server; returns the settings with which a client connects, and gives them to children."""
         self._progress.show("starting nats-server")
-        command, url = nats_server.prepare(self.data_dir, self.api.max_request_bytes)
+        command, access = nats_server.prepare(self.data_dir, self.api.max_request_bytes)
         child = await self.supervisor.start("nats-server", command, self.env, stage=NATS_STAGE)
         await child.said(nats_server.READY_LINE)
-        self._progress.show(f"nats-server on {url}, its store in {self.data_dir / 'nats'}")
-        return url
+        self._progress.show(f"nats-server on {access['nats_url']}, its store in {self.data_dir / 'nats'}")
+        # The seed itself is in no environment, only the path of its file.
+        self.env |= {name.upper(): str(value) for name, value in access.items() if value is not None}
+        return access
 
     async def _start_services(self, link: Connection, settings: ApiSettings) -> None:
         await topology.ensure(link, settings, settings.served_model)

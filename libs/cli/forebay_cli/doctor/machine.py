@@ -18,7 +18,7 @@ MANIFEST = "SHA256SUMS"
 
 def findings(read: Settings) -> list[Finding]:
     """Run the checks."""
-    data_dir = read.data_dir.expanduser()
+    data_dir = read.data_dir
     return [*_disk(data_dir), *_model_cache(read.default_model, data_dir)]
 
 
@@ -34,7 +34,7 @@ def _disk(data_dir: Path) -> Iterator[Finding]:
 
 
 def _model_cache(model: str, data_dir: Path) -> Iterator[Finding]:
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir() or path.suffix == ".gguf" or model.startswith(("/", "./", "../", "~")):
         there = (path / "config.json").is_file() if path.is_dir() else path.is_file()
         fix = "" if there else "set DEFAULT_MODEL to a folder with a config.json, a GGUF file, or a hub id"

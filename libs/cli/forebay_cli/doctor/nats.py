@@ -15,6 +15,8 @@ from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
 
 Check = Callable[[Connection, Settings], Awaitable[list[Finding]]]
 
+_AS_OPERATOR = "run it as `operator` of deploy/nats/forebay.conf"
+
 _PERMIT = "run it as `operator` or `admin` of deploy/nats/forebay.conf, or allow this user there what it names"
 
 _FIXES = {
@@ -36,22 +38,38 @@ async def findings(read: Settings, role: Role) -> list[Finding]:
             async with connection.connected(read, "forebay doctor", role) as link:
                 version = link.client.connected_server_version
                 found = [Finding("nats", "ok", f"nats-server {version.major}.{version.minor}.{version.patch} answers")]
-                found += await _with_connection(link, read)
+                found += await _with_connection(link, read, role, violations)
         except QueueUnavailable as exc:
             fix = "start it (`forebay up` brings its own), or set NATS_URL to its address"
             return [Finding("nats", "problem", str(exc), fix)]
         except ConfigurationError as exc:
             return [_wrong_setting("nats", exc)]
+    return found
+
+
+async def _with_connection(link: Connection, read: Settings, role: Role, violations: list[str]) -> list[Finding]:
+    found = await _run("permissions", permissions.check, link, read)
+    if any(f"_inbox.{role}." in line.lower() for line in violations):
+        message = f"with --role {role}, this user gets no answers: it may not subscribe to _INBOX.{role}.>"
+        fix = "give `--role api` or `inference` for the user of that service, and none for `operator` and `admin`"
+        return [Finding("permissions", "problem", message, fix)]
+    found += await _checks(link, read)
+    if role != "cli":
+        # Some checks need more than a service does. What the service lacks, the check of permissions has said.
+        return [_not_checked(finding) if violations and finding.fix == _PERMIT else finding for finding in found]
     return found + [Finding("permissions", "problem", line, _PERMIT) for line in violations]
 
 
-async def _with_connection(link: Connection, read: Settings) -> list[Finding]:
-    found = await _run("permissions", permissions.check, link, read)
+def _not_checked(finding: Finding) -> Finding:
+    return Finding(finding.check, "warning", "not checked: the user of a service may not ask for it", _AS_OPERATOR)
+
+
+async def _checks(link: Connection, read: Settings) -> list[Finding]:
     try:
-        found += await _run("jetstream", jetstream.check, link, read)
+        found = await _run("jetstream", jetstream.check, link, read)
     except jetstream.JetStreamOff as exc:
         fix = "start nats-server with JetStream (`-js`), and enable it for the account"
-        return [*found, Finding("jetstream", "problem", f"JetStream is off: {exc}", fix)]
+        return [Finding("jetstream", "problem", f"JetStream is off: {exc}", fix)]
     checks: dict[str, Check] = {
         "topology": topology.check,
         "clocks": clocks.check,

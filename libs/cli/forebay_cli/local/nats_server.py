@@ -1,13 +1,22 @@
-"""The embedded NATS server: one for each DATA_DIR, on the loopback interface. Its store outlives restarts."""
+"""The embedded NATS server: one for each DATA_DIR, on the loopback interface. Its store outlives restarts.
+
+Other users of the machine can connect to its port. So it has one user, with an NKey whose seed only the owner of
+DATA_DIR can read, and no further port.
+"""
 
 import contextlib
 import fcntl
+import json
 import os
+import secrets
 import shutil
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import nkeys
 
 from forebay_cli.local.addresses import free_port, why_not_listen
 from forebay_contracts.wire.errors import ConfigurationError
@@ -15,6 +24,8 @@ from forebay_contracts.wire.errors import ConfigurationError
 HOST: Final = "127.0.0.1"
 USUAL_PORT: Final = 4222
 READY_LINE: Final = b"Server is ready"
+
+_SEED: Final = "user.seed"
 
 MIN_PAYLOAD_BYTES: Final = 8 * 1024 * 1024
 """A terminal frame may repeat a whole answer with its log probabilities, which is larger than any body."""
@@ -25,6 +36,9 @@ _CONFIG = """\
 # Written by `forebay up` at every start: changes made here are lost.
 server_name: forebay
 listen: "{host}:{port}"
+authorization {{
+    users: [{{ nkey: {user} }}]
+}}
 max_payload: {max_payload}
 jetstream {{
     store_dir: "{store}"
@@ -32,28 +46,62 @@ jetstream {{
 """
 
 
-def prepare(data_dir: Path, max_request_bytes: int) -> tuple[list[str], str]:
-    """Find the binary and a port, and write the configuration to DATA_DIR/nats; returns the command and the URL.
+def prepare(data_dir: Path, max_request_bytes: int) -> tuple[list[str], dict[str, Any]]:
+    """Find the binary and a port, and write the configuration and a context of the `nats` command to DATA_DIR/nats.
+
+    Returns the command, and the settings with which a client connects.
 
     Raises:
         ConfigurationError: there is no nats-server here.
     """
     binary = find_binary()
     folder = data_dir / "nats"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)  # It holds prompts, and earlier versions made it as the umask says.
     port = USUAL_PORT if why_not_listen(HOST, USUAL_PORT) is None else free_port(HOST)
-    config = folder / "server.conf"
-    config.write_text(
-        _CONFIG.format(
-            host=HOST,
-            port=port,
-            max_payload=max(MIN_PAYLOAD_BYTES, max_request_bytes + HEADER_ROOM_BYTES),
-            store=str(folder).replace("\\", "\\\\").replace('"', '\\"'),
-        )
-    )
     url = f"nats://{HOST}:{port}"
-    (folder / "url").write_text(url + "\n")
-    return [binary, "--config", str(config)], url
+    config = _CONFIG.format(
+        host=HOST,
+        port=port,
+        user=_user(folder / _SEED),
+        max_payload=max(MIN_PAYLOAD_BYTES, max_request_bytes + HEADER_ROOM_BYTES),
+        store=str(folder).replace("\\", "\\\\").replace('"', '\\"'),
+    )
+    context = {"description": f"Forebay in {data_dir}", "url": url, "nkey": str(folder / _SEED)}
+    _write(folder / "server.conf", config)
+    _write(folder / "context.json", json.dumps(context | {"inbox_prefix": "_INBOX.cli"}) + "\n")
+    _write(folder / "url", url + "\n")
+    return [binary, "--config", str(folder / "server.conf")], _access(folder, url)
+
+
+def _access(folder: Path, url: str) -> dict[str, Any]:
+    return {"nats_url": url, "nats_nkey_seed": folder / _SEED, "nats_credentials": None}
+
+
+def _user(seed: Path) -> str:
+    """The public key of the seed in the file `seed`, which is made if it is not there or holds no seed of a user."""
+    try:
+        seed.chmod(0o600)
+        text = seed.read_bytes().strip()
+        if text.startswith(b"SU"):
+            return str(nkeys.from_seed(bytearray(text)).public_key, "ascii")
+    except (FileNotFoundError, nkeys.NkeysError, ValueError):
+        pass
+    made: bytes = nkeys.encode_seed(secrets.token_bytes(32), nkeys.PREFIX_BYTE_USER)
+    _write(seed, made.decode())
+    return str(nkeys.from_seed(bytearray(made)).public_key, "ascii")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that only its owner can read. A process that is killed meanwhile leaves the old one."""
+    descriptor, made = tempfile.mkstemp(dir=path.parent)  # mode 0600
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(made, path)
+    except OSError as exc:
+        os.unlink(made)
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc
 
 
 def find_binary() -> str:
@@ -78,32 +126,44 @@ def exclusive(data_dir: Path) -> Iterator[None]:
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        lock = (data_dir / "up.lock").open("a+")
+        lock = (data_dir / "up.lock").open("ab+", buffering=0)
     except OSError as exc:
         raise ConfigurationError(f"DATA_DIR={data_dir} cannot be used: {exc.strerror}") from exc
     with lock:
         if not _try_lock(lock.fileno()):
             lock.seek(0)
             raise ConfigurationError(
-                f"`forebay up` already runs on DATA_DIR={data_dir} (process {lock.read().strip() or 'unknown'}): "
+                f"`forebay up` already runs on DATA_DIR={data_dir} (process {lock.read().decode() or 'unknown'}): "
                 f"stop it, or give this one another --data-dir"
             )
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        (data_dir / "nats" / "url").unlink(missing_ok=True)
+        try:
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+            (data_dir / "nats" / "url").unlink(missing_ok=True)
+        except OSError as exc:
+            raise ConfigurationError(f"DATA_DIR={data_dir} cannot be used: {exc.strerror}") from exc
         yield
 
 
-def running_url(data_dir: Path) -> str | None:
-    """The URL of the embedded server of a `forebay up` that runs on DATA_DIR now; None where none runs."""
+def running(data_dir: Path) -> dict[str, Any]:
+    """The settings with which a client connects to the server of the `forebay up` that runs on DATA_DIR; none runs: {}.
+
+    Raises:
+        ConfigurationError: it runs, and belongs to another user.
+    """
+    folder = data_dir.absolute() / "nats"
     try:
-        with (data_dir / "up.lock").open() as lock:
+        with (folder.parent / "up.lock").open() as lock:
             if _try_lock(lock.fileno()):
-                return None
-        return (data_dir / "nats" / "url").read_text().strip() or None
+                return {}
+        url = (folder / "url").read_text().strip()
+    except PermissionError as exc:
+        raise ConfigurationError(
+            f"the NATS server of DATA_DIR={data_dir} belongs to another user: run this as that user, or set NATS_URL"
+        ) from exc
     except OSError:
-        return None
+        return {}
+    return _access(folder, url) if url else {}
 
 
 def _try_lock(descriptor: int) -> bool:

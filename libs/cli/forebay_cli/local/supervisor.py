@@ -47,14 +47,15 @@ class LogFile:
         self._size = 0
 
     def write(self, data: bytes) -> None:
-        """Append."""
-        if self._size + len(data) > MAX_LOG_BYTES:
-            self._file.close()
-            self.path.replace(self.path.with_name(self.path.name + ".1"))
-            self._file = self.path.open("wb", buffering=0)
-            self._size = 0
-        self._file.write(data)
-        self._size += len(data)
+        """Append. What a full disk refuses is dropped: otherwise nobody would read on, and the process would block."""
+        with contextlib.suppress(OSError):
+            if self._size + len(data) > MAX_LOG_BYTES:
+                self.path.replace(self.path.with_name(self.path.name + ".1"))
+                full, self._file = self._file, self.path.open("wb", buffering=0)
+                full.close()
+                self._size = 0
+            self._file.write(data)
+            self._size += len(data)
 
     def close(self) -> None:
         """Close; nothing more can be written."""

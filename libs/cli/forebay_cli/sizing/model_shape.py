@@ -101,13 +101,13 @@ def of_folder(name: str, folder: Path) -> ModelShape:
 
 def find_folder(model: str, data_dir: Path) -> Path | None:
     """The folder of `model` on this machine: of that name, in Forebay's store, or in the cache of the hub's client."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if (path / "config.json").is_file():
         return path
     slug = model.replace("/", "--")
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
-    found = list((data_dir.expanduser() / "models").glob(f"{slug}-v*/config.json"))
-    for root in (data_dir.expanduser() / "hub", hub.expanduser()):
+    found = list((data_dir / "models").glob(f"{slug}-v*/config.json"))
+    for root in (data_dir / "hub", Path(os.path.expanduser(hub))):
         found += root.glob(f"models--{slug}/snapshots/*/config.json")
     return max(found, key=lambda config: config.stat().st_mtime).parent if found else None
 

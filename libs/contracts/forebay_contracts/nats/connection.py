@@ -188,6 +188,8 @@ def _credentials(settings: Settings) -> dict[str, str]:
         raise ConfigurationError(f"the NATS credentials {file} cannot be read: {exc.strerror}") from exc
     except (nkeys.NkeysError, ValueError) as exc:
         raise ConfigurationError(f"NATS_NKEY_SEED={file} holds no NKey seed (a line that begins with SU)") from exc
+    if not (b"NATS USER JWT-" in text and b"USER NKEY SEED-" in text):
+        raise ConfigurationError(f"the NATS credentials {file} hold no user (JWT and NKey seed)")
     return {"user_credentials": str(file)}
 
 

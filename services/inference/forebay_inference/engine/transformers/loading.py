@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -53,7 +54,10 @@ def load(folder: Path, quantization: str, device_name: str, progress: Callable[[
     options: dict[str, Any] = {"dtype": _dtype(device), "device_map": {"": device}}
     if settings is not None:
         options["quantization_config"] = settings
-    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    except UnpicklingError as exc:
+        raise ConfigurationError(f"{folder}: its .bin file holds more than weights, and is not loaded") from exc
     model.requires_grad_(False)
     if device.type == "cpu":
         with torch.inference_mode():

@@ -1,0 +1,176 @@
+"""Checkpoints of a model hub: which files of a repository are the checkpoint, and fetching them.
+
+A repository often has the same weights several times: as safetensors, in PyTorch's format, for other frameworks, and in
+the format of those who trained the model (`original/`, `consolidated*`). Only what Transformers and
+sentence-transformers load is fetched.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from glob import escape
+from pathlib import Path
+from typing import Any, Final
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.models.progress import step_progress
+from forebay_inference.models.sources import bytes_in
+
+_TIMEOUT_S: Final = 5
+_POLL_S: Final = 0.5
+
+_TEXTS: Final = ("*.json", "*.jinja", "*.model", "tokenizer*", "*.txt")
+"""Configuration, tokenizer and chat template, by name."""
+
+_FOLDERS: Final = re.compile(r"(\d+_[^/]+|additional_chat_templates)/")
+"""The folders that belong to a checkpoint: the modules of sentence-transformers (`1_Pooling`), and chat templates."""
+
+_WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
+"""The names of weights that the libraries load, the best first. They load the second with `weights_only`, which runs
+no code of the file. Weights in several files have an index, `NAME.index.json`."""
+
+Read = Callable[[str], str | bytes]
+"""The content of a file of the repository, by its name."""
+
+
+def checkpoint_files(names: Collection[str], read: Read) -> list[str]:
+    """The files of a repository that are the checkpoint; empty if it has no weights that could be loaded.
+
+    Raises:
+        ConfigurationError: an index of weights cannot be read.
+    """
+    folders = {"", *(found[0] for name in names if (found := _FOLDERS.match(name)))}
+    weights = [name for folder in folders for name in _weights(folder, names, read)]
+    if "config.json" not in names or not weights:
+        return []
+    texts = [name for name in names if _is_text(name, folders)]
+    return sorted({*texts, *weights})
+
+
+def _is_text(name: str, folders: Collection[str]) -> bool:
+    folder, _, base = name.rpartition("/")
+    in_checkpoint = (folder and f"{folder}/") in folders and not base.startswith("consolidated")
+    return in_checkpoint and any(fnmatchcase(base, pattern) for pattern in _TEXTS)
+
+
+def _weights(folder: str, names: Collection[str], read: Read) -> list[str]:
+    for name in (folder + weights for weights in _WEIGHTS):
+        if name in names:
+            return [name]
+        if (index := name + ".index.json") in names:
+            try:
+                return [index, *{folder + part for part in json.loads(read(index))["weight_map"].values()}]
+            except (ValueError, KeyError, TypeError, AttributeError) as exc:
+                raise ConfigurationError(f"{index} is no index of weights: {exc!r}") from exc
+    return []
+
+
+def download_from_hub(model: str, folder: Path, progress: Callable[[str], None], token: str | None = None) -> Path:
+    """The checkpoint of hub id `model`: from the hub client's own cache, else fetched into `folder`.
+
+    Where the hub cannot be asked, what an earlier start has fetched into `folder` is used.
+
+    Raises:
+        ConfigurationError: the hub does not have it or does not give it, or cannot be reached; or the disk is full.
+    """
+    try:
+        if (cached := _cached(model, None)) is not None:
+            return cached
+        return _fetched(model, folder, progress, token)
+    except HFValidationError as exc:
+        raise ConfigurationError(f"DEFAULT_MODEL={model}: neither a local path nor a hub id ({exc})") from exc
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"DEFAULT_MODEL={model}: {exc}") from exc
+    except Exception as exc:  # the client raises many kinds: connection, authorization, not found
+        reason = _reason(model, exc)
+        if (earlier := _cached(model, folder)) is not None:
+            progress(f"{reason}; using {model} as an earlier start has fetched it")
+            return earlier
+        raise ConfigurationError(f"DEFAULT_MODEL={model} could not be fetched: {reason}") from exc
+
+
+def _cached(model: str, cache: Path | None) -> Path | None:
+    """The folder of `model` in a cache (None: the hub client's own), if all of the checkpoint is there."""
+    found = try_to_load_from_cache(model, "config.json", cache_dir=cache)
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    files = checkpoint_files(names, lambda name: (folder / name).read_bytes())
+    return folder if files and names.issuperset(files) else None
+
+
+def _fetched(model: str, folder: Path, progress: Callable[[str], None], token: str | None) -> Path:
+    progress(f"fetching {model} from the model hub")
+    disable_progress_bars()
+    common: dict[str, Any] = {"cache_dir": folder, "token": token, "etag_timeout": _TIMEOUT_S}
+    known = HfApi(token=token).model_info(model, timeout=_TIMEOUT_S, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in known.siblings or ()}
+    files = checkpoint_files(sizes, lambda name: Path(hf_hub_download(model, name, **common)).read_bytes())
+    if not files:
+        raise ConfigurationError(_nothing_to_load(sizes))
+    if missing := set(files) - sizes.keys():
+        raise ConfigurationError(f"its index names weights that the hub does not have: {', '.join(sorted(missing))}")
+    blobs = folder / f"models--{model.replace('/', '--')}" / "blobs"
+    total = sum(sizes[name] for name in files)
+
+    def look() -> None:
+        # The files of another revision count too.
+        step(min(99, 100 * bytes_in(blobs) / max(total, 1)))
+
+    with step_progress(f"fetching {model}", progress) as step, _polled(look):
+        return Path(snapshot_download(model, allow_patterns=[escape(name) for name in files], max_workers=4, **common))
+
+
+def _nothing_to_load(names: Collection[str]) -> str:
+    if any(name.endswith(".gguf") for name in names):
+        return "the hub has it as GGUF: download one of its .gguf files, and give its path"
+    if "adapter_config.json" in names:
+        return "it is an adapter and no whole model: merge it into its base model, and give the folder"
+    return f"the hub has no checkpoint there: config.json with {' or '.join(_WEIGHTS)}"
+
+
+@contextmanager
+def _polled(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` from a thread until the block ends."""
+    done = threading.Event()
+
+    def poll() -> None:
+        while not done.wait(_POLL_S):
+            look()
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _reason(model: str, error: Exception) -> str:
+    """The error of the hub's client as a sentence that says what to do."""
+    if isinstance(error, GatedRepoError):
+        page = f"{constants.ENDPOINT}/{model}"
+        return f"it is gated: accept its terms at {page}, and set HF_TOKEN to a token of that account"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such model, or it is private and HF_TOKEN is not set to a token that may read it"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return "the hub does not accept HF_TOKEN" if status == 401 else f"the hub answered with status {status}"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'DATA_DIR'}: {error.strerror.lower()}"
+    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"the model hub at {constants.ENDPOINT} cannot be reached ({cause}); "
+        "give a local folder or GGUF file as DEFAULT_MODEL where there is no hub"
+    )
