@@ -11,7 +11,7 @@ from forebay_api.http.bodies import validated
 from forebay_api.openai.responses.body import ResponseBody
 from forebay_api.openai.responses.events import ResponseFold
 from forebay_api.openai.responses.record import ResponseRecord
-from forebay_contracts.wire.frames import Completed, Delta, Failed, FinishedChoice, Frame, Started, TokenLogprob
+from forebay_contracts.wire.frames import Completed, Delta, FinishedChoice, Frame, TokenLogprob
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import Usage
 
@@ -79,15 +79,7 @@ def rendered(of: ResponseRecord, frames: Iterable[Frame]) -> tuple[list[dict[str
     fold = ResponseFold(of)
     events = fold.opening()
     for frame in frames:
-        match frame:
-            case Started():
-                events += fold.started()
-            case Delta():
-                events += fold.delta(frame)
-            case Completed():
-                events += fold.completed(frame, ENDED_AT)
-            case Failed():
-                events += fold.failed(frame.status, frame.code, frame.message)
+        events += fold.frame(frame, ENDED_AT)
     return events, fold.response()
 
 

@@ -12,7 +12,7 @@ from forebay_api.openai.responses.output import CallItem, Event, OutputItem, Tex
 from forebay_api.openai.responses.record import ResponseRecord, item_id
 from forebay_api.openai.responses.tools import by_function_name
 from forebay_contracts.wire.errors import RequestCancelled
-from forebay_contracts.wire.frames import Completed, Delta
+from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Started
 from forebay_contracts.wire.state import Usage
 
 _CODES: Final = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
@@ -53,6 +53,18 @@ class ResponseFold:
     def opening(self) -> list[Event]:
         """The response is created, and waits."""
         return self._numbered([self._lifecycle("created"), self._lifecycle("queued")])
+
+    def frame(self, frame: Frame, at: float) -> list[Event]:
+        """The events of the next frame. `at`: when it was stored, in seconds since the epoch."""
+        match frame:
+            case Started():
+                return self.started()
+            case Delta():
+                return self.delta(frame)
+            case Completed():
+                return self.completed(frame, at)
+            case Failed():
+                return self.failed(frame.status, frame.code, frame.message)
 
     def started(self) -> list[Event]:
         """An attempt has begun; the first gives an event."""
@@ -102,7 +114,7 @@ class ResponseFold:
         """The answer broke off: its HTTP status, code and message. What is there of it is kept as incomplete."""
         if self.ended:
             return []
-        if code == RequestCancelled.code:
+        if status == RequestCancelled.status:
             self._status = "cancelled"
         else:
             self._status = "failed"
