@@ -42,11 +42,14 @@ def request(of: ResponseBody, items: Sequence[dict[str, Any]] | None = None) -> 
     )
 
 
+def fresh(of: ResponseBody) -> ResponseRecord:
+    """The record of a body, before it is stored."""
+    return of.record(of.items(REQUEST_ID), request_id=REQUEST_ID, key="alice", created_at=1_800_000_000.25, model="m")
+
+
 def record(**fields: Any) -> ResponseRecord:
     """The record of a body, as it is read from the store."""
-    of = body(**fields)
-    made = of.record(of.items(REQUEST_ID), request_id=REQUEST_ID, key="alice", created_at=1_800_000_000.25, model="m")
-    return ResponseRecord.model_validate_json(made.encode())
+    return ResponseRecord.model_validate_json(fresh(body(**fields)).encode())
 
 
 def text(value: str, **fields: Any) -> Delta:

@@ -5,13 +5,13 @@ import time
 from typing import Any
 
 import pytest
-from openai.types.responses import Response, response_create_params
+from openai.types.responses import Response
 from openai.types.responses.response_item_list import ResponseItemList
 from pydantic import ValidationError
 
 from forebay_api.http.bodies import validated
 from forebay_api.openai.body import SLICE
-from forebay_api.openai.responses.body import InputTokensBody, ResponseBody
+from forebay_api.openai.responses.body import InputTokensBody
 from forebay_api.openai.responses.events import ResponseFold
 from forebay_contracts.wire.errors import InvalidRequest, RequestNotFound
 from forebay_contracts.wire.request import CompletionType, Sampling
@@ -374,27 +374,6 @@ def test_a_body_that_counts_tokens_makes_the_same_prompt() -> None:
     asked = request(body(**CODEX))
     assert (made.messages, made.tools, made.tool_choice) == (asked.messages, asked.tools, asked.tool_choice)
     assert made.sampling.max_tokens == 0
-
-
-def test_every_parameter_of_the_sdk_is_known_or_refused_by_name() -> None:
-    documented = {
-        *response_create_params.ResponseCreateParamsBase.__annotations__,
-        *response_create_params.ResponseCreateParamsStreaming.__annotations__,
-    }
-    refused = documented - ResponseBody.model_fields.keys()
-    assert refused == {
-        "access_programs",
-        "background_options",
-        "context_management",
-        "image",
-        "moderation",
-        "prompt",
-        "prompt_cache_options",
-    }
-    for name in refused:
-        with pytest.raises(InvalidRequest) as told:
-            body(**{name: {}})
-        assert (told.value.param, told.value.code) == (name, "unknown_parameter")
 
 
 def test_the_response_has_what_the_specifications_require() -> None:
