@@ -43,11 +43,14 @@ def request(of: ResponseBody, items: Sequence[dict[str, Any]] | None = None) -> 
     )
 
 
+def fresh(of: ResponseBody) -> ResponseRecord:
+    """The record of a body, before it is stored."""
+    return of.record(of.items(REQUEST_ID), request(of))
+
+
 def record(**fields: Any) -> ResponseRecord:
     """The record of a body, as it is read from the store."""
-    of = body(**fields)
-    made = of.record(of.items(REQUEST_ID), request(of))
-    return ResponseRecord.model_validate_json(made.encode())
+    return ResponseRecord.model_validate_json(fresh(body(**fields)).encode())
 
 
 def text(value: str, **fields: Any) -> Delta:

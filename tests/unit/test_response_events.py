@@ -19,9 +19,11 @@ from support.responses import (
     EVENTS,
     HEX,
     REQUEST_ID,
+    body,
     call,
     check_types,
     ended,
+    fresh,
     logprob,
     record,
     rendered,
@@ -252,8 +254,9 @@ def test_one_attempt_is_told_however_many_begin() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_rendering_twice_gives_the_same_bytes(name: str) -> None:
     fields, frames = CASES[name]
-    once, again = (b"".join(map(sse, rendered(record(**fields), frames)[0])) for _ in range(2))
-    assert once == again
+    records = (record(**fields), record(**fields), fresh(body(**fields)))
+    once, again, unstored = (b"".join(map(sse, rendered(one, frames)[0])) for one in records)
+    assert once == again == unstored
     first = once.split(b"\n\n", 1)[0].split(b"\n")
     assert first[0] == b"event: response.created"
     assert orjson.loads(first[1].removeprefix(b"data: "))["sequence_number"] == 0
@@ -350,7 +353,10 @@ def test_logprobs_of_thoughts_and_calls_belong_to_no_message() -> None:
         ('{ "input" :"a\\nb\\\\"}', "a\nb\\"),
         ('{"input": "a\nb"}', "a\nb"),
         ('{"input": "\\u00e4\\ud83d\\ude00"}', "ä😀"),
-        ('{"input": "\\ud83d!"}', "?!"),
+        ('{"input": "\\ud83d!"}', "\ufffd!"),
+        ('{"input": "\\d+\\u12\\/\\n"}', "\\d+\\u12/\n"),
+        ('{"input": "\\\\u0041\\\\\\u0041"}', "\\u0041\\A"),
+        ('{"input": "\\ud83d\\u0041\\ude00"}', "\ufffdA\ufffd"),
         ('{"input": "a", "more": "b"}', "a"),
         ('{"input": 5}', '{"input": 5}'),
         ('{"other": "a"}', '{"other": "a"}'),

@@ -54,7 +54,7 @@ class Delta(FrameMessage):
 
     `offset` counts the tokens before these in this choice. `text` lags behind the tokens while a character or a
     possible stop string is incomplete, so it may be empty. It depends only on the tokens up to here, so a next attempt
-    that starts from these tokens continues the text exactly. The `reasoning` of a delta stands before its text.
+    that starts from these tokens continues the text exactly.
 
     An `embedding` is a whole choice: float32 values, little-endian, in base64. Its one token has no meaning. It makes
     the embedding a delta that is counted, dropped when repeated, and sent again when lost.

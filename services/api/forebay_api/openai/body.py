@@ -60,16 +60,16 @@ def as_many(value: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[int, ..
     return (value,) if isinstance(value, str) or isinstance(value[0], int) else value
 
 
-class OpenModel(BaseModel):
-    """An object that keeps unknown members: chat templates may use them."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
-
-
 class LenientModel(BaseModel):
     """An object whose unknown members are ignored: clients send back what other services added."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class OpenModel(BaseModel):
+    """An object that keeps unknown members: chat templates may use them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
 
 
 class StrictModel(BaseModel):

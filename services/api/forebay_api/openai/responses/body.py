@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from forebay_api.openai.body import Bool, Finite, Int, Many, Mapping, Misfit, RequestBody, StrictModel
 from forebay_api.openai.responses.history import chat_messages
-from forebay_api.openai.responses.items import InputItem, Item, ItemReference, MessageItem
+from forebay_api.openai.responses.items import Id, InputItem, Item, ItemReference, MessageItem
 from forebay_api.openai.responses.record import ResponseRecord, item_id, response_id
 from forebay_api.openai.responses.text_format import Reasoning, TextConfig
 from forebay_api.openai.responses.tools import (
@@ -55,7 +55,7 @@ Metadata = Annotated[Mapping[str, str], AfterValidator(_bounded)]
 class ConversationReference(StrictModel):
     """A conversation by its id."""
 
-    id: str
+    id: Id
 
 
 class StreamOptions(StrictModel):
@@ -69,8 +69,8 @@ class PromptBody(RequestBody):
 
     input: str | Many[InputItem] | None = None
     instructions: str | None = None
-    previous_response_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    conversation: str | ConversationReference | None = None
+    previous_response_id: Id | None = None
+    conversation: Id | ConversationReference | None = None
     tools: Many[Tool] = ()
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: Bool = True
@@ -206,7 +206,7 @@ class ResponseBody(PromptBody):
     ] = ()
     # Accepted without effect: they are about OpenAI's own service, or limit tools that only it runs.
     max_tool_calls: Annotated[Int, Field(ge=1)] | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None

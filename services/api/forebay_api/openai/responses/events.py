@@ -88,8 +88,8 @@ class ResponseFold:
         made: list[Event] = []
         if not (self._done or self._text or self._call):
             made += self._say("", reasoning=False)
-        if self._logprobs and self._text is not None:
-            made += self._say("", reasoning=self._text.reasoning)
+        if self._logprobs and self._text is not None and not self._text.reasoning:
+            made += self._say("", reasoning=False)
         made += self._close("incomplete" if cut else "completed")
         self._usage = completed.usage
         if cut:
@@ -102,7 +102,7 @@ class ResponseFold:
         """The answer broke off: its HTTP status, code and message. What is there of it is kept as incomplete."""
         if self.ended:
             return []
-        if code == RequestCancelled.code:
+        if status == RequestCancelled.status:
             self._status = "cancelled"
         else:
             self._status = "failed"

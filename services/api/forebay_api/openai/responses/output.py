@@ -1,6 +1,5 @@
 """The items of an answer while they grow: each gives the events of its opening, its deltas and its closing."""
 
-import json
 import re
 from typing import Any, Final, Protocol
 
@@ -9,18 +8,18 @@ from forebay_contracts.wire.frames import TokenLogprob, TopLogprob
 
 Event = dict[str, Any]
 
-# The beginning of the arguments of a custom tool, up to the text; the text; and what may be a part of an escape.
+# The arguments of a custom tool, up to their text.
 _HEAD: Final = re.compile(rf'\s*\{{\s*"{CUSTOM_INPUT}"\s*:\s*"')
-_TEXT: Final = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
-_PARTIAL: Final = re.compile(r"\\u(?:[0-9a-fA-F]{0,3}|[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)$")
+# Text up to its quote, or up to an escape that is not whole yet. The halves of a surrogate pair are one escape.
+_TEXT: Final = re.compile(
+    r'(?:[^"\\]+|\\[^u]|\\u(?!(?:[0-9a-f]{0,3}|d[89ab][0-9a-f]{2}(?:\\(?:u[0-9a-f]{0,3})?)?)\Z))*', re.IGNORECASE
+)
+_ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
+_ESCAPES: Final = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", '"': '"', "\\": "\\", "/": "/"}
 
 
 class OutputItem(Protocol):
     """An item that grows."""
-
-    def opened(self) -> list[Event]:
-        """The events that begin it."""
-        ...
 
     def closed(self, status: str) -> list[Event]:
         """The events that end it as `status`, with the whole item in the last."""
@@ -164,8 +163,6 @@ class CustomInput:
         assert found is not None
         raw = found[0]
         self._ended = len(raw) < len(self._pending) and self._pending[len(raw)] == '"'
-        if not self._ended and (partial := _PARTIAL.search(raw)):
-            raw = raw[: partial.start()]
         self._pending = self._pending[len(raw) :]
         return _unescaped(raw)
 
@@ -176,12 +173,14 @@ class CustomInput:
 
 
 def _unescaped(raw: str) -> str:
-    try:
-        text: str = json.loads(f'"{raw}"', strict=False)
-    except ValueError:
-        return raw
-    # Half a surrogate pair cannot be written as UTF-8.
-    return text.encode("utf-8", "replace").decode()
+    """The text of a JSON string. What JSON does not escape stays as it is: models write `\\d` for a digit."""
+    text = _ESCAPE.sub(_character, raw)
+    # Joins surrogate pairs, and replaces halves: they cannot be written as UTF-8.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if "\\u" in raw else text
+
+
+def _character(escape: re.Match[str]) -> str:
+    return chr(int(escape[1], 16)) if escape[1] else _ESCAPES.get(escape[2], escape[0])
 
 
 def logprob_objects(logprobs: tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from forebay_api.openai.body import Bool, LenientModel, StrictModel
+from forebay_api.openai.responses.tools import Schema
 
 
 class PlainText(StrictModel):
@@ -25,7 +26,7 @@ class JsonSchema(LenientModel):
     type: Literal["json_schema"]
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
     description: str | None = None
-    json_schema: dict[str, Any] = Field(alias="schema")
+    json_schema: Schema = Field(alias="schema")
     strict: Bool | None = None
 
 
@@ -58,15 +59,11 @@ class Reasoning(StrictModel):
     """How much the model thinks. A summary is never made: the response holds what the model thought itself."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    summary: Literal["auto", "concise", "detailed", "none"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     context: Literal["auto", "current_turn", "all_turns"] | None = None
     mode: str | None = None
 
     def template_arguments(self) -> dict[str, Any]:
-        """What chat templates are told: most switch thinking by `enable_thinking`, some grade it."""
-        if self.effort is None:
-            return {}
-        if self.effort == "none":
-            return {"enable_thinking": False}
-        return {"enable_thinking": True, "reasoning_effort": self.effort}
+        """What chat templates are told."""
+        return {} if self.effort is None else {"reasoning_effort": self.effort}

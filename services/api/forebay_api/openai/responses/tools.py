@@ -8,7 +8,8 @@ which are served.
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+import orjson
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from forebay_api.openai.body import Bool, LenientModel, Many, Misfit
 
@@ -33,13 +34,25 @@ _HOSTED: Final = (
 ToolName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_-]+$")]
 
 
+def _writable(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        orjson.dumps(value)
+    except TypeError as exc:
+        raise ValueError("expected integers of at most 64 bits") from exc
+    return value
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_writable)]
+"""A JSON schema that responses can show."""
+
+
 class FunctionTool(LenientModel):
     """A function that the client runs; `parameters` is a JSON schema."""
 
     type: Literal["function"]
     name: ToolName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: Bool | None = None
 
 
@@ -76,7 +89,7 @@ class HostedTool(LenientModel):
     @classmethod
     def _known(cls, value: str) -> str:
         if not value.startswith(_HOSTED):
-            raise ValueError(f"{value!r} is no type of a tool")
+            raise ValueError(f"{value[:64]!r} is no type of a tool")
         return value
 
 
@@ -86,7 +99,7 @@ def _kind(value: Any) -> str:
     return f"{kind} tool" if kind in ("function", "custom", "namespace") else "hosted tool"
 
 
-Callable = (
+PlainTool = (
     Annotated[FunctionTool, Tag("function tool")]
     | Annotated[CustomTool, Tag("custom tool")]
     | Annotated[HostedTool, Tag("hosted tool")]
@@ -99,26 +112,26 @@ class NamespaceTool(LenientModel):
     type: Literal["namespace"]
     name: ToolName
     description: str | None = None
-    tools: Many[Annotated[Callable, Discriminator(_kind)]] = ()
+    tools: Many[Annotated[PlainTool, Discriminator(_kind)]] = ()
 
 
-Tool = Annotated[Callable | Annotated[NamespaceTool, Tag("namespace tool")], Discriminator(_kind)]
+Tool = Annotated[PlainTool | Annotated[NamespaceTool, Tag("namespace tool")], Discriminator(_kind)]
 
 
 class NamedChoice(LenientModel):
     """The one tool that must be called."""
 
     type: Literal["function", "custom"]
-    name: str
-    namespace: str | None = None
+    name: ToolName
+    namespace: ToolName | None = None
 
 
 class AllowedTool(LenientModel):
     """One of the tools that may be called."""
 
     type: str
-    name: str | None = None
-    namespace: str | None = None
+    name: ToolName | None = None
+    namespace: ToolName | None = None
 
 
 class AllowedTools(LenientModel):
@@ -135,7 +148,7 @@ class HostedChoice(HostedTool):
     @field_validator("type")
     @classmethod
     def _refused(cls, value: str) -> str:
-        raise ValueError(f"a tool of type {value!r} is not served here")
+        raise ValueError(f"a tool of type {value[:64]!r} is not served here")
 
 
 def _choice_kind(value: Any) -> str:
