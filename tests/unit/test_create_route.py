@@ -44,6 +44,7 @@ def app(system: Twins) -> ASGIApp:
             states=system.states,
             dispatcher=system.dispatcher,
             stored=NONE,
+            records=NONE,
             responses=NONE,
             idempotent=NONE,
             workers=NONE,

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,9 @@ from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 from support.twins import Twins, request, twins
 
+NONE: Any = None
+"""Stands for what these requests do not use."""
+
 
 def stored_request(orders: str = "", seconds: float = 30) -> InferenceRequest:
     made = request(orders)
@@ -23,7 +27,7 @@ def stored_request(orders: str = "", seconds: float = 30) -> InferenceRequest:
 
 def an_api(system: Twins) -> StoredRequests:
     return StoredRequests(
-        system.dispatcher, system.states, system.cancellation, system.answers, lambda _: contextlib.nullcontext()
+        system.dispatcher, system.states, system.cancellation, system.answers, NONE, lambda _: contextlib.nullcontext()
     )
 
 

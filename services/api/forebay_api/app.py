@@ -24,6 +24,7 @@ from forebay_api.in_flight.listener import Listener
 from forebay_api.in_flight.records import Records
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai import models
+from forebay_api.openai.chat import stored as chat
 from forebay_api.openai.responses import routes as responses
 from forebay_api.openai.responses.stored import Responses
 from forebay_api.routes import ENDPOINTS
@@ -56,7 +57,7 @@ def create_app(context: Context) -> ASGIApp:
     keyed = [Depends(caller)]
     if context.settings.api_keys or context.settings.api_keys_file:
         keyed.append(Depends(KEY))
-    for router in (described(ENDPOINTS), models.router, responses.router, queue.router):
+    for router in (described(ENDPOINTS), models.router, chat.router, responses.router, queue.router):
         rest.include_router(router, dependencies=keyed, responses=ERRORS)
     for router in (health.router, page.router):
         rest.include_router(router)
@@ -116,7 +117,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await Listener(connection, dispatcher).start()
         await heartbeat.start()
         log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
-        stored = StoredRequests(dispatcher, states, cancellation, answers, limits.one_more)
+        records = Records(connection)
+        stored = StoredRequests(dispatcher, states, cancellation, answers, records, limits.one_more)
         idempotent = IdempotentRequests(connection, stored)
         try:
             yield Context(
@@ -125,7 +127,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 states=states,
                 dispatcher=dispatcher,
                 stored=stored,
-                responses=Responses(Records(connection), stored),
+                records=records,
+                responses=Responses(records, stored),
                 idempotent=idempotent,
                 workers=workers,
                 models=Models(settings, workers.alive, lambda: topology.known_models(connection)),

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from forebay_api.clients.keys import ApiKeys, Client
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
+from forebay_api.in_flight.records import Records
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai.responses.stored import Responses
 from forebay_api.watching.drain_rate import Rates
@@ -32,6 +33,7 @@ class Context:
     states: StateStore
     dispatcher: Dispatcher
     stored: StoredRequests
+    records: Records
     responses: Responses
     idempotent: IdempotentRequests
     workers: Presence[WorkerInfo]

@@ -13,7 +13,7 @@ from forebay_api.anthropic.messages.create import answer, count
 from forebay_api.http.errors import Shape, openai_error
 from forebay_api.openai.body import RequestBody
 from forebay_api.openai.chat.body import ChatCompletionBody
-from forebay_api.openai.chat.format import ChatFormat
+from forebay_api.openai.chat.stored import complete
 from forebay_api.openai.completions.body import CompletionBody
 from forebay_api.openai.completions.format import CompletionFormat
 from forebay_api.openai.embeddings.body import EmbeddingBody
@@ -46,7 +46,7 @@ class Endpoint:
 
 # fmt: off
 ENDPOINTS: Final = (
-    Endpoint("POST", "/v1/chat/completions", CHAT, ChatCompletionBody, live(ChatFormat), "[Chat Completions]"),
+    Endpoint("POST", "/v1/chat/completions", CHAT, ChatCompletionBody, complete, "[Chat Completions]"),
     Endpoint("POST", "/v1/completions", COMPLETION, CompletionBody, live(CompletionFormat), "[Completions]"),
     Endpoint("POST", "/v1/embeddings", EMBEDDING, EmbeddingBody, live(EmbeddingFormat), "[Embeddings]"),
     Endpoint("POST", "/v1/responses", CHAT, ResponseBody, respond, "[Responses]"),

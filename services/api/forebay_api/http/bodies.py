@@ -46,6 +46,12 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(data)
 
 
+async def body_of(request: Request, kind: type[Body], max_bytes: int) -> Body:
+    """The body of a request that is not queued; without any, an empty object. Raises as `read_body` and `validated`."""
+    data = await read_body(request, max_bytes)
+    return await off_loop(len(data), validated, kind, data or b"{}")
+
+
 async def off_loop(
     size: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:

@@ -15,13 +15,15 @@ from typing import Final
 from forebay_api import request_metrics
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.in_flight.records import Records
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.cancellation import Cancellation
 from forebay_contracts.queueing.protocols import AnswerLog, Record, StateStore
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
 from forebay_contracts.telemetry.logs import fields
-from forebay_contracts.wire.errors import AnswerLogFull, ForebayError, QueueConflict, QueueUnavailable
+from forebay_contracts.wire.errors import AnswerLogFull, ApiError, ForebayError, QueueConflict, QueueUnavailable
 from forebay_contracts.wire.frames import Completed, Failed, decode_frame, outcome_of
+from forebay_contracts.wire.message import Message
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 
@@ -46,12 +48,14 @@ class StoredRequests:
         states: StateStore,
         cancellation: Cancellation,
         answers: AnswerLog,
+        records: Records,
         one_more: Callable[[str | None], AbstractContextManager[None]],
     ) -> None:
         self._dispatcher = dispatcher
         self._states = states
         self._cancellation = cancellation
         self._answers = answers
+        self._records = records
         self._one_more = one_more
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -63,23 +67,44 @@ class StoredRequests:
             await asyncio.wait(self._tasks)
 
     @contextlib.asynccontextmanager
-    async def submit(self, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
-        """Admit `request`; yields its answer. Leaving the block ends nothing.
+    async def submit(
+        self, request: InferenceRequest, key: str | None = None, record: Message | None = None
+    ) -> AsyncIterator[LiveAnswer]:
+        """Admit `request`, and keep `record` of it under `key`; yields its answer. Leaving the block ends nothing.
 
         Raises:
-            QueueFull, QueueUnavailable, RequestTooLarge, KeyLimitReached, AnswerLogFull: nothing was admitted.
+            QueueFull, QueueUnavailable, RequestTooLarge, KeyLimitReached, AnswerLogFull: nothing of it stays.
         """
         if not await self._answers.has_room():
             raise AnswerLogFull("no room is left for further stored answers, try again later")
         with ExitStack() as permit:
             permit.enter_context(self._one_more(request.key))
-            sequence = await self._dispatcher.admit(request)
+            sequence = await self._admit(request, key, record)
             reader = _Reader(request)
             task = asyncio.create_task(self._watch(request, sequence, reader, permit.pop_all()))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         with reader as answer:
             yield answer
+
+    async def _admit(self, request: InferenceRequest, key: str | None, record: Message | None) -> int:
+        if key is None or record is None:
+            return await self._dispatcher.admit(request)
+        # Side by side: one round trip less until the first token.
+        keeping = asyncio.create_task(self._records.put(key, record))
+        try:
+            sequence = await self._dispatcher.admit(request)
+        except BaseException:
+            with contextlib.suppress(ApiError):
+                await keeping
+                await self._records.delete(key)
+            raise
+        try:
+            await keeping
+        except ApiError:
+            await self.cancel(request, "no record of it could be kept")
+            raise
+        return sequence
 
     @contextlib.asynccontextmanager
     async def read(self, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:

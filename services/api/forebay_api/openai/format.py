@@ -73,9 +73,10 @@ class StreamFormat(ABC):
     _whole_object: ClassVar[str]
     _chunk_object: ClassVar[str]
 
-    def __init__(self, request: InferenceRequest, body: GenerationBody) -> None:
+    def __init__(self, request: InferenceRequest, body: GenerationBody | None) -> None:
         self._request = request
-        self._include_usage = body.stream_options is not None and body.stream_options.include_usage
+        options = body.stream_options if body is not None else None
+        self._include_usage = options is not None and options.include_usage
 
     def queued(self) -> bytes:
         """What a stream begins with if it begins before a worker has."""

@@ -1,15 +1,9 @@
 """How a response is made: what it goes on from, what is stored of it, and where its answer goes."""
 
-import contextlib
-from collections.abc import AsyncIterator
-
 from forebay_api.context import Context
-from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.openai.responses.format import InputTokensFormat, ResponseFormat
-from forebay_api.openai.responses.record import ResponseRecord
 from forebay_api.prepare import Accepted, Prepared
 from forebay_contracts.wire import names
-from forebay_contracts.wire.request import InferenceRequest
 
 
 async def respond(context: Context, accepted: Accepted) -> Prepared:
@@ -26,7 +20,7 @@ async def respond(context: Context, accepted: Accepted) -> Prepared:
         timeout_s=settings.background_timeout if body.background else settings.request_timeout,
     )
     record = body.record(items, request)
-    answered = _stored(context, record, request) if body.store else context.dispatcher.submit(request)
+    answered = context.responses.submit(record, request) if body.store else context.dispatcher.submit(request)
     writer = ResponseFormat(record)
     at_once = writer.waiting if body.background and not body.stream else None
     return Prepared(request, lambda _: writer, answered, begins_after_s=0, at_once=at_once)
@@ -48,16 +42,3 @@ async def _conversation(
     known = {item["id"]: item for item in before}
     known |= await context.responses.referenced(accepted.client.name, accepted.body.references, known)
     return before, accepted.body.items(accepted.id, known)
-
-
-@contextlib.asynccontextmanager
-async def _stored(context: Context, record: ResponseRecord, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
-    """Keep the record and submit the request. If it is not admitted, nothing of it stays."""
-    async with contextlib.AsyncExitStack() as stack:
-        await context.responses.keep(record)
-        try:
-            answer = await stack.enter_async_context(context.stored.submit(request))
-        except BaseException:
-            await context.responses.drop(record)
-            raise
-        yield answer

@@ -4,6 +4,7 @@ Sources: https://platform.openai.com/docs/api-reference/responses and conversati
 """
 
 import asyncio
+import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,8 +17,9 @@ from starlette.types import Receive, Scope, Send
 from forebay_api.context import Caller, Context, Running
 from forebay_api.create import write_stream
 from forebay_api.http import sse
-from forebay_api.http.bodies import read_body, validated
+from forebay_api.http.bodies import body_of
 from forebay_api.openai.body import Many, StrictModel
+from forebay_api.openai.lists import page
 from forebay_api.openai.responses.body import Metadata
 from forebay_api.openai.responses.conversation import Entry
 from forebay_api.openai.responses.format import ResponseFormat
@@ -67,7 +69,7 @@ async def list_input_items(
 ) -> dict[str, Any]:
     """The items of a response's own input."""
     record = await context.responses.get(caller.name, response_id)
-    return _page(record.input, limit, order, after)
+    return page(record.input, limit, order, after)
 
 
 class _Events(Response):
@@ -111,8 +113,6 @@ class ItemsBody(StrictModel):
 
 
 def _entries(items: Sequence[Any] | None) -> list[Entry]:
-    import uuid
-
     found = []
     for place, item in enumerate(items or ()):
         if not isinstance(item, Item):
@@ -122,14 +122,10 @@ def _entries(items: Sequence[Any] | None) -> list[Entry]:
     return found
 
 
-async def _body(context: Context, request: Request, kind: type[Any]) -> Any:
-    return validated(kind, await read_body(request, context.settings.max_request_bytes) or b"{}")
-
-
 @router.post("/conversations")
 async def create_conversation(request: Request, context: Running, caller: Caller) -> dict[str, Any]:
     """Make a conversation."""
-    body = await _body(context, request, ConversationBody)
+    body = await body_of(request, ConversationBody, context.settings.max_request_bytes)
     made = await context.responses.begin_conversation(caller.name, body.metadata or {}, _entries(body.items))
     return made.object()
 
@@ -145,7 +141,7 @@ async def update_conversation(
     conversation_id: str, request: Request, context: Running, caller: Caller
 ) -> dict[str, Any]:
     """Replace the metadata of a conversation."""
-    body = await _body(context, request, MetadataBody)
+    body = await body_of(request, MetadataBody, context.settings.max_request_bytes)
     changed = await context.responses.change(caller.name, conversation_id, metadata=body.metadata)
     return changed.object()
 
@@ -160,9 +156,10 @@ async def delete_conversation(conversation_id: str, context: Running, caller: Ca
 @router.post("/conversations/{conversation_id}/items")
 async def create_items(conversation_id: str, request: Request, context: Running, caller: Caller) -> dict[str, Any]:
     """Add items to a conversation."""
-    entries = _entries((await _body(context, request, ItemsBody)).items)
+    body = await body_of(request, ItemsBody, context.settings.max_request_bytes)
+    entries = _entries(body.items)
     await context.responses.change(caller.name, conversation_id, *entries)
-    return _page([entry.item for entry in entries if entry.item is not None], len(entries), "asc", "")
+    return page([entry.item for entry in entries if entry.item is not None], len(entries), "asc", "")
 
 
 @router.get("/conversations/{conversation_id}/items")
@@ -170,7 +167,7 @@ async def list_items(
     conversation_id: str, context: Running, caller: Caller, limit: Limit = 20, order: Order = "desc", after: str = ""
 ) -> dict[str, Any]:
     """The items of a conversation, those of its responses included."""
-    return _page(await _items(context, caller.name, conversation_id), limit, order, after)
+    return page(await _items(context, caller.name, conversation_id), limit, order, after)
 
 
 @router.get("/conversations/{conversation_id}/items/{item_id}")
@@ -192,21 +189,3 @@ async def delete_item(conversation_id: str, item_id: str, context: Running, call
 async def _items(context: Context, owner: str | None, conversation_id: str) -> list[dict[str, Any]]:
     kept = await context.responses.conversation(owner, conversation_id)
     return await context.responses.items_of(owner, kept.record)
-
-
-def _page(items: Sequence[dict[str, Any]], limit: int, order: Order, after: str) -> dict[str, Any]:
-    """OpenAI's list object: at most `limit` items behind the item `after`."""
-    ordered = list(items) if order == "asc" else list(reversed(items))
-    if after:
-        places = [place for place, item in enumerate(ordered) if item["id"] == after]
-        if not places:
-            raise InvalidRequest(f"There is no item '{after}'.", param="after")
-        ordered = ordered[places[0] + 1 :]
-    data = ordered[:limit]
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": len(ordered) > limit,
-    }

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 from forebay_api.in_flight.live_answer import LiveAnswer
@@ -41,15 +41,14 @@ class Responses:
             raise RequestNotFound(f"Response with id '{identifier}' not found.", code=None)
         return found.record
 
-    async def keep(self, record: ResponseRecord) -> None:
-        """Store the record of a response that is to begin, and add it to its conversation."""
-        await self._records.put(key_of("resp", record.key, record.id), record)
+    @contextlib.asynccontextmanager
+    async def submit(self, record: ResponseRecord, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
+        """Admit the request of a response, and keep its record; yields its answer."""
         if record.conversation is not None:
             await self.change(record.key, record.conversation, Entry(response=record.id))
-
-    async def drop(self, record: ResponseRecord) -> None:
-        """Remove the record of a response that did not begin."""
-        await self._records.delete(key_of("resp", record.key, record.id))
+        key = key_of("resp", record.key, record.id)
+        async with self._requests.submit(request, key, record) as answer:
+            yield answer
 
     async def referenced(
         self, owner: str | None, identifiers: Sequence[str], known: Mapping[str, Any]

@@ -1,0 +1,180 @@
+"""Chat completions that are stored: how one begins, and how it is read, listed, changed and removed.
+
+Source: https://platform.openai.com/docs/api-reference/chat (get, list, update, delete, getMessages).
+"""
+
+import asyncio
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated, Any, Final, Literal
+
+import orjson
+from fastapi import APIRouter, Query
+from pydantic import Field
+from starlette.requests import Request
+
+from forebay_api.context import Caller, Context, Running
+from forebay_api.http.bodies import body_of
+from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.in_flight.records import Kept, key_of
+from forebay_api.openai.body import StrictModel
+from forebay_api.openai.chat.format import ChatFormat
+from forebay_api.openai.lists import page
+from forebay_api.openai.responses.body import Metadata
+from forebay_api.prepare import Accepted, Prepared, live
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import RequestNotFound
+from forebay_contracts.wire.message import SCHEMA_VERSION, Message
+from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
+
+KIND: Final = "chat"
+PREFIX: Final = "chatcmpl-"
+
+MAX_LISTED: Final = 1_000
+"""Most records that one list request reads."""
+
+_unstored = live(ChatFormat)
+
+router = APIRouter(prefix="/v1/chat/completions", tags=["chat"])
+
+
+class ChatRecord(Message):
+    """A stored completion, without its answer. Times: seconds since the epoch."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    request_id: str
+    key: str | None
+    created_at: float
+    deadline: float
+    model: str
+    messages: tuple[dict[str, Any], ...]
+    logprobs: int | None
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+    def origin(self) -> InferenceRequest:
+        """The request, as far as its answer needs it."""
+        return InferenceRequest(
+            id=self.request_id,
+            completion_type=CompletionType.CHAT,
+            model=self.model,
+            created_at=self.created_at,
+            deadline=self.deadline,
+            reply_to=names.answer_subject(self.request_id),
+            key=self.key,
+            sampling=Sampling(logprobs=self.logprobs),
+        )
+
+
+async def complete(context: Context, accepted: Accepted) -> Prepared:
+    """A chat completion. With `store` it is kept: it outlives its client and its api."""
+    body = accepted.body
+    if not body.store:
+        return await _unstored(context, accepted)
+    request = await accepted.request(
+        reply_to=names.answer_subject(accepted.id), timeout_s=context.settings.request_timeout
+    )
+
+    def begin(request: InferenceRequest) -> AbstractAsyncContextManager[LiveAnswer]:
+        record = ChatRecord(
+            request_id=request.id,
+            key=request.key,
+            created_at=request.created_at,
+            deadline=request.deadline,
+            model=request.model,
+            messages=request.messages,
+            logprobs=request.sampling.logprobs,
+            metadata=body.metadata or {},
+        )
+        return context.stored.submit(request, key_of(KIND, request.key, request.id), record)
+
+    key = accepted.idempotency_key
+    answered = begin(request) if key is None else context.idempotent.attach(request, key, begin)
+    return Prepared(request, lambda answered: ChatFormat(answered, body), answered)
+
+
+class UpdateBody(StrictModel):
+    """What of a stored completion can be changed."""
+
+    metadata: Metadata
+
+
+@router.get("")
+async def list_completions(
+    context: Running,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "asc",
+    after: str = "",
+    model: str | None = None,
+) -> dict[str, Any]:
+    """The stored completions that are whole, oldest first."""
+    kept = await context.records.list(KIND, caller.name, ChatRecord, MAX_LISTED)
+    found = await asyncio.gather(*(_object(context, one.record) for one in kept if model in (None, one.record.model)))
+    return page([one for one in found if one is not None], limit, order, after)
+
+
+@router.get("/{completion_id}")
+async def retrieve_completion(completion_id: str, context: Running, caller: Caller) -> dict[str, Any]:
+    """A stored completion."""
+    found = await _object(context, (await _get(context, caller.name, completion_id)).record)
+    if found is None:
+        raise _unknown(completion_id)
+    return found
+
+
+@router.post("/{completion_id}")
+async def update_completion(completion_id: str, request: Request, context: Running, caller: Caller) -> dict[str, Any]:
+    """Replace the metadata of a stored completion."""
+    body = await body_of(request, UpdateBody, context.settings.max_request_bytes)
+    kept = await _get(context, caller.name, completion_id)
+    changed = kept.record.model_copy(update={"metadata": body.metadata})
+    await context.records.put(key_of(KIND, caller.name, kept.record.request_id), changed, kept.revision)
+    return await retrieve_completion(completion_id, context, caller)
+
+
+@router.delete("/{completion_id}")
+async def delete_completion(completion_id: str, context: Running, caller: Caller) -> dict[str, Any]:
+    """Remove a stored completion. One that still runs is cancelled."""
+    record = (await _get(context, caller.name, completion_id)).record
+    await context.stored.forget(record.origin())
+    await context.records.delete(key_of(KIND, caller.name, record.request_id))
+    return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
+
+
+@router.get("/{completion_id}/messages")
+async def list_messages(
+    completion_id: str,
+    context: Running,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "asc",
+    after: str = "",
+) -> dict[str, Any]:
+    """The messages that a stored completion answers."""
+    record = (await _get(context, caller.name, completion_id)).record
+    messages = [{"id": f"{completion_id}-{place}", **message} for place, message in enumerate(record.messages)]
+    return page(messages, limit, order, after)
+
+
+async def _get(context: Context, owner: str | None, completion_id: str) -> Kept[ChatRecord]:
+    request_id = completion_id.removeprefix(PREFIX)
+    if not completion_id.startswith(PREFIX) or not names.is_request_id(request_id):
+        raise _unknown(completion_id)
+    kept = await context.records.get(key_of(KIND, owner, request_id), ChatRecord)
+    if kept is None:
+        raise _unknown(completion_id)
+    return kept
+
+
+def _unknown(completion_id: str) -> RequestNotFound:
+    return RequestNotFound(f"Completion with id '{completion_id}' not found.", param="completion_id")
+
+
+async def _object(context: Context, record: ChatRecord) -> dict[str, Any] | None:
+    """The completion's object, or None if it is not whole."""
+    request = record.origin()
+    answer = await context.stored.so_far(request)
+    if answer.completed is None:
+        return None
+    whole = ChatFormat(request, None).whole(answer.take(), answer.completed)
+    found: dict[str, Any] = orjson.loads(whole)
+    return found | {"metadata": record.metadata}
