@@ -33,12 +33,17 @@ FIRST = b'"t0'
 """How the text of the first token begins, in any answer."""
 
 
-def request_bytes(tokens: int, *, stream: bool, delay_ms: float = 0, model: str = MODEL) -> bytes:
-    """The one request that is sent again and again."""
+def request_bytes(
+    tokens: int, *, stream: bool, delay_ms: float = 0, model: str = MODEL, response: str | None = None
+) -> bytes:
+    """The one request that is sent again and again; with `response`, a response that is `stored` or `live`."""
     order = f"[[tokens={tokens} delay_ms={delay_ms:g}]]" if delay_ms else f"[[tokens={tokens}]]"
     fields: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": order}]}
+    path = "/v1/chat/completions"
+    if response is not None:
+        path, fields = "/v1/responses", {"model": model, "input": order, "store": response == "stored"}
     body = json.dumps(fields | ({"stream": True} if stream else {})).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -298,6 +303,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=5, help="of each answer")
     parser.add_argument("--delay-ms", type=float, default=0, help="what the simulated engine waits before each token")
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--response", choices=("stored", "live"), help="ask for responses, and not for chats")
     parser.add_argument("--requests", type=int, help="end once so many were answered, closed loop")
     parser.add_argument("--rate", type=float, help="requests a second, open loop")
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals")
@@ -309,7 +315,13 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Load, print."""
     options = arguments()
-    request = request_bytes(options.tokens, stream=options.stream, delay_ms=options.delay_ms, model=options.model)
+    request = request_bytes(
+        options.tokens,
+        stream=options.stream,
+        delay_ms=options.delay_ms,
+        model=options.model,
+        response=options.response,
+    )
     loop = open_loop if options.rate else closed_loop
     figures = uvloop.run(loop(options.port, options, request))
     print(json.dumps(summary(figures, options)))

@@ -49,7 +49,7 @@ async def test_it_outlives_its_client_and_its_api(nats_server: NatsServer) -> No
             await asking
         two = stack.openai(1).chat.completions
         async with asyncio.timeout(20):
-            while not (listed := (await two.list()).data):
-                await asyncio.sleep(0.1)  # it is listed once it is whole
+            while not (listed := (await two.list()).data):  # noqa: ASYNC110 - it is listed once it is whole
+                await asyncio.sleep(0.1)
         assert [completion.choices[0].message.content for completion in listed] == [WORDS]
         assert listed[0].id == f"chatcmpl-{state.id}"

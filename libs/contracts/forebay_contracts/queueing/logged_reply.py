@@ -52,6 +52,7 @@ class LoggedReplyChannel:
         self._writer = uuid.uuid4().hex[:8]
         self._last = 0
         self._records = 0
+        self._started: bytes | None = None
         self._collected: list[bytes] = []
         self._stored_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
@@ -61,6 +62,8 @@ class LoggedReplyChannel:
         """Collect a frame. Raises Superseded, or QueueUnavailable, if those before it could not be stored."""
         if self._storing is not None and (self._storing.done() or len(self._collected) >= MAX_COLLECTED):
             await self._stored()
+        if self._records == 0 and not self._collected:
+            self._started = frame
         self._collected.append(frame)
         self._store_soon()
 
@@ -83,7 +86,8 @@ class LoggedReplyChannel:
 
     async def _store_collected(self, *last: bytes) -> None:
         frames, self._collected = (*self._collected, *last), []
-        self._stored_at = time.monotonic()
+        if frames[0] is not self._started:  # the first token must not wait for it
+            self._stored_at = time.monotonic()
         await self._append(frames)
 
     async def _stored(self) -> None:
