@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 
 import pytest
 from nats.aio.client import Client
@@ -89,7 +88,7 @@ class TestLog:
 
     async def test_a_reader_gets_what_is_there_and_what_comes(self, answers: AnswerLog) -> None:
         last = await answers.append("a", [STARTED], 0, "w.0")
-        async with aclosing(answers.follow("a")) as coming:
+        async with answers.follow("a") as coming:
             seen = [record async for record in _first(coming)]
             for number in range(20):
                 last = await answers.append("a", [delta(number, number)], last, f"w.{number + 1}")
@@ -174,7 +173,7 @@ async def _send_until_it_raises(sender: LoggedReplyChannel) -> None:
 
 
 async def _stored(answers: AnswerLog, frames: int) -> None:
-    async with aclosing(answers.follow("a")) as coming:
+    async with answers.follow("a") as coming:
         count = 0
         while count < frames:
             count += sum(len(record.frames) for record in await asyncio.wait_for(anext(coming), 5))
@@ -201,7 +200,7 @@ class TestAway:
             done = asyncio.Event()
 
             async def read() -> None:
-                async with aclosing(answers.follow("a")) as coming:
+                async with answers.follow("a") as coming:
                     async for records in coming:
                         seen.extend(frame for record in records for frame in record.frames)
                         if seen[-1] == completed(300):

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from typing import Final
 
@@ -101,30 +101,35 @@ class JetStreamAnswerLog:
             raise QueueUnavailable("the answer cannot be read") from exc
         return [_record(msg) for msg in found]
 
-    async def follow(self, request_id: str) -> AsyncGenerator[list[Record], None]:
+    @contextlib.asynccontextmanager
+    async def follow(self, request_id: str, *, fresh: bool = False) -> AsyncIterator[AsyncIterator[list[Record]]]:
         """See `AnswerLog.follow`."""
         heard: asyncio.Queue[Msg | None] = asyncio.Queue()
-        heard.put_nowait(None)
+        if not fresh:
+            heard.put_nowait(None)
 
         async def look() -> None:
             heard.put_nowait(None)
 
         subscription = await self._subscribed(request_id, heard)
         self._connection.on_reconnect.append(look)
-        last = 0
         try:
-            while True:
-                messages = await _all_of(heard)
-                records = following(messages, last)
-                if records is None:
-                    records = await self._read_up_to(_newest(messages), request_id, last)
-                if records:
-                    last = records[-1].sequence
-                    yield records
+            yield self._coming(request_id, heard)
         finally:
             self._connection.on_reconnect.remove(look)
             with contextlib.suppress(NatsError):
                 await subscription.unsubscribe()
+
+    async def _coming(self, request_id: str, heard: asyncio.Queue[Msg | None]) -> AsyncIterator[list[Record]]:
+        last = 0
+        while True:
+            messages = await _all_of(heard)
+            records = following(messages, last)
+            if records is None:
+                records = await self._read_up_to(_newest(messages), request_id, last)
+            if records:
+                last = records[-1].sequence
+                yield records
 
     async def _subscribed(self, request_id: str, heard: asyncio.Queue[Msg | None]) -> Subscription:
         while True:

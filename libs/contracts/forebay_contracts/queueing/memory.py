@@ -1,10 +1,11 @@
 """The seams in one process, without durability, for tests of their users. `protocols` describes each method."""
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from forebay_contracts.queueing.protocols import Delivery, Record, Stored
@@ -237,16 +238,21 @@ class InMemoryAnswerLog:
         """What is there."""
         return [record for record in self._answers.get(request_id, ()) if record.sequence > after]
 
-    async def follow(self, request_id: str) -> AsyncGenerator[list[Record], None]:
+    @contextlib.asynccontextmanager
+    async def follow(self, request_id: str, *, fresh: bool = False) -> AsyncIterator[AsyncIterator[list[Record]]]:
         """What is there, and what comes."""
-        last = 0
-        while True:
-            changed = self._changed
-            if records := await self.read(request_id, last):
-                last = records[-1].sequence
-                yield records
-            else:
-                await changed.wait()
+
+        async def coming() -> AsyncIterator[list[Record]]:
+            last = 0
+            while True:
+                changed = self._changed
+                if records := await self.read(request_id, last):
+                    last = records[-1].sequence
+                    yield records
+                else:
+                    await changed.wait()
+
+        yield coming()
 
     async def has_room(self) -> bool:
         """As `room` says."""

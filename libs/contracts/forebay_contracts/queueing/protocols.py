@@ -9,7 +9,8 @@ AnswerLog      keeps the answers that outlive their connection     both
 CancelNotices  tells api and worker that a request is cancelled    the api, `forebay cancel`
 """
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -146,8 +147,13 @@ class AnswerLog(Protocol):
     async def read(self, request_id: str, after: int = 0) -> list[Record]:
         """The records with a sequence above `after`. A replica that lags behind may lack the newest."""
 
-    def follow(self, request_id: str) -> AsyncGenerator[list[Record], None]:
-        """All records, as many at a time as there are, and waits for more. Ends only when it is closed."""
+    def follow(
+        self, request_id: str, *, fresh: bool = False
+    ) -> AbstractAsyncContextManager[AsyncIterator[list[Record]]]:
+        """For a block: all records, as many at a time as there are, then those that come. It never ends by itself.
+
+        `fresh`: the answer has no records yet, so none are read.
+        """
 
     async def has_room(self) -> bool:
         """Whether new answers may begin. What is left then is for those under way."""

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, aclosing
+from contextlib import AbstractContextManager, AsyncExitStack
 from typing import Final
 
 from forebay_api import request_metrics
@@ -77,11 +77,13 @@ class StoredRequests:
         """
         if not await self._answers.has_room():
             raise AnswerLogFull("no room is left for further stored answers, try again later")
-        with ExitStack() as permit:
-            permit.enter_context(self._one_more(request.key))
+        async with AsyncExitStack() as held:
+            held.enter_context(self._one_more(request.key))
+            # Before it is admitted: then nothing of its answer can be missed, and the log need not be read.
+            coming = await held.enter_async_context(self._answers.follow(request.id, fresh=True))
             sequence = await self._admit(request, key, record)
             reader = _Reader(request)
-            task = asyncio.create_task(self._watch(request, sequence, reader, permit.pop_all()))
+            task = asyncio.create_task(self._watch(request, sequence, reader, coming, held.pop_all()))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         with reader as answer:
@@ -110,7 +112,7 @@ class StoredRequests:
     async def read(self, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
         """The answer to a request that any api has admitted, from its beginning and until its end."""
         reader = _Reader(request)
-        task = asyncio.create_task(self._follow(request, None, reader))
+        task = asyncio.create_task(self._follow(request, reader))
         try:
             with reader as answer:
                 yield answer
@@ -140,26 +142,42 @@ class StoredRequests:
         await self.cancel(request, "its answer was deleted")
         await self._answers.purge(request.id)
 
-    async def _watch(self, request: InferenceRequest, sequence: int, reader: "_Reader", permit: ExitStack) -> None:
+    async def _watch(
+        self,
+        request: InferenceRequest,
+        sequence: int,
+        reader: "_Reader",
+        coming: AsyncIterator[list[Record]],
+        held: AsyncExitStack,
+    ) -> None:
         """Follow a request that was admitted here to its end."""
-        loop = asyncio.get_running_loop()
-        with permit:
-            timer = loop.call_later(QUEUED_AFTER_S, self._register, request, sequence, reader)
+        async with held:
+            timer = asyncio.get_running_loop().call_later(QUEUED_AFTER_S, self._register, request, sequence, reader)
             try:
-                outcome = await self._follow(request, sequence, reader)
+                outcome = await self._feed(request, sequence, reader, coming)
             finally:
                 timer.cancel()
         measured = request_metrics.of(request.model, request.completion_type.value)
         measured.end(outcome, max(time.time() - request.created_at, 0.0))
 
-    async def _follow(self, request: InferenceRequest, sequence: int | None, reader: "_Reader") -> RequestStatus | None:
-        """Give `reader` what comes, until the end; end the request at its deadline."""
+    async def _follow(self, request: InferenceRequest, reader: "_Reader") -> None:
+        """Follow a request of any api to its end."""
+        async with self._answers.follow(request.id) as coming:
+            await self._feed(request, None, reader, coming)
+
+    async def _feed(
+        self,
+        request: InferenceRequest,
+        sequence: int | None,
+        reader: "_Reader",
+        coming: AsyncIterator[list[Record]],
+    ) -> RequestStatus | None:
+        """Give `reader` what comes, until the end; returns how it ended. Ends the request at its deadline."""
         ending = asyncio.create_task(self._end_at_deadline(request, sequence))
         try:
-            async with aclosing(self._answers.follow(request.id)) as coming:
-                async for records in coming:
-                    if (outcome := reader.receive(records)) is not None:
-                        return outcome
+            async for records in coming:
+                if (outcome := reader.receive(records)) is not None:
+                    return outcome
         except ForebayError as exc:
             log.warning("[RequestQueue] %s: %s", request.id, exc, extra=fields(request_id=request.id))
         finally:
