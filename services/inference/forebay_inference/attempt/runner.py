@@ -230,7 +230,7 @@ class AttemptRunner:
             if not have.wanted:
                 return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome)
             resume = {choice.index: choice.tokens for choice in have.choices}
-        prompt_tokens = cached_tokens = 0
+        prompt_tokens = cached_tokens = reasoning_tokens = 0
         reasons: dict[int, str] = {}
         measured.generating()
         try:
@@ -245,12 +245,18 @@ class AttemptRunner:
                         case Finished():
                             reasons[event.index] = event.finish_reason
                             cached_tokens += event.cached_tokens
+                            reasoning_tokens += event.reasoning_tokens
                         case Accepted():
                             prompt_tokens = event.prompt_tokens
                             measured.accepted(prompt_tokens)
                             if attempt.number == 1:
                                 await reply.announce()
-            usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=reply.token_count, cached_tokens=cached_tokens)
+            usage = Usage(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=reply.token_count,
+                cached_tokens=cached_tokens,
+                reasoning_tokens=reasoning_tokens,
+            )
             reply.finish(reasons, usage)
         except RequestError as exc:
             return Ended(End.REFUSED, error=exc)

@@ -107,10 +107,10 @@ class ToolParser:
                 break
         return parts
 
-    def flush(self) -> str:
+    def flush(self) -> list[str | dict[str, Any]]:
         """Content that was held back, once no more text comes. Beside calls, what was held back belongs to them."""
         rest, self._pending, self._unclear = self._unclear + self._pending, "", ""
-        return "" if self.calls else rest
+        return [] if self.calls or not rest else [rest]
 
     def _read_content(self, parts: list[str | dict[str, Any]]) -> None:
         start = self._format.start
