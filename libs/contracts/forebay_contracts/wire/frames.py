@@ -70,9 +70,7 @@ class Delta(FrameMessage):
     embedding: str = ""
 
 
-def encode_delta(
-    attempt: int, index: int, offset: int, tokens: Sequence[int], text: str, reasoning: str = ""
-) -> bytes:
+def encode_delta(attempt: int, index: int, offset: int, tokens: Sequence[int], text: str, reasoning: str = "") -> bytes:
     """What `Delta.encode` gives for a delta that has only tokens, text and reasoning, without making one.
 
     Takes 0.6 us instead of 3.9: a tenth of a worker's CPU time for a stream of 20 tokens.

@@ -81,9 +81,7 @@ class Reply:
             if tokens.logprobs or tokens.tool_calls:
                 frame = self._delta(index, [tokens]).encode()
             else:
-                frame = encode_delta(
-                    self.attempt, index, offset, tokens.token_ids, tokens.text, tokens.reasoning
-                )
+                frame = encode_delta(self.attempt, index, offset, tokens.token_ids, tokens.text, tokens.reasoning)
             await self._channel.send(self._kept(index, offset, frame))
             return
         self._held.setdefault(index, []).append(tokens)

@@ -6,7 +6,8 @@ from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import Capabilities, LoadedModel, Tokenizer
 from forebay_inference.engine.text.grammars import grammar_of
-from forebay_inference.engine.text.templates import encode_prompts, require_known
+from forebay_inference.engine.text.reasoning import Thinking
+from forebay_inference.engine.text.templates import Chat, encode_chat, encode_prompt, require_known
 from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse, tool_use
 
 
@@ -19,12 +20,13 @@ class Prompt(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the choices of a request have in common."""
+    """What the choices of a request have in common. `opened`: they begin within reasoning."""
 
     prompts: list[Prompt]
     tools: ToolUse | None
     grammar: str | None
     end_tokens: frozenset[int]
+    opened: bool
 
     @property
     def prompt_tokens(self) -> int:
@@ -32,7 +34,14 @@ class Prepared(NamedTuple):
         return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
-def prepare(request: InferenceRequest, loaded: LoadedModel, can: Capabilities, form: ToolFormat) -> Prepared:
+def prepare(
+    request: InferenceRequest,
+    loaded: LoadedModel,
+    can: Capabilities,
+    form: ToolFormat,
+    chat: Chat,
+    thinking: Thinking | None,
+) -> Prepared:
     """Make `request` ready for an engine that serves `loaded`.
 
     Raises:
@@ -41,17 +50,26 @@ def prepare(request: InferenceRequest, loaded: LoadedModel, can: Capabilities, f
     _refuse_what_is_not_served(request, loaded.tokenizer, can)
     use = tool_use(request, form)
     grammar = grammar_of(request.response_format, use, loaded.grammar_fault if can.grammars != "no" else None)
+    opened = False
+    if request.completion_type is CompletionType.CHAT:
+        text = chat.prompt(request)
+        encoded = [encode_chat(loaded.tokenizer, text)]
+        opened = thinking is not None and thinking.opened(text)
+        if thinking is not None and grammar is not None:
+            grammar = thinking.before(grammar, opened=opened)
+    else:
+        encoded = [encode_prompt(loaded.tokenizer, prompt) for prompt in request.prompts]
     prompts = [
         Prompt(
             tokens,
             _new_tokens(request, len(tokens), loaded.context_length),
             _echo(request.prompts[index], tokens, loaded.tokenizer) if request.echo else "",
         )
-        for index, tokens in enumerate(encode_prompts(loaded.tokenizer, request, form))
+        for index, tokens in enumerate(encoded)
     ]
     # A grammar ends an answer with the end token and cannot go on after it.
     end_tokens = frozenset[int]() if request.sampling.ignore_eos and grammar is None else loaded.end_tokens
-    return Prepared(prompts, use, grammar, end_tokens)
+    return Prepared(prompts, use, grammar, end_tokens, opened)
 
 
 def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, can: Capabilities) -> None:

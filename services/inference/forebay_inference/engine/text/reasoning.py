@@ -75,9 +75,7 @@ class Thinking:
         """The tag in a grammar. A token of its own matches no literal."""
         special = next((text for text in self.tokens if tag.startswith(text)), "")
         rest = tag.removeprefix(special)
-        return " ".join(
-            [*([f"<[{self.tokens[special]}]>"] if special else []), *([json.dumps(rest)] if rest else [])]
-        )
+        return " ".join([*([f"<[{self.tokens[special]}]>"] if special else []), *([json.dumps(rest)] if rest else [])])
 
 
 def thinking_of(tokenizer: Tokenizer) -> Thinking | None:

@@ -1,0 +1,257 @@
+"""Conversations in the form that a chat template takes. What a template takes is found by rendering tiny conversations.
+
+A rewrite is adopted if a template does not show all of a conversation without it, and does with it.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from itertools import chain, combinations
+from typing import Any, Final, NamedTuple
+
+from forebay_inference.engine.text.tool_formats import in_words
+
+Message = dict[str, Any]
+Rewrite = Callable[[list[Message]], list[Message]]
+
+Render = Callable[[list[Message], bool], str | None]
+"""The text of a conversation, with a tool offered or not; None where the template refuses it."""
+
+
+def developer_as_system(messages: list[Message]) -> list[Message]:
+    """`developer` becomes `system`."""
+    return [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
+
+
+def reasoning_as_thinking(messages: list[Message]) -> list[Message]:
+    """`reasoning_content` becomes `thinking`."""
+    return [_renamed(one, "reasoning_content", "thinking") for one in messages]
+
+
+def thinking_with_content(messages: list[Message]) -> list[Message]:
+    """`reasoning_content` becomes `thinking`; beside tool calls, the content too."""
+    moved = []
+    for one in reasoning_as_thinking(messages):
+        if one.get("thinking") and one.get("tool_calls") and one["content"]:
+            one = {**one, "thinking": f"{one['thinking']}\n\n{one['content']}", "content": ""}
+        moved.append(one)
+    return moved
+
+
+def short_call_ids(messages: list[Message]) -> list[Message]:
+    """The ids of calls become nine letters and digits."""
+
+    def short(identity: Any) -> str:
+        return hashlib.blake2b(str(identity).encode(errors="replace")).hexdigest()[:9]
+
+    shortened = []
+    for one in messages:
+        if one.get("tool_calls"):
+            one = {**one, "tool_calls": [{**call, "id": short(call.get("id"))} for call in one["tool_calls"]]}
+        if "tool_call_id" in one:
+            one = {**one, "tool_call_id": short(one["tool_call_id"])}
+        shortened.append(one)
+    return shortened
+
+
+def arguments_as_text(messages: list[Message]) -> list[Message]:
+    """The arguments of calls become JSON text."""
+
+    def written(call: Message) -> Message:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"])}}
+
+    return [
+        {**one, "tool_calls": [written(call) for call in one["tool_calls"]]} if one.get("tool_calls") else one
+        for one in messages
+    ]
+
+
+def one_call_a_turn(messages: list[Message]) -> list[Message]:
+    """Of parallel calls, each becomes a turn that its result follows."""
+    split: list[Message] = []
+    place = 0
+    while place < len(messages):
+        turn, place = messages[place], place + 1
+        calls = turn.get("tool_calls") or ()
+        if len(calls) < 2:
+            split.append(turn)
+            continue
+        results = []
+        while place < len(messages) and messages[place]["role"] == "tool":
+            results.append(messages[place])
+            place += 1
+        for number, call in enumerate(calls):
+            own = [result for result in results if result.get("tool_call_id") == call.get("id")]
+            split.append({**turn, "tool_calls": [call]} if not number else _bare_call(call))
+            split += own
+            results = [result for result in results if result not in own]
+        split += results
+    return split
+
+
+def system_first(messages: list[Message]) -> list[Message]:
+    """The system messages at the beginning become one. Later ones become user turns."""
+    count = next((place for place, one in enumerate(messages) if one["role"] != "system"), len(messages))
+    leading = [{"role": "system", "content": _joined(messages[:count])}] if count else []
+    return leading + _system_as_user(messages[count:])
+
+
+def system_in_user(messages: list[Message]) -> list[Message]:
+    """System messages become a part of the next user turn."""
+    return merged_turns(_system_as_user(messages))
+
+
+def merged_turns(messages: list[Message]) -> list[Message]:
+    """Consecutive turns of one role become one."""
+    merged: list[Message] = []
+    for one in messages:
+        last = merged[-1] if merged else None
+        if last is None or last["role"] != one["role"] or one["role"] not in ("user", "assistant"):
+            merged.append(one)
+            continue
+        calls = [*(last.get("tool_calls") or ()), *(one.get("tool_calls") or ())]
+        merged[-1] = {**last, **one, "content": _joined([last, one]), **({"tool_calls": calls} if calls else {})}
+    return merged
+
+
+def user_first(messages: list[Message]) -> list[Message]:
+    """An empty user turn goes before a first turn of the assistant."""
+    place = next((place for place, one in enumerate(messages) if one["role"] != "system"), len(messages))
+    if place < len(messages) and messages[place]["role"] == "assistant":
+        return [*messages[:place], {"role": "user", "content": ""}, *messages[place:]]
+    return messages
+
+
+def content_as_parts(messages: list[Message]) -> list[Message]:
+    """Content becomes a list of one text part."""
+    return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+
+
+def told_in_words(messages: list[Message]) -> list[Message]:
+    """Calls become text of the assistant, and their results user turns."""
+    return [in_words(one) for one in messages]
+
+
+class Probe(NamedTuple):
+    """A conversation that a template should show, and what may help where it does not: the first of `rewrites` does
+    that makes every text of the form `probe1` appear."""
+
+    lacks: str
+    conversation: Sequence[Message]
+    rewrites: Sequence[tuple[Rewrite, ...]]
+    tools: bool = False
+
+
+def _call(number: int) -> Message:
+    function = {"name": "probe", "arguments": {"x": f"probe{number}"}}
+    return {"id": f"call_{number:024}", "type": "function", "function": function}
+
+
+def _turn(role: str, content: str, **more: Any) -> Message:
+    return {"role": role, "content": content, **more}
+
+
+_FIXES: Final = (short_call_ids, arguments_as_text, one_call_a_turn)
+
+PROBES: Final = (
+    Probe("developer", [_turn("developer", "probe1"), _turn("user", "probe2")], [(developer_as_system,)]),
+    Probe(
+        "reasoning of earlier turns",
+        [
+            _turn("user", "a"),
+            _turn("assistant", "probe1", reasoning_content="probe2", tool_calls=[_call(3)]),
+            _turn("tool", "b", tool_call_id=_call(3)["id"], name="probe"),
+        ],
+        [(reasoning_as_thinking,), (thinking_with_content,)],
+        tools=True,
+    ),
+    Probe(
+        "tool calls and results",
+        [
+            _turn("user", "probe1"),
+            _turn("assistant", "", tool_calls=[_call(2), _call(3)]),
+            _turn("tool", "probe4", tool_call_id=_call(2)["id"], name="probe"),
+            _turn("tool", "probe5", tool_call_id=_call(3)["id"], name="probe"),
+        ],
+        [*chain.from_iterable(combinations(_FIXES, count) for count in range(1, 4)), (told_in_words,)],
+        tools=True,
+    ),
+    Probe(
+        "more than one system message",
+        [
+            _turn("system", "probe1"),
+            _turn("system", "probe2"),
+            _turn("user", "probe3"),
+            _turn("assistant", "probe4"),
+            _turn("system", "probe5"),
+            _turn("user", "probe6"),
+        ],
+        [(system_first,)],
+    ),
+    Probe("system", [_turn("system", "probe1"), _turn("user", "probe2")], [(system_in_user,)]),
+    Probe(
+        "two turns of one role",
+        [
+            _turn("user", "probe1"),
+            _turn("user", "probe2"),
+            _turn("assistant", "probe3"),
+            _turn("assistant", "probe4"),
+            _turn("user", "probe5"),
+        ],
+        [(merged_turns,)],
+    ),
+    Probe(
+        "a first turn of the assistant",
+        [_turn("assistant", "probe1"), _turn("user", "probe2")],
+        [(user_first,)],
+    ),
+    Probe("text content", [_turn("user", "probe1")], [(content_as_parts,)]),
+)
+"""In the order in which their rewrites are applied."""
+
+
+def rewrites_for(render: Render) -> tuple[Rewrite, ...]:
+    """What has to be done to the messages for a template, in this order.
+
+    The last is looked for first: what an earlier one makes passes through it.
+    """
+    adopted: tuple[Rewrite, ...] = ()
+    for probe in reversed(PROBES):
+        helps = (some for some in ((), *probe.rewrites) if _shows(render, probe, (*some, *adopted)))
+        adopted = (*next(helps, ()), *adopted)
+    return adopted
+
+
+def rewritten(messages: list[Message], rewrites: Sequence[Rewrite]) -> list[Message]:
+    """`messages` after all `rewrites`."""
+    for rewrite in rewrites:
+        messages = rewrite(messages)
+    return messages
+
+
+def _shows(render: Render, probe: Probe, rewrites: Sequence[Rewrite]) -> bool:
+    messages = rewritten(list(probe.conversation), rewrites)
+    text = render(messages, probe.tools)
+    if text is None or any(marker not in text for marker in re.findall(r"probe\d", json.dumps(probe.conversation))):
+        return False
+    # Many templates write any role as it stands: then the model does not know it.
+    strange = render([{**one, "role": one["role"].replace("developer", "stranger")} for one in messages], probe.tools)
+    return messages[0]["role"] != "developer" or strange is None or strange.replace("stranger", "developer") != text
+
+
+def _system_as_user(messages: list[Message]) -> list[Message]:
+    return [{**one, "role": "user"} if one["role"] == "system" else one for one in messages]
+
+
+def _joined(messages: Sequence[Message]) -> str:
+    return "\n\n".join(one["content"] for one in messages if one["content"])
+
+
+def _renamed(message: Message, name: str, new: str) -> Message:
+    return {new if key == name else key: value for key, value in message.items()}
+
+
+def _bare_call(call: Message) -> Message:
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
