@@ -19,7 +19,8 @@ class Tokens:
     """Next tokens of choice `index`, with the text that they settle (see `forebay_contracts.wire.frames.Delta`).
 
     `text` never holds a part of a character, of a stop string or of a special token. `reasoning` stands before it.
-    `tool_calls` are OpenAI's streamed tool-call deltas. Not frozen, since one is made for each token: that would take 0.6 µs instead of 0.15.
+    `tool_calls` are OpenAI's streamed tool-call deltas. Not frozen, since one is made for each token: that would take
+    0.6 µs instead of 0.15.
     """
 
     index: int

@@ -7,6 +7,7 @@ from forebay_contracts.wire import frames
 from forebay_inference.engine.events import Finished, Tokens
 from forebay_inference.engine.protocol import Step, TokenLogprob
 from forebay_inference.engine.text.detokenizer import REPLACEMENT, Decoder, Detokenizer, StopStrings
+from forebay_inference.engine.text.harmony import HarmonyParser
 from forebay_inference.engine.text.reasoning import AnswerParser, Part, Reasoning, ThinkingParser
 
 
@@ -43,7 +44,7 @@ class Choice:
         self._stops = StopStrings(stops)
         self._parser = parser
         self._echo = echo
-        self._thinking = parser if isinstance(parser, ThinkingParser) else None
+        self._thinking = parser if isinstance(parser, ThinkingParser | HarmonyParser) else None
         self.reasoning_tokens = 0
         self._plain = not (stops or parser or echo)
 

@@ -23,6 +23,7 @@ from forebay_inference.engine.text.best_of import best, widened
 from forebay_inference.engine.text.choice import Choice
 from forebay_inference.engine.text.detokenizer import Decoder
 from forebay_inference.engine.text.embeddings import added_tokens, encode_inputs
+from forebay_inference.engine.text.harmony import HarmonyParser, harmony_of
 from forebay_inference.engine.text.merged import merged
 from forebay_inference.engine.text.prepare import Prepared, prepare
 from forebay_inference.engine.text.reasoning import AnswerParser, ThinkingParser, thinking_of
@@ -165,9 +166,11 @@ class _Serving:
         self.loaded = loaded
         self.tool_format = form = format_of(loaded.tokenizer)
         self.chat = Chat(loaded.tokenizer, form)
-        self.thinking = thinking_of(loaded.tokenizer)
+        self.harmony = harmony_of(loaded.tokenizer)
+        self.thinking = thinking_of(loaded.tokenizer) if self.harmony is None else None
         # Answers do not show special tokens. In some families markers of calls and reasoning are such tokens.
-        tags = () if self.thinking is None else tuple(self.thinking.tokens.values())
+        markers = self.thinking or self.harmony
+        tags = () if markers is None else tuple(markers.tokens.values())
         calls = () if form.start_token is None else (form.start_token,)
         decoders = {show: Decoder(partial(loaded.tokenizer.decode, show=show)) for show in ((), tags, tags + calls)}
         self._decoder, self._tags_decoder, self._calls_decoder = decoders[()], decoders[tags], decoders[tags + calls]
@@ -179,14 +182,17 @@ class _Serving:
 
     def choice(self, request: InferenceRequest, prepared: Prepared, index: int) -> Choice:
         """Choice `index` of `request`, at its beginning."""
-        tools, decoder = prepared.tools, self._decoder
+        tools, decoder, seed = prepared.tools, self._decoder, f"{request.id}:{index}"
         parser: AnswerParser | None = None
-        if tools is not None:
+        chat = request.completion_type is CompletionType.CHAT
+        if self.harmony is not None and chat:
+            decoder, parser = self._tags_decoder, HarmonyParser(() if tools is None else tools.names, seed)
+        elif tools is not None:
             decoder = self._calls_decoder
             # An answer that has a schema is a value of it or calls, and not first the one and then the other.
             calls_first = request.response_format is not None
-            parser = ToolParser(self.tool_format, tools.names, f"{request.id}:{index}", calls_first=calls_first)
-        if self.thinking is not None and request.completion_type is CompletionType.CHAT:
+            parser = ToolParser(self.tool_format, tools.names, seed, calls_first=calls_first)
+        if self.thinking is not None and chat:
             decoder = decoder if tools is not None else self._tags_decoder
             parser = ThinkingParser(self.thinking, parser, opened=prepared.opened)
         prompt = prepared.prompts[index // request.n]

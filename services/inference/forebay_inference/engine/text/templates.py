@@ -59,6 +59,8 @@ class Chat:
 
     def _probed(self, messages: list[Message], tools: bool) -> str | None:
         options = {"tools": [_PROBE]} if tools and self._form.in_template else {}
+        if not self._form.in_template:
+            messages = with_tools_told(messages, [])
         try:
             return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
         except _REFUSALS:

@@ -56,6 +56,11 @@ class _Call:
             self.arguments = json.dumps(call.get(self._key, {}))
 
 
+def call_id(seed: str, place: int) -> str:
+    """The id of call number `place` of an answer; `seed` is the answer's own."""
+    return f"call_{hashlib.blake2b(f'{seed}:{place}'.encode(), digest_size=12).hexdigest()}"
+
+
 class _At(Enum):
     CONTENT = auto()
     BETWEEN_CALLS = auto()
@@ -176,9 +181,9 @@ class ToolParser:
     def _report(self, parts: list[str | dict[str, Any]]) -> None:
         call = self._call
         if self._sent is None:
-            identity = hashlib.blake2b(f"{self._seed}:{self.calls}".encode(), digest_size=12).hexdigest()
+            identity = call_id(self._seed, self.calls)
             function = {"name": call.name, "arguments": ""}
-            parts.append({"index": self.calls, "id": f"call_{identity}", "type": "function", "function": function})
+            parts.append({"index": self.calls, "id": identity, "type": "function", "function": function})
             self.calls += 1
             self._sent = 0
         if part := call.arguments[self._sent :]:
