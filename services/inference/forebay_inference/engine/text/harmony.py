@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final
+from typing import Final
 
 from forebay_inference.engine.protocol import Tokenizer
 from forebay_inference.engine.text.reasoning import Part, Reasoning, held

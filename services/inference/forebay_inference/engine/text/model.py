@@ -23,10 +23,10 @@ from forebay_inference.engine.text.best_of import best, widened
 from forebay_inference.engine.text.choice import Choice
 from forebay_inference.engine.text.detokenizer import Decoder
 from forebay_inference.engine.text.embeddings import added_tokens, encode_inputs
-from forebay_inference.engine.text.harmony import HarmonyParser, harmony_of
+from forebay_inference.engine.text.harmony import Harmony, HarmonyParser, harmony_of
 from forebay_inference.engine.text.merged import merged
 from forebay_inference.engine.text.prepare import Prepared, prepare
-from forebay_inference.engine.text.reasoning import AnswerParser, ThinkingParser, thinking_of
+from forebay_inference.engine.text.reasoning import AnswerParser, Thinking, ThinkingParser, thinking_of
 from forebay_inference.engine.text.templates import Chat
 from forebay_inference.engine.text.tool_calls import ToolParser
 from forebay_inference.engine.text.tool_formats import format_of
@@ -92,7 +92,7 @@ class TextModel:
         if loaded.recommended:
             request = request.model_copy(update={"sampling": request.sampling.settled(loaded.recommended)})
         work = partial(
-            prepare, request, loaded, engine.capabilities, serving.tool_format, serving.chat, serving.thinking
+            prepare, request, loaded, engine.capabilities, serving.tool_format, serving.chat, serving.reasoning
         )
         prepared = work() if loaded.encodes_quickly else await self._in_thread(work)
         yield Accepted(prepared.prompt_tokens)
@@ -166,11 +166,9 @@ class _Serving:
         self.loaded = loaded
         self.tool_format = form = format_of(loaded.tokenizer)
         self.chat = Chat(loaded.tokenizer, form)
-        self.harmony = harmony_of(loaded.tokenizer)
-        self.thinking = thinking_of(loaded.tokenizer) if self.harmony is None else None
+        self.reasoning = harmony_of(loaded.tokenizer) or thinking_of(loaded.tokenizer)
         # Answers do not show special tokens. In some families markers of calls and reasoning are such tokens.
-        markers = self.thinking or self.harmony
-        tags = () if markers is None else tuple(markers.tokens.values())
+        tags = () if self.reasoning is None else tuple(self.reasoning.tokens.values())
         calls = () if form.start_token is None else (form.start_token,)
         decoders = {show: Decoder(partial(loaded.tokenizer.decode, show=show)) for show in ((), tags, tags + calls)}
         self._decoder, self._tags_decoder, self._calls_decoder = decoders[()], decoders[tags], decoders[tags + calls]
@@ -182,19 +180,21 @@ class _Serving:
 
     def choice(self, request: InferenceRequest, prepared: Prepared, index: int) -> Choice:
         """Choice `index` of `request`, at its beginning."""
-        tools, decoder, seed = prepared.tools, self._decoder, f"{request.id}:{index}"
+        tools, seed, decoder = prepared.tools, f"{request.id}:{index}", self._decoder
+        reasoning = self.reasoning if request.completion_type is CompletionType.CHAT else None
         parser: AnswerParser | None = None
-        chat = request.completion_type is CompletionType.CHAT
-        if self.harmony is not None and chat:
-            decoder, parser = self._tags_decoder, HarmonyParser(() if tools is None else tools.names, seed)
-        elif tools is not None:
-            decoder = self._calls_decoder
+        if tools is not None:
             # An answer that has a schema is a value of it or calls, and not first the one and then the other.
             calls_first = request.response_format is not None
             parser = ToolParser(self.tool_format, tools.names, seed, calls_first=calls_first)
-        if self.thinking is not None and chat:
-            decoder = decoder if tools is not None else self._tags_decoder
-            parser = ThinkingParser(self.thinking, parser, opened=prepared.opened)
+            decoder = self._calls_decoder
+        elif reasoning is not None:
+            decoder = self._tags_decoder
+        match reasoning:
+            case Thinking():
+                parser = ThinkingParser(reasoning, parser, opened=prepared.opened)
+            case Harmony():
+                parser = HarmonyParser(() if tools is None else tools.names, seed)
         prompt = prepared.prompts[index // request.n]
         return Choice(
             index,

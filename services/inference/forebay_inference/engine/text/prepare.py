@@ -1,11 +1,13 @@
 """A request made ready for an engine: its prompts, its limits, its grammar. Everything that may refuse it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import Capabilities, LoadedModel, Tokenizer
 from forebay_inference.engine.text.grammars import grammar_of
+from forebay_inference.engine.text.harmony import Harmony
 from forebay_inference.engine.text.reasoning import Thinking
 from forebay_inference.engine.text.templates import Chat, encode_chat, encode_prompt, require_known
 from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse, tool_use
@@ -40,7 +42,7 @@ def prepare(
     can: Capabilities,
     form: ToolFormat,
     chat: Chat,
-    thinking: Thinking | None,
+    reasoning: Thinking | Harmony | None,
 ) -> Prepared:
     """Make `request` ready for an engine that serves `loaded`.
 
@@ -49,16 +51,15 @@ def prepare(
     """
     _refuse_what_is_not_served(request, loaded.tokenizer, can)
     use = tool_use(request, form)
-    grammar = grammar_of(request.response_format, use, loaded.grammar_fault if can.grammars != "no" else None)
     opened = False
     if request.completion_type is CompletionType.CHAT:
         text = chat.prompt(request)
         encoded = [encode_chat(loaded.tokenizer, text)]
-        opened = thinking is not None and thinking.opened(text)
-        if thinking is not None and grammar is not None:
-            grammar = thinking.before(grammar, opened=opened)
+        opened = isinstance(reasoning, Thinking) and reasoning.opened(text)
     else:
         encoded = [encode_prompt(loaded.tokenizer, prompt) for prompt in request.prompts]
+        reasoning = None
+    grammar = _grammar(request, use, loaded.grammar_fault if can.grammars != "no" else None, reasoning, opened=opened)
     prompts = [
         Prompt(
             tokens,
@@ -68,8 +69,37 @@ def prepare(
         for index, tokens in enumerate(encoded)
     ]
     # A grammar ends an answer with the end token and cannot go on after it.
-    end_tokens = frozenset[int]() if request.sampling.ignore_eos and grammar is None else loaded.end_tokens
+    end_tokens = frozenset[int]()
+    if grammar is not None or not request.sampling.ignore_eos:
+        end_tokens = loaded.end_tokens | (reasoning.end_tokens if isinstance(reasoning, Harmony) else end_tokens)
     return Prepared(prompts, use, grammar, end_tokens, opened)
+
+
+def _grammar(
+    request: InferenceRequest,
+    use: ToolUse | None,
+    fault_of: Callable[[str], str | None] | None,
+    reasoning: Thinking | Harmony | None,
+    *,
+    opened: bool,
+) -> str | None:
+    """The grammar of the answer, which applies once the reasoning has ended."""
+    match reasoning:
+        case Thinking():
+            grammar = grammar_of(request.response_format, use, fault_of)
+            return None if grammar is None else reasoning.before(grammar, opened=opened)
+        case Harmony():
+            answer = grammar_of(request.response_format, None, fault_of)
+            if answer is None and not (use is not None and use.required):
+                return None
+            schemas = {} if use is None else {tool.name: tool.parameters for tool in use.tools}
+            wanted = {
+                name: grammar_of({"type": "json_schema", "json_schema": {"schema": schema}}, None, fault_of) or ""
+                for name, schema in schemas.items()
+            }
+            return reasoning.grammar(None if use is not None and use.required else answer, wanted)
+        case None:
+            return grammar_of(request.response_format, use, fault_of)
 
 
 def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, can: Capabilities) -> None:
