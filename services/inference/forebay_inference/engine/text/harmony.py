@@ -19,6 +19,8 @@ from forebay_inference.engine.text.reasoning import Part, Reasoning, held
 from forebay_inference.engine.text.tool_calls import call_id
 
 MARKERS: Final = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
+EFFORTS: Final = {"none": "low", "minimal": "low", "xhigh": "high"}
+"""The efforts that the model does not know, and the nearest that it knows."""
 _ENDS: Final = ("<|call|>", "<|return|>")
 _NEXT: Final = re.compile(r"<\|(?:start|channel|end|call|return)\|>")
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")

@@ -23,7 +23,7 @@ from forebay_inference.engine.text.best_of import best, widened
 from forebay_inference.engine.text.choice import Choice
 from forebay_inference.engine.text.detokenizer import Decoder
 from forebay_inference.engine.text.embeddings import added_tokens, encode_inputs
-from forebay_inference.engine.text.harmony import Harmony, HarmonyParser, harmony_of
+from forebay_inference.engine.text.harmony import EFFORTS, Harmony, HarmonyParser, harmony_of
 from forebay_inference.engine.text.merged import merged
 from forebay_inference.engine.text.prepare import Prepared, prepare
 from forebay_inference.engine.text.reasoning import AnswerParser, Thinking, ThinkingParser, thinking_of
@@ -165,8 +165,8 @@ class _Serving:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self.tool_format = form = format_of(loaded.tokenizer)
-        self.chat = Chat(loaded.tokenizer, form)
         self.reasoning = harmony_of(loaded.tokenizer) or thinking_of(loaded.tokenizer)
+        self.chat = Chat(loaded.tokenizer, form, EFFORTS if isinstance(self.reasoning, Harmony) else {})
         # Answers do not show special tokens. In some families markers of calls and reasoning are such tokens.
         tags = () if self.reasoning is None else tuple(self.reasoning.tokens.values())
         calls = () if form.start_token is None else (form.start_token,)

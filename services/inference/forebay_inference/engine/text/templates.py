@@ -28,11 +28,15 @@ _PROBE: Final = {
 
 
 class Chat:
-    """Makes prompts of conversations by a model's chat template. `rewrites` bring messages into the form it takes."""
+    """Makes prompts of conversations by a model's chat template. `rewrites` bring messages into the form it takes.
 
-    def __init__(self, tokenizer: Tokenizer, form: ToolFormat) -> None:
+    `efforts` are other names of a `reasoning_effort` for this model.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, form: ToolFormat, efforts: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
         self._form = form
+        self._efforts = efforts
         self.rewrites = rewrites_for(self._probed) if tokenizer.chat_template else ()
 
     def prompt(self, request: InferenceRequest) -> str:
@@ -43,7 +47,7 @@ class Chat:
         """
         if not self._tokenizer.chat_template:
             raise InvalidRequest("This model has no chat template; use /v1/completions.", param="messages")
-        options = _options(request.chat_template_kwargs)
+        options = _options(request.chat_template_kwargs, self._efforts)
         tools = [] if request.tool_choice == "none" else [dict(tool) for tool in request.tools]
         messages = _flattened(request.messages)
         if not self._form.in_template:
@@ -97,13 +101,13 @@ def require_known(tokens: Iterable[int], vocabulary_size: int, param: str) -> No
             raise InvalidRequest(f"Token {token} is not in the vocabulary of {vocabulary_size}.", param=param)
 
 
-def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+def _options(given: Mapping[str, Any], efforts: Mapping[str, str]) -> dict[str, Any]:
     """The variables of the template. Families name the switch of reasoning differently."""
     options = {"add_generation_prompt": True, **{key: value for key, value in given.items() if key not in _RESERVED}}
-    effort = options.get("reasoning_effort")
-    switches = [options[name] for name in _SWITCHES if name in options] or (
-        [] if effort is None else [effort != "none"]
-    )
+    switches = [options[name] for name in _SWITCHES if name in options]
+    if (effort := options.get("reasoning_effort")) is not None:
+        switches.append(effort != "none")
+        options["reasoning_effort"] = efforts.get(effort, effort)
     return {**dict.fromkeys(_SWITCHES, switches[0]), **options} if switches else options
 
 
