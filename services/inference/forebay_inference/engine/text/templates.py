@@ -37,7 +37,7 @@ class Chat:
         self._tokenizer = tokenizer
         self._form = form
         self._efforts = efforts
-        self.rewrites = rewrites_for(self._probed) if tokenizer.chat_template else ()
+        self.rewrites = rewrites_for(self._probed, tools=form.in_template) if tokenizer.chat_template else ()
 
     def prompt(self, request: InferenceRequest) -> str:
         """The text of the prompt of `request`, special tokens included.
@@ -63,8 +63,6 @@ class Chat:
 
     def _probed(self, messages: list[Message], tools: bool) -> str | None:
         options = {"tools": [_PROBE]} if tools and self._form.in_template else {}
-        if not self._form.in_template:
-            messages = with_tools_told(messages, [])
         try:
             return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
         except _REFUSALS:

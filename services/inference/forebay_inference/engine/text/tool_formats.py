@@ -107,7 +107,7 @@ def _tool(tool: Mapping[str, Any]) -> Tool:
 
 def with_tools_told(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages for a template that knows no tools: told to the model in words, in the Hermes format."""
-    told = [in_words(message) for message in messages]
+    told = [dict(message) for message in messages]
     if not tools:
         return told
     listing = "\n".join(json.dumps(dict(tool)) for tool in tools)

@@ -212,16 +212,17 @@ PROBES: Final = (
 """In the order in which their rewrites are applied."""
 
 
-def rewrites_for(render: Render) -> tuple[Rewrite, ...]:
-    """What has to be done to the messages for a template, in this order.
+def rewrites_for(render: Render, *, tools: bool) -> tuple[Rewrite, ...]:
+    """What has to be done to the messages for a template, in this order. `tools`: the template can tell of tools.
 
     The last is looked for first: what an earlier one makes passes through it.
     """
+    words: tuple[Rewrite, ...] = () if tools else (told_in_words,)
     adopted: tuple[Rewrite, ...] = ()
     for probe in reversed(PROBES):
-        helps = (some for some in ((), *probe.rewrites) if _shows(render, probe, (*some, *adopted)))
+        helps = (some for some in ((), *probe.rewrites) if _shows(render, probe, (*words, *some, *adopted)))
         adopted = (*next(helps, ()), *adopted)
-    return adopted
+    return words + adopted
 
 
 def rewritten(messages: list[Message], rewrites: Sequence[Rewrite]) -> list[Message]:
