@@ -1,7 +1,9 @@
 """Reasoning is told apart from the answer, whatever its format, in every case that a real model makes."""
 
 import json
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -256,3 +258,9 @@ async def test_a_harmony_answer_is_guided(library: PreTrainedTokenizerFast) -> N
     required = chat("hi", tools=(WEATHER,), tool_choice="required")
     assert "to=functions.get_weather" in json.dumps(await grammar(HARMONY, MARKERS, required))
     assert "final" not in await grammar(HARMONY, MARKERS, required)
+
+
+def test_the_docs_name_the_tags() -> None:
+    page = Path(__file__).parents[2] / "docs" / "engine.md"
+    section = page.read_text().split("## Reasoning", 1)[1].split("\n## ", 1)[0]
+    assert re.findall(r"^\| `(\S+)` \| `(\S+)` \|$", section.replace("\\|", "|"), re.MULTILINE) == list(TAGS.items())

@@ -1,6 +1,7 @@
 """Whatever a chat template lacks, it gets every message of a conversation in a form that it takes."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from forebay_inference.engine.text.templates import Chat
 from forebay_inference.engine.text.tool_formats import format_of
+from forebay_inference.engine.text.turns import PROBES
 from support.engine import chat
 from support.templates import TemplateTokenizer
 
@@ -181,3 +183,10 @@ def test_the_switch_of_reasoning_has_two_names(name: str) -> None:
     assert told(reasoning_effort="none") == "False False none"
     assert told(reasoning_effort="high", enable_thinking=False) == "False False high"
     assert told(enable_thinking=False, thinking=True) == "False True "
+
+
+def test_the_docs_say_what_is_done() -> None:
+    page = Path(__file__).parents[2] / "docs" / "engine.md"
+    section = page.read_text().split("## Conversations", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("|").split(" | ")[0] for line in section.splitlines() if line.startswith("| ")]
+    assert [row.strip(" `") for row in rows[2:]] == [probe.lacks for probe in PROBES]
