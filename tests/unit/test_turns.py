@@ -63,7 +63,7 @@ TEMPLATES = {
     "one call": (ONE_CALL, "developer_as_system one_call_a_turn"),
     "text arguments": (TEXT_ARGUMENTS, "developer_as_system arguments_as_text"),
     "no tool role": (NO_TOOL_ROLE, "developer_as_system told_in_words"),
-    "thinking": (THINKING, "developer_as_system thinking_with_content"),
+    "thinking": (THINKING, "developer_as_system reasoning_as_thinking text_before_calls"),
 }
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -165,7 +165,7 @@ def test_parallel_calls_become_turns_that_their_results_follow() -> None:
 def test_earlier_reasoning_reaches_a_template_under_its_name() -> None:
     asked = [turn("user", "Hi."), turn("assistant", "", reasoning_content="Hm.", tool_calls=calls(1)), result(1, "1")]
     assert "<Hm.>[assistant](" in prompt(THINKING, *asked)
-    assert "<Hm.\n\nWait.>[assistant](" in prompt(THINKING, asked[0], {**asked[1], "content": "Wait."}, asked[2])
+    assert "[assistant]Wait.<Hm.>[assistant](" in prompt(THINKING, asked[0], {**asked[1], "content": "Wait."}, asked[2])
     plain = "{% for m in messages %}<{{ m.reasoning_content }}>[{{ m.role }}]{{ m.content }}{% endfor %}"
     assert "<Hm.>[assistant]Yes." in prompt(plain, asked[0], turn("assistant", "Yes.", reasoning="Hm."))
     assert prompt(ANY_ROLE, asked[0], turn("assistant", "Yes.", reasoning_content="Hm.")) == "[user]Hi.[assistant]Yes."

@@ -29,14 +29,15 @@ def reasoning_as_thinking(messages: list[Message]) -> list[Message]:
     return [_renamed(one, "reasoning_content", "thinking") for one in messages]
 
 
-def thinking_with_content(messages: list[Message]) -> list[Message]:
-    """`reasoning_content` becomes `thinking`; beside tool calls, the content too."""
-    moved = []
-    for one in reasoning_as_thinking(messages):
-        if one.get("thinking") and one.get("tool_calls") and one["content"]:
-            one = {**one, "thinking": f"{one['thinking']}\n\n{one['content']}", "content": ""}
-        moved.append(one)
-    return moved
+def text_before_calls(messages: list[Message]) -> list[Message]:
+    """The text beside tool calls becomes a turn before them."""
+    split: list[Message] = []
+    for one in messages:
+        if one.get("tool_calls") and one["content"]:
+            split.append({"role": one["role"], "content": one["content"]})
+            one = {**one, "content": ""}
+        split.append(one)
+    return split
 
 
 def short_call_ids(messages: list[Message]) -> list[Message]:
@@ -156,15 +157,42 @@ def _turn(role: str, content: str, **more: Any) -> Message:
 _FIXES: Final = (short_call_ids, arguments_as_text, one_call_a_turn)
 
 PROBES: Final = (
-    Probe("developer", [_turn("developer", "probe1"), _turn("user", "probe2")], [(developer_as_system,)]),
+    Probe(
+        "system before tool results",
+        [
+            _turn("system", "probe1"),
+            _turn("user", "a"),
+            _turn("assistant", "", tool_calls=[_call(2)]),
+            _turn("tool", "probe3", tool_call_id=_call(2)["id"], name="probe"),
+        ],
+        [(system_in_user,)],
+        tools=True,
+    ),
+    Probe(
+        "developer",
+        [_turn("system", "probe1"), _turn("developer", "probe2"), _turn("user", "probe3")],
+        [(developer_as_system,)],
+    ),
     Probe(
         "reasoning of earlier turns",
         [
             _turn("user", "a"),
-            _turn("assistant", "probe1", reasoning_content="probe2", tool_calls=[_call(3)]),
-            _turn("tool", "b", tool_call_id=_call(3)["id"], name="probe"),
+            _turn("assistant", "", reasoning_content="probe1", tool_calls=[_call(2)]),
+            _turn("tool", "b", tool_call_id=_call(2)["id"], name="probe"),
         ],
-        [(reasoning_as_thinking,), (thinking_with_content,)],
+        [(reasoning_as_thinking,)],
+        tools=True,
+    ),
+    Probe(
+        "text beside tool calls",
+        [
+            _turn("user", "a"),
+            _turn("assistant", "probe1", thinking="b", tool_calls=[_call(2)]),
+            _turn("tool", "probe3", tool_call_id=_call(2)["id"], name="probe"),
+            _turn("assistant", "probe4"),
+            _turn("user", "probe5"),
+        ],
+        [(text_before_calls,)],
         tools=True,
     ),
     Probe(
@@ -239,7 +267,8 @@ def _shows(render: Render, probe: Probe, rewrites: Sequence[Rewrite]) -> bool:
         return False
     # Many templates write any role as it stands: then the model does not know it.
     strange = render([{**one, "role": one["role"].replace("developer", "stranger")} for one in messages], probe.tools)
-    return messages[0]["role"] != "developer" or strange is None or strange.replace("stranger", "developer") != text
+    developer = any(one["role"] == "developer" for one in messages)
+    return not developer or strange is None or strange.replace("stranger", "developer") != text
 
 
 def _system_as_user(messages: list[Message]) -> list[Message]:
