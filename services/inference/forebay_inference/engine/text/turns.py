@@ -158,6 +158,11 @@ _FIXES: Final = (short_call_ids, arguments_as_text, one_call_a_turn)
 
 PROBES: Final = (
     Probe(
+        "developer",
+        [_turn("system", "probe1"), _turn("developer", "probe2"), _turn("user", "probe3")],
+        [(developer_as_system,)],
+    ),
+    Probe(
         "system before tool results",
         [
             _turn("system", "probe1"),
@@ -167,11 +172,6 @@ PROBES: Final = (
         ],
         [(system_in_user,)],
         tools=True,
-    ),
-    Probe(
-        "developer",
-        [_turn("system", "probe1"), _turn("developer", "probe2"), _turn("user", "probe3")],
-        [(developer_as_system,)],
     ),
     Probe(
         "reasoning of earlier turns",
