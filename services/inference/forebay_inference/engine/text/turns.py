@@ -101,7 +101,9 @@ def system_first(messages: list[Message]) -> list[Message]:
 
 def system_in_user(messages: list[Message]) -> list[Message]:
     """System messages become a part of the next user turn."""
-    return merged_turns(_system_as_user(messages))
+    if any(one["role"] == "system" for one in messages):
+        return merged_turns(_system_as_user(messages))
+    return messages
 
 
 def merged_turns(messages: list[Message]) -> list[Message]:
