@@ -1,7 +1,7 @@
 """One choice of an answer: its tokens, its text, and when it is at its end."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from forebay_contracts.wire import frames
 from forebay_inference.engine.events import Finished, Tokens
@@ -9,6 +9,8 @@ from forebay_inference.engine.protocol import Step, TokenLogprob
 from forebay_inference.engine.text.detokenizer import REPLACEMENT, Decoder, Detokenizer, StopStrings
 from forebay_inference.engine.text.harmony import HarmonyParser
 from forebay_inference.engine.text.reasoning import AnswerParser, Part, Reasoning, ThinkingParser
+
+_THINKING: Final = (ThinkingParser, HarmonyParser)
 
 
 class Choice:
@@ -44,7 +46,7 @@ class Choice:
         self._stops = StopStrings(stops)
         self._parser = parser
         self._echo = echo
-        self._thinking = parser if isinstance(parser, ThinkingParser | HarmonyParser) else None
+        self._thinking = parser if isinstance(parser, _THINKING) else None
         self.reasoning_tokens = 0
         self._plain = not (stops or parser or echo)
 
