@@ -89,6 +89,19 @@ async def test_a_template_may_open_the_reasoning() -> None:
         assert (off.reasoning, off.text, off.reasoning_tokens) == ("", "B.", 0)
 
 
+async def test_an_answer_that_is_continued_may_be_within_reasoning() -> None:
+    def messages(text: str) -> tuple[dict[str, str], ...]:
+        return ({"role": "user", "content": "a </think> <think>"}, {"role": "assistant", "content": text})
+
+    kwargs = {"continue_final_message": True, "add_generation_prompt": False}
+    for text, reasoning, content in (
+        ("<think>\nHm", ", A.", "B."),
+        ("<think>Hm</think>\n\nB", "", ", A.</think>\n\nB."),
+    ):
+        found = await said(", A.</think>\n\nB.", THINKS, messages=messages(text), chat_template_kwargs=kwargs)
+        assert (found.reasoning, found.text) == (reasoning, content)
+
+
 async def test_a_model_that_does_not_think_may_write_the_tags() -> None:
     text = "<think>is a tag</think>"
     assert (await said(text, PLAIN)).text == text

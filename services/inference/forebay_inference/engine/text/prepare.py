@@ -55,7 +55,9 @@ def prepare(
     if request.completion_type is CompletionType.CHAT:
         text = chat.prompt(request)
         encoded = [encode_chat(loaded.tokenizer, text)]
-        opened = isinstance(reasoning, Thinking) and reasoning.opened(text)
+        goes_on = request.chat_template_kwargs.get("continue_final_message")
+        continued = str(request.messages[-1].get("content") or "") if goes_on else ""
+        opened = isinstance(reasoning, Thinking) and reasoning.opened(text, continued)
     else:
         encoded = [encode_prompt(loaded.tokenizer, prompt) for prompt in request.prompts]
         reasoning = None

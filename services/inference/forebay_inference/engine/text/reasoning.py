@@ -58,9 +58,10 @@ class Thinking:
     end: str
     tokens: Mapping[str, int]
 
-    def opened(self, prompt: str) -> bool:
-        """Whether `prompt` ends with the start tag, so that the answer begins within reasoning."""
-        return prompt.rstrip().endswith(self.start)
+    def opened(self, prompt: str, continued: str = "") -> bool:
+        """Whether an answer begins within reasoning: `prompt` ends with the start tag, or `continued`, the text of the
+        assistant with which it ends, has one that is not closed."""
+        return prompt.rstrip().endswith(self.start) or continued.rfind(self.start) > continued.rfind(self.end)
 
     def before(self, grammar: str, *, opened: bool) -> str:
         """The grammar of an answer that follows `grammar` once the reasoning has ended."""
