@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -73,6 +73,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("opened", "text", "reasoning", "content"), CASES)
+@settings(max_examples=20)
 @given(places=st.sets(st.integers(1, 40)))
 def test_any_split_of_an_answer_gives_its_reasoning(
     opened: bool, text: str, reasoning: str, content: str, places: set[int]

@@ -112,7 +112,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("template", [one for one, _ in TEMPLATES.values()], ids=TEMPLATES)
 @pytest.mark.parametrize("tools", [(), (TOOL,)], ids=["", "tools"])
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(messages=conversations())
 def test_every_message_reaches_the_prompt(template: str, tools: Any, messages: list[dict[str, Any]]) -> None:
     text = prompt(template, *messages, tools=tools)
@@ -183,6 +183,7 @@ def test_the_switch_of_reasoning_has_two_names(name: str) -> None:
     assert told(reasoning_effort="none") == "False False none"
     assert told(reasoning_effort="high", enable_thinking=False) == "False False high"
     assert told(enable_thinking=False, thinking=True) == "False True "
+    assert told(reasoning_effort=["high"]) == "  ['high']"
 
 
 def test_the_docs_say_what_is_done() -> None:

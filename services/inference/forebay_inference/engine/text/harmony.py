@@ -19,7 +19,7 @@ from forebay_inference.engine.text.reasoning import Part, Reasoning, held
 from forebay_inference.engine.text.tool_calls import call_id
 
 MARKERS: Final = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
-EFFORTS: Final = {"none": "low", "minimal": "low", "xhigh": "high"}
+EFFORTS: Final = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
 """The efforts that the model does not know, and the nearest that it knows."""
 _ENDS: Final = ("<|call|>", "<|return|>")
 _NEXT: Final = re.compile(r"<\|(?:start|channel|end|call|return)\|>")

@@ -103,7 +103,7 @@ def _options(given: Mapping[str, Any], efforts: Mapping[str, str]) -> dict[str, 
     """The variables of the template. Families name the switch of reasoning differently."""
     options = {"add_generation_prompt": True, **{key: value for key, value in given.items() if key not in _RESERVED}}
     switches = [options[name] for name in _SWITCHES if name in options]
-    if (effort := options.get("reasoning_effort")) is not None:
+    if isinstance(effort := options.get("reasoning_effort"), str):
         switches.append(effort != "none")
         options["reasoning_effort"] = efforts.get(effort, effort)
     return {**dict.fromkeys(_SWITCHES, switches[0]), **options} if switches else options
