@@ -16,7 +16,7 @@ _RESERVED = frozenset(
     {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "chat_template", "tools"}
 )
 _SWITCHES: Final = ("enable_thinking", "thinking")
-_REFUSALS: Final = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+_REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _PROBE: Final = {
     "type": "function",
     "function": {
@@ -65,7 +65,7 @@ class Chat:
         options = {"tools": [_PROBE]} if tools and self._form.in_template else {}
         try:
             return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
-        except _REFUSALS:
+        except Exception:  # a template is a program of others: whatever it raises here, the model may still be served
             return None
 
 

@@ -267,10 +267,12 @@ def _shows(render: Render, probe: Probe, rewrites: Sequence[Rewrite]) -> bool:
     text = render(messages, probe.tools)
     if text is None or any(marker not in text for marker in re.findall(r"probe\d", json.dumps(probe.conversation))):
         return False
+    if all(one["role"] != "developer" for one in messages):
+        return True
     # Many templates write any role as it stands: then the model does not know it.
-    strange = render([{**one, "role": one["role"].replace("developer", "stranger")} for one in messages], probe.tools)
-    developer = any(one["role"] == "developer" for one in messages)
-    return not developer or strange is None or strange.replace("stranger", "developer") != text
+    stranger = [{**one, "role": one["role"].replace("developer", "stranger")} for one in messages]
+    strange = render(stranger, probe.tools)
+    return strange is None or strange.replace("stranger", "developer") != text
 
 
 def _system_as_user(messages: list[Message]) -> list[Message]:
