@@ -9,8 +9,9 @@ from jinja2 import TemplateError
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.protocol import Tokenizer
+from forebay_inference.engine.text.probes import rewrites_for
+from forebay_inference.engine.text.rewrites import Message, rewritten
 from forebay_inference.engine.text.tool_formats import ToolFormat, with_tools_told
-from forebay_inference.engine.text.turns import Message, rewrites_for, rewritten
 
 _RESERVED = frozenset(
     {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "chat_template", "tools"}

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forebay_inference.engine.text.probes import PROBES
 from forebay_inference.engine.text.templates import Chat
 from forebay_inference.engine.text.tool_formats import format_of
-from forebay_inference.engine.text.turns import PROBES
 from support.engine import chat
 from support.templates import TemplateTokenizer
 
