@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.protocol import EngineFault
 from forebay_inference.engine.text.harmony import MARKERS, Harmony, HarmonyParser
@@ -241,6 +242,14 @@ def test_a_grammar_begins_after_the_reasoning(library: PreTrainedTokenizerFast, 
     assert follows(library, guided, "{12}") is not opened
     assert not follows(library, guided, f"{begins}{thought}\n\nNo.", whole=False)
     assert not follows(library, guided, f"{begins}Hm.")
+
+
+def test_a_grammar_without_a_start_rule_leaves_no_room_for_reasoning() -> None:
+    thinking = Thinking("<think>", "</think>", {})
+    gbnf = 'root ::= "start"'
+    assert thinking.before(gbnf, opened=False) == gbnf
+    with pytest.raises(InvalidRequest, match="no rule `start`"):
+        thinking.before(gbnf, opened=True)
 
 
 async def test_a_thinking_model_s_structured_answer_is_guided(library: PreTrainedTokenizerFast) -> None:

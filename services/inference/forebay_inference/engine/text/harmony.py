@@ -15,7 +15,7 @@ from enum import Enum, auto
 from typing import Final
 
 from forebay_inference.engine.protocol import Tokenizer
-from forebay_inference.engine.text.reasoning import Part, Reasoning, held
+from forebay_inference.engine.text.reasoning import Part, Reasoning, held, with_start_as
 from forebay_inference.engine.text.tool_calls import call_id
 
 MARKERS: Final = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
@@ -43,11 +43,11 @@ class Harmony:
         arguments follow the grammar in `calls`. Reasoning may stand before it."""
         rules, ends = [], []
         if answer is not None:
-            rules += [self._message("final", '"final"'), _renamed(answer, "final-text")]
+            rules += [self._message("final", '"final"'), with_start_as("final-text", answer)]
             ends.append("final")
         for place, (name, arguments) in enumerate(calls.items()):
             header = f'{json.dumps(f"commentary to=functions.{name} ")} {self._one("<|constrain|>")} "json"'
-            rules += [self._message(f"call-{place}", header), _renamed(arguments, f"call-{place}-text")]
+            rules += [self._message(f"call-{place}", header), with_start_as(f"call-{place}-text", arguments)]
             ends.append(f"call-{place}")
         channel, message, end, start = map(self._one, ("<|channel|>", "<|message|>", "<|end|>", "<|start|>"))
         analysis = rf'analysis: {channel} "analysis" {message} /(.|\n)*/ {end} {start} "assistant"'
@@ -58,10 +58,6 @@ class Harmony:
 
     def _one(self, marker: str) -> str:
         return f"<[{self.tokens[marker]}]>"
-
-
-def _renamed(grammar: str, name: str) -> str:
-    return re.sub(r"^start\b", name, grammar, count=1)
 
 
 def harmony_of(tokenizer: Tokenizer) -> Harmony | None:

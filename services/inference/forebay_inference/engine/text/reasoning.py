@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final, Protocol
 
+from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import Tokenizer
 
 
@@ -48,6 +49,9 @@ TAGS: Final[Mapping[str, str]] = {
 }
 """The tags around reasoning that model families write."""
 
+START: Final = re.compile(r"^(\??)start\b", re.MULTILINE)
+"""The first rule of a grammar in Lark."""
+
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
@@ -64,8 +68,16 @@ class Thinking:
         return prompt.rstrip().endswith(self.start) or continued.rfind(self.start) > continued.rfind(self.end)
 
     def before(self, grammar: str, *, opened: bool) -> str:
-        """The grammar of an answer that follows `grammar` once the reasoning has ended."""
-        rest = re.sub(r"^(\??)start\b", r"\1answered", grammar, count=1, flags=re.MULTILINE)
+        """The grammar of an answer that follows `grammar` once the reasoning has ended.
+
+        A grammar without a rule `start` (GBNF) leaves no room for reasoning.
+
+        Raises:
+            InvalidRequest: there is no rule `start`, and the answer begins within reasoning.
+        """
+        if not opened and START.search(grammar) is None:
+            return grammar
+        rest = with_start_as("answered", grammar)
         end = self._terminal(self.end)
         any_text = r"/(.|\n)*/"
         thought = f"thought: {any_text} {end}" if end.startswith("<") else f"thought[suffix={end}]: {any_text}"
@@ -77,6 +89,17 @@ class Thinking:
         special = next((text for text in self.tokens if tag.startswith(text)), "")
         rest = tag.removeprefix(special)
         return " ".join([*([f"<[{self.tokens[special]}]>"] if special else []), *([json.dumps(rest)] if rest else [])])
+
+
+def with_start_as(name: str, grammar: str) -> str:
+    """`grammar` with its rule `start` under the name `name`; raises InvalidRequest if it has none."""
+    renamed, found = START.subn(rf"\1{name}", grammar, count=1)
+    if not found:
+        raise InvalidRequest(
+            "The grammar has no rule `start` and cannot follow this model's reasoning. Write it in Lark.",
+            param="response_format",
+        )
+    return renamed
 
 
 def thinking_of(tokenizer: Tokenizer) -> Thinking | None:
