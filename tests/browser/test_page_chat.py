@@ -68,6 +68,10 @@ async def test_a_chat_by_keyboard_alone(nats_server: NatsServer, windows: Window
         await window.page.get_by_label("Message").fill("[[tokens=0]]")
         await keyboard.press("Enter")
         await window.shows("#chat-status", re.compile(r"^an empty answer after \d+\.\d\d s$"))
+        await window.page.get_by_label("Message").fill("[[say]]<think>Hm.</think>Yes.")
+        await keyboard.press("Enter")
+        await window.shows("#chat-log .assistant:last-child", "Yes.")
+        await window.shows("#chat-log .reasoning", "Hm.")
         assert window.complaints == []
 
 

@@ -90,7 +90,7 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
         assert completed == processing | {
             "status": "completed",
             "finished_at": completed["finished_at"],
-            "usage": {"prompt_tokens": 3, "completion_tokens": 20, "cached_tokens": 0},
+            "usage": {"prompt_tokens": 3, "completion_tokens": 20, "cached_tokens": 0, "reasoning_tokens": 0},
         }
         # What a watcher of the bucket saw: each state once, in order, nothing else.
         seen = []

@@ -203,7 +203,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "worker": stack.workers[0].id,
             "sequence": 1,
             "handed_over": 0,
-            "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0},
+            "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0, "reasoning_tokens": 0},
             "key": None,
         }
         assert times["timestamp"] == times["queued_at"] < times["started_at"] < times["finished_at"] < times["deadline"]

@@ -261,7 +261,7 @@ async def test_request_id_finds_the_request(client: openai.AsyncOpenAI, stack: S
     await stack.reaches(request_id, RequestStatus.COMPLETED)  # written a moment after the answer
     found = (await stack.http.get(f"{stack.apis[0].url}/v1/queue/request/{request_id}")).json()
     assert (found["id"], found["status"], found["completion_type"]) == (request_id, "completed", "chat")
-    assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "cached_tokens": 0}
+    assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "cached_tokens": 0, "reasoning_tokens": 0}
     assert found["error"] is None
 
 

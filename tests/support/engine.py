@@ -54,11 +54,13 @@ class Answer:
     """One choice as its client would have it."""
 
     text: str = ""
+    reasoning: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
     pieces: list[str] = field(default_factory=list)
 
 
@@ -75,6 +77,7 @@ async def answers(model: TextModel, request: InferenceRequest, resume: ResumeTok
                 answer = found.setdefault(event.index, Answer())
                 assert answer.finish_reason is None
                 answer.text += event.text
+                answer.reasoning += event.reasoning
                 answer.pieces.append(event.text)
                 answer.tokens.extend(event.token_ids)
                 answer.logprobs.extend(event.logprobs)
@@ -83,6 +86,7 @@ async def answers(model: TextModel, request: InferenceRequest, resume: ResumeTok
                 answer = found.setdefault(event.index, Answer())
                 assert answer.finish_reason is None
                 answer.finish_reason, answer.cached_tokens = event.finish_reason, event.cached_tokens
+                answer.reasoning_tokens = event.reasoning_tokens
     assert accepted == 1
     return found
 

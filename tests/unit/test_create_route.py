@@ -122,6 +122,24 @@ async def test_a_stream_and_the_whole_are_one_answer(system: Twins) -> None:
     assert not system.dispatcher.waiting
 
 
+async def test_reasoning_content_and_calls_are_told_apart(system: Twins) -> None:
+    system.worker()
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    messages = [{"role": "user", "content": f"[[say]]<think>\nHm.\n</think>\n\nNow.\n{call}"}]
+    asked = body("", messages=messages, tools=[{"type": "function", "function": {"name": "f"}}])
+    whole = (await post(system, CHAT, asked)).json()
+    (choice,) = whole["choices"]
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"], choice["finish_reason"]) == ("Hm.", "Now.", "tool_calls")
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": len("\nHm.\n</think>") + 1}
+    streamed = (await post(system, CHAT, asked | {"stream": True})).text.split("\n\n")[:-2]
+    deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in streamed]
+    for name in ("reasoning_content", "content"):
+        assert "".join(delta.get(name, "") for delta in deltas) == message[name]
+    assert all(delta.keys() <= {"role", "content", "refusal"} or len(delta) == 1 for delta in deltas)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_error_before_the_first_token_is_a_status(system: Twins, stream: bool) -> None:
     system.worker()

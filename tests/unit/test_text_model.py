@@ -110,6 +110,8 @@ RESUMED = [
     says("The EN", stop=("END",)),
     says(f"Wait.\n{CALL}\n{CALL}", tools=(WEATHER,), stop=("See",)),
     says("<tool_call> is the marker", tools=(WEATHER,)),
+    says("\n<think>\nA </thi\n\n</think>\n\nB é <think>", stop=("C",)),
+    says(f"<think>{CALL}</think>\n{CALL}", tools=(WEATHER,)),
     chat("[[tokens=7]]"),
     chat("[[random tokens=7]]", temperature=1.0),
     completion("[[tokens=5]]", echo=True),
@@ -120,16 +122,14 @@ RESUMED = [
 async def test_a_resume_at_any_token_goes_on_without_a_seam(model: TextModel, request_: InferenceRequest) -> None:
     """In the middle of a character, of a stop string, of a marker, of a call."""
     whole = await answer(model, request_)
-    pieces: list[tuple[str, list[dict[str, Any]]]] = []
-    async for event in model.generate(request_, {}):
-        if isinstance(event, Tokens):
-            pieces.append((event.text, list(event.tool_calls)))
+    pieces = [event async for event in model.generate(request_, {}) if isinstance(event, Tokens)]
     for kept in range(1, len(whole.tokens) + 1):
         rest = await answer(model, request_, {0: whole.tokens[:kept]})
         assert whole.tokens[:kept] + rest.tokens == whole.tokens
-        assert "".join(text for text, _ in pieces[:kept]) + rest.text == whole.text
-        assert [call for _, calls in pieces[:kept] for call in calls] + rest.tool_calls == whole.tool_calls
-        assert rest.finish_reason == whole.finish_reason
+        assert "".join(one.text for one in pieces[:kept]) + rest.text == whole.text
+        assert "".join(one.reasoning for one in pieces[:kept]) + rest.reasoning == whole.reasoning
+        assert [call for one in pieces[:kept] for call in one.tool_calls] + rest.tool_calls == whole.tool_calls
+        assert (rest.finish_reason, rest.reasoning_tokens) == (whole.finish_reason, whole.reasoning_tokens)
 
 
 async def test_the_choices_of_one_request_come_together(model: TextModel) -> None:

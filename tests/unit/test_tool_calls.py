@@ -42,7 +42,7 @@ def read(form: ToolFormat, pieces: list[str], **options: bool) -> tuple[str, lis
             if "id" in part:
                 found[part["index"]] = [part["function"]["name"], ""]
             found[part["index"]][1] += part["function"]["arguments"]
-    content += parser.flush()
+    content += "".join(part for part in parser.flush() if isinstance(part, str))
     assert parser.calls == len(found)
     return content, [(name, arguments) for name, arguments in found.values()]
 

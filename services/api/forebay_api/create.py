@@ -97,7 +97,10 @@ class Create:
         """The whole answer, once it is complete."""
         deltas = [delta async for some in answer.deltas() for delta in some]
         completed = self._log_end(answer)
-        size = sum(len(delta.text) + len(delta.embedding) + LOGPROB_BYTES * len(delta.logprobs) for delta in deltas)
+        size = sum(
+            len(delta.text) + len(delta.reasoning) + len(delta.embedding) + LOGPROB_BYTES * len(delta.logprobs)
+            for delta in deltas
+        )
         return await off_loop(size, answer_format.whole, deltas, completed)
 
     async def _stream(self, answer: LiveAnswer, writer: StreamWriter, send: Send, *, early: bool) -> None:

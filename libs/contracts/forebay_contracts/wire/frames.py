@@ -54,7 +54,7 @@ class Delta(FrameMessage):
 
     `offset` counts the tokens before these in this choice. `text` lags behind the tokens while a character or a
     possible stop string is incomplete, so it may be empty. It depends only on the tokens up to here, so a next attempt
-    that starts from these tokens continues the text exactly.
+    that starts from these tokens continues the text exactly. The `reasoning` of a delta stands before its text.
 
     An `embedding` is a whole choice: float32 values, little-endian, in base64. Its one token has no meaning. It makes
     the embedding a delta that is counted, dropped when repeated, and sent again when lost.
@@ -71,8 +71,8 @@ class Delta(FrameMessage):
     embedding: str = ""
 
 
-def encode_delta(attempt: int, index: int, offset: int, tokens: Sequence[int], text: str) -> bytes:
-    """What `Delta.encode` gives for a delta that has only tokens and text, without making one.
+def encode_delta(attempt: int, index: int, offset: int, tokens: Sequence[int], text: str, reasoning: str = "") -> bytes:
+    """What `Delta.encode` gives for a delta that has only tokens, text and reasoning, without making one.
 
     Takes 0.6 us instead of 3.9: a tenth of a worker's CPU time for a stream of 20 tokens.
     """
@@ -84,6 +84,8 @@ def encode_delta(attempt: int, index: int, offset: int, tokens: Sequence[int], t
     frame["tokens"] = tokens
     if text:
         frame["text"] = text
+    if reasoning:
+        frame["reasoning"] = reasoning
     return orjson.dumps(frame)
 
 

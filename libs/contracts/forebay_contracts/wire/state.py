@@ -7,7 +7,8 @@ from forebay_contracts.wire.message import SCHEMA_VERSION, Message
 
 
 class Usage(Message):
-    """Token counts of one request, over all its choices. The prompt is counted once."""
+    """Token counts of one request, over all its choices. The prompt is counted once. Reasoning is a part of the
+    completion."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

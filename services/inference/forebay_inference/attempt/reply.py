@@ -89,7 +89,7 @@ class Reply:
             if tokens.logprobs or tokens.tool_calls:
                 frame = self._delta(index, [tokens]).encode()
             else:
-                frame = encode_delta(self.attempt, index, offset, tokens.token_ids, tokens.text)
+                frame = encode_delta(self.attempt, index, offset, tokens.token_ids, tokens.text, tokens.reasoning)
             await self._channel.send(self._kept(index, offset, frame))
             return
         self._held.setdefault(index, []).append(tokens)
@@ -175,6 +175,7 @@ class Reply:
                 "".join(event.text for event in events),
                 tuple(logprob for event in events for logprob in event.logprobs),
                 tuple(call for event in events for call in event.tool_calls),
+                "".join(event.reasoning for event in events),
             )
         return Delta(
             attempt=self.attempt,
@@ -182,6 +183,7 @@ class Reply:
             offset=self._lengths.get(index, 0) - len(one.token_ids),
             tokens=one.token_ids,
             text=one.text,
+            reasoning=one.reasoning,
             logprobs=one.logprobs,
             tool_calls=one.tool_calls,
         )

@@ -231,7 +231,7 @@ class AttemptRunner:
             if not have.wanted:
                 return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome)
             resume = {choice.index: choice.tokens for choice in have.choices}
-        prompt_tokens = cached_tokens = 0
+        prompt_tokens = cached_tokens = reasoning_tokens = 0
         finished: dict[int, Finished] = {}
         measured.generating()
         try:
@@ -246,12 +246,18 @@ class AttemptRunner:
                         case Finished():
                             finished[event.index] = event
                             cached_tokens += event.cached_tokens
+                            reasoning_tokens += event.reasoning_tokens
                         case Accepted():
                             prompt_tokens = event.prompt_tokens
                             measured.accepted(prompt_tokens)
                             if attempt.number == 1:
                                 await reply.announce()
-            usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=reply.token_count, cached_tokens=cached_tokens)
+            usage = Usage(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=reply.token_count,
+                cached_tokens=cached_tokens,
+                reasoning_tokens=reasoning_tokens,
+            )
             reply.finish(finished, usage)
         except RequestError as exc:
             return Ended(End.REFUSED, error=exc)

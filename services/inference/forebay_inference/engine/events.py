@@ -18,8 +18,9 @@ class Accepted:
 class Tokens:
     """Next tokens of choice `index`, with the text that they settle (see `forebay_contracts.wire.frames.Delta`).
 
-    `text` never holds a part of a character, of a stop string or of a special token. `tool_calls` are OpenAI's
-    streamed tool-call deltas. Not frozen, since one is made for each token: that would take 0.6 µs instead of 0.15.
+    `text` never holds a part of a character, of a stop string or of a special token. `reasoning` stands before it.
+    `tool_calls` are OpenAI's streamed tool-call deltas. Not frozen, since one is made for each token: that would take
+    0.6 µs instead of 0.15.
     """
 
     index: int
@@ -27,6 +28,7 @@ class Tokens:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     tool_calls: tuple[dict[str, Any], ...] = ()
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,13 @@ class Vector:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Once a choice: `finish_reason` is OpenAI's (stop, length, tool_calls); `cached_tokens` of its prompt.
-
-    `stop_string` is the one that ended it, if one did.
-    """
+    """Once a choice: `finish_reason` is OpenAI's (stop, length, tool_calls); `cached_tokens` of its prompt,
+    `reasoning_tokens` of its answer. `stop_string` is the one that ended it, if one did."""
 
     index: int
     finish_reason: str
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
     stop_string: str | None = None
 
 

@@ -90,7 +90,7 @@ class SimulatedTokenizer:
 
     vocabulary_size = _BYTES + 256
     begin_token: int | None = 0
-    chat_template: str | None = "{{ messages[-1].content }}{# calls tools as <tool_call> #}"
+    chat_template: str | None = "{{ messages[-1].content }}{# calls tools as <tool_call>, thinks in <think></think> #}"
     special_tokens: Mapping[str, int] = {}
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:

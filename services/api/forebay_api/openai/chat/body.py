@@ -124,7 +124,7 @@ class ChatCompletionBody(GenerationBody):
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     modalities: Many[Literal["text"]] | None = None
-    reasoning_effort: Literal["none"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -145,6 +145,7 @@ class ChatCompletionBody(GenerationBody):
     def request(self, **origin: Any) -> InferenceRequest:
         """The request as it goes into the queue."""
         choice, wanted = self.tool_choice, self.response_format
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         return InferenceRequest(
             **origin,
             stream=self.stream,
@@ -162,5 +163,5 @@ class ChatCompletionBody(GenerationBody):
                 if wanted is not None and wanted.type != "text"
                 else None
             ),
-            chat_template_kwargs=self.chat_template_kwargs,
+            chat_template_kwargs=effort | self.chat_template_kwargs,
         )

@@ -23,11 +23,13 @@ class ChatFormat(StreamFormat):
         return b"".join(self._event([_chunk(index, delta)]) for index in range(self._request.n))
 
     def chunk(self, delta: Delta) -> bytes:
-        """Content, or pieces of tool calls."""
-        if not (delta.text or delta.tool_calls or delta.logprobs):
+        """Reasoning, content, or pieces of tool calls."""
+        if not (delta.text or delta.reasoning or delta.tool_calls or delta.logprobs):
             return b""
         fields: dict[str, Any] = {}
-        if delta.text or delta.logprobs:
+        if delta.reasoning:
+            fields["reasoning_content"] = delta.reasoning
+        if delta.text or (delta.logprobs and not delta.reasoning):
             fields["content"] = delta.text
         if delta.tool_calls:
             fields["tool_calls"] = delta.tool_calls
@@ -39,6 +41,8 @@ class ChatFormat(StreamFormat):
     def _whole_choice(self, choice: FinishedChoice, deltas: list[Delta]) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning := "".join(delta.reasoning for delta in deltas):
+            message["reasoning_content"] = reasoning
         if calls := _joined_tool_calls(deltas):
             message |= {"content": text or None, "tool_calls": calls}
         asked = self._request.sampling.logprobs is not None

@@ -92,19 +92,23 @@ async function receive(messages, answer, signal, waiting) {
     signal,
   });
   tellPlace(response.headers.get("x-request-id"), waiting.signal);
-  let first = "", pieces = 0;
+  let first = "", pieces = 0, reasoning;
   for await (const data of events(response)) {
     if (data === "[DONE]") return pieces ? `${first}, ${pieces} pieces in ${since()}` : `an empty answer after ${since()}`;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Error(chunk.error.message);
-    const piece = chunk.choices?.[0]?.delta?.content;
-    if (!piece) continue;
+    const { content = "", reasoning_content: thought } = chunk.choices?.[0]?.delta ?? {};
+    if (!content && !thought) continue;
     if (!pieces) {
       waiting.abort();
       chatStatus((first = `first token after ${since()}`));
     }
     pieces += 1;
-    answer.textContent += piece;
+    if (thought) {
+      if (!reasoning) answer.before((reasoning = element("p", "reasoning", "")));
+      reasoning.textContent += thought;
+    }
+    answer.textContent += content;
     $("chat-log").scrollTop = $("chat-log").scrollHeight;
   }
   throw new Error("the answer ended early");

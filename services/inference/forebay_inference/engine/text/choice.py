@@ -1,23 +1,25 @@
 """One choice of an answer: its tokens, its text, and when it is at its end."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
 from forebay_contracts.wire import frames
 from forebay_inference.engine.events import Finished, Tokens
 from forebay_inference.engine.protocol import Step, TokenLogprob
 from forebay_inference.engine.text.detokenizer import REPLACEMENT, Decoder, Detokenizer, StopStrings
-from forebay_inference.engine.text.tool_calls import ToolParser
+from forebay_inference.engine.text.harmony import HarmonyParser
+from forebay_inference.engine.text.reasoning import AnswerParser, Part, Reasoning, ThinkingParser
 
-_Shown = tuple[str, tuple[dict[str, Any], ...]]
+_THINKING: Final = (ThinkingParser, HarmonyParser)
 
 
 class Choice:
     """Follows one sequence.
 
     `bytes_of` gives the bytes of a token. `limit` is the most tokens that it may have; `finish_reason` is None
-    until its end. `echo` goes before the text of the first token. Stop strings are looked for in what is shown as text:
-    neither the calls that `parser` finds nor what stands around them match one.
+    until its end. `echo` goes before the text of the first token. Stop strings are looked for in what is shown as
+    content: neither the calls and the reasoning that `parser` finds nor what stands around them match one.
+    `reasoning_tokens` counts the tokens of the reasoning, its tags included.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class Choice:
         limit: int,
         *,
         stops: Sequence[str] = (),
-        parser: ToolParser | None = None,
+        parser: AnswerParser | None = None,
         echo: str = "",
     ) -> None:
         self.index = index
@@ -44,11 +46,15 @@ class Choice:
         self._stops = StopStrings(stops)
         self._parser = parser
         self._echo = echo
+        self._thinking = parser if isinstance(parser, _THINKING) else None
+        self.reasoning_tokens = 0
         self._plain = not (stops or parser or echo)
 
     def finished(self) -> Finished:
         """The event of its end."""
-        return Finished(self.index, self.finish_reason or "", self.cached_tokens, self._stops.matched)
+        return Finished(
+            self.index, self.finish_reason or "", self.cached_tokens, self.reasoning_tokens, self._stops.matched
+        )
 
     def replay(self, tokens: Sequence[int]) -> None:
         """Take `tokens` as generated and shown already, with what goes before them."""
@@ -64,59 +70,65 @@ class Choice:
             if token not in self._end_tokens and len(self.tokens) + 1 < self.limit:
                 self.tokens.append(token)
                 return Tokens(self.index, tokens, self._detokenizer.push(token))
-        text, self._echo = self._echo, ""
-        calls: tuple[dict[str, Any], ...] = ()
+        shown, self._echo = Tokens(self.index, tokens, self._echo), ""
         for place, token in enumerate(tokens, 1):
-            more, deltas = self._push(token)
-            text += more
-            calls += deltas
+            self._push(token, shown)
             if self.finish_reason is not None:
-                tokens = tokens[:place]
+                shown.token_ids = tokens[:place]
                 break
         if finish is not None and self.finish_reason is None:
-            more, deltas = self._end(finish)
-            text, calls = text + more, calls + deltas
+            self._end(finish, shown)
         if self.finish_reason == "stop" and self._parser is not None and self._parser.complete:
             self.finish_reason = "tool_calls"
-        if not (tokens or text or calls):
+        if not (tokens or shown.text or shown.reasoning or shown.tool_calls):
             return None
         # An end token is no part of the answer's content.
-        shown = (self._logprob(one) for one in logprobs[: len(tokens)] if one.token not in self._end_tokens)
-        return Tokens(self.index, tokens, text, tuple(shown), calls)
+        content = (one for one in logprobs[: len(shown.token_ids)] if one.token not in self._end_tokens)
+        shown.logprobs = tuple(map(self._logprob, content))
+        return shown
 
-    def _push(self, token: int) -> _Shown:
+    def _push(self, token: int, shown: Tokens) -> None:
         self.tokens.append(token)
         if token in self._end_tokens:
-            return self._end("stop")
-        shown = self._shown(self._detokenizer.push(token))
+            self._end("stop", shown)
+            return
+        thinking = self._thinking
+        thought = thinking is not None and thinking.thinks
+        self._show(self._detokenizer.push(token), shown)
+        if thinking is not None:
+            self.reasoning_tokens += thought or thinking.thinks
+            if thinking.over:
+                self._thinking, self._parser = None, thinking.rest
+                self._plain = self._parser is None and not self._stops.any
         if self._stops.matched is not None:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
-            rest = self._end("length")
-            return shown[0] + rest[0], shown[1] + rest[1]
-        return shown
+            self._end("length", shown)
 
-    def _end(self, reason: str) -> _Shown:
-        text, calls = self._shown(self._detokenizer.flush())
+    def _end(self, reason: str, shown: Tokens) -> None:
+        self._show(self._detokenizer.flush(), shown)
         if self._parser is not None:
-            text += self._stops.push(self._parser.flush())
-        text += self._stops.flush()
+            self._show_parts(self._parser.flush(), shown)
+        shown.text += self._stops.flush()
         self.finish_reason = reason if self._stops.matched is None else "stop"
-        return text, calls
 
-    def _shown(self, text: str) -> _Shown:
-        """What may be shown of the next `text`, and the tool-call deltas in it."""
+    def _show(self, text: str, shown: Tokens) -> None:
+        """Add to `shown` what may be shown now that `text` has come."""
         if self._parser is None:
-            return self._stops.push(text), ()
-        content, calls = "", []
-        for part in self._parser.push(text):
+            shown.text += self._stops.push(text)
+        else:
+            self._show_parts(self._parser.push(text), shown)
+
+    def _show_parts(self, parts: Iterable[Part], shown: Tokens) -> None:
+        for part in parts:
             if self._stops.matched is not None:
                 break
-            if isinstance(part, str):
-                content += self._stops.push(part)
+            if isinstance(part, Reasoning):
+                shown.reasoning += part
+            elif isinstance(part, str):
+                shown.text += self._stops.push(part)
             else:
-                calls.append(part)
-        return content, tuple(calls)
+                shown.tool_calls += (part,)
 
     def _logprob(self, chosen: TokenLogprob) -> frames.TokenLogprob:
         top = tuple(frames.TopLogprob(logprob=value, **self._token(token)) for token, value in chosen.top)

@@ -89,6 +89,11 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None
 
+    @property
+    def any(self) -> bool:
+        """Whether there are stop strings."""
+        return bool(self._stops)
+
     def push(self, text: str) -> str:
         """The part of the text so far that may be shown and was not yet; sets `matched` when it is at its end."""
         if self.matched is not None:

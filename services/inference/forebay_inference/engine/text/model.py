@@ -23,8 +23,11 @@ from forebay_inference.engine.text.best_of import best, widened
 from forebay_inference.engine.text.choice import Choice
 from forebay_inference.engine.text.detokenizer import Decoder
 from forebay_inference.engine.text.embeddings import added_tokens, encode_inputs
+from forebay_inference.engine.text.harmony import EFFORTS, Harmony, HarmonyParser, harmony_of
 from forebay_inference.engine.text.merged import merged
 from forebay_inference.engine.text.prepare import Prepared, prepare
+from forebay_inference.engine.text.reasoning import AnswerParser, Thinking, ThinkingParser, thinking_of
+from forebay_inference.engine.text.templates import Chat
 from forebay_inference.engine.text.tool_calls import ToolParser
 from forebay_inference.engine.text.tool_formats import format_of
 
@@ -88,7 +91,9 @@ class TextModel:
         loaded = serving.loaded
         if loaded.recommended:
             request = request.model_copy(update={"sampling": request.sampling.settled(loaded.recommended)})
-        work = partial(prepare, request, loaded, engine.capabilities, serving.tool_format)
+        work = partial(
+            prepare, request, loaded, engine.capabilities, serving.tool_format, serving.chat, serving.reasoning
+        )
         prepared = work() if loaded.encodes_quickly else await self._in_thread(work)
         yield Accepted(prepared.prompt_tokens)
         running: list[tuple[Choice, AsyncGenerator[Step, None]]] = []
@@ -160,10 +165,13 @@ class _Serving:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self.tool_format = form = format_of(loaded.tokenizer)
-        self._decoder = self._decoder_with_markers = Decoder(loaded.tokenizer.decode)
-        if form.start_token is not None:
-            # In some families the marker that begins a call is a special token, which answers do not show.
-            self._decoder_with_markers = Decoder(partial(loaded.tokenizer.decode, show=(form.start_token,)))
+        self.reasoning = harmony_of(loaded.tokenizer) or thinking_of(loaded.tokenizer)
+        self.chat = Chat(loaded.tokenizer, form, EFFORTS if isinstance(self.reasoning, Harmony) else {})
+        # Answers do not show special tokens. In some families markers of calls and reasoning are such tokens.
+        tags = () if self.reasoning is None else tuple(self.reasoning.tokens.values())
+        calls = () if form.start_token is None else (form.start_token,)
+        decoders = {show: Decoder(partial(loaded.tokenizer.decode, show=show)) for show in ((), tags, tags + calls)}
+        self._decoder, self._tags_decoder, self._calls_decoder = decoders[()], decoders[tags], decoders[tags + calls]
 
     @cached_property
     def added_tokens(self) -> tuple[list[int], list[int]]:
@@ -172,12 +180,21 @@ class _Serving:
 
     def choice(self, request: InferenceRequest, prepared: Prepared, index: int) -> Choice:
         """Choice `index` of `request`, at its beginning."""
-        tools, parser, decoder = prepared.tools, None, self._decoder
+        tools, seed, decoder = prepared.tools, f"{request.id}:{index}", self._decoder
+        reasoning = self.reasoning if request.completion_type is CompletionType.CHAT else None
+        parser: AnswerParser | None = None
         if tools is not None:
-            decoder = self._decoder_with_markers
             # An answer that has a schema is a value of it or calls, and not first the one and then the other.
             calls_first = request.response_format is not None
-            parser = ToolParser(self.tool_format, tools.names, f"{request.id}:{index}", calls_first=calls_first)
+            parser = ToolParser(self.tool_format, tools.names, seed, calls_first=calls_first)
+            decoder = self._calls_decoder
+        elif reasoning is not None:
+            decoder = self._tags_decoder
+        match reasoning:
+            case Thinking():
+                parser = ThinkingParser(reasoning, parser, opened=prepared.opened)
+            case Harmony():
+                parser = HarmonyParser(() if tools is None else tools.names, seed)
         prompt = prepared.prompts[index // request.n]
         return Choice(
             index,

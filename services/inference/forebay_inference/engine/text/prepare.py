@@ -1,12 +1,15 @@
 """A request made ready for an engine: its prompts, its limits, its grammar. Everything that may refuse it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import Capabilities, LoadedModel, Tokenizer
 from forebay_inference.engine.text.grammars import grammar_of
-from forebay_inference.engine.text.templates import encode_prompts, require_known
+from forebay_inference.engine.text.harmony import Harmony
+from forebay_inference.engine.text.reasoning import Thinking
+from forebay_inference.engine.text.templates import Chat, encode_chat, encode_prompt, require_known
 from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse, tool_use
 
 
@@ -19,12 +22,13 @@ class Prompt(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the choices of a request have in common."""
+    """What the choices of a request have in common. `opened`: they begin within reasoning."""
 
     prompts: list[Prompt]
     tools: ToolUse | None
     grammar: str | None
     end_tokens: frozenset[int]
+    opened: bool
 
     @property
     def prompt_tokens(self) -> int:
@@ -32,7 +36,14 @@ class Prepared(NamedTuple):
         return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
-def prepare(request: InferenceRequest, loaded: LoadedModel, can: Capabilities, form: ToolFormat) -> Prepared:
+def prepare(
+    request: InferenceRequest,
+    loaded: LoadedModel,
+    can: Capabilities,
+    form: ToolFormat,
+    chat: Chat,
+    reasoning: Thinking | Harmony | None,
+) -> Prepared:
     """Make `request` ready for an engine that serves `loaded`.
 
     Raises:
@@ -40,18 +51,57 @@ def prepare(request: InferenceRequest, loaded: LoadedModel, can: Capabilities, f
     """
     _refuse_what_is_not_served(request, loaded.tokenizer, can)
     use = tool_use(request, form)
-    grammar = grammar_of(request.response_format, use, loaded.grammar_fault if can.grammars != "no" else None)
+    opened = False
+    if request.completion_type is CompletionType.CHAT:
+        text = chat.prompt(request)
+        encoded = [encode_chat(loaded.tokenizer, text)]
+        goes_on = request.chat_template_kwargs.get("continue_final_message")
+        continued = str(request.messages[-1].get("content") or "") if goes_on else ""
+        opened = isinstance(reasoning, Thinking) and reasoning.opened(text, continued)
+    else:
+        encoded = [encode_prompt(loaded.tokenizer, prompt) for prompt in request.prompts]
+        reasoning = None
+    grammar = _grammar(request, use, loaded.grammar_fault if can.grammars != "no" else None, reasoning, opened=opened)
     prompts = [
         Prompt(
             tokens,
             _new_tokens(request, len(tokens), loaded.context_length),
             _echo(request.prompts[index], tokens, loaded.tokenizer) if request.echo else "",
         )
-        for index, tokens in enumerate(encode_prompts(loaded.tokenizer, request, form))
+        for index, tokens in enumerate(encoded)
     ]
     # A grammar ends an answer with the end token and cannot go on after it.
-    end_tokens = frozenset[int]() if request.sampling.ignore_eos and grammar is None else loaded.end_tokens
-    return Prepared(prompts, use, grammar, end_tokens)
+    end_tokens = frozenset[int]()
+    if grammar is not None or not request.sampling.ignore_eos:
+        end_tokens = loaded.end_tokens | (reasoning.end_tokens if isinstance(reasoning, Harmony) else end_tokens)
+    return Prepared(prompts, use, grammar, end_tokens, opened)
+
+
+def _grammar(
+    request: InferenceRequest,
+    use: ToolUse | None,
+    fault_of: Callable[[str], str | None] | None,
+    reasoning: Thinking | Harmony | None,
+    *,
+    opened: bool,
+) -> str | None:
+    """The grammar of the answer, which applies once the reasoning has ended."""
+    match reasoning:
+        case Thinking():
+            grammar = grammar_of(request.response_format, use, fault_of)
+            return None if grammar is None else reasoning.before(grammar, opened=opened)
+        case Harmony():
+            answer = grammar_of(request.response_format, None, fault_of)
+            if answer is None and not (use is not None and use.required):
+                return None
+            schemas = {} if use is None else {tool.name: tool.parameters for tool in use.tools}
+            wanted = {
+                name: grammar_of({"type": "json_schema", "json_schema": {"schema": schema}}, None, fault_of) or ""
+                for name, schema in schemas.items()
+            }
+            return reasoning.grammar(None if use is not None and use.required else answer, wanted)
+        case None:
+            return grammar_of(request.response_format, use, fault_of)
 
 
 def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, can: Capabilities) -> None:

@@ -2,56 +2,85 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from jinja2 import TemplateError
 
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.protocol import Tokenizer
+from forebay_inference.engine.text.probes import rewrites_for
+from forebay_inference.engine.text.rewrites import Message, rewritten
 from forebay_inference.engine.text.tool_formats import ToolFormat, with_tools_told
 
 _RESERVED = frozenset(
     {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "chat_template", "tools"}
 )
+_SWITCHES: Final = ("enable_thinking", "thinking")
+_REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_PROBE: Final = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "Probes.",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "Text."}}},
+    },
+}
 
 
-def encode_prompts(tokenizer: Tokenizer, request: InferenceRequest, form: ToolFormat) -> list[list[int]]:
-    """The token ids of each prompt of `request` (a chat has one). Tools are told as `form` has it.
+class Chat:
+    """Makes prompts of conversations by a model's chat template. `rewrites` bring messages into the form it takes.
 
-    Raises:
-        InvalidRequest: the template refuses the messages, or a prompt is empty or holds an unknown token.
+    `efforts` are other names of a `reasoning_effort` for this model.
     """
-    if request.completion_type is CompletionType.CHAT:
-        return [_encode_chat(tokenizer, request, form)]
-    return [_encode_prompt(tokenizer, prompt) for prompt in request.prompts]
+
+    def __init__(self, tokenizer: Tokenizer, form: ToolFormat, efforts: Mapping[str, str]) -> None:
+        self._tokenizer = tokenizer
+        self._form = form
+        self._efforts = efforts
+        self.rewrites = rewrites_for(self._probed, tools=form.in_template) if tokenizer.chat_template else ()
+
+    def prompt(self, request: InferenceRequest) -> str:
+        """The text of the prompt of `request`, special tokens included.
+
+        Raises:
+            InvalidRequest: the template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("This model has no chat template; use /v1/completions.", param="messages")
+        options = _options(request.chat_template_kwargs, self._efforts)
+        tools = [] if request.tool_choice == "none" else [dict(tool) for tool in request.tools]
+        messages = _flattened(request.messages)
+        if not self._form.in_template:
+            messages = with_tools_told(messages, tools)
+        elif tools:
+            options["tools"] = tools
+        try:
+            return self._tokenizer.apply_chat_template(rewritten(messages, self.rewrites), **options)
+        except _REFUSALS as exc:
+            raise InvalidRequest(
+                f"The model's chat template does not take these messages: {exc}", param="messages"
+            ) from exc
+
+    def _probed(self, messages: list[Message], tools: bool) -> str | None:
+        options = {"tools": [_PROBE]} if tools and self._form.in_template else {}
+        try:
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+        except Exception:  # a template is a program of others: whatever it raises here, the model may still be served
+            return None
 
 
-def _encode_chat(tokenizer: Tokenizer, request: InferenceRequest, form: ToolFormat) -> list[int]:
-    if not tokenizer.chat_template:
-        raise InvalidRequest("This model has no chat template; use /v1/completions.", param="messages")
-    extra = {key: value for key, value in request.chat_template_kwargs.items() if key not in _RESERVED}
-    options: dict[str, Any] = {"add_generation_prompt": True, **extra}
-    tools = [] if request.tool_choice == "none" else [dict(tool) for tool in request.tools]
-    messages = [_flattened(message) for message in request.messages]
-    if not form.in_template:
-        messages = with_tools_told(messages, tools)
-    elif tools:
-        options["tools"] = tools
-    try:
-        text = tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as exc:
-        raise InvalidRequest(
-            f"The model's chat template does not take these messages: {exc}", param="messages"
-        ) from exc
+def encode_chat(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The token ids of a chat's prompt; raises InvalidRequest if there are none."""
     # The template writes the special tokens itself.
-    ids = tokenizer.encode(text, special_tokens=False)
+    ids = tokenizer.encode(prompt, special_tokens=False)
     if not ids:
         raise InvalidRequest("The messages make an empty prompt.", param="messages")
     return ids
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: str | tuple[int, ...]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str | tuple[int, ...]) -> list[int]:
+    """The token ids of a completion's prompt; raises InvalidRequest if there are none or the model lacks one."""
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
     else:
@@ -71,17 +100,37 @@ def require_known(tokens: Iterable[int], vocabulary_size: int, param: str) -> No
             raise InvalidRequest(f"Token {token} is not in the vocabulary of {vocabulary_size}.", param=param)
 
 
-def _flattened(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as templates take it: its text parts joined, its calls' arguments as objects."""
-    flat = dict(message)
-    content = flat.get("content")
-    if content is None:
-        flat["content"] = ""
-    elif isinstance(content, list):
-        flat["content"] = "".join(_part_text(part) for part in content)
-    if flat.get("tool_calls"):
-        flat["tool_calls"] = [_with_object_arguments(call) for call in flat["tool_calls"]]
-    return flat
+def _options(given: Mapping[str, Any], efforts: Mapping[str, str]) -> dict[str, Any]:
+    """The variables of the template. Families name the switch of reasoning differently."""
+    options = {"add_generation_prompt": True, **{key: value for key, value in given.items() if key not in _RESERVED}}
+    switches = [options[name] for name in _SWITCHES if name in options]
+    if isinstance(effort := options.get("reasoning_effort"), str):
+        switches.append(effort != "none")
+        options["reasoning_effort"] = efforts.get(effort, effort)
+    return {**dict.fromkeys(_SWITCHES, switches[0]), **options} if switches else options
+
+
+def _flattened(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
+    """The messages as templates take them: text parts joined, the arguments of calls as objects, results with the name
+    of their function."""
+    flattened: list[Message] = []
+    names: dict[Any, str] = {}
+    for message in messages:
+        flat = dict(message)
+        content = flat.get("content")
+        if content is None:
+            flat["content"] = ""
+        elif isinstance(content, list):
+            flat["content"] = "".join(_part_text(part) for part in content)
+        if flat.get("tool_calls"):
+            flat["tool_calls"] = [_with_object_arguments(call) for call in flat["tool_calls"]]
+            names |= {call.get("id"): call["function"].get("name", "") for call in flat["tool_calls"]}
+        if flat.get("tool_call_id") in names:
+            flat.setdefault("name", names[flat["tool_call_id"]])
+        if (reasoning := flat.pop("reasoning", None)) is not None:
+            flat.setdefault("reasoning_content", reasoning)
+        flattened.append(flat)
+    return flattened
 
 
 def _with_object_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,11 @@ class _Call:
             self.arguments = json.dumps(call.get(self._key, {}))
 
 
+def call_id(seed: str, place: int) -> str:
+    """The id of call number `place` of an answer; `seed` is the answer's own."""
+    return f"call_{hashlib.blake2b(f'{seed}:{place}'.encode(), digest_size=12).hexdigest()}"
+
+
 class _At(Enum):
     CONTENT = auto()
     BETWEEN_CALLS = auto()
@@ -107,10 +112,10 @@ class ToolParser:
                 break
         return parts
 
-    def flush(self) -> str:
+    def flush(self) -> list[str | dict[str, Any]]:
         """Content that was held back, once no more text comes. Beside calls, what was held back belongs to them."""
         rest, self._pending, self._unclear = self._unclear + self._pending, "", ""
-        return "" if self.calls else rest
+        return [] if self.calls or not rest else [rest]
 
     def _read_content(self, parts: list[str | dict[str, Any]]) -> None:
         start = self._format.start
@@ -176,9 +181,9 @@ class ToolParser:
     def _report(self, parts: list[str | dict[str, Any]]) -> None:
         call = self._call
         if self._sent is None:
-            identity = hashlib.blake2b(f"{self._seed}:{self.calls}".encode(), digest_size=12).hexdigest()
+            identity = call_id(self._seed, self.calls)
             function = {"name": call.name, "arguments": ""}
-            parts.append({"index": self.calls, "id": f"call_{identity}", "type": "function", "function": function})
+            parts.append({"index": self.calls, "id": identity, "type": "function", "function": function})
             self.calls += 1
             self._sent = 0
         if part := call.arguments[self._sent :]:

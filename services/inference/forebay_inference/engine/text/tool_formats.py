@@ -107,7 +107,7 @@ def _tool(tool: Mapping[str, Any]) -> Tool:
 
 def with_tools_told(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages for a template that knows no tools: told to the model in words, in the Hermes format."""
-    told = [_in_words(message) for message in messages]
+    told = [dict(message) for message in messages]
     if not tools:
         return told
     listing = "\n".join(json.dumps(dict(tool)) for tool in tools)
@@ -116,14 +116,15 @@ def with_tools_told(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mappi
         "For each call write a JSON object with the function's name and arguments between tool_call tags:\n"
         '<tool_call>\n{"name": "function name", "arguments": {}}\n</tool_call>'
     )
-    if told and told[0].get("role") == "system":
+    if told and told[0].get("role") in ("system", "developer"):
         told[0] = {**told[0], "content": f"{told[0].get('content') or ''}\n\n{words}".strip()}
     else:
         told.insert(0, {"role": "system", "content": words})
     return told
 
 
-def _in_words(message: Mapping[str, Any]) -> dict[str, Any]:
+def in_words(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with its calls, or its result, as text of the Hermes format."""
     calls = message.get("tool_calls")
     if message.get("role") == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"}

@@ -16,9 +16,10 @@ class LibraryTokenizer:
         self.chat_template: str | None = (
             template if template is None or isinstance(template, str) else json.dumps(template)
         )
-        self.special_tokens: Mapping[str, int] = dict(
-            zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        )
+        # The library names only those with a role of their own (`<s>`), and hides these too.
+        hidden = {str(added): token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        self.special_tokens: Mapping[str, int] = hidden | dict(named)
         self._special_ids = frozenset(self.special_tokens.values())
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
