@@ -7,6 +7,7 @@ as a user that may.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -66,15 +67,16 @@ _ZERO = (None, False, 0, -1)
 log = logging.getLogger(__name__)
 
 
-def stream_configs(settings: Settings, storage: int | None = None) -> list[StreamConfig]:
+def stream_configs(settings: Settings, storage: float | None = math.inf) -> list[StreamConfig]:
     """All streams of Forebay, those behind its buckets included, as `settings` want them.
 
-    `storage` is how many bytes the account may store for each replica. None: unbounded, or unknown; then the bound of
-    the stored requests stays as it is.
+    `storage` is how many bytes the account may store for each replica: inf if that is unbounded. None: unknown; then
+    the bounds in bytes stay as they are.
     """
-    queue_bytes, answer_bytes = None, settings.answer_log_bytes
+    queue_bytes = answer_bytes = None
     if storage is not None:
-        queue_bytes, answer_bytes = int(storage * QUEUE_SHARE), min(answer_bytes, int(storage * ANSWER_SHARE))
+        queue_bytes = int(storage * QUEUE_SHARE) if storage < math.inf else None
+        answer_bytes = int(min(settings.answer_log_bytes, storage * ANSWER_SHARE))
     replicas = settings.nats_replicas
     return [
         StreamConfig(
@@ -302,15 +304,15 @@ def _differences(name: str, live: Any, wanted: Any) -> list[str]:
     ]
 
 
-async def _storage(connection: Connection, settings: Settings) -> int | None:
-    """Bytes that the account may store for each replica; None if that is unbounded or this user may not ask."""
+async def _storage(connection: Connection, settings: Settings) -> float | None:
+    """Bytes that the account may store for each replica: inf if that is unbounded, None if this user may not ask."""
     allowed = await permissions.own(connection)
     if allowed is not None and not allowed.publish.permit("$JS.API.INFO"):
         return None
     # An account with tiers has its limits in the tiers, so this is unbounded.
     limit: int = (await connection.jetstream.account_info()).limits.max_storage
     # The server counts each replica.
-    return limit // settings.nats_replicas if limit > 0 else None
+    return limit // settings.nats_replicas if limit > 0 else math.inf
 
 
 async def consumers(connection: Connection) -> list[ConsumerInfo]:
