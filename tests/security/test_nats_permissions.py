@@ -231,6 +231,10 @@ async def test_a_flood_ends_in_503_and_leaves_room_for_states(tmp_path: Path) ->
         async with running(site, workers=0) as stack:
             stream = await stack.connection.jetstream.stream_info(names.STREAM)
             assert stream.config.max_bytes == 2 * 2**20
+            answers = await stack.connection.jetstream.stream_info(names.ANSWERS)
+            assert answers.config.max_bytes == int(4 * 2**20 * topology.ANSWER_SHARE)
+            # An api may not ask for the account's limit, so it wants no other bounds.
+            assert not [line for line in stack.apis[0].log if "max_bytes" in line]
             watcher = await (await stack.connection.jetstream.key_value(names.REQUESTS_BUCKET)).watchall()
             flood = [asyncio.create_task(stack.chat("[[tokens=1]] " + "x" * 500_000)) for _ in range(12)]
             fit = 4  # that many into half of it

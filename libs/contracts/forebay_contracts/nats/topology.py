@@ -61,6 +61,9 @@ _TRY_AGAIN = (10005, 10008, 10009, 10058)
 """No suitable peers, JetStream unavailable, cluster not available: a new cluster has no leader yet. Stream name in use:
 another service has just made it with other settings."""
 
+_ADVICE = {10047: ": give it more storage, or lower ANSWER_LOG_BYTES"}
+"""What helps, by the server's error code. Insufficient storage: it reserves the answer log's bytes."""
+
 _ZERO = (None, False, 0, -1)
 """Different ways to write "none"."""
 
@@ -170,7 +173,8 @@ async def ensure(
                     changes += [f"{part.name} made"] if part.live is None else part.differences
         except APIError as exc:
             if exc.err_code not in _TRY_AGAIN:
-                raise ConfigurationError(f"NATS refuses the topology: {exc.description}") from exc
+                advice = _ADVICE.get(exc.err_code or 0, "")
+                raise ConfigurationError(f"NATS refuses the topology: {exc.description}{advice}") from exc
             failure: Exception = exc
         except (NatsError, TimeoutError, OSError) as exc:
             failure = exc
