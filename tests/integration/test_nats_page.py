@@ -100,7 +100,7 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", ["docs/nats-cli.md", "README.md"])
 def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
-    buckets = {names.REQUESTS_BUCKET, names.WORKERS_BUCKET, names.APIS_BUCKET}
+    buckets = {names.REQUESTS_BUCKET, names.WORKERS_BUCKET, names.APIS_BUCKET, names.ANSWERS_BUCKET}
     subjects = [
         names.STREAM_SUBJECTS,
         names.COUNTER_SUBJECTS,

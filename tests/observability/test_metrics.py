@@ -196,6 +196,7 @@ async def test_every_reason_to_reject_is_counted(nats_server: NatsServer, tmp_pa
         "api_keys": "a-key-without-a-bound",
         "max_queue_size": 1,
         "max_request_bytes": 4096,
+        "answer_log_bytes": 2**20,
         "no_worker_policy": "refuse",
     }
     async with running(nats_server, **settings) as stack:
@@ -212,6 +213,14 @@ async def test_every_reason_to_reject_is_counted(nats_server: NatsServer, tmp_pa
         assert await answered("hi", model=MADE_UP) == 404
         assert await answered("x" * 5000) == 413
         assert await answered("hi", temperature="hot") == 400
+        await stack.connection.jetstream.publish("inference.answers.a-large-one", b"x" * 950_000)
+        refused = await stack.http.post(
+            f"{stack.apis[0].url}/v1/chat/completions",
+            json=chat_body("hi"),
+            headers={"authorization": "Bearer a-key-without-a-bound", "idempotency-key": "once"},
+        )
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
+        assert refused.json()["error"]["code"] == "answer_log_full"
         slow = asyncio.create_task(answered("[[tokens=2000 delay_ms=500]]", with_key=key))
         await stack.begins()
         assert await answered("hi", with_key=key) == 429
@@ -223,6 +232,7 @@ async def test_every_reason_to_reject_is_counted(nats_server: NatsServer, tmp_pa
         found = await scrape(stack, stack.apis[0])
         for reason in (
             "queue_full",
+            "answer_log_full",
             "model_unavailable",
             "model_not_found",
             "invalid_api_key",

@@ -104,7 +104,7 @@ def request_table(state: RequestState, texts: Sequence[str] = ()) -> Table:
         if name in known:
             known[name] = time.strftime("%F %T", time.localtime(known[name]))
     usage = {} if state.usage is None else state.usage.model_dump()
-    answer = {f"answer {number}" if number else "answer": text for number, text in enumerate(texts)}
+    answer = {f"answer_{number}" if number else "answer": text for number, text in enumerate(texts)}
     times = {"waited": waited} | ({"ran": ran} if ran else {})
     return console.pairs(f"Request {state.id}", known | times | usage | answer)
 
