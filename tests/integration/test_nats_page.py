@@ -46,6 +46,29 @@ async def test_pause_counter_purge_and_drain(nats_server: NatsServer) -> None:
         assert await stack.workers[0].ended() == 0
 
 
+async def test_a_stored_answer_is_read_and_removed(nats_server: NatsServer) -> None:
+    async with running(nats_server) as stack:
+        heard = await stack.connection.client.subscribe("inference.answered.*")
+        stored = await stack.openai().responses.create(model=MODEL, input="[[tokens=4 delay_ms=30]]")
+        subject = names.answer_subject(names.request_id(stored.id))
+        last = await jetstream(stack, "STREAM.MSG.GET.INFERENCE_ANSWERS", {"last_by_subj": subject})
+        records = []
+        while not records or b'"completed"' not in records[-1].data:
+            records.append(await heard.next_msg(timeout=10))
+        assert {record.subject for record in records} == {names.answered_subject(names.request_id(stored.id))}
+        assert base64.b64decode(last["message"]["data"]) == records[-1].data
+        sequences = ["0", *(record.headers["Nats-Sequence"] for record in records)]
+        assert [record.headers["Nats-Last-Sequence"] for record in records] == sequences[:-1]
+        frames = [json.loads(line) for record in records for line in record.data.splitlines()]
+        assert [frames[0]["type"], frames[-1]["type"]] == ["started", "completed"]
+        deltas = [frame for frame in frames if frame["type"] == "delta"] + frames[-1].get("deltas", [])
+        assert "".join(delta["text"] for delta in deltas) == stored.output_text == "t0 t1 t2 t3"
+        by_subject = await jetstream(stack, "STREAM.INFO.INFERENCE_ANSWERS", {"subjects_filter": ">"})
+        assert by_subject["state"]["subjects"] == {subject: len(records)}
+        purged = await jetstream(stack, "STREAM.PURGE.INFERENCE_ANSWERS", {"filter": subject})
+        assert purged["purged"] == len(records)
+
+
 async def test_what_runs_is_not_ended_by_a_purge(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
         runs = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=50]]"))
@@ -82,6 +105,8 @@ def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
         names.STREAM_SUBJECTS,
         names.COUNTER_SUBJECTS,
         names.reply_subjects("*"),
+        names.answer_subject("*"),
+        names.answered_subject("*"),
         names.drain_subject("*"),
         *map(names.bucket_subjects, buckets),
     ]
@@ -89,7 +114,7 @@ def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
     assert len(words) > 10
     for word in words:
         if word.startswith("INFERENCE"):
-            assert word in {names.STREAM, names.COUNTERS}
+            assert word in {names.STREAM, names.COUNTERS, names.ANSWERS}
         elif word.startswith("inference-"):
             assert word in buckets
         elif word.startswith(("inference.", "$KV.")):
@@ -123,5 +148,5 @@ def test_each_metric_and_setting_of_troubleshooting_is_there() -> None:
     assert len(named) >= 6
     assert {name for name in named if f"`{name}`" not in metrics} == set()
     fields = ApiSettings.model_fields | InferenceSettings.model_fields
-    settings = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", page)) - {"MAX_STORE", "REQUEST_ID"}
+    settings = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", page)) - {"MAX_STORE", "REQUEST_ID", names.ANSWERS}
     assert {name for name in settings if name.lower() not in fields} == set()

@@ -79,10 +79,12 @@ async def test_streams_and_consumer(nats_server: NatsServer) -> None:
         names = await jetstream(stack, "STREAM.NAMES")
         assert sorted(names["streams"]) == [
             "INFERENCE",
+            "INFERENCE_ANSWERS",
             "INFERENCE_COUNTERS",
             "KV_inference-answers",
             "KV_inference-apis",
             "KV_inference-requests",
+            "KV_inference-responses",
             "KV_inference-workers",
         ]
         config = (await jetstream(stack, "STREAM.INFO.INFERENCE"))["config"]
@@ -205,6 +207,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "handed_over": 0,
             "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0, "reasoning_tokens": 0},
             "key": None,
+            "logged": False,
         }
         assert times["timestamp"] == times["queued_at"] < times["started_at"] < times["finished_at"] < times["deadline"]
 
@@ -275,6 +278,7 @@ async def test_frames_of_a_chat(nats_server: NatsServer, stream: bool) -> None:
         assert json.loads(request.data)["id"] == request_id
         frames = [json.loads(msg.data) for msg in listener.on("inference.replies.")]
         assert {frame["attempt"] for frame in frames} == {1}
+        assert time.time() - 60 < frames[-1].pop("at") < time.time() + 1
         usage = {"prompt_tokens": 1, "completion_tokens": 4}
         completed = {
             "type": "completed",

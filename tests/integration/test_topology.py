@@ -2,6 +2,8 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +82,57 @@ async def test_the_second_time_there_is_nothing_to_change(nats_server: NatsServe
     async with connected(nats_server) as connection:
         again = await topology.ensure(connection, settings(nats_server), MODEL)
     assert again == []
+
+
+def limited(folder: Path, store: str, account: str) -> NatsServer:
+    """A server that stores at most `store`, with one user, who may do everything in an account of at most `account`."""
+    conf = folder / "nats.conf"
+    conf.write_text(
+        f'jetstream {{ store_dir: "{folder}/store", max_file_store: {store} }}\n'
+        f"accounts {{ A {{ jetstream {{ max_file: {account} }}, users: [ {{ user: a, password: a }} ] }} }}\n"
+        "no_auth_user: a\n"
+    )
+    return NatsServer(folder, "-c", str(conf))
+
+
+async def test_an_installation_without_stored_answers_gets_them(tmp_path: Path) -> None:
+    server = limited(tmp_path, "8MB", "8MB")
+    server.start()
+    try:
+        async with connected(server) as connection:
+            wanted = settings(server)
+            for config in topology.stream_configs(wanted, 8 * 2**20):
+                if config.name not in (names.ANSWERS, names.bucket_stream(names.RESPONSES_BUCKET)):
+                    # Requests had three quarters of the account's storage.
+                    most = 6 * 2**20 if config.name == names.STREAM else config.max_bytes
+                    await connection.jetstream.add_stream(replace(config, max_bytes=most))
+            await connection.jetstream.add_consumer(names.STREAM, topology.consumer_config(wanted, MODEL))
+            await publish(connection, 5)
+            assert await topology.ensure(connection, wanted, MODEL) == [
+                "stream INFERENCE: max_bytes 6291456 → 4194304",
+                "stream INFERENCE_ANSWERS made",
+                "stream KV_inference-responses made",
+            ]
+            assert await topology.ensure(connection, wanted, MODEL) == []
+            assert (await connection.jetstream.stream_info(names.STREAM)).state.messages == 5
+            answers = (await connection.jetstream.stream_info(names.ANSWERS)).config
+            assert answers.max_bytes == int(8 * 2**20 * topology.ANSWER_SHARE)
+            assert answers.republish.dest == "inference.answered.{{wildcard(1)}}"
+    finally:
+        server.stop()
+
+
+async def test_a_server_with_less_room_than_stored_answers_may_take(tmp_path: Path) -> None:
+    server = limited(tmp_path, "100MB", "-1")
+    server.start()
+    try:
+        async with connected(server) as connection:
+            with pytest.raises(ConfigurationError, match=r"insufficient.*, or lower ANSWER_LOG_BYTES"):
+                await topology.ensure(connection, settings(server), MODEL)
+            fits = settings(server, answer_log_bytes=50 * 10**6)
+            assert "stream INFERENCE_ANSWERS made" in await topology.ensure(connection, fits, MODEL)
+    finally:
+        server.stop()
 
 
 async def test_five_at_once_agree(nats_server: NatsServer) -> None:

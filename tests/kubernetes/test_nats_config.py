@@ -127,7 +127,9 @@ async def test_servers_form_what_the_job_needs(
                 for stream in account["stream_detail"]:
                     assert stream["config"]["num_replicas"] == loaded.nats_replicas == len(found)
                     if stream["name"] == names.STREAM:
-                        assert stream["config"]["max_bytes"] == int(STORE_BYTES * topology.QUEUE_SHARE) // len(found)
+                        assert stream["config"]["max_bytes"] == int(STORE_BYTES // len(found) * topology.QUEUE_SHARE)
+                    if stream["name"] == names.ANSWERS:
+                        assert stream["config"]["max_bytes"] == loaded.answer_log_bytes
                     for consumer in stream.get("consumer_detail") or ():
                         seen.add((account["name"], stream["name"], consumer["name"]))
                         assert consumer["num_pending"] + consumer["num_ack_pending"] == 0

@@ -76,7 +76,9 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
         stack.http.headers["authorization"] = "Bearer k"
         for _ in range(3):
             assert (await stack.chat("one two [[tokens=4]]")).status_code == 200
+        stack.http.headers["idempotency-key"] = "once"
         assert (await stack.chat("[[fail]]")).status_code == 500
+        del stack.http.headers["idempotency-key"]
         assert (await stack.chat("hi", model=MADE_UP)).status_code == 404
         assert (await stack.chat("hi", temperature="hot")).status_code == 400
         running_one = asyncio.create_task(stack.chat("[[tokens=400 delay_ms=20]]"))
@@ -100,6 +102,8 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
         assert busy_api("forebay_queue_max_concurrent", model=NAME) == 1
         assert busy_api("forebay_workers", model=NAME, status="ready") == 1
         assert busy_api("forebay_queue_up") == 1
+        assert busy_api("forebay_answer_log_bytes") > 0
+        assert busy_api("forebay_answer_log_max_bytes") == 2**30
         assert busy_worker("forebay_worker_slots") == busy_worker("forebay_worker_slots_busy") == 1
         assert busy_worker("forebay_engine_batch_sequences") == 1
         assert worker("forebay_worker_slots_busy") == worker("forebay_engine_batch_sequences") == 0
@@ -111,6 +115,7 @@ async def test_the_numbers_are_those_of_what_was_done(nats_server: NatsServer) -
         for outcome, count in outcomes.items():
             assert api("forebay_requests_finished_total", **chat, outcome=outcome) == count
             assert api("forebay_request_seconds_count", **chat, outcome=outcome) == count
+            assert api("forebay_stored_requests_finished_total", model=NAME, outcome=outcome) == (outcome == "failed")
         assert api("forebay_key_requests_total", key="key-1", result="admitted") == 6
         for reason in ("queue_full", "model_not_found", "invalid_request"):
             assert api("forebay_requests_rejected_total", reason=reason) == 1
@@ -174,6 +179,7 @@ async def test_gauges_outlive_nats_only_as_absent(nats_server: NatsServer) -> No
         found = await shows(stack, stack.apis[0], "forebay_queue_up", 0)
         assert found.absent("forebay_queue_waiting")
         assert found.absent("forebay_queue_max_size")
+        assert found.absent("forebay_answer_log_bytes")
         assert (await stack.chat("hi")).status_code == 503
         found = await scrape(stack, stack.apis[0])
         assert found("forebay_requests_rejected_total", reason="queue_unavailable") == 1
@@ -190,6 +196,7 @@ async def test_every_reason_to_reject_is_counted(nats_server: NatsServer, tmp_pa
         "api_keys": "a-key-without-a-bound",
         "max_queue_size": 1,
         "max_request_bytes": 4096,
+        "answer_log_bytes": 2**20,
         "no_worker_policy": "refuse",
     }
     async with running(nats_server, **settings) as stack:
@@ -206,6 +213,14 @@ async def test_every_reason_to_reject_is_counted(nats_server: NatsServer, tmp_pa
         assert await answered("hi", model=MADE_UP) == 404
         assert await answered("x" * 5000) == 413
         assert await answered("hi", temperature="hot") == 400
+        await stack.connection.jetstream.publish("inference.answers.a-large-one", b"x" * 950_000)
+        refused = await stack.http.post(
+            f"{stack.apis[0].url}/v1/chat/completions",
+            json=chat_body("hi"),
+            headers={"authorization": "Bearer a-key-without-a-bound", "idempotency-key": "once"},
+        )
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
+        assert refused.json()["error"]["code"] == "answer_log_full"
         slow = asyncio.create_task(answered("[[tokens=2000 delay_ms=500]]", with_key=key))
         await stack.begins()
         assert await answered("hi", with_key=key) == 429
@@ -217,6 +232,7 @@ async def test_every_reason_to_reject_is_counted(nats_server: NatsServer, tmp_pa
         found = await scrape(stack, stack.apis[0])
         for reason in (
             "queue_full",
+            "answer_log_full",
             "model_unavailable",
             "model_not_found",
             "invalid_api_key",

@@ -28,6 +28,7 @@ async def test_a_stream_and_a_backlog_outlive_a_worker_and_a_server(site: Cluste
             model=MODEL, messages=[{"role": "user", "content": "[[tokens=60 delay_ms=50]]"}], stream=True
         )
         text, waiting = "", []
+        stored = await stack.openai(0).responses.create(model=MODEL, input="[[tokens=60 delay_ms=50]]", background=True)
         async for chunk in stream:
             if not waiting:
                 waiting = [
@@ -40,7 +41,9 @@ async def test_a_stream_and_a_backlog_outlive_a_worker_and_a_server(site: Cluste
         assert text == " ".join(f"t{number}" for number in range(60))
         answers = await asyncio.gather(*waiting)
         assert [answer.text for answer in answers if answer.status_code != 200] == []
+        events = await stack.openai(1).responses.retrieve(stored.id, stream=True)
+        assert [event.response.output_text async for event in events if event.type == "response.completed"] == [text]
         await stack.idle()
         status = await stack.status()
-        assert (status["total_processed"], status["total_failed"]) == (61, 0)
+        assert (status["total_processed"], status["total_failed"]) == (62, 0)
     assert not [line for server in site.cluster.servers for line in server.log if "Violation" in line]

@@ -7,6 +7,7 @@ import pytest
 
 from forebay_contracts.nats import topology
 from forebay_contracts.settings import Settings, load
+from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.state import RequestStatus
 from support.secured import ROLES, Site, running
@@ -56,6 +57,39 @@ async def test_the_whole_system_works_within_its_rights(own_site: Site) -> None:
         # In order to its end: the heartbeat is taken out, what is kept is closed.
         assert await stack.workers[0].stop() == 0
         assert await stack.apis[1].stop() == 0
+    assert not [line for line in own_site.server.log if "Violation" in line]
+
+
+async def test_a_stored_response_within_its_rights(own_site: Site) -> None:
+    async with running(own_site, apis=2, workers=1, max_concurrent_requests=2, api_keys="") as stack:
+        one, two = stack.openai(0), stack.openai(1)
+        conversation = await one.conversations.create()
+        made = await one.responses.create(model=MODEL, input="[[tokens=3]]", conversation=conversation.id)
+        assert made.output_text == "t0 t1 t2"
+        assert [item.type for item in (await two.responses.input_items.list(made.id)).data] == ["message"]
+        # It runs in the background, is followed at the other api, and is looked at and cancelled by its id there.
+        begun = await one.responses.create(model=MODEL, input="[[tokens=9000 delay_ms=20]]", background=True)
+        async with asyncio.timeout(20), await two.responses.retrieve(begun.id, stream=True) as events:
+            async for event in events:
+                if event.type == "response.output_text.delta":
+                    break
+        state = await stack.http.get(f"{stack.apis[1].url}/v1/queue/request/{begun.id}")
+        assert state.json()["status"] == "processing"
+        code, printed = await own_site.forebay("operator", "requests", "--id", begun.id, "--json")
+        assert code == 0, printed
+        (shown,) = json.loads(printed)
+        assert shown["id"] == state.json()["id"]
+        assert shown["answer"][0].startswith("t0")
+        code, printed = await own_site.forebay("admin", "cancel", begun.id)
+        assert (code, printed) == (0, f"cancelled {shown['id']}\n")
+        assert (await two.responses.retrieve(begun.id)).status == "cancelled"
+        again = await stack.http.delete(f"{stack.apis[1].url}/v1/queue/request/{begun.id}")
+        assert again.json() == {"id": shown["id"], "cancelled": False, "status": "cancelled"}
+        # What is deleted is gone from the log.
+        for identifier in (made.id, begun.id):
+            await two.responses.delete(identifier)
+        assert (await stack.connection.jetstream.stream_info(names.ANSWERS)).state.messages == 0
+        assert await stack.workers[0].stop() == 0
     assert not [line for line in own_site.server.log if "Violation" in line]
 
 

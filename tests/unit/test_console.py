@@ -66,7 +66,7 @@ def test_a_narrow_terminal_loses_nothing_of_a_request() -> None:
 
 
 def test_names_stay_whole_beside_values_that_fold() -> None:
-    text = printed(request_table(request()))
+    text = printed(request_table(request(), ["So far.", "[b]Another.[/b]"]))
     values: dict[str, str] = {}
     for line in text.splitlines()[1:]:
         name, value = line[1:20].split(" ")[0], line[1:].split(maxsplit=1)
@@ -76,6 +76,7 @@ def test_names_stay_whole_beside_values_that_fold() -> None:
             values[list(values)[-1]] += " " + " ".join(value).strip()
     assert values["error"] == ERROR
     assert values["fault"].replace(" ", "") == FAULT.replace(" ", "")
+    assert (values["answer"], values["answer_1"]) == ("So far.", "[b]Another.[/b]")
     assert {"completion_type", "completion_tokens", "cached_tokens", "waited", "ran"} <= values.keys()
     assert all(len(line) <= 80 for line in text.splitlines())
 

@@ -12,13 +12,11 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 
 from forebay_api.openai.responses.events import ResponseFold, sse
 from forebay_api.openai.responses.output import CustomInput
-from forebay_api.openai.responses.record import request_id, response_id
 from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Started
 from support.responses import (
     ENDED_AT,
     EVENTS,
     HEX,
-    REQUEST_ID,
     body,
     call,
     check_types,
@@ -369,13 +367,6 @@ def test_the_text_of_a_custom_tool_is_read_however_it_comes(arguments: str, show
         reader = CustomInput()
         pieces = [reader.push(arguments[start : start + size]) for start in range(0, len(arguments), size)]
         assert "".join(pieces) + reader.flush() == shown
-
-
-def test_ids_are_the_request_in_another_spelling() -> None:
-    assert response_id(REQUEST_ID) == f"resp_{HEX}"
-    assert request_id(f"resp_{HEX}") == REQUEST_ID
-    for other in ("", "resp_", REQUEST_ID, HEX, f"resp_{REQUEST_ID}", f"resp_{HEX.upper()}", f"resp_{HEX}0", "resp_x"):
-        assert request_id(other) is None
 
 
 def test_a_record_is_small_and_readable() -> None:

@@ -135,7 +135,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 keys=keys,
                 rates=rates,
                 numbers=numbers,
-                exposition=Exposition(connection, numbers, workers.alive) if settings.metrics else None,
+                exposition=Exposition(connection, numbers, answers.size, workers.alive) if settings.metrics else None,
                 feed=Feed(connection, numbers, workers.alive),
             )
         finally:

@@ -22,6 +22,9 @@ FINISHED: Final = _counter(
 SECONDS: Final = _histogram(
     "forebay_request_seconds", "Time from a request's arrival to its end", ("model", "type", "outcome"), buckets=WAIT_S
 )
+STORED: Final = _counter(
+    "forebay_stored_requests_finished", "Requests whose answer is stored, by how they ended", ("model", "outcome")
+)
 KEY_REQUESTS: Final = _counter(
     "forebay_key_requests",
     "Completion requests by the name of the key that they came with: that the queue took, or the key's limit refused",
@@ -40,12 +43,18 @@ class RequestMetrics:
             outcome: (bound(FINISHED, *labels, outcome.value), bound(SECONDS, *labels, outcome.value))
             for outcome in OUTCOMES
         }
+        self._stored = {outcome: bound(STORED, model, outcome.value) for outcome in OUTCOMES}
 
     def end(self, outcome: RequestStatus | None, seconds: float) -> None:
         """An admitted request has ended."""
         finished, took = self._ended[outcome or RequestStatus.CANCELLED]
         finished.inc()
         took.observe(seconds)
+
+    def end_stored(self, outcome: RequestStatus | None, seconds: float) -> None:
+        """An admitted request has ended whose answer is stored."""
+        self.end(outcome, seconds)
+        self._stored[outcome or RequestStatus.CANCELLED].inc()
 
 
 of = functools.cache(RequestMetrics)

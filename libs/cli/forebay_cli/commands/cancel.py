@@ -20,6 +20,7 @@ async def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")], as_js
     """Cancel a request that waits or runs. Exit code 1: it has ended already."""
     async with connected(load_settings()) as link:
         known = await find(link, request_id)
+        request_id = known.id
         states = KeyValueStateStore(link)
         cancellation = Cancellation(states, JetStreamAdmission(link), NatsCancelNotices(link), JetStreamAnswerLog(link))
         done = await cancellation.cancel(request_id, "cancelled by the operator")

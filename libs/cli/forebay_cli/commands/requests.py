@@ -2,7 +2,7 @@
 
 import heapq
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import typer
@@ -11,11 +11,14 @@ from rich.table import Table
 from forebay_cli import console
 from forebay_cli.declarations import AsJson, duration_s, synchronous
 from forebay_cli.nats_connection import connected, load_settings
+from forebay_contracts.nats import permissions
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.recent_requests import recent_states
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestNotFound
+from forebay_contracts.wire.frames import Completed, Delta, decode_frame
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
 MAX_STATES_READ = 20_000
@@ -32,7 +35,9 @@ async def requests(
             "--since", help="Only those queued within the last 90s, 10m, 2h.", parser=duration_s, metavar="DURATION"
         ),
     ] = None,
-    request_id: Annotated[str | None, typer.Option("--id", help="Only this one, with all its fields.")] = None,
+    request_id: Annotated[
+        str | None, typer.Option("--id", help="Only this one, with all its fields and its stored answer.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="Most requests to show.", min=1, max=10_000)] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -45,24 +50,28 @@ async def requests(
             and (since_s is None or state.queued_at >= time.time() - since_s)
         )
 
+    texts: list[str] | None = None
     async with connected(load_settings()) as link:
         if request_id is None:
             states = filter(wanted, await recent_states(link, MAX_STATES_READ))
             found = heapq.nlargest(limit, states, key=lambda state: state.queued_at)
         else:
             found = [await find(link, request_id)]
+            texts = await stored_texts(link, found[0])
     if as_json:
-        console.print_json([state.model_dump(mode="json") for state in found])
+        more = {} if texts is None else {"answer": texts}
+        console.print_json([state.model_dump(mode="json") | more for state in found])
     else:
-        console.print_tables(requests_table(found) if request_id is None else request_table(found[0]))
+        console.print_tables(requests_table(found) if request_id is None else request_table(found[0], texts or ()))
 
 
 async def find(link: Connection, request_id: str) -> RequestState:
-    """The state of one request.
+    """The state of one request, or of the request of a response.
 
     Raises:
         RequestNotFound: its state is not stored, or not any more.
     """
+    request_id = names.request_id(request_id)
     # The id becomes part of a subject.
     stored = await KeyValueStateStore(link).get(request_id) if names.is_request_id(request_id) else None
     if stored is None:
@@ -73,15 +82,31 @@ async def find(link: Connection, request_id: str) -> RequestState:
     return stored.state
 
 
-def request_table(state: RequestState) -> Table:
-    """Every field of one request."""
+async def stored_texts(link: Connection, state: RequestState) -> list[str] | None:
+    """The text so far of each choice of a stored answer; None if none is stored, or this user may not read it."""
+    own = await permissions.own(link) if state.logged else None
+    if own is None or not own.publish.permit(f"$JS.API.DIRECT.GET.{names.ANSWERS}"):
+        return None
+    texts: dict[int, str] = {}
+    for record in await JetStreamAnswerLog(link).read(state.id):
+        for frame in map(decode_frame, record.frames):
+            deltas = (frame,) if isinstance(frame, Delta) else frame.deltas if isinstance(frame, Completed) else ()
+            for delta in deltas:
+                texts[delta.index] = texts.get(delta.index, "") + delta.text
+    return [texts[index] for index in sorted(texts)]
+
+
+def request_table(state: RequestState, texts: Sequence[str] = ()) -> Table:
+    """Every field of one request, and the text of each choice of its stored answer."""
     waited, ran = _durations(state)
     known = state.model_dump(mode="json", exclude={"schema_version", "id", "timestamp", "usage"}, exclude_none=True)
     for name in ("queued_at", "started_at", "finished_at", "deadline"):
         if name in known:
             known[name] = time.strftime("%F %T", time.localtime(known[name]))
     usage = {} if state.usage is None else state.usage.model_dump()
-    return console.pairs(f"Request {state.id}", known | {"waited": waited} | ({"ran": ran} if ran else {}) | usage)
+    answer = {f"answer_{number}" if number else "answer": text for number, text in enumerate(texts)}
+    times = {"waited": waited} | ({"ran": ran} if ran else {})
+    return console.pairs(f"Request {state.id}", known | times | usage | answer)
 
 
 def requests_table(states: Iterable[RequestState]) -> Table:

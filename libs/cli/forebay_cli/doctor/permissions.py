@@ -15,7 +15,8 @@ _GET: Final = f"{_JS}DIRECT.GET."
 _REQUESTS = names.bucket_stream(names.REQUESTS_BUCKET)
 _WORKERS = names.bucket_stream(names.WORKERS_BUCKET)
 _APIS = names.bucket_stream(names.APIS_BUCKET)
-_ANSWERS = names.bucket_stream(names.ANSWERS_BUCKET)
+_KEYS = names.bucket_stream(names.ANSWERS_BUCKET)
+_RESPONSES = names.bucket_stream(names.RESPONSES_BUCKET)
 _CONSUMER_INFO = f"{_JS}CONSUMER.INFO.{names.STREAM}.*"
 _STREAM_INFO = f"{_JS}STREAM.INFO.*"
 
@@ -30,6 +31,9 @@ _READS_QUEUE = (
     f"{_GET}{_APIS}",
     f"{_GET}{names.COUNTERS}.>",
 )
+
+# Stored answers: the last record of one, and all of it.
+_READS_ANSWERS = (f"{_GET}{names.ANSWERS}", f"{_GET}{names.ANSWERS}.>")
 
 # Between accounts, the server replaces reply subjects by these.
 _ACROSS_ACCOUNTS = "_R_.>"
@@ -46,18 +50,25 @@ PUBLISHES: Final = {
         names.resend_subject("*"),
         "inference.counters.*",
         _values(names.REQUESTS_BUCKET),
+        names.answer_subject("*"),
         _values(names.ANSWERS_BUCKET),
         _values(names.APIS_BUCKET),
+        f"{_values(names.RESPONSES_BUCKET)}.*.*",
         f"{_GET}{names.STREAM}",
         f"{_JS}STREAM.MSG.DELETE.{names.STREAM}",
         *_READS_QUEUE,
-        f"{_GET}{_ANSWERS}.>",
+        f"{_GET}{_KEYS}.>",
+        f"{_GET}{_RESPONSES}",
+        f"{_GET}{_RESPONSES}.>",
+        *_READS_ANSWERS,
+        f"{_JS}STREAM.PURGE.{names.ANSWERS}",
         _ACROSS_ACCOUNTS,
     ),
     "inference": (
         f"{_JS}CONSUMER.MSG.NEXT.{names.STREAM}.*",
         f"$JS.ACK.{names.STREAM}.>",
         names.reply_subjects("*"),
+        names.answer_subject("*"),
         names.cancel_subject("*"),
         "inference.counters.*",
         _values(names.REQUESTS_BUCKET),
@@ -66,9 +77,10 @@ PUBLISHES: Final = {
         _CONSUMER_INFO,
         f"{_GET}{_REQUESTS}.>",
         f"{_GET}{_APIS}",
+        *_READS_ANSWERS,
         _ACROSS_ACCOUNTS,
     ),
-    "operator": (f"{_JS}INFO", *_READS_QUEUE),
+    "operator": (f"{_JS}INFO", *_READS_QUEUE, *_READS_ANSWERS),
     "admin": (
         f"{_JS}STREAM.CREATE.*",
         f"{_JS}STREAM.UPDATE.*",
@@ -79,6 +91,8 @@ PUBLISHES: Final = {
         _values(names.REQUESTS_BUCKET),
         names.counter_subject(RequestStatus.CANCELLED),
         names.cancel_subject("*"),
+        names.answer_subject("*"),
+        *_READS_ANSWERS,
         f"{_GET}{names.STREAM}",
         f"{_JS}STREAM.MSG.DELETE.{names.STREAM}",
         f"{_GET}{_REQUESTS}.>",
@@ -90,11 +104,11 @@ SUBSCRIBES: Final = {
     "api": (
         "_INBOX.api.>",
         names.reply_subjects("*"),
+        names.answered_subject("*"),
         names.cancel_subject("*"),
         names.bucket_subjects(names.WORKERS_BUCKET),
         names.bucket_subjects(names.APIS_BUCKET),
         names.bucket_subjects(names.REQUESTS_BUCKET),
-        _values(names.ANSWERS_BUCKET),
     ),
     "inference": (
         "_INBOX.inference.>",

@@ -7,6 +7,7 @@ as a user that may.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -60,21 +61,25 @@ _TRY_AGAIN = (10005, 10008, 10009, 10058)
 """No suitable peers, JetStream unavailable, cluster not available: a new cluster has no leader yet. Stream name in use:
 another service has just made it with other settings."""
 
+_ADVICE = {10047: ": give it more storage, or lower ANSWER_LOG_BYTES"}
+"""What helps, by the server's error code. Insufficient storage: it reserves the answer log's bytes."""
+
 _ZERO = (None, False, 0, -1)
 """Different ways to write "none"."""
 
 log = logging.getLogger(__name__)
 
 
-def stream_configs(settings: Settings, storage: int | None = None) -> list[StreamConfig]:
+def stream_configs(settings: Settings, storage: float | None = math.inf) -> list[StreamConfig]:
     """All streams of Forebay, those behind its buckets included, as `settings` want them.
 
-    `storage` is how many bytes the account may store for each replica. None: unbounded, or unknown; then the bound of
-    the stored requests stays as it is.
+    `storage` is how many bytes the account may store for each replica: inf if that is unbounded. None: unknown; then
+    the bounds in bytes stay as they are.
     """
-    queue_bytes, answer_bytes = None, settings.answer_log_bytes
+    queue_bytes = answer_bytes = None
     if storage is not None:
-        queue_bytes, answer_bytes = int(storage * QUEUE_SHARE), min(answer_bytes, int(storage * ANSWER_SHARE))
+        queue_bytes = int(storage * QUEUE_SHARE) if storage < math.inf else None
+        answer_bytes = int(min(settings.answer_log_bytes, storage * ANSWER_SHARE))
     replicas = settings.nats_replicas
     return [
         StreamConfig(
@@ -168,7 +173,8 @@ async def ensure(
                     changes += [f"{part.name} made"] if part.live is None else part.differences
         except APIError as exc:
             if exc.err_code not in _TRY_AGAIN:
-                raise ConfigurationError(f"NATS refuses the topology: {exc.description}") from exc
+                advice = _ADVICE.get(exc.err_code or 0, "")
+                raise ConfigurationError(f"NATS refuses the topology: {exc.description}{advice}") from exc
             failure: Exception = exc
         except (NatsError, TimeoutError, OSError) as exc:
             failure = exc
@@ -302,15 +308,15 @@ def _differences(name: str, live: Any, wanted: Any) -> list[str]:
     ]
 
 
-async def _storage(connection: Connection, settings: Settings) -> int | None:
-    """Bytes that the account may store for each replica; None if that is unbounded or this user may not ask."""
+async def _storage(connection: Connection, settings: Settings) -> float | None:
+    """Bytes that the account may store for each replica: inf if that is unbounded, None if this user may not ask."""
     allowed = await permissions.own(connection)
     if allowed is not None and not allowed.publish.permit("$JS.API.INFO"):
         return None
     # An account with tiers has its limits in the tiers, so this is unbounded.
     limit: int = (await connection.jetstream.account_info()).limits.max_storage
     # The server counts each replica.
-    return limit // settings.nats_replicas if limit > 0 else None
+    return limit // settings.nats_replicas if limit > 0 else math.inf
 
 
 async def consumers(connection: Connection) -> list[ConsumerInfo]:

@@ -9,10 +9,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -47,6 +48,13 @@ _STORE_FAILED = 10077
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 
 log = logging.getLogger(__name__)
+
+
+class LogSize(NamedTuple):
+    """Bytes that the answers take, and the most that they may take: inf if that is unbounded."""
+
+    used: int
+    most: float
 
 
 class JetStreamAnswerLog:
@@ -156,13 +164,18 @@ class JetStreamAnswerLog:
         """See `AnswerLog.has_room`."""
         if (now := time.monotonic()) - self._looked_at > ROOM_CHECK_S:
             self._looked_at = now
-            try:
-                info = await self._connection.jetstream.stream_info(names.ANSWERS)
-            except (NatsError, TimeoutError) as exc:
-                raise QueueUnavailable("the answer log cannot be reached") from exc
-            limit = info.config.max_bytes or -1
-            self._room = limit <= 0 or info.state.bytes < limit * ROOM
+            size = await self.size()
+            self._room = size.used < size.most * ROOM
         return self._room
+
+    async def size(self) -> LogSize:
+        """How full the log is. Raises QueueUnavailable."""
+        try:
+            info = await self._connection.jetstream.stream_info(names.ANSWERS)
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the answer log cannot be reached") from exc
+        most = info.config.max_bytes or -1
+        return LogSize(info.state.bytes, most if most > 0 else math.inf)
 
     async def purge(self, request_id: str) -> None:
         """See `AnswerLog.purge`."""

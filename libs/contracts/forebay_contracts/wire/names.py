@@ -1,6 +1,7 @@
 """All names on NATS: streams, subjects, consumers, buckets, headers. No other module spells one out."""
 
 import re
+import uuid
 from typing import Final
 
 from forebay_contracts.wire.state import RequestStatus
@@ -29,6 +30,9 @@ HEADER_INCREMENT: Final = "Nats-Incr"
 HEADER_TTL: Final = "Nats-TTL"
 HEADER_CANCEL: Final = "Forebay-Cancel"
 """On a cancel subject: `ask` asks the api that holds the client to cancel. Without it the request is cancelled."""
+
+RESPONSE_PREFIX: Final = "resp_"
+"""What the id of a response begins with."""
 
 MODEL_METADATA: Final = "forebay.model"
 """Metadata key of a consumer: the full name of its model."""
@@ -120,6 +124,19 @@ def bucket_stream(bucket: str) -> str:
 def is_request_id(text: str) -> bool:
     """Whether `text` can be a request id: it must be valid as a subject token and as a bucket key."""
     return re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text) is not None
+
+
+def response_id(request_id: str) -> str:
+    """The id of the response to a request: the request id in another spelling."""
+    return RESPONSE_PREFIX + request_id.replace("-", "")
+
+
+def request_id(text: str) -> str:
+    """The request id that `text` spells: that of a response, or `text` itself if it is no id of a response."""
+    digits = text.removeprefix(RESPONSE_PREFIX)
+    if digits == text or not re.fullmatch(r"[0-9a-f]{32}", digits):
+        return text
+    return str(uuid.UUID(digits))
 
 
 def id_of(reply_to: str) -> str:

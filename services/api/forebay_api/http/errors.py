@@ -23,6 +23,9 @@ from forebay_contracts.wire.request import InferenceRequest
 UNMEASURED_RETRY_AFTER_S: Final = 1
 """Retry-After of a full queue until its rate has been measured."""
 
+LOG_RETRY_AFTER_S: Final = 60
+"""Retry-After of a full answer log. It gets room as answers reach RESPONSE_TTL, or are deleted."""
+
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +46,7 @@ ANSWERS: Final[dict[type[ApiError], ErrorAnswer]] = {
     errors.QueueFull: ErrorAnswer(True, "queue_full"),
     errors.QueueUnavailable: ErrorAnswer(True, "queue_unavailable"),
     errors.ModelUnavailable: ErrorAnswer(True, "model_unavailable"),
+    errors.AnswerLogFull: ErrorAnswer(True, "answer_log_full"),
     errors.QueueError: ErrorAnswer(True),
     errors.ModelNotFound: ErrorAnswer(None, "model_not_found"),
     errors.InvalidApiKey: ErrorAnswer(None, "invalid_api_key"),
@@ -142,6 +146,8 @@ class ErrorAnswers:
     async def _retry_after_s(self, error: ApiError) -> int | None:
         if isinstance(error, errors.KeyLimitReached):
             return error.retry_after_s
+        if isinstance(error, errors.AnswerLogFull):
+            return LOG_RETRY_AFTER_S
         if not isinstance(error, errors.QueueFull):
             return None
         rate = self._context.rates.queue

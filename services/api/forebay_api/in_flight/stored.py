@@ -158,7 +158,7 @@ class StoredRequests:
             finally:
                 timer.cancel()
         measured = request_metrics.of(request.model, request.completion_type.value)
-        measured.end(outcome, max(time.time() - request.created_at, 0.0))
+        measured.end_stored(outcome, max(time.time() - request.created_at, 0.0))
 
     async def _follow(self, request: InferenceRequest, reader: "_Reader") -> None:
         """Follow a request of any api to its end."""

@@ -1,6 +1,7 @@
 """The text of `/metrics`: what this api measured, and the gauges of the queue, read from NATS."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.queueing.answer_log import LogSize
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.telemetry.metrics import REGISTRY
 from forebay_contracts.wire.errors import QueueUnavailable
@@ -30,6 +32,8 @@ class QueueGauges(Collector):
 
     def __init__(self) -> None:
         self.status: QueueStatus | None = None
+        """None if NATS did not answer."""
+        self.answers: LogSize | None = None
         """None if NATS did not answer."""
         self.workers: tuple[WorkerInfo, ...] = ()
 
@@ -54,7 +58,12 @@ class QueueGauges(Collector):
             for status in WorkerStatus:
                 count = sum(worker.model == model and worker.status is status for worker in self.workers)
                 workers.add_metric([model, status.value], count)
-        yield from (up, max_size, waiting, processing, max_concurrent, workers)
+        used = gauge("forebay_answer_log_bytes", "Bytes of stored answers")
+        most = gauge("forebay_answer_log_max_bytes", "Most bytes of stored answers, as the live stream has it")
+        if self.answers:
+            used.add_metric([], self.answers.used)
+            most.add_metric([], self.answers.most)
+        yield from (up, max_size, waiting, processing, max_concurrent, workers, used, most)
 
 
 class Exposition:
@@ -64,10 +73,12 @@ class Exposition:
         self,
         connection: Connection,
         numbers: Callable[[], Awaitable[QueueStatus]],
+        answers: Callable[[], Awaitable[LogSize]],
         workers: Callable[[], Iterable[WorkerInfo]],
     ) -> None:
         self._connection = connection
         self._read_numbers = numbers
+        self._read_answers = answers
         self._workers = workers
         self._gauges = QueueGauges()
         self._read_at = -REFRESH_S
@@ -89,9 +100,10 @@ class Exposition:
         return encode(self._registry), content_type
 
     async def _read(self) -> None:
-        self._gauges.workers = tuple(self._workers())
-        try:
-            # While NATS is away a read would wait for it.
-            self._gauges.status = await self._read_numbers() if self._connection.connected else None
-        except QueueUnavailable:
-            self._gauges.status = None
+        gauges = self._gauges
+        gauges.workers = tuple(self._workers())
+        gauges.status = gauges.answers = None
+        # While NATS is away a read would wait for it.
+        if self._connection.connected:
+            with contextlib.suppress(QueueUnavailable):
+                gauges.status, gauges.answers = await asyncio.gather(self._read_numbers(), self._read_answers())

@@ -51,7 +51,8 @@ async def get_queue_events(request: Request, context: Running) -> Response:
 
 @router.get("/request/{request_id}")
 async def get_request(request_id: str, context: Running, caller: Caller) -> dict[str, Any]:
-    """The state of one request."""
+    """The state of one request. The id of a response is that of its request."""
+    request_id = names.request_id(request_id)
     await context.dispatcher.registered(request_id)
     state = await _state(context, caller, request_id)
     position = estimated_wait_s = None
@@ -69,6 +70,7 @@ async def get_request(request_id: str, context: Running, caller: Caller) -> dict
 @router.delete("/request/{request_id}")
 async def cancel_request(request_id: str, context: Running, caller: Caller) -> dict[str, Any]:
     """Cancel a request, waiting or running; one that has ended stays as it ended."""
+    request_id = names.request_id(request_id)
     await context.dispatcher.registered(request_id)
     await _state(context, caller, request_id)
     cancelled = await context.dispatcher.cancel(request_id, "by DELETE /v1/queue/request")

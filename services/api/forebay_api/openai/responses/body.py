@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from forebay_api.openai.body import Bool, Finite, Int, Many, Mapping, Misfit, RequestBody, StrictModel
 from forebay_api.openai.responses.history import chat_messages
 from forebay_api.openai.responses.items import Id, InputItem, Item, ItemReference, MessageItem
-from forebay_api.openai.responses.record import ResponseRecord, item_id, response_id
+from forebay_api.openai.responses.record import ResponseRecord, item_id
 from forebay_api.openai.responses.text_format import Reasoning, TextConfig
 from forebay_api.openai.responses.tools import (
     AllowedTools,
@@ -27,6 +27,7 @@ from forebay_api.openai.responses.tools import (
     function_name,
     shown,
 )
+from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestNotFound
 from forebay_contracts.wire.request import RECOMMENDABLE, InferenceRequest, Sampling
 
@@ -134,7 +135,7 @@ class PromptBody(RequestBody):
                     )
                 items.append(stored[item.id])
             elif isinstance(item, Item):
-                known = item.id or item_id(item.prefix, response_id(request_id), place, of_input=True)
+                known = item.id or item_id(item.prefix, names.response_id(request_id), place, of_input=True)
                 items.append({"id": known, **item.members()})
         return tuple(items)
 
@@ -238,7 +239,7 @@ class ResponseBody(PromptBody):
     def record(self, items: tuple[dict[str, Any], ...], queued: InferenceRequest) -> ResponseRecord:
         """What is kept of the request; `items` is the body's own input, as `items` gives it."""
         return ResponseRecord(
-            id=response_id(queued.id),
+            id=names.response_id(queued.id),
             key=queued.key,
             created_at=queued.created_at,
             deadline=queued.deadline,

@@ -1,36 +1,20 @@
 """What is kept of a response's request: with the frames of the answer, all that a client sees follows from it."""
 
-import uuid
 from typing import Any, Literal
 
 from forebay_contracts.wire.message import SCHEMA_VERSION, Message
-
-_PREFIX = "resp_"
-
-
-def response_id(request_id: str) -> str:
-    """The id of the response to a request: the request id in another spelling."""
-    return _PREFIX + request_id.replace("-", "")
-
-
-def request_id(response_id: str) -> str | None:
-    """The id of a response's request, or None if it is no id of a response."""
-    try:
-        found = str(uuid.UUID(hex=response_id.removeprefix(_PREFIX)))
-    except ValueError:
-        return None
-    return found if response_id == _PREFIX + found.replace("-", "") else None
+from forebay_contracts.wire.names import RESPONSE_PREFIX
 
 
 def item_id(prefix: str, response_id: str, place: int, *, of_input: bool = False) -> str:
     """The id of an item of a response, from its place in the input or in the output. No two responses share one."""
-    return f"{prefix}_{response_id.removeprefix(_PREFIX)}_{'in' if of_input else ''}{place}"
+    return f"{prefix}_{response_id.removeprefix(RESPONSE_PREFIX)}_{'in' if of_input else ''}{place}"
 
 
 def response_of(item_id: str) -> str | None:
     """The id of the response that an item belongs to, or None if the id is not one of ours."""
     parts = item_id.split("_")
-    return _PREFIX + parts[1] if len(parts) == 3 else None
+    return RESPONSE_PREFIX + parts[1] if len(parts) == 3 else None
 
 
 class ResponseRecord(Message):

@@ -13,7 +13,7 @@ from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai.responses.body import PromptBody
 from forebay_api.openai.responses.conversation import ConversationRecord, Entry
 from forebay_api.openai.responses.events import ResponseFold
-from forebay_api.openai.responses.record import ResponseRecord, request_id, response_of
+from forebay_api.openai.responses.record import ResponseRecord, response_of
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InvalidRequest, QueueConflict, RequestNotFound
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
@@ -175,7 +175,7 @@ def _known(identifier: str) -> str:
 
 def origin(record: ResponseRecord) -> InferenceRequest:
     """The request of a record, without what it asked for."""
-    identifier = request_id(record.id) or ""
+    identifier = names.request_id(record.id)
     return InferenceRequest(
         id=identifier,
         completion_type=CompletionType.CHAT,
