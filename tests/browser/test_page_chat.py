@@ -81,3 +81,25 @@ async def test_an_error_while_it_waits_is_told(nats_server: NatsServer, windows:
         await window.page.get_by_label("Message").fill("hello")
         await window.page.keyboard.press("Enter")
         await window.shows("#chat-log .failure", "the request was not finished within 1 seconds")
+
+
+async def test_a_chat_survives_a_reload_and_a_restart_of_the_api(nats_server: NatsServer, windows: Windows) -> None:
+    async with running(nats_server) as stack, windows.open(stack) as window:
+        await window.live()
+        await expect(window.page.locator("#chat-model option")).to_have_count(1)
+        say = window.page.get_by_label("Message")
+        await say.fill("[[say]]Hello.")
+        await say.press("Enter")
+        await window.shows("#chat-log .assistant", "Hello.")
+        await say.fill("[[tokens=60 delay_ms=100]]")
+        await say.press("Enter")
+        answer = "#chat-log .assistant:last-child"
+        await window.shows(answer, re.compile("^t0 t1 t2"))
+        await window.page.reload()
+        await window.shows("#chat-log .assistant >> nth=0", "Hello.")
+        await window.shows(answer, re.compile("^t0 t1 t2"))
+        port = stack.apis[0].port
+        await stack.apis[0].kill()
+        await stack.api(api_port=port)
+        await window.shows(answer, " ".join(f"t{number}" for number in range(60)))
+        assert (await stack.status(api=1))["total_queued"] == 2

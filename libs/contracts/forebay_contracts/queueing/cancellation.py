@@ -112,7 +112,7 @@ class Cancellation:
 def _error(outcome: RequestStatus, reason: str) -> ApiError:
     """What a reader of the answer gets."""
     if outcome is RequestStatus.TIMED_OUT:
-        return RequestTimeout(f"the request was not finished in time: {reason}")
+        return RequestTimeout(reason)
     return RequestCancelled(f"the request was cancelled: {reason}")
 
 

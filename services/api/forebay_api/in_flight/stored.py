@@ -58,6 +58,8 @@ class StoredRequests:
         self._records = records
         self._one_more = one_more
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unregistered: dict[str, tuple[InferenceRequest, int]] = {}
+        """Requests whose state is not stored yet, with their sequences."""
 
     async def close(self) -> None:
         """Stop following. The requests go on."""
@@ -152,11 +154,13 @@ class StoredRequests:
     ) -> None:
         """Follow a request that was admitted here to its end."""
         async with held:
-            timer = asyncio.get_running_loop().call_later(QUEUED_AFTER_S, self._register, request, sequence, reader)
+            self._unregistered[request.id] = request, sequence
+            timer = asyncio.get_running_loop().call_later(QUEUED_AFTER_S, self._register, request.id, reader)
             try:
                 outcome = await self._feed(request, sequence, reader, coming)
             finally:
                 timer.cancel()
+                self._unregistered.pop(request.id, None)
         measured = request_metrics.of(request.model, request.completion_type.value)
         measured.end_stored(outcome, max(time.time() - request.created_at, 0.0))
 
@@ -184,17 +188,19 @@ class StoredRequests:
             ending.cancel()
         return None
 
-    def _register(self, request: InferenceRequest, sequence: int, reader: "_Reader") -> None:
-        """Create the state `queued`, unless a worker was faster."""
-
-        async def create() -> None:
+    async def registered(self, request_id: str) -> None:
+        """Wait until the state of a request that was admitted here is stored."""
+        if (waiting := self._unregistered.pop(request_id, None)) is not None:
+            # Unless a worker was faster.
             with contextlib.suppress(QueueConflict, QueueUnavailable):
-                await self._states.write(transitions.queued(request, sequence), 0)
+                await self._states.write(transitions.queued(*waiting), 0)
 
-        if reader.last == 0:
-            task = asyncio.create_task(create())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    def _register(self, request_id: str, reader: "_Reader") -> None:
+        if reader.last:
+            return  # a worker has begun, so it has written the state
+        task = asyncio.create_task(self.registered(request_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _end_at_deadline(self, request: InferenceRequest, sequence: int | None) -> None:
         await asyncio.sleep(request.deadline - time.time() + (0 if sequence is not None else OVERDUE_S))
@@ -209,7 +215,7 @@ class StoredRequests:
         await self._cancellation.end(
             request.id,
             RequestStatus.TIMED_OUT,
-            f"it took longer than {seconds:g} seconds",
+            f"the request was not finished within {seconds:g} seconds",
             unknown=transitions.queued(request, sequence),
         )
 

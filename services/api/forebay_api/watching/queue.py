@@ -53,7 +53,7 @@ async def get_queue_events(request: Request, context: Running) -> Response:
 async def get_request(request_id: str, context: Running, caller: Caller) -> dict[str, Any]:
     """The state of one request. The id of a response is that of its request."""
     request_id = names.request_id(request_id)
-    await context.dispatcher.registered(request_id)
+    await _registered(context, request_id)
     state = await _state(context, caller, request_id)
     position = estimated_wait_s = None
     if state.status is RequestStatus.QUEUED and state.sequence is not None:
@@ -71,11 +71,16 @@ async def get_request(request_id: str, context: Running, caller: Caller) -> dict
 async def cancel_request(request_id: str, context: Running, caller: Caller) -> dict[str, Any]:
     """Cancel a request, waiting or running; one that has ended stays as it ended."""
     request_id = names.request_id(request_id)
-    await context.dispatcher.registered(request_id)
+    await _registered(context, request_id)
     await _state(context, caller, request_id)
     cancelled = await context.dispatcher.cancel(request_id, "by DELETE /v1/queue/request")
     state = await _state(context, caller, request_id)
     return {"id": request_id, "cancelled": cancelled, "status": state.status.value}
+
+
+async def _registered(context: Context, request_id: str) -> None:
+    await context.dispatcher.registered(request_id)
+    await context.stored.registered(request_id)
 
 
 async def _state(context: Context, caller: Client, request_id: str) -> RequestState:

@@ -1,8 +1,12 @@
-// A chat, to try a model and to see what waiting in the queue is like.
+// A chat, to try a model and to see what waiting in the queue is like. Its answers are stored: it survives a reload of
+// the page and a restart of the api.
 
 import { $, ask, askRequest, element, events, pause, put, seconds } from "./common.js";
 
-let history = []; // of the conversation; another array once it is another
+const KEPT = "forebay-chat";
+const RETRY_MS = 1000;
+
+let turns = JSON.parse(sessionStorage.getItem(KEPT) ?? "[]"); // { text, id }; another array once it is another chat
 let chatting = null; // AbortController of the answer that is waited for
 
 const chatStatus = (text) => put($("chat-status"), text);
@@ -22,10 +26,17 @@ export function offerModels(lines, workers) {
 }
 
 export function forgetChat() {
-  chatting?.abort();
-  history = [];
+  stop();
+  turns = [];
+  keep();
   $("chat-log").replaceChildren();
   chatStatus(" ");
+}
+
+const keep = () => sessionStorage.setItem(KEPT, JSON.stringify(turns));
+
+function stop() {
+  chatting?.abort();
 }
 
 function line(kind, text) {
@@ -50,68 +61,112 @@ async function tellPlace(id, signal) {
   }
 }
 
-async function chat(event) {
+function chat(event) {
   event.preventDefault();
   const text = $("chat-message").value.trim();
   if (!text || chatting) return;
+  $("chat-message").value = "";
+  const turn = { text, id: null };
+  turns.push(turn);
+  show(turn);
+}
+
+// What was said before the page was loaded, and the answer that may still be coming.
+async function goOn() {
+  for (const turn of [...turns]) await show(turn);
+}
+
+async function show(turn) {
   const mine = (chatting = new AbortController());
   const waiting = new AbortController();
-  const told = history;
+  const told = turns;
   working(true);
-  $("chat-message").value = "";
-  line("user", text);
-  told.push({ role: "user", content: text });
+  line("user", turn.text);
   const answer = line("assistant", "");
   chatStatus("sent");
   try {
-    chatStatus(await receive(told, answer, mine.signal, waiting));
-    told.push({ role: "assistant", content: answer.textContent });
+    chatStatus(await receive(turn, told, answer, mine.signal, waiting));
   } catch (error) {
-    told.pop();
+    told.splice(told.indexOf(turn), 1);
+    if (mine.signal.aborted && turn.id) cancel(turn.id);
     // Of a conversation that has been given up nothing more is said.
-    if (told !== history) return;
+    if (told !== turns) return;
+    keep();
     if (!answer.textContent) answer.remove();
     line("failure", mine.signal.aborted ? "stopped" : error.message);
     chatStatus(mine.signal.aborted ? "stopped" : "no answer");
   } finally {
     waiting.abort();
-    chatting = null;
-    working(false);
+    if (chatting === mine) {
+      chatting = null;
+      working(false);
+    }
   }
 }
 
-// Asks, and writes the answer as it comes; how long it took. `waiting` ends with the first token.
-async function receive(messages, answer, signal, waiting) {
+const cancel = (id) => ask(`/v1/queue/request/${id}`, { method: "DELETE" }).catch(() => {});
+
+// Asks, or takes the answer up again, and writes it as it comes; how long it took. `waiting` ends with the first token.
+async function receive(turn, told, answer, signal, waiting) {
   const begun = performance.now();
   const since = () => seconds((performance.now() - begun) / 1000);
-  const response = await ask("/v1/chat/completions", {
-    method: "POST",
-    // Early: its headers, and so its id, come while it still waits.
-    headers: { "content-type": "application/json", "forebay-stream": "early" },
-    body: JSON.stringify({ model: $("chat-model").value, messages, stream: true }),
-    signal,
-  });
-  tellPlace(response.headers.get("x-request-id"), waiting.signal);
-  let first = "", pieces = 0, reasoning;
-  for await (const data of events(response)) {
-    if (data === "[DONE]") return pieces ? `${first}, ${pieces} pieces in ${since()}` : `an empty answer after ${since()}`;
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw new Error(chunk.error.message);
-    const { content = "", reasoning_content: thought } = chunk.choices?.[0]?.delta ?? {};
-    if (!content && !thought) continue;
+  let first = "", pieces = 0, last = -1, reasoning;
+
+  function take({ type, sequence_number: number, delta, response }) {
+    last = number;
+    if (response && !turn.id) {
+      turn.id = response.id;
+      keep();
+    }
+    if (type === "response.failed") throw Object.assign(new Error(response.error?.message ?? "cancelled"), { last: true });
+    if (type === "response.completed" || type === "response.incomplete") {
+      return pieces ? `${first}, ${pieces} pieces in ${since()}` : `an empty answer after ${since()}`;
+    }
+    const thought = type === "response.reasoning_text.delta";
+    if (!thought && type !== "response.output_text.delta") return;
+    if (!delta) return;
     if (!pieces) {
       waiting.abort();
       chatStatus((first = `first token after ${since()}`));
     }
     pieces += 1;
-    if (thought) {
-      if (!reasoning) answer.before((reasoning = element("p", "reasoning", "")));
-      reasoning.textContent += thought;
-    }
-    answer.textContent += content;
+    if (thought && !reasoning) answer.before((reasoning = element("p", "reasoning", "")));
+    (thought ? reasoning : answer).textContent += delta;
     $("chat-log").scrollTop = $("chat-log").scrollHeight;
   }
-  throw new Error("the answer ended early");
+
+  while (true) {
+    try {
+      const response = turn.id
+        ? await ask(`/v1/responses/${turn.id}?stream=true&starting_after=${last}`, { signal })
+        : await begin(turn, told, signal);
+      if (!pieces) tellPlace(turn.id ?? response.headers.get("x-request-id"), waiting.signal);
+      for await (const data of events(response)) {
+        const ended = take(JSON.parse(data));
+        if (ended) return ended;
+      }
+    } catch (error) {
+      // A request that may have been taken is not sent again: nobody would read the first one.
+      if (signal.aborted || error.last || !turn.id || (error.status ?? 500) < 500) throw error;
+    }
+    chatStatus("the connection is lost, the answer goes on");
+    await pause(RETRY_MS, signal);
+  }
+}
+
+function begin(turn, told, signal) {
+  const before = told[told.indexOf(turn) - 1]?.id;
+  return ask("/v1/responses", {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({
+      model: $("chat-model").value,
+      input: turn.text,
+      stream: true,
+      ...(before && { previous_response_id: before }),
+    }),
+    signal,
+  });
 }
 
 function working(busy) {
@@ -125,12 +180,14 @@ function working(busy) {
 }
 
 $("chat-form").addEventListener("submit", chat);
-$("chat-stop").addEventListener("click", () => chatting?.abort());
+$("chat-stop").addEventListener("click", stop);
 $("chat-clear").addEventListener("click", forgetChat);
 $("chat-message").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     $("chat-form").requestSubmit();
   }
-  if (event.key === "Escape") chatting?.abort();
+  if (event.key === "Escape") stop();
 });
+
+goOn();
