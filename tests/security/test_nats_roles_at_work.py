@@ -64,7 +64,12 @@ async def test_a_stored_response_within_its_rights(own_site: Site) -> None:
     async with running(own_site, apis=2, workers=1, max_concurrent_requests=2, api_keys="") as stack:
         one, two = stack.openai(0), stack.openai(1)
         conversation = await one.conversations.create()
-        made = await one.responses.create(model=MODEL, input="[[tokens=3]]", conversation=conversation.id)
+        async with own_site.client("operator") as (client, refusals, _):
+            heard = await client.subscribe("inference.answered.*")
+            await client.flush()
+            made = await one.responses.create(model=MODEL, input="[[tokens=3]]", conversation=conversation.id)
+            record = await heard.next_msg(timeout=10)
+            assert (record.subject, refusals) == (names.answered_subject(names.request_id(made.id)), [])
         assert made.output_text == "t0 t1 t2"
         assert [item.type for item in (await two.responses.input_items.list(made.id)).data] == ["message"]
         # It runs in the background, is followed at the other api, and is looked at and cancelled by its id there.
