@@ -10,13 +10,18 @@ END = "<|end|>"
 _TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
-def write_tiny_checkpoint(folder: Path) -> Path:
-    """Write it into `folder`; the same weights each time. Returns the folder."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     plain = Tokenizer(models.BPE({character: place for place, character in enumerate(alphabet)}, []))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     plain.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=END, chat_template=_TEMPLATE)
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=END, chat_template=_TEMPLATE)
+
+
+def write_tiny_checkpoint(folder: Path) -> Path:
+    """Write it into `folder`; the same weights each time. Returns the folder."""
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

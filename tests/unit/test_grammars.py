@@ -1,6 +1,8 @@
 """Grammars of answers that have a schema or call tools, followed by a model of random weights, the worst of writers."""
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest_asyncio
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import EngineFault
-from forebay_inference.engine.text.grammars import grammar_of
+from forebay_inference.engine.text.grammars import Compiler, grammar_of
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.engine.text.tool_formats import HERMES, LLAMA, MISTRAL, ToolFormat, tool_use
 from forebay_inference.engine.transformers.engine import TransformersEngine
@@ -38,6 +40,10 @@ PAINT = tool("paint", closed({"x": {"$ref": "#/$defs/T"}}, **{"$defs": {"T": {"e
 COUNT = tool("count", closed({"x": {"$ref": "#/$defs/T"}}, **{"$defs": {"T": {"enum": [1, 2]}}}))
 SAME = tool("same", closed({"a": {"enum": [7]}, "b": {"$ref": "#/properties/a"}}))
 OLD = tool("old", closed({"x": {"$ref": "#/definitions/T"}}, definitions={"T": {"enum": [3]}}))
+IDENTIFIED = [
+    tool(name, closed({"x": {"$ref": "#/$defs/T"}}, **{"$id": "https://example.com/t", "$defs": {"T": {"enum": [x]}}}))
+    for name, x in (("first", 8), ("second", 9))
+]
 TREE = tool("tree", closed({"below": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}))
 
 
@@ -61,19 +67,22 @@ async def model(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TextM
         ("count", '{"x": 1}', '{"x": "red"}'),
         ("same", '{"a": 7, "b": 7}', '{"a": 7, "b": 8}'),
         ("old", '{"x": 3}', '{"x": 4}'),
+        ("first", '{"x": 8}', '{"x": 9}'),
+        ("second", '{"x": 9}', '{"x": 8}'),
         ("tree", '{"below": {"below": null}}', '{"below": {"x": 3}}'),
     ],
 )
 async def test_each_tool_keeps_its_own_schema(
     model: TextModel, form: ToolFormat, name: str, right: str, wrong: str
 ) -> None:
-    request = chat(tools=(PAINT, COUNT, SAME, OLD, TREE), tool_choice="required", parallel_tool_calls=False)
+    request = chat(
+        tools=(PAINT, COUNT, SAME, OLD, *IDENTIFIED, TREE), tool_choice="required", parallel_tool_calls=False
+    )
     engine = model.engine
     assert isinstance(engine, TransformersEngine)
     assert engine._batch is not None
-    grammars = engine._batch.grammars
-    grammar = grammar_of(None, tool_use(request, form), grammars.fault)
-    assert grammar is not None
+    compiler = Compiler(engine._batch.grammars.compile)
+    grammar = compiler.compiled(grammar_of(None, tool_use(request, form), compiler.fault))
 
     def written(arguments: str) -> list[int]:
         call = f'{{"name": "{name}", "{form.arguments_key}": {arguments}}}'
@@ -81,9 +90,9 @@ async def test_each_tool_keeps_its_own_schema(
             call = f"{form.start}[{call}]"
         return model._serving.loaded.tokenizer.encode(f"{form.start}\n{call}\n{form.end}" if form.end else call)
 
-    grammars.guide(grammar).accept(written(right))
+    grammar.guide().accept(written(right))
     with pytest.raises(EngineFault, match="leave the grammar"):
-        grammars.guide(grammar).accept(written(wrong))
+        grammar.guide().accept(written(wrong))
 
 
 @pytest.mark.parametrize("stop", [(), ("}", "<tool_call>", "x")])
@@ -138,3 +147,28 @@ async def test_a_schema_that_cannot_be_enforced_is_refused_in_its_own_terms(
         await answer(model, chat(**fields))
     assert refused.value.param == param
     assert "start:" not in refused.value.message
+
+
+async def test_a_grammar_that_grows_too_large_ends_the_request_as_its_own_fault(model: TextModel) -> None:
+    schema = {"type": "string", "pattern": "(.*a.{1000})"}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    request = chat("Go.", response_format=form, max_tokens=900)
+    begun = model._serving.loaded.tokenizer.encode('"' + "ab" * 400)
+    with pytest.raises(InvalidRequest, match="cannot be enforced up to the end of this answer"):
+        await answer(model, request, {0: begun})
+    assert model.status().sequences == 0
+    assert (await answer(model, chat("Go."))).finish_reason is not None
+
+
+async def test_a_large_schema_holds_up_neither_the_event_loop_nor_another_answer(model: TextModel) -> None:
+    schema = {"type": "object", "properties": {f"p{number}": {} for number in range(2_000)}}
+    given = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    large = asyncio.create_task(answer(model, chat("Go.", **given)))
+    others = 0
+    while not large.done():
+        began = time.perf_counter()
+        await answer(model, chat("Go.", max_tokens=2))
+        assert time.perf_counter() - began < 2
+        others += 1
+    assert others > 1
+    assert (await large).tokens

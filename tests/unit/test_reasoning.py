@@ -221,7 +221,7 @@ def follows(library: PreTrainedTokenizerFast, grammar: str, text: str, *, whole:
     grammars = Grammars(library, len(library), frozenset({library.convert_tokens_to_ids("<end>")}))
     ids = library(text + "<end>" * whole, add_special_tokens=False).input_ids
     try:
-        grammars.guide(grammar).accept(ids)
+        grammars.compile(grammar).guide().accept(ids)
     except EngineFault:
         return False
     return True

@@ -260,6 +260,11 @@ class InferenceSettings(Settings):
         "transformers",
         description="transformers, embedding (a sentence-transformers model), or simulated (no model, for tests)",
     )
+    closed_schemas: bool = Field(
+        True,
+        description="Whether objects of an answer have only the properties that their JSON schema names, "
+        "where it does not give `additionalProperties`",
+    )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds after SIGTERM for running requests to end")
     engine_stall_timeout: float = Field(
         120,

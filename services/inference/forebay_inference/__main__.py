@@ -42,7 +42,7 @@ def build_model(settings: InferenceSettings) -> TextModel:
         return TextModel(EmbeddingEngine(settings))
     from forebay_inference.engine.transformers.engine import TransformersEngine
 
-    return TextModel(TransformersEngine(settings))
+    return TextModel(TransformersEngine(settings), closed_schemas=settings.closed_schemas)
 
 
 def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:

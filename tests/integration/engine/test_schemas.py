@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import EngineFault, TokenRequest
-from forebay_inference.engine.text.grammars import grammar_of
-from forebay_inference.engine.transformers.guided import Grammars
+from forebay_inference.engine.text.grammars import Compiler, grammar_of
+from forebay_inference.engine.transformers.guided import Grammar, Grammars
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose
 from forebay_inference.models.store import ensure_model
 from support.schemas import schema
@@ -32,10 +32,17 @@ def parts(data_dir: Path) -> tuple[Any, Grammars]:
     return tokenizer, Grammars(tokenizer, len(tokenizer), frozenset({END}))
 
 
+def compiled(grammars: Grammars, wanted: dict[str, Any]) -> Grammar:
+    compiler = Compiler(grammars.compile)
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}
+    grammar = compiler.compiled(grammar_of(form, None, compiler.fault))
+    assert isinstance(grammar, Grammar)
+    return grammar
+
+
 def written_at_random(tokenizer: Any, grammars: Grammars, wanted: dict[str, Any], seed: int) -> str:
-    grammar = grammar_of({"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}, None, grammars.fault)
-    assert grammar is not None
-    guide = grammars.guide(grammar)
+    grammar = compiled(grammars, wanted)
+    guide = grammar.guide()
     size = len(tokenizer)
     chooser = TokenChooser(TokenRequest("r", (), 1, Sampling(), str(seed)), size, torch.device("cpu"), guide)
     tokens: list[int] = []
@@ -68,8 +75,7 @@ def test_a_fault_quotes_neither_schema_nor_answer(parts: tuple[Any, Grammars]) -
     """It goes into logs and states, where no prompt and no answer is."""
     tokenizer, grammars = parts
     wanted = {"type": "object", "properties": {"xyzzy": {"enum": ["plugh"]}}, "required": ["xyzzy"]}
-    grammar = grammar_of({"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}, None, grammars.fault)
-    assert grammar is not None
+    grammar = compiled(grammars, wanted)
     with pytest.raises(EngineFault) as caught:
-        grammars.guide(grammar).accept(tokenizer.encode('{"xyzzy": "plover'))
+        grammar.guide().accept(tokenizer.encode('{"xyzzy": "plover'))
     assert not [word for word in ("xyzzy", "plugh", "plover", "object") if word in str(caught.value)]

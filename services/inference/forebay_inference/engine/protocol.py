@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import Sampling
 
 
 class EngineFault(Exception):
     """The engine could not serve a request that was in order; another attempt may. The message quotes no request."""
+
+
+class GrammarError(Exception):
+    """A grammar cannot be enforced, by this engine or at all. The message says why, in a line."""
 
 
 def reason_of(error: BaseException) -> str:
@@ -25,6 +30,15 @@ def reason_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
     return f"{type(error).__name__} at {places}"
+
+
+Fault = EngineFault | InvalidRequest
+"""What an engine raises: the request's own fault is an InvalidRequest."""
+
+
+def as_fault(error: Exception) -> Fault:
+    """`error` as an engine raises it."""
+    return error if isinstance(error, Fault) else EngineFault(reason_of(error))
 
 
 class Tokenizer(Protocol):
@@ -72,9 +86,9 @@ class TokenRequest(NamedTuple):
     """One sequence to be continued.
 
     Of `sampling`, the text layer obeys `max_tokens`, `seed`, `stop`, `ignore_eos` and `unset`, and the engine the rest.
-    The engine draws random numbers from `seed`. The tokens follow `grammar`, where there is one. `generated` are the
-    tokens after `prompt` that an earlier attempt generated: they count for penalties, grammar and draws, and not for
-    `max_new_tokens`. A token of `end_tokens` ends the sequence. `id` is for logs.
+    The engine draws random numbers from `seed`. The tokens follow `grammar`, made by `LoadedModel.compile`, where there
+    is one. `generated` are the tokens after `prompt` that an earlier attempt generated: they count for penalties,
+    grammar and draws, and not for `max_new_tokens`. A token of `end_tokens` ends the sequence. `id` is for logs.
     """
 
     id: str
@@ -82,7 +96,7 @@ class TokenRequest(NamedTuple):
     max_new_tokens: int
     sampling: Sampling
     seed: str = ""
-    grammar: str | None = None
+    grammar: Any = None
     generated: Sequence[int] = ()
     end_tokens: frozenset[int] = frozenset()
 
@@ -128,10 +142,10 @@ class EngineStatus(NamedTuple):
 class LoadedModel:
     """A model that is ready. `quantization` as it was resolved (never `auto`); `context_length` in tokens.
 
-    `recommended` is what the model recommends of `forebay_contracts.wire.request.RECOMMENDABLE`. `grammar_fault`
-    tells why a grammar cannot be enforced, None where it can. With `encodes_quickly`, the tokenizer may be called on
-    the event loop. An embedding model's vectors have `dimensions` numbers (None: a request may choose), and `prefix`
-    goes before each text.
+    `recommended` is what the model recommends of `forebay_contracts.wire.request.RECOMMENDABLE`. `compile` makes
+    of a grammar's text what one TokenRequest or more, of one request, take; it may take seconds, on any thread, and
+    raises GrammarError. With `encodes_quickly`, the tokenizer may be called on the event loop. An embedding model's
+    vectors have `dimensions` numbers (None: a request may choose), and `prefix` goes before each text.
     """
 
     tokenizer: Tokenizer
@@ -140,7 +154,7 @@ class LoadedModel:
     device: str
     end_tokens: frozenset[int] = frozenset()
     recommended: Mapping[str, float] = field(default_factory=dict)
-    grammar_fault: Callable[[str], str | None] = lambda grammar: None
+    compile: Callable[[str], Any] = lambda grammar: grammar
     encodes_quickly: bool = False
     dimensions: int | None = None
     prefix: str = ""
@@ -171,7 +185,11 @@ class Engine(Runtime, Protocol):
 
     def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
         """The steps of a sequence, until one has `finish`. Closing the generator (`aclose`) takes the sequence out of
-        the batch within one step."""
+        the batch within one step.
+
+        Raises:
+            InvalidRequest: the grammar cannot be enforced any further, at any point.
+        """
 
 
 @runtime_checkable

@@ -1,13 +1,17 @@
-"""Blocking work beside the event loop that never holds up the end of the process."""
+"""Blocking work on threads of its own, which never hold up the end of the process."""
 
 import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
+
+_DEEP_STACK_BYTES = 256 << 20
+_stack_size = threading.Lock()
 
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:
@@ -25,3 +29,22 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True, name="engine-work").start()
     return await future
+
+
+def on_deep_stack(work: Callable[[], T]) -> T:
+    """The result of `work`, which may recurse deeply outside of Python. Of 256 MB, only what it uses takes memory."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as exc:
+            future.set_exception(exc)
+
+    with _stack_size:
+        before = threading.stack_size(_DEEP_STACK_BYTES)
+        try:
+            threading.Thread(target=run, daemon=True, name="deep-stack").start()
+        finally:
+            threading.stack_size(before)
+    return future.result()

@@ -42,20 +42,27 @@ class ChatMessage(OpenModel):
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: str | Many[ContentPart] | None = None
     name: str | None = None
+    refusal: str | None = None
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
+    function_call: FunctionCall | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        # An answer that was cut, or is audio, has none.
+        if self.content is None and self.role not in ("assistant", "function"):
             raise Misfit("content", f"a message of role {self.role!r} needs content")
         return self
 
     def plain(self) -> dict[str, Any]:
-        """The message as chat templates expect it: content parts joined to one text."""
+        """The message as chat templates expect it: content parts, or a refusal, as one text."""
         message = self.model_dump(exclude_none=True, mode="json")
         if isinstance(self.content, tuple):
             message["content"] = "".join(part.text or part.refusal or "" for part in self.content)
+        if refusal := message.pop("refusal", None):
+            message["content"] = message.get("content") or refusal
+        if not self.tool_calls:
+            message.pop("tool_calls", None)
         return message
 
 

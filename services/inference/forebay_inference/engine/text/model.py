@@ -39,10 +39,10 @@ _BROKEN_OFF = "the engine stopped in the middle of an answer"
 class TextModel:
     """Answers chats and completions from an Engine, and embeddings from an Embedder; `engine` may be both.
 
-    `completion_types` is what it serves, known before it has started.
+    `completion_types` is what it serves, known before it has started. `closed_schemas` is the setting of that name.
     """
 
-    def __init__(self, engine: Engine | Embedder) -> None:
+    def __init__(self, engine: Engine | Embedder, *, closed_schemas: bool = True) -> None:
         self.engine = engine
         self._generator = engine if isinstance(engine, Engine) else None
         self._embedder = engine if isinstance(engine, Embedder) else None
@@ -51,8 +51,10 @@ class TextModel:
             *((CompletionType.EMBEDDING,) if self._embedder is not None else ()),
         )
         self._serving: _Serving | None = None
-        # Tokenizing a long prompt or checking a grammar takes a while; one thread keeps it off the event loop.
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._closed_schemas = closed_schemas
+        # To tokenize a long prompt or to compile a grammar takes long, which is done beside the event loop. A grammar
+        # that takes seconds does not hold up the next request.
+        self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Load and warm up; calls `progress` (from any thread) with one readable line a step."""
@@ -92,7 +94,14 @@ class TextModel:
         if loaded.recommended:
             request = request.model_copy(update={"sampling": request.sampling.settled(loaded.recommended)})
         work = partial(
-            prepare, request, loaded, engine.capabilities, serving.tool_format, serving.chat, serving.reasoning
+            prepare,
+            request,
+            loaded,
+            engine.capabilities,
+            serving.tool_format,
+            serving.chat,
+            serving.reasoning,
+            closed_schemas=self._closed_schemas,
         )
         prepared = work() if loaded.encodes_quickly else await self._in_thread(work)
         yield Accepted(prepared.prompt_tokens)

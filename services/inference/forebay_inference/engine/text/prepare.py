@@ -1,12 +1,11 @@
 """A request made ready for an engine: its prompts, its limits, its grammar. Everything that may refuse it."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import Capabilities, LoadedModel, Tokenizer
-from forebay_inference.engine.text.grammars import grammar_of
+from forebay_inference.engine.text.grammars import Compiler, FaultOf, function_grammars, grammar_of
 from forebay_inference.engine.text.harmony import Harmony
 from forebay_inference.engine.text.reasoning import Thinking
 from forebay_inference.engine.text.templates import Chat, encode_chat, encode_prompt, require_known
@@ -26,7 +25,7 @@ class Prepared(NamedTuple):
 
     prompts: list[Prompt]
     tools: ToolUse | None
-    grammar: str | None
+    grammar: Any
     end_tokens: frozenset[int]
     opened: bool
 
@@ -43,8 +42,10 @@ def prepare(
     form: ToolFormat,
     chat: Chat,
     reasoning: Thinking | Harmony | None,
+    *,
+    closed_schemas: bool = True,
 ) -> Prepared:
-    """Make `request` ready for an engine that serves `loaded`.
+    """Make `request` ready for an engine that serves `loaded`. For `closed_schemas` see `enforceable`.
 
     Raises:
         InvalidRequest: it cannot be served as it stands.
@@ -61,7 +62,9 @@ def prepare(
     else:
         encoded = [encode_prompt(loaded.tokenizer, prompt) for prompt in request.prompts]
         reasoning = None
-    grammar = _grammar(request, use, loaded.grammar_fault if can.grammars != "no" else None, reasoning, opened=opened)
+    compiler = Compiler(loaded.compile)
+    fault_of = compiler.fault if can.grammars != "no" else None
+    grammar = compiler.compiled(_grammar(request, use, fault_of, reasoning, opened=opened, closed=closed_schemas))
     prompts = [
         Prompt(
             tokens,
@@ -80,28 +83,25 @@ def prepare(
 def _grammar(
     request: InferenceRequest,
     use: ToolUse | None,
-    fault_of: Callable[[str], str | None] | None,
+    fault_of: FaultOf | None,
     reasoning: Thinking | Harmony | None,
     *,
     opened: bool,
+    closed: bool,
 ) -> str | None:
     """The grammar of the answer, which applies once the reasoning has ended."""
     match reasoning:
         case Thinking():
-            grammar = grammar_of(request.response_format, use, fault_of)
+            grammar = grammar_of(request.response_format, use, fault_of, closed=closed)
             return None if grammar is None else reasoning.before(grammar, opened=opened)
         case Harmony():
-            answer = grammar_of(request.response_format, None, fault_of)
+            answer = grammar_of(request.response_format, None, fault_of, closed=closed)
             if answer is None and not (use is not None and use.required):
                 return None
-            schemas = {} if use is None else {tool.name: tool.parameters for tool in use.tools}
-            wanted = {
-                name: grammar_of({"type": "json_schema", "json_schema": {"schema": schema}}, None, fault_of) or ""
-                for name, schema in schemas.items()
-            }
+            wanted = {} if use is None else function_grammars(use, fault_of, closed=closed)
             return reasoning.grammar(None if use is not None and use.required else answer, wanted)
         case None:
-            return grammar_of(request.response_format, use, fault_of)
+            return grammar_of(request.response_format, use, fault_of, closed=closed)
 
 
 def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, can: Capabilities) -> None:

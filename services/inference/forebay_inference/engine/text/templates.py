@@ -1,6 +1,5 @@
 """Prompts: chat templates and tokenization, with the errors that are the client's own."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -9,6 +8,7 @@ from jinja2 import TemplateError
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.protocol import Tokenizer
+from forebay_inference.engine.text.history import with_calls_of_tools
 from forebay_inference.engine.text.probes import rewrites_for
 from forebay_inference.engine.text.rewrites import Message, rewritten
 from forebay_inference.engine.text.tool_formats import ToolFormat, with_tools_told
@@ -115,15 +115,13 @@ def _flattened(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
     of their function."""
     flattened: list[Message] = []
     names: dict[Any, str] = {}
-    for message in messages:
-        flat = dict(message)
+    for flat in with_calls_of_tools(messages):
         content = flat.get("content")
         if content is None:
             flat["content"] = ""
         elif isinstance(content, list):
             flat["content"] = "".join(_part_text(part) for part in content)
         if flat.get("tool_calls"):
-            flat["tool_calls"] = [_with_object_arguments(call) for call in flat["tool_calls"]]
             names |= {call.get("id"): call["function"].get("name", "") for call in flat["tool_calls"]}
         if flat.get("tool_call_id") in names:
             flat.setdefault("name", names[flat["tool_call_id"]])
@@ -131,19 +129,6 @@ def _flattened(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
             flat.setdefault("reasoning_content", reasoning)
         flattened.append(flat)
     return flattened
-
-
-def _with_object_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, Mapping):
-        raise InvalidRequest("Only tool calls of type function are supported.", param="messages")
-    arguments = function.get("arguments") or "{}"
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as exc:
-            raise InvalidRequest("The arguments of a tool call are not JSON.", param="messages") from exc
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _part_text(part: Mapping[str, Any]) -> str:

@@ -110,7 +110,7 @@ def with_tools_told(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mappi
     told = [dict(message) for message in messages]
     if not tools:
         return told
-    listing = "\n".join(json.dumps(dict(tool)) for tool in tools)
+    listing = "\n".join(json.dumps(dict(tool), ensure_ascii=False) for tool in tools)
     words = (
         "You may call functions. They are:\n<tools>\n" + listing + "\n</tools>\n"
         "For each call write a JSON object with the function's name and arguments between tool_call tags:\n"
@@ -132,7 +132,7 @@ def in_words(message: Mapping[str, Any]) -> dict[str, Any]:
         return dict(message)
     written = [
         "<tool_call>\n"
-        + json.dumps({"name": call["function"]["name"], "arguments": call["function"]["arguments"]})
+        + json.dumps({name: call["function"][name] for name in ("name", "arguments")}, ensure_ascii=False)
         + "\n</tool_call>"
         for call in calls
     ]

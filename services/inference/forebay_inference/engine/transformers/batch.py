@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
-from forebay_inference.engine.protocol import EngineFault, EngineStatus, Step, TokenRequest, reason_of
+from forebay_inference.engine.protocol import EngineFault, EngineStatus, Fault, Step, TokenRequest, as_fault
 from forebay_inference.engine.transformers import attention
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.memory import CachePlan
@@ -35,7 +35,7 @@ class SequenceInBatch:
     id: str
     end_tokens: frozenset[int]
     chooser: TokenChooser
-    steps: asyncio.Queue[Step | EngineFault] = field(default_factory=asyncio.Queue, init=False)
+    steps: asyncio.Queue[Step | Fault] = field(default_factory=asyncio.Queue, init=False)
     cached_tokens: int = field(default=0, init=False)
     delivered: int = field(default=0, init=False)
 
@@ -96,7 +96,7 @@ class Batch:
         Raises:
             EngineFault: the batch takes no more, or the grammar does not allow the tokens so far.
         """
-        guide = None if request.grammar is None else self.grammars.guide(request.grammar)
+        guide = None if request.grammar is None else request.grammar.guide()
         chooser = TokenChooser(request, self.grammars.size, self._device, guide)
         # Not the request's id alone: an earlier attempt may still be leaving the batch.
         sequence = SequenceInBatch(f"{request.id}/{uuid.uuid4().hex[:8]}", request.end_tokens, chooser)
@@ -140,7 +140,7 @@ class Batch:
 
     def deliver(self, outputs: Sequence[Any]) -> None:
         """Hand the outputs of one step to the event loop; called by the generation thread."""
-        steps: list[tuple[SequenceInBatch, Step | EngineFault]] = []
+        steps: list[tuple[SequenceInBatch, Step | Fault]] = []
         for output in outputs:
             sequence = self._sequences.get(output.request_id)
             if sequence is None:
@@ -151,12 +151,12 @@ class Batch:
             fault = sequence.chooser.fault or self._accept(sequence, tokens, ended)
             if output.error is not None:
                 # The library tells an error's text alone, which may be empty.
-                fault = output.error or "the forward pass failed"
+                fault = EngineFault(output.error or "the forward pass failed")
             if ended:
                 self._sequences.pop(sequence.id, None)
             elif fault is not None:
                 self.cancel(sequence.id)
-            steps.append((sequence, _step(sequence, tokens, ended) if fault is None else EngineFault(fault)))
+            steps.append((sequence, _step(sequence, tokens, ended) if fault is None else fault))
         if not steps:
             return
         try:
@@ -165,14 +165,14 @@ class Batch:
             _log.warning("the event loop is closed: dropping the tokens of %d sequences", len(steps))
 
     @staticmethod
-    def _accept(sequence: SequenceInBatch, tokens: Sequence[int], ended: bool) -> str | None:
+    def _accept(sequence: SequenceInBatch, tokens: Sequence[int], ended: bool) -> Fault | None:
         if ended:
             return None
         try:
             for token in tokens:
                 sequence.chooser.accept(token)
         except Exception as exc:  # one sequence's trouble must not end the thread that all share
-            return reason_of(exc)
+            return as_fault(exc)
         return None
 
     def _watch_prefixes(self, cache: Any) -> None:
@@ -197,7 +197,7 @@ def _step(sequence: SequenceInBatch, tokens: tuple[int, ...], ended: bool) -> St
     return Step(tokens, (logprob,) if tokens and logprob is not None else (), finish, sequence.cached_tokens)
 
 
-def _dispatch(steps: Sequence[tuple[SequenceInBatch, Step | EngineFault]]) -> None:
+def _dispatch(steps: Sequence[tuple[SequenceInBatch, Step | Fault]]) -> None:
     for sequence, step in steps:
         sequence.steps.put_nowait(step)
 

@@ -66,7 +66,7 @@ class TransformersEngine:
             str(loaded.device),
             loaded.end_tokens,
             recommended_sampling(settings.default_model, folder),
-            grammars.fault,
+            grammars.compile,
         )
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
@@ -79,7 +79,7 @@ class TransformersEngine:
             finish = None
             while finish is None:
                 step = await sequence.steps.get()
-                if isinstance(step, EngineFault):
+                if isinstance(step, Exception):
                     raise step
                 finish = step.finish
                 yield step

@@ -2,16 +2,34 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import llguidance.hf
 import numpy as np
 import torch
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
-from forebay_inference.engine.protocol import EngineFault
+from forebay_contracts.wire.errors import InvalidRequest
+from forebay_inference.engine.protocol import EngineFault, Fault, GrammarError
+from forebay_inference.engine.threads import on_deep_stack
 
-_REASON = re.compile(r"failed to compile JSON schema: (.*?)(?:\n +\d+ \| .*)?\Z", re.DOTALL)
+_SCHEMA_REASON = re.compile(r"failed to compile JSON schema: (.*?)(?:\n +\d+ \| .*)?\Z", re.DOTALL)
+_MAX_REASON: Final = 200
+_TOO_LARGE: Final = "it is too large, or its patterns are too complex"
+# 2,500 optional properties make a row of 10,000 items, which takes a tenth of a second in a step of the batch.
+_LIMITS: Final = LLParserLimits(max_items_in_row=10_000, step_max_items=100_000, verbose_errors=False)
+# What the library says in its own terms, and what it means for a schema.
+_IN_OTHER_WORDS: Final = (
+    ("recursion limit", "it is nested too deeply"),
+    ("number out of range", "it has a number that is out of range"),
+    ("oneOf constraints", "the alternatives of oneOf may overlap; use anyOf"),
+    ("if regex is empty", "its patterns and lengths are too complex together"),
+    ("does not fetch", "it refers to another document, which is not fetched"),
+    ("NoExtension", "no answer can satisfy it"),
+    ("ff_tokens", "what it prescribes has no end or is too long"),
+    # Whatever else is found without a place in the schema is a limit that the grammar has reached.
+)
 
 
 class Guide:
@@ -22,10 +40,14 @@ class Guide:
         self._vocabulary = vocabulary
 
     def mask(self, scores: torch.Tensor) -> None:
-        """Forbid in `scores`, shape [vocabulary], every token that the grammar does not allow next, in place."""
+        """Forbid in `scores`, shape [vocabulary], every token that the grammar does not allow next, in place.
+
+        Raises:
+            InvalidRequest: the grammar has become too large on the way, as it would in each further attempt.
+        """
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            raise EngineFault("the grammar of the answer failed")  # what it says quotes schema and answer
+            raise self._fault()
         allowed = torch.from_numpy(np.unpackbits(packed, count=self._vocabulary, bitorder="little"))
         scores.masked_fill_(allowed.to(scores.device) == 0, -torch.inf)
 
@@ -34,26 +56,65 @@ class Guide:
 
         Raises:
             EngineFault: the grammar does not allow them.
+            InvalidRequest: as `mask`.
         """
         if tokens and not self._matcher.consume_tokens(list(tokens)):
-            raise EngineFault("the tokens leave the grammar of the answer")
+            raise self._fault()
+
+    def _fault(self) -> Fault:
+        # What the matcher says quotes schema and answer.
+        if "doesn't satisfy the grammar" in self._matcher.get_error():
+            return EngineFault("the tokens leave the grammar of the answer")
+        return InvalidRequest(f"The schema cannot be enforced up to the end of this answer: {_TOO_LARGE}.")
+
+
+class Grammar:
+    """A grammar that is ready for the sequences of one request.
+
+    They share what is computed of it, and the library's limits on that. So no other request may.
+    """
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+
+    def guide(self) -> Guide:
+        """A guide at the beginning."""
+        return Guide(self._matcher.deep_copy(), self._vocabulary)
 
 
 class Grammars:
-    """Makes guides for one model's vocabulary of `size` tokens. Thread-safe once built."""
+    """Compiles grammars for one model's vocabulary of `size` tokens. Thread-safe once built."""
 
     def __init__(self, tokenizer: Any, size: int, end_tokens: frozenset[int]) -> None:
         self.size = size
         self.vocabulary = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(end_tokens) or None)
 
-    def guide(self, grammar: str) -> Guide:
-        """A guide at the beginning of `grammar`, written in llguidance's dialect of Lark."""
-        return Guide(LLMatcher(self.vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0), self.size)
+    def compile(self, text: str) -> Grammar:
+        """The grammar written in `text`, in llguidance's dialect of Lark. It may take three seconds, without the GIL.
 
-    def fault(self, grammar: str) -> str | None:
-        """Why `grammar` cannot be enforced, in a line; None where it can."""
-        error: str = LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar), self.vocabulary)
-        if not error or error.startswith("WARNING"):
-            return None
-        found = _REASON.search(error)
-        return (error if found is None else found[1]).strip().splitlines()[-1]
+        Raises:
+            GrammarError: it cannot be enforced.
+        """
+        # References of references took more than the usual 8 MB, which ended the process.
+        return on_deep_stack(partial(self._compile, text))
+
+    def _compile(self, text: str) -> Grammar:
+        matcher = LLMatcher(self.vocabulary, LLMatcher.grammar_from_lark(text), log_level=0, limits=_LIMITS)
+        # Some limits are reached only where the first token is to be chosen, some only behind what an answer must
+        # begin with.
+        first = matcher.deep_copy()
+        first.compute_bitmask()
+        first.try_consume_tokens(self.vocabulary.tokenize_bytes(first.compute_ff_bytes()))
+        first.compute_bitmask()
+        if first.is_error():
+            raise GrammarError(_reason(first.get_error()))
+        return Grammar(matcher, self.size)
+
+
+def _reason(error: str) -> str:
+    for words, meaning in _IN_OTHER_WORDS:
+        if words in error:
+            return meaning
+    found = _SCHEMA_REASON.search(error)
+    return _TOO_LARGE if found is None else found[1].strip().splitlines()[-1].removeprefix("error: ")[:_MAX_REASON]

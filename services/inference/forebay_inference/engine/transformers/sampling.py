@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from forebay_inference.engine.protocol import TokenLogprob, TokenRequest, reason_of
+from forebay_inference.engine.protocol import Fault, TokenLogprob, TokenRequest, as_fault
 from forebay_inference.engine.transformers.guided import Guide
 
 _TEMPERATURE_FLOOR = 1e-5
@@ -29,7 +29,7 @@ class TokenChooser:
         self.greedy = sampling.temperature < _TEMPERATURE_FLOOR
         self.position = len(request.generated)
         self.logprob: TokenLogprob | None = None
-        self.fault: str | None = None
+        self.fault: Fault | None = None
         self._seed = request.seed
         self._guide = guide
         self._counts: torch.Tensor | None = None
@@ -122,7 +122,7 @@ def choose(rows: Sequence[tuple[int, TokenChooser]], scores: torch.Tensor) -> No
             try:
                 chooser.adjust(scores[row])
             except Exception as exc:  # one sequence's trouble must not end the thread that all share
-                chooser.fault = reason_of(exc)
+                chooser.fault = as_fault(exc)
     sampled = [(row, chooser) for row, chooser in busy if not chooser.greedy]
     if sampled:
         for row, chooser in sampled:
