@@ -175,3 +175,22 @@ async def test_two_hundred_at_once_are_exact(stack: Stack) -> None:
     client = stack.openai()
     answers = await asyncio.gather(*(client.responses.create(model=MODEL, input="[[tokens=20]]") for _ in range(50)))
     assert {answer.output_text for answer in answers} == {WORDS}
+
+
+async def test_after_its_ttl_nothing_is_left(nats_server: NatsServer) -> None:
+    settings = {"response_ttl": 3, "background_timeout": 3, "request_timeout": 3, "request_state_ttl": 3}
+    async with running(nats_server, **settings) as stack:
+        client = stack.openai()
+        made = await client.responses.create(model=MODEL, input="[[tokens=5]]")
+        chat = await client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "[[tokens=5]]"}], store=True
+        )
+        assert (await client.responses.retrieve(made.id)).status == "completed"
+        assert await client.chat.completions.retrieve(chat.id)
+        left = ("INFERENCE", "INFERENCE_ANSWERS", "KV_inference-responses", "KV_inference-requests")
+        async with asyncio.timeout(20):
+            while any([(await stack.connection.jetstream.stream_info(name)).state.messages for name in left]):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)  # the server tells nobody that something has expired
+        for gone in (client.responses.retrieve(made.id), client.chat.completions.retrieve(chat.id)):
+            with pytest.raises(openai.NotFoundError):
+                await gone

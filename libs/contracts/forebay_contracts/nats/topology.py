@@ -115,7 +115,7 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
             discard=DiscardPolicy.NEW,
             max_age=settings.response_ttl,
             max_bytes=answer_bytes,
-            duplicate_window=ANSWER_DUPLICATE_WINDOW_S,
+            duplicate_window=min(settings.response_ttl, ANSWER_DUPLICATE_WINDOW_S),
             republish=RePublish(src=names.ANSWER_SUBJECTS, dest=names.ANSWERED_SUBJECTS),
             allow_direct=True,
             num_replicas=replicas,
