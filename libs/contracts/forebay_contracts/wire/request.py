@@ -59,7 +59,8 @@ class InferenceRequest(Message):
     Times are seconds since the epoch. A chat has `messages`; a completion has `prompts`, each text or token ids. The
     answer has `len(prompts) * n` choices (`n` for chat), numbered from 0, the choices of one prompt together. For an
     embedding, `prompts` are the inputs, and the choices are their vectors, cut to `dimensions` if that is set. `key` is
-    the name of the client's key, if the api has keys.
+    the name of the client's key, if the api has keys. With `return_prompt`, the deltas of each choice begin with the
+    tokens of its prompt; `prompt_logprobs` is how many alternatives to report for each of these, as `logprobs` is.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -76,6 +77,8 @@ class InferenceRequest(Message):
     n: int = 1
     best_of: int | None = None
     echo: bool = False
+    return_prompt: bool = False
+    prompt_logprobs: int | None = None
     sampling: Sampling = Field(default_factory=Sampling)
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: str | dict[str, Any] | None = None

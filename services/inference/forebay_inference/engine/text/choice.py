@@ -1,13 +1,13 @@
 """One choice of an answer: its tokens, its text, and when it is at its end."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
-from forebay_contracts.wire import frames
 from forebay_inference.engine.events import Finished, Tokens
-from forebay_inference.engine.protocol import Step, TokenLogprob
-from forebay_inference.engine.text.detokenizer import REPLACEMENT, Decoder, Detokenizer, StopStrings
+from forebay_inference.engine.protocol import Step
+from forebay_inference.engine.text.detokenizer import Context, Decoder, Detokenizer, StopStrings
 from forebay_inference.engine.text.harmony import HarmonyParser
+from forebay_inference.engine.text.logprobs import with_text
 from forebay_inference.engine.text.reasoning import AnswerParser, Part, Reasoning, ThinkingParser
 
 _THINKING: Final = (ThinkingParser, HarmonyParser)
@@ -17,9 +17,9 @@ class Choice:
     """Follows one sequence.
 
     `bytes_of` gives the bytes of a token. `limit` is the most tokens that it may have; `finish_reason` is None
-    until its end. `echo` goes before the text of the first token. Stop strings are looked for in what is shown as
-    content: neither the calls and the reasoning that `parser` finds nor what stands around them match one.
-    `reasoning_tokens` counts the tokens of the reasoning, its tags included.
+    until its end. `echo` goes before the text of the first token, and the text goes on after `context`.
+    Stop strings are looked for in what is shown as content: neither the calls and the reasoning that `parser` finds nor
+    what stands around them match one. `reasoning_tokens` counts the tokens of the reasoning, its tags included.
     """
 
     def __init__(
@@ -33,16 +33,18 @@ class Choice:
         stops: Sequence[str] = (),
         parser: AnswerParser | None = None,
         echo: str = "",
+        context: Context | None = None,
     ) -> None:
         self.index = index
         self.limit = limit
         self.tokens: list[int] = []
         self.finish_reason: str | None = "length" if limit == 0 else None
         self.cached_tokens = 0
-        self._decode = decoder.decode
+        self._decoder = decoder
         self._bytes_of = bytes_of
         self._end_tokens = end_tokens
-        self._detokenizer = Detokenizer(decoder)
+        self._detokenizer = Detokenizer(decoder, context)
+        self._begins = context is None
         self._stops = StopStrings(stops)
         self._parser = parser
         self._echo = echo
@@ -80,9 +82,13 @@ class Choice:
             self.finish_reason = "tool_calls"
         if not (tokens or shown.text or shown.reasoning or shown.tool_calls):
             return None
-        # An end token is no part of the answer's content.
-        content = (one for one in logprobs[: len(shown.token_ids)] if one.token not in self._end_tokens)
-        shown.logprobs = tuple(map(self._logprob, content))
+        begins = self._begins and len(self.tokens) == len(shown.token_ids)
+        shown.logprobs = tuple(
+            with_text(one, self._decoder, self._bytes_of, first=begins and place == 0)
+            for place, one in enumerate(logprobs[: len(shown.token_ids)])
+            # An end token is no part of the answer's content.
+            if one.token not in self._end_tokens
+        )
         return shown
 
     def _push(self, token: int, shown: Tokens) -> None:
@@ -127,12 +133,3 @@ class Choice:
                 shown.text += self._stops.push(part)
             else:
                 shown.tool_calls += (part,)
-
-    def _logprob(self, chosen: TokenLogprob) -> frames.TokenLogprob:
-        top = tuple(frames.TopLogprob(logprob=value, **self._token(token)) for token, value in chosen.top)
-        return frames.TokenLogprob(logprob=chosen.logprob, top=top, **self._token(chosen.token))
-
-    def _token(self, token: int) -> dict[str, Any]:
-        text = self._decode([token])
-        raw = tuple(self._bytes_of(token)) if REPLACEMENT in text else None
-        return {"token": token, "text": text, "raw": raw}
