@@ -28,9 +28,10 @@ RECOMMENDABLE: Final = ("temperature", "top_p", "top_k", "repetition_penalty")
 class Sampling(Message):
     """How tokens are chosen. Names and ranges are OpenAI's, with the usual extensions.
 
-    `max_tokens` None means up to the model's context length. `stop` holds at most four strings. `logprobs` is how many
+    `max_tokens` None means up to the model's context length. `stop` holds at most 16 strings. `logprobs` is how many
     alternatives to report for each token (0: only the chosen one, None: no log probabilities). `unset` names those of
-    RECOMMENDABLE that the client did not give: the model's recommendation applies to them.
+    RECOMMENDABLE that the client did not give: the model's recommendation applies to them. Of the first `min_tokens`
+    tokens none ends the answer.
     """
 
     max_tokens: int | None = None
@@ -44,6 +45,8 @@ class Sampling(Message):
     logit_bias: dict[int, float] = Field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
     unset: tuple[str, ...] = ()

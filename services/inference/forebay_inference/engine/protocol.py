@@ -73,9 +73,9 @@ class Capabilities:
 
     `resumes`: how the engine goes on after tokens that were generated elsewhere. `exact`: as it would have done
     itself, but for rounding at near ties. `greedy`: so at temperature 0, and with other draws elsewhere. `no`: it
-    cannot. `grammars` are those of llguidance in its Lark dialect: each answer follows its grammar (`enforced`), none
-    needs to (`ignored`, for tests alone), or a request with one is refused (`no`). With `prompt_logprobs`, it is a
-    Scorer.
+    cannot. `grammars` are those of llguidance, in its Lark dialect or GBNF: each answer follows its grammar
+    (`enforced`), none needs to (`ignored`, for tests alone), or a request with one is refused (`no`). With
+    `prompt_logprobs`, it is a Scorer.
     """
 
     resumes: Literal["exact", "greedy", "no"]
@@ -90,7 +90,8 @@ class TokenRequest(NamedTuple):
     Of `sampling`, the text layer obeys `max_tokens`, `seed`, `stop`, `ignore_eos` and `unset`, and the engine the rest.
     The engine draws random numbers from `seed`. The tokens follow `grammar`, made by `LoadedModel.compile`, where there
     is one. `generated` are the tokens after `prompt` that an earlier attempt generated: they count for penalties,
-    grammar and draws, and not for `max_new_tokens`. A token of `end_tokens` ends the sequence. `id` is for logs.
+    grammar and draws, and not for `max_new_tokens`. A token of `end_tokens` ends the sequence, but is not among the
+    first `min_tokens` of `sampling`. `id` is for logs.
     """
 
     id: str

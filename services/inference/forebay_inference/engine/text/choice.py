@@ -19,7 +19,8 @@ class Choice:
     `bytes_of` gives the bytes of a token. `limit` is the most tokens that it may have; `finish_reason` is None
     until its end. `echo` goes before the text of the first token, and the text goes on after `context`.
     Stop strings are looked for in what is shown as content: neither the calls and the reasoning that `parser` finds nor
-    what stands around them match one. `reasoning_tokens` counts the tokens of the reasoning, its tags included.
+    what stands around them match one, nor does the text of the first `min_tokens` tokens. `reasoning_tokens` counts the
+    tokens of the reasoning, its tags included.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Choice:
         limit: int,
         *,
         stops: Sequence[str] = (),
+        min_tokens: int = 0,
         parser: AnswerParser | None = None,
         echo: str = "",
         context: Context | None = None,
@@ -46,6 +48,7 @@ class Choice:
         self._detokenizer = Detokenizer(decoder, context)
         self._begins = context is None
         self._stops = StopStrings(stops)
+        self._min_tokens = min_tokens
         self._parser = parser
         self._echo = echo
         self._thinking = parser if isinstance(parser, _THINKING) else None
@@ -119,9 +122,12 @@ class Choice:
     def _show(self, text: str, shown: Tokens) -> None:
         """Add to `shown` what may be shown now that `text` has come."""
         if self._parser is None:
-            shown.text += self._stops.push(text)
+            shown.text += self._content(text)
         else:
             self._show_parts(self._parser.push(text), shown)
+
+    def _content(self, text: str) -> str:
+        return text if len(self.tokens) <= self._min_tokens else self._stops.push(text)
 
     def _show_parts(self, parts: Iterable[Part], shown: Tokens) -> None:
         for part in parts:
@@ -130,6 +136,6 @@ class Choice:
             if isinstance(part, Reasoning):
                 shown.reasoning += part
             elif isinstance(part, str):
-                shown.text += self._stops.push(part)
+                shown.text += self._content(part)
             else:
                 shown.tool_calls += (part,)

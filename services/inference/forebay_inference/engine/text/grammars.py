@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import GrammarError
+from forebay_inference.engine.text.constraints import constrained, is_constraint
 from forebay_inference.engine.text.schemas import enforceable
 from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse
 
@@ -62,6 +63,8 @@ def grammar_of(
     Raises:
         InvalidRequest: a schema cannot be met, or the engine cannot enforce it.
     """
+    if is_constraint(response_format):
+        return constrained(response_format or {}, use, fault_of)
     required = use is not None and use.required
     schema = _response_schema(response_format)
     if schema is None and not required:

@@ -235,6 +235,7 @@ class _Serving:
             prepared.end_tokens,
             prompt.limit,
             stops=request.sampling.stop,
+            min_tokens=request.sampling.min_tokens,
             parser=parser,
             echo="" if request.return_prompt else prompt.echo,
             context=prompt.context,

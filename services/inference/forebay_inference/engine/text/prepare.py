@@ -76,7 +76,7 @@ def prepare(
     end_tokens = frozenset[int]()
     if grammar is not None or not request.sampling.ignore_eos:
         end_tokens = loaded.end_tokens | (reasoning.end_tokens if isinstance(reasoning, Harmony) else end_tokens)
-    return Prepared(prompts, use, grammar, end_tokens, opened)
+    return Prepared(prompts, use, grammar, end_tokens.union(request.sampling.stop_token_ids), opened)
 
 
 def _grammar(
@@ -120,6 +120,7 @@ def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, 
     if sampling.logprobs is not None and not can.logprobs:
         raise InvalidRequest("This model's engine reports no log probabilities.", param="logprobs")
     require_known(sampling.logit_bias, tokenizer.vocabulary_size, "logit_bias")
+    require_known(sampling.stop_token_ids, tokenizer.vocabulary_size, "stop_token_ids")
 
 
 def _prompt(request: InferenceRequest, index: int, tokens: list[int], context_length: int, decoder: Decoder) -> Prompt:
