@@ -96,6 +96,8 @@ class NamedToolChoice(StrictModel):
     function: NamedFunction
 
 
+_TEMPLATE = frozenset({"reasoning_effort", "add_generation_prompt", "continue_final_message"})
+
 Limit = Annotated[Annotated[Int, Field(ge=1)] | None, BeforeValidator(unlimited)]
 
 
@@ -145,6 +147,8 @@ class ChatCompletionBody(GenerationBody):
 
     def _template_kwargs(self) -> dict[str, Any]:
         """The variables of the chat template."""
+        if not self.model_fields_set & _TEMPLATE:
+            return self.chat_template_kwargs
         given: dict[str, Any] = {}
         if self.reasoning_effort is not None:
             given["reasoning_effort"] = self.reasoning_effort

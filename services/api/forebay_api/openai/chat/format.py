@@ -25,7 +25,7 @@ class ChatFormat(StreamFormat):
 
     def chunk(self, delta: Delta) -> bytes:
         """Reasoning, content, or pieces of tool calls."""
-        told = self._told(delta)
+        told = self._told(delta) if self._request.return_prompt else {}
         if delta.prompt or not (delta.text or delta.reasoning or delta.tool_calls or delta.logprobs or told):
             return b""
         fields: dict[str, Any] = {}
@@ -35,13 +35,15 @@ class ChatFormat(StreamFormat):
             fields["content"] = delta.text
         if delta.tool_calls:
             fields["tool_calls"] = delta.tool_calls
-        return self._event([_chunk(delta.index, fields, logprobs=_logprobs(delta.logprobs)) | told])
+        choice = _chunk(delta.index, fields, logprobs=_logprobs(delta.logprobs))
+        return self._event([choice | told if told else choice])
 
     def _last_chunk(self, choice: FinishedChoice) -> dict[str, Any]:
         return _chunk(choice.index, {}, finish_reason=choice.finish_reason)
 
     def _whole_choice(self, choice: FinishedChoice, deltas: list[Delta]) -> dict[str, Any]:
-        deltas = [delta for delta in deltas if not delta.prompt]
+        if self._request.return_prompt:
+            deltas = [delta for delta in deltas if not delta.prompt]
         text = "".join(delta.text for delta in deltas)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if reasoning := "".join(delta.reasoning for delta in deltas):

@@ -27,7 +27,7 @@ class CompletionFormat(StreamFormat):
 
     def chunk(self, delta: Delta) -> bytes:
         """Text; the prompt's, if it is echoed."""
-        told = self._told(delta)
+        told = self._told(delta) if self._request.return_prompt else {}
         shown = self._shown_logprobs([delta])
         if not (delta.text or shown or told):
             return b""
