@@ -102,6 +102,19 @@ async def test_many_are_scored_beside_a_stream(model: TextModel, direct: dict[st
             assert len(one.logprobs) == len(direct[text]) + 2
 
 
+async def test_an_end_token_after_the_prompt_has_its_own_logprob(
+    model: TextModel, direct: dict[str, list[tuple[float, int]]]
+) -> None:
+    """lm-eval leaves the last one out, as that of the one token that it asks for."""
+    end = (await answer(model, completion(TEXTS[0], max_tokens=1))).tokens
+    found = await answer(model, echo(TEXTS[0], max_tokens=1, stop_token_ids=tuple(end)))
+    assert (found.text, found.finish_reason) == (TEXTS[0], "stop")
+    assert [entry.token for entry in found.logprobs] == found.tokens
+    assert scored(found, direct[TEXTS[0]])
+    assert len(found.logprobs) == len(direct[TEXTS[0]]) + 2
+    assert not (await answer(model, chat(logprobs=1, stop_token_ids=tuple(range(256))))).logprobs
+
+
 @pytest.mark.parametrize("kept", [1, 128, 300, 541, 543])
 async def test_a_takeover_goes_on_within_the_prompt(model: TextModel, kept: int) -> None:
     request = echo(TEXTS[2], max_tokens=4)

@@ -20,7 +20,8 @@ class Choice:
     until its end. `echo` goes before the text of the first token, and the text goes on after `context`.
     Stop strings are looked for in what is shown as content: neither the calls and the reasoning that `parser` finds nor
     what stands around them match one, nor does the text of the first `min_tokens` tokens. `reasoning_tokens` counts the
-    tokens of the reasoning, its tags included.
+    tokens of the reasoning, its tags included. An end token is no part of a chat's content, and has no log probability
+    there; with `tells_end` it has one.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Choice:
         parser: AnswerParser | None = None,
         echo: str = "",
         context: Context | None = None,
+        tells_end: bool = False,
     ) -> None:
         self.index = index
         self.limit = limit
@@ -47,6 +49,7 @@ class Choice:
         self._end_tokens = end_tokens
         self._detokenizer = Detokenizer(decoder, context)
         self._begins = context is None
+        self._untold = frozenset[int]() if tells_end else end_tokens
         self._stops = StopStrings(stops)
         self._min_tokens = min_tokens
         self._parser = parser
@@ -89,8 +92,7 @@ class Choice:
         shown.logprobs = tuple(
             with_text(one, self._decoder, self._bytes_of, first=begins and place == 0)
             for place, one in enumerate(logprobs[: len(shown.token_ids)])
-            # An end token is no part of the answer's content.
-            if one.token not in self._end_tokens
+            if one.token not in self._untold
         )
         return shown
 

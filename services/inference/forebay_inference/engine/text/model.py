@@ -239,6 +239,7 @@ class _Serving:
             parser=parser,
             echo="" if request.return_prompt else prompt.echo,
             context=prompt.context,
+            tells_end=request.completion_type is CompletionType.COMPLETION,
         )
 
 
