@@ -19,7 +19,7 @@ from forebay_inference.engine.transformers.batch import Batch
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.loading import give_back_memory, load
 from forebay_inference.engine.transformers.memory import plan_cache
-from forebay_inference.engine.transformers.scoring import SCORED_TOKENS, Scored
+from forebay_inference.engine.transformers.scoring import SCORED_PART, Scored
 from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
 from forebay_inference.models.store import ensure_model, recommended_sampling
 
@@ -89,8 +89,8 @@ class TransformersEngine:
     async def score(self, id: str, prompt: Sequence[int], top: int) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
         """See `Scorer.score`."""
         batch = self._started()
-        for start in range(0, len(prompt) - 1, SCORED_TOKENS):
-            scored = Scored(start, prompt[start + 1 : start + 1 + SCORED_TOKENS], top)
+        for start in range(0, len(prompt) - 1, SCORED_PART):
+            scored = Scored(start, prompt[start + 1 : start + 1 + SCORED_PART], top)
             known = TokenRequest(id, prompt[: start + len(scored.targets)], 1, Sampling(temperature=0))
             async with batch.scoring.taken(len(scored.targets)):
                 sequence = batch.submit(known, scored)

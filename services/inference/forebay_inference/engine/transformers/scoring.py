@@ -10,8 +10,11 @@ import torch
 
 from forebay_inference.engine.protocol import TokenLogprob
 
-SCORED_TOKENS: Final = 256
+SCORED_TOKENS: Final = 512
 """Most tokens of prompts that are scored in one pass. It bounds the memory: as many scores of the whole vocabulary."""
+
+SCORED_PART: Final = SCORED_TOKENS // 2
+"""Tokens of one prompt that are scored together, so that the next part waits in the batch while one is computed."""
 
 _ROWS_AT_ONCE: Final = 32
 
