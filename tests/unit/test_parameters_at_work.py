@@ -192,6 +192,10 @@ async def test_an_answer_has_the_form_that_was_asked_for(model: TextModel, form:
         ({"type": "grammar", "grammar": "root ::= ("}, "Expected"),
         ({"type": "grammar", "grammar": "root ::= other"}, "other"),
         ({"type": "grammar", "grammar": "start: other"}, "other"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"type": "number", "minimum": 2, "maximum": 1}}},
+            "guided_x",
+        ),
     ],
 )
 async def test_a_form_that_cannot_be_enforced_is_refused(model: TextModel, form: dict[str, Any], reason: str) -> None:

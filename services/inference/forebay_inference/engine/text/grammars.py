@@ -69,8 +69,9 @@ def grammar_of(
     schema = _response_schema(response_format)
     if schema is None and not required:
         return None
-    fault_of = _enforced(fault_of, "tool_choice" if schema is None else "response_format")
-    answers = [] if schema is None else _parts(["response_format"], [schema], "response_format", closed)
+    asked = str((response_format or {}).get("param", "response_format"))
+    fault_of = _enforced(fault_of, "tool_choice" if schema is None else asked)
+    answers = [] if schema is None else _parts([asked], [schema], asked, closed)
     if use is None:
         return _checked(f"start: {answers[0].text}", answers, fault_of)
     functions = _functions(use, closed)
