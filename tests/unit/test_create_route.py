@@ -7,22 +7,15 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import Message, Scope
 
-from forebay_api.app import create_app
-from forebay_api.clients.keys import ApiKeys
-from forebay_api.context import Context
 from forebay_api.http import sse
 from forebay_api.routes import ENDPOINTS
-from forebay_api.watching.drain_rate import Rates
-from forebay_api.watching.served_models import Models
-from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.state import RequestStatus
+from support.api import app, post
 from support.twins import MODEL, Twins, twins
 
 CHAT = "/v1/chat/completions"
-NONE: Any = None
-"""Stands for what these routes do not use."""
 
 
 @pytest.fixture
@@ -31,41 +24,8 @@ async def system() -> AsyncIterator[Twins]:
         yield made
 
 
-async def nobody_else() -> dict[str, tuple[str, ...]]:
-    return {}
-
-
-def app(system: Twins) -> ASGIApp:
-    settings = ApiSettings(default_model=MODEL, request_timeout=30, _env_file=None)
-    return create_app(
-        Context(
-            settings=settings,
-            connection=NONE,
-            states=system.states,
-            dispatcher=system.dispatcher,
-            stored=NONE,
-            records=NONE,
-            responses=NONE,
-            idempotent=NONE,
-            workers=NONE,
-            models=Models(settings, list, nobody_else),
-            keys=ApiKeys(settings),
-            rates=Rates(),
-            numbers=NONE,
-            feed=NONE,
-            exposition=None,
-        )
-    )
-
-
 def body(orders: str, **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": [{"role": "user", "content": f"[[{orders}]]"}], **fields}
-
-
-async def post(system: Twins, path: str, fields: dict[str, Any], **headers: str) -> httpx.Response:
-    transport = httpx.ASGITransport(app(system))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
-        return await client.post(path, json=fields, headers=headers)
 
 
 class RawClient:

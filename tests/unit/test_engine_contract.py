@@ -4,14 +4,23 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.request import Sampling
-from forebay_inference.engine.protocol import Engine, EngineFault, GrammarError, LoadedModel, Step, TokenRequest
+from forebay_inference.engine.protocol import (
+    Engine,
+    EngineFault,
+    GrammarError,
+    LoadedModel,
+    Scorer,
+    Step,
+    TokenLogprob,
+    TokenRequest,
+)
 from forebay_inference.engine.simulated import SimulatedEngine
 from forebay_inference.engine.transformers import loading
 from forebay_inference.engine.transformers.engine import TransformersEngine
@@ -155,6 +164,32 @@ async def test_logprobs_are_of_the_chosen_and_the_best(subject: Subject) -> None
             assert entry.logprob <= 0
             assert len(entry.top) == 3
     assert all(not step.logprobs for step in await subject.steps(sampling=GREEDY))
+
+
+async def scores(subject: Subject, prompt: list[int], top: int = 2) -> list[TokenLogprob]:
+    assert subject.engine.capabilities.prompt_logprobs
+    parts = cast(Scorer, subject.engine).score("r", prompt, top)
+    return [entry async for part in parts for entry in part]
+
+
+async def test_a_prompt_s_tokens_are_scored(subject: Subject) -> None:
+    prompt = [*subject.loaded.tokenizer.encode(subject.prompt), *await subject.tokens(sampling=GREEDY)]
+    found = await scores(subject, prompt)
+    assert [entry.token for entry in found] == prompt[1:]
+    for entry in found:
+        assert entry.logprob is not None
+        assert entry.rank is not None
+        if entry.rank <= 2:
+            assert entry.top[entry.rank - 1] == (entry.token, pytest.approx(entry.logprob))
+    assert await scores(subject, prompt[:1]) == []
+
+
+async def test_scores_are_the_same_alone_and_among_others(subject: Subject) -> None:
+    prompt = subject.loaded.tokenizer.encode(subject.prompt)
+    alone = await scores(subject, prompt)
+    among = (await asyncio.gather(scores(subject, prompt), scores(subject, prompt), subject.tokens()))[0]
+    assert [entry.token for entry in among] == [entry.token for entry in alone]
+    assert [entry.logprob for entry in among] == pytest.approx([entry.logprob for entry in alone], abs=1e-4)
 
 
 async def test_a_grammar_is_followed_where_declared(subject: Subject) -> None:

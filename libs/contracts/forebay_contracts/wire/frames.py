@@ -16,14 +16,14 @@ from forebay_contracts.wire.state import RequestStatus, Usage
 
 
 class TopLogprob(Message):
-    """One alternative at one position.
+    """One alternative at one position. The first token of a prompt has no `logprob`.
 
     If the token is only a part of a character, `text` is a replacement character and `raw` holds the bytes.
     """
 
     token: int
     text: str
-    logprob: float
+    logprob: float | None
     raw: tuple[int, ...] | None = None
 
     @property
@@ -33,8 +33,9 @@ class TopLogprob(Message):
 
 
 class TokenLogprob(TopLogprob):
-    """The log probability of a chosen token, and the best alternatives, best first."""
+    """The log probability of a chosen token, and the best alternatives, best first. `rank` counts from 1."""
 
+    rank: int | None = None
     top: tuple[TopLogprob, ...] = ()
 
 
@@ -54,7 +55,8 @@ class Delta(FrameMessage):
 
     `offset` counts the tokens before these in this choice. `text` lags behind the tokens while a character or a
     possible stop string is incomplete, so it may be empty. It depends only on the tokens up to here, so a next attempt
-    that starts from these tokens continues the text exactly. The `reasoning` of a delta stands before its text.
+    that starts from these tokens continues the text exactly. The `reasoning` of a delta stands before its text. With
+    `prompt` set, the tokens are the prompt's: they come before the choice's own, if the request has `return_prompt`.
 
     An `embedding` is a whole choice: float32 values, little-endian, in base64. Its one token has no meaning. It makes
     the embedding a delta that is counted, dropped when repeated, and sent again when lost.
@@ -69,6 +71,7 @@ class Delta(FrameMessage):
     logprobs: tuple[TokenLogprob, ...] = ()
     tool_calls: tuple[dict[str, Any], ...] = ()
     embedding: str = ""
+    prompt: bool = False
 
 
 def encode_delta(attempt: int, index: int, offset: int, tokens: Sequence[int], text: str, reasoning: str = "") -> bytes:

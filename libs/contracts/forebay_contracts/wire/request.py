@@ -28,9 +28,10 @@ RECOMMENDABLE: Final = ("temperature", "top_p", "top_k", "repetition_penalty")
 class Sampling(Message):
     """How tokens are chosen. Names and ranges are OpenAI's, with the usual extensions.
 
-    `max_tokens` None means up to the model's context length. `stop` holds at most four strings. `logprobs` is how many
+    `max_tokens` None means up to the model's context length. `stop` holds at most 16 strings. `logprobs` is how many
     alternatives to report for each token (0: only the chosen one, None: no log probabilities). `unset` names those of
-    RECOMMENDABLE that the client did not give: the model's recommendation applies to them.
+    RECOMMENDABLE that the client did not give: the model's recommendation applies to them. Of the first `min_tokens`
+    tokens none ends the answer.
     """
 
     max_tokens: int | None = None
@@ -44,6 +45,8 @@ class Sampling(Message):
     logit_bias: dict[int, float] = Field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
     unset: tuple[str, ...] = ()
@@ -59,8 +62,9 @@ class InferenceRequest(Message):
     Times are seconds since the epoch. A chat has `messages`; a completion has `prompts`, each text or token ids. The
     answer has `len(prompts) * n` choices (`n` for chat), numbered from 0, the choices of one prompt together. For an
     embedding, `prompts` are the inputs, and the choices are their vectors, cut to `dimensions` if that is set. `key` is
-    the name of the client's key, if the api has keys. With `fit_max_tokens`, `max_tokens` beyond what the context has
-    left is cut to it, and not refused.
+    the name of the client's key, if the api has keys. With `return_prompt`, the deltas of each choice begin with the
+    tokens of its prompt; `prompt_logprobs` is how many alternatives to report for each of these, as `logprobs` is. With
+    `fit_max_tokens`, `max_tokens` beyond what the context has left is cut to it, and not refused.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -77,6 +81,8 @@ class InferenceRequest(Message):
     n: int = 1
     best_of: int | None = None
     echo: bool = False
+    return_prompt: bool = False
+    prompt_logprobs: int | None = None
     sampling: Sampling = Field(default_factory=Sampling)
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: str | dict[str, Any] | None = None

@@ -55,7 +55,8 @@ class Reply:
 
     @property
     def token_count(self) -> int:
-        """Tokens of all choices so far, those of earlier attempts included. Embeddings have none."""
+        """Tokens of all choices so far, those of earlier attempts and of returned prompts included. Embeddings have
+        none."""
         return 0 if self._request.completion_type is CompletionType.EMBEDDING else sum(self._lengths.values())
 
     async def resume(self) -> Resume:
@@ -85,8 +86,9 @@ class Reply:
             self._tails.append(self._delta(index, [tokens]))
             return
         self._lengths[index] = offset + len(tokens.token_ids)
-        if self._request.stream:
-            if tokens.logprobs or tokens.tool_calls:
+        # A prompt's tokens come together, and may not fit into one frame.
+        if self._request.stream or tokens.prompt:
+            if tokens.logprobs or tokens.tool_calls or tokens.prompt:
                 frame = self._delta(index, [tokens]).encode()
             else:
                 frame = encode_delta(self.attempt, index, offset, tokens.token_ids, tokens.text, tokens.reasoning)
@@ -186,4 +188,5 @@ class Reply:
             reasoning=one.reasoning,
             logprobs=one.logprobs,
             tool_calls=one.tool_calls,
+            prompt=one.prompt,
         )

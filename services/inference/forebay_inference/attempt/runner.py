@@ -231,7 +231,7 @@ class AttemptRunner:
             if not have.wanted:
                 return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome)
             resume = {choice.index: choice.tokens for choice in have.choices}
-        prompt_tokens = cached_tokens = reasoning_tokens = 0
+        prompt_tokens = returned = cached_tokens = reasoning_tokens = 0
         finished: dict[int, Finished] = {}
         measured.generating()
         try:
@@ -239,7 +239,8 @@ class AttemptRunner:
                 async for event in events:
                     match event:
                         case Tokens():
-                            measured.tokens(event, resumed=any(resume.values()))
+                            if not event.prompt:
+                                measured.tokens(event, resumed=any(resume.values()))
                             await reply.send(event)
                         case Vector():
                             await reply.send_vector(event)
@@ -248,13 +249,13 @@ class AttemptRunner:
                             cached_tokens += event.cached_tokens
                             reasoning_tokens += event.reasoning_tokens
                         case Accepted():
-                            prompt_tokens = event.prompt_tokens
+                            prompt_tokens, returned = event.prompt_tokens, event.returned
                             measured.accepted(prompt_tokens)
                             if attempt.number == 1:
                                 await reply.announce()
             usage = Usage(
                 prompt_tokens=prompt_tokens,
-                completion_tokens=reply.token_count,
+                completion_tokens=reply.token_count - returned,
                 cached_tokens=cached_tokens,
                 reasoning_tokens=reasoning_tokens,
             )

@@ -73,13 +73,15 @@ class Capabilities:
 
     `resumes`: how the engine goes on after tokens that were generated elsewhere. `exact`: as it would have done
     itself, but for rounding at near ties. `greedy`: so at temperature 0, and with other draws elsewhere. `no`: it
-    cannot. `grammars` are those of llguidance in its Lark dialect: each answer follows its grammar (`enforced`), none
-    needs to (`ignored`, for tests alone), or a request with one is refused (`no`).
+    cannot. `grammars` are those of llguidance, in its Lark dialect or GBNF: each answer follows its grammar
+    (`enforced`), none needs to (`ignored`, for tests alone), or a request with one is refused (`no`). With
+    `prompt_logprobs`, it is a Scorer.
     """
 
     resumes: Literal["exact", "greedy", "no"]
     grammars: Literal["enforced", "ignored", "no"]
     logprobs: bool
+    prompt_logprobs: bool = False
 
 
 class TokenRequest(NamedTuple):
@@ -88,7 +90,8 @@ class TokenRequest(NamedTuple):
     Of `sampling`, the text layer obeys `max_tokens`, `seed`, `stop`, `ignore_eos` and `unset`, and the engine the rest.
     The engine draws random numbers from `seed`. The tokens follow `grammar`, made by `LoadedModel.compile`, where there
     is one. `generated` are the tokens after `prompt` that an earlier attempt generated: they count for penalties,
-    grammar and draws, and not for `max_new_tokens`. A token of `end_tokens` ends the sequence. `id` is for logs.
+    grammar and draws, and not for `max_new_tokens`. A token of `end_tokens` ends the sequence, but is not among the
+    first `min_tokens` of `sampling`. `id` is for logs.
     """
 
     id: str
@@ -104,12 +107,14 @@ class TokenRequest(NamedTuple):
 class TokenLogprob(NamedTuple):
     """The log probability of a chosen token, and the best alternatives as (token, log probability), best first.
 
-    They are the model's own, before penalties, temperature and grammar.
+    They are the model's own, before penalties, temperature and grammar. The first token of a prompt has none. `rank`,
+    from 1, is told for tokens of a prompt.
     """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 class Step(NamedTuple):
@@ -190,6 +195,14 @@ class Engine(Runtime, Protocol):
         Raises:
             InvalidRequest: the grammar cannot be enforced any further, at any point.
         """
+
+
+class Scorer(Protocol):
+    """Tells how likely the tokens of a prompt are. An engine with the capability `prompt_logprobs` is one."""
+
+    def score(self, id: str, prompt: Sequence[int], top: int) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
+        """For each token of `prompt` but the first, in order and in parts: its log probability after those before it,
+        with the `top` best alternatives. Closing the generator stops within one step. `id` is for logs."""
 
 
 @runtime_checkable

@@ -122,7 +122,7 @@ class SimulatedEngine:
     alone, a unit vector.
     """
 
-    capabilities = Capabilities(resumes="exact", grammars="ignored", logprobs=True)
+    capabilities = Capabilities(resumes="exact", grammars="ignored", logprobs=True, prompt_logprobs=True)
 
     def __init__(self) -> None:
         self._tokenizer = SimulatedTokenizer()
@@ -159,6 +159,12 @@ class SimulatedEngine:
             yield Step((), finish="stop" if len(answer) <= first + request.max_new_tokens else "length")
         finally:
             self._running -= 1
+
+    async def score(self, id: str, prompt: Sequence[int], top: int) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
+        """A function of the tokens and their places."""
+        for place, token in enumerate(prompt[1:], 1):
+            await asyncio.sleep(0)
+            yield (_logprobs("", place, token, top)[0]._replace(rank=1),)
 
     async def embed(
         self, inputs: Mapping[int, Sequence[int]], dimensions: int | None

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Self
 import orjson
 from pydantic import Field, model_validator
 
-from forebay_api.openai.body import MAX_STOP_STRINGS, Bool, Finite, Int, Many, Misfit, OpenModel, RequestBody
+from forebay_api.openai.body import Bool, Finite, Int, Many, Misfit, OpenModel, RequestBody
+from forebay_api.openai.generation import MAX_STOP_STRINGS
 from forebay_contracts.wire.request import RECOMMENDABLE, InferenceRequest, Sampling
 
 BLOCKS_JOINED_BY = "\n"

@@ -5,9 +5,10 @@ Source: https://platform.openai.com/docs/api-reference/chat/create.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from forebay_api.openai.body import Bool, GenerationBody, Int, Many, Misfit, OpenModel, StrictModel
+from forebay_api.openai.body import Bool, Int, Many, Misfit, OpenModel, StrictModel
+from forebay_api.openai.generation import GenerationBody, unlimited
 from forebay_contracts.wire.request import InferenceRequest
 
 MAX_TOP_LOGPROBS = 20
@@ -95,43 +96,30 @@ class NamedToolChoice(StrictModel):
     function: NamedFunction
 
 
-class JsonSchema(OpenModel):
-    """A named JSON schema that the answer must satisfy."""
+_TEMPLATE = frozenset({"reasoning_effort", "add_generation_prompt", "continue_final_message"})
 
-    name: str
-    description: str | None = None
-    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
-    strict: Bool | None = None
-
-
-class ResponseFormat(StrictModel):
-    """What the answer must look like."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise Misfit("json_schema", "json_schema is needed with type json_schema, and only there")
-        return self
+Limit = Annotated[Annotated[Int, Field(ge=1)] | None, BeforeValidator(unlimited)]
 
 
 class ChatCompletionBody(GenerationBody):
     """Answer a conversation."""
 
     messages: Annotated[Many[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[Int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_tokens: Limit = None
+    max_completion_tokens: Limit = None
     logprobs: Bool = False
     top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Many[Tool] = ()
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: Bool = True
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: Bool | None = None
+    continue_final_message: Bool = False
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     modalities: Many[Literal["text"]] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    echo: Literal[False] = False
+    add_special_tokens: Literal[False] = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -139,6 +127,9 @@ class ChatCompletionBody(GenerationBody):
             raise Misfit(
                 "max_tokens", "max_tokens and max_completion_tokens are two names of one limit: send one of them"
             )
+        if self.continue_final_message and self.add_generation_prompt:
+            what = "continue_final_message and add_generation_prompt exclude each other"
+            raise Misfit("continue_final_message", what)
         if self.top_logprobs is not None and not self.logprobs:
             raise Misfit("top_logprobs", "top_logprobs is only allowed when logprobs is true")
         if self.tool_choice not in (None, "none") and not self.tools:
@@ -149,26 +140,38 @@ class ChatCompletionBody(GenerationBody):
                 raise Misfit("tool_choice", f"the function {wanted!r} is not among the tools")
         return self
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The limit of the answer's tokens."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        """The variables of the chat template."""
+        if not self.model_fields_set & _TEMPLATE:
+            return self.chat_template_kwargs
+        given: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            given["reasoning_effort"] = self.reasoning_effort
+        if self.add_generation_prompt is not None:
+            given["add_generation_prompt"] = self.add_generation_prompt
+        if self.continue_final_message:
+            given |= {"add_generation_prompt": False, "continue_final_message": True}
+        return given | self.chat_template_kwargs
+
     def request(self, **origin: Any) -> InferenceRequest:
         """The request as it goes into the queue."""
-        choice, wanted = self.tool_choice, self.response_format
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        choice = self.tool_choice
         return InferenceRequest(
             **origin,
             stream=self.stream,
             messages=tuple(message.plain() for message in self.messages),
             n=self.n,
-            sampling=self.sampling(
-                max_tokens=self.max_completion_tokens or self.max_tokens,
-                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            ),
+            return_prompt=self.return_prompt,
+            prompt_logprobs=self.prompt_logprobs,
+            sampling=self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs else None),
             tools=tuple(tool.model_dump(mode="json", exclude_none=True) for tool in self.tools),
             tool_choice=choice.model_dump() if isinstance(choice, NamedToolChoice) else choice,
             parallel_tool_calls=self.parallel_tool_calls,
-            response_format=(
-                wanted.model_dump(mode="json", by_alias=True, exclude_none=True)
-                if wanted is not None and wanted.type != "text"
-                else None
-            ),
-            chat_template_kwargs=effort | self.chat_template_kwargs,
+            response_format=self.form(),
+            chat_template_kwargs=self._template_kwargs(),
         )

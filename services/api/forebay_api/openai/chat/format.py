@@ -16,6 +16,7 @@ class ChatFormat(StreamFormat):
     _prefix = "chatcmpl"
     _whole_object = "chat.completion"
     _chunk_object = "chat.completion.chunk"
+    _prompt_in_choice = False
 
     def opening(self) -> bytes:
         """One role delta for each choice."""
@@ -24,7 +25,8 @@ class ChatFormat(StreamFormat):
 
     def chunk(self, delta: Delta) -> bytes:
         """Reasoning, content, or pieces of tool calls."""
-        if not (delta.text or delta.reasoning or delta.tool_calls or delta.logprobs):
+        told = self._told(delta) if self._request.return_prompt else {}
+        if delta.prompt or not (delta.text or delta.reasoning or delta.tool_calls or delta.logprobs or told):
             return b""
         fields: dict[str, Any] = {}
         if delta.reasoning:
@@ -33,12 +35,15 @@ class ChatFormat(StreamFormat):
             fields["content"] = delta.text
         if delta.tool_calls:
             fields["tool_calls"] = delta.tool_calls
-        return self._event([_chunk(delta.index, fields, logprobs=_logprobs(delta.logprobs))])
+        choice = _chunk(delta.index, fields, logprobs=_logprobs(delta.logprobs))
+        return self._event([choice | told if told else choice])
 
     def _last_chunk(self, choice: FinishedChoice) -> dict[str, Any]:
         return _chunk(choice.index, {}, finish_reason=choice.finish_reason)
 
     def _whole_choice(self, choice: FinishedChoice, deltas: list[Delta]) -> dict[str, Any]:
+        if self._request.return_prompt:
+            deltas = [delta for delta in deltas if not delta.prompt]
         text = "".join(delta.text for delta in deltas)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if reasoning := "".join(delta.reasoning for delta in deltas):

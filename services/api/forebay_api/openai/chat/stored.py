@@ -48,6 +48,7 @@ class ChatRecord(Message):
     model: str
     messages: tuple[dict[str, Any], ...]
     logprobs: int | None
+    return_prompt: bool = False
     metadata: dict[str, str] = Field(default_factory=dict)
 
     def origin(self) -> InferenceRequest:
@@ -61,6 +62,7 @@ class ChatRecord(Message):
             reply_to=names.answer_subject(self.request_id),
             key=self.key,
             sampling=Sampling(logprobs=self.logprobs),
+            return_prompt=self.return_prompt,
         )
 
 
@@ -82,6 +84,7 @@ async def complete(context: Context, accepted: Accepted) -> Prepared:
             model=request.model,
             messages=request.messages,
             logprobs=request.sampling.logprobs,
+            return_prompt=request.return_prompt,
             metadata=body.metadata or {},
         )
         return context.stored.submit(request, key_of(KIND, request.key, request.id), record)

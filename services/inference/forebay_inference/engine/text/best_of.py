@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_inference.engine.events import Event, Finished, ResumeTokens, Tokens
+from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens
 
 
 def widened(request: InferenceRequest) -> InferenceRequest:
@@ -25,8 +25,8 @@ async def best(
         async for event in events:
             if isinstance(event, Tokens | Finished):
                 candidates[event.index].append(event)
-            else:
-                yield event
+            elif isinstance(event, Accepted):
+                yield replace(event, returned=event.returned // of * request.n)
     for prompt in range(len(candidates) // of):
         group = sorted((candidates[prompt * of + offset] for offset in range(of)), key=_score, reverse=True)
         for place, candidate in enumerate(group[: request.n]):
@@ -36,7 +36,7 @@ async def best(
             for event in candidate:
                 if isinstance(event, Tokens) and have > 0:
                     have -= len(event.token_ids)
-                elif isinstance(event, Tokens) and request.sampling.logprobs is None:
+                elif isinstance(event, Tokens) and not event.prompt and request.sampling.logprobs is None:
                     yield replace(event, index=index, logprobs=())
                 else:
                     yield replace(event, index=index)
@@ -44,5 +44,6 @@ async def best(
 
 def _score(candidate: Sequence[Tokens | Finished]) -> float:
     """The mean log probability of a token, as the OpenAI reference has it."""
-    logprobs = [entry.logprob for event in candidate if isinstance(event, Tokens) for entry in event.logprobs]
+    answer = (event for event in candidate if isinstance(event, Tokens) and not event.prompt)
+    logprobs = [entry.logprob or 0.0 for event in answer for entry in event.logprobs]
     return sum(logprobs) / len(logprobs) if logprobs else 0.0

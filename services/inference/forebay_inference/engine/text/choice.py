@@ -1,13 +1,13 @@
 """One choice of an answer: its tokens, its text, and when it is at its end."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
-from forebay_contracts.wire import frames
 from forebay_inference.engine.events import Finished, Tokens
-from forebay_inference.engine.protocol import Step, TokenLogprob
-from forebay_inference.engine.text.detokenizer import REPLACEMENT, Decoder, Detokenizer, StopStrings
+from forebay_inference.engine.protocol import Step
+from forebay_inference.engine.text.detokenizer import Context, Decoder, Detokenizer, StopStrings
 from forebay_inference.engine.text.harmony import HarmonyParser
+from forebay_inference.engine.text.logprobs import with_text
 from forebay_inference.engine.text.reasoning import AnswerParser, Part, Reasoning, ThinkingParser
 
 _THINKING: Final = (ThinkingParser, HarmonyParser)
@@ -17,9 +17,11 @@ class Choice:
     """Follows one sequence.
 
     `bytes_of` gives the bytes of a token. `limit` is the most tokens that it may have; `finish_reason` is None
-    until its end. `echo` goes before the text of the first token. Stop strings are looked for in what is shown as
-    content: neither the calls and the reasoning that `parser` finds nor what stands around them match one.
-    `reasoning_tokens` counts the tokens of the reasoning, its tags included.
+    until its end. `echo` goes before the text of the first token, and the text goes on after `context`.
+    Stop strings are looked for in what is shown as content: neither the calls and the reasoning that `parser` finds nor
+    what stands around them match one, nor does the text of the first `min_tokens` tokens. `reasoning_tokens` counts the
+    tokens of the reasoning, its tags included. An end token is no part of a chat's content, and has no log probability
+    there; with `tells_end` it has one.
     """
 
     def __init__(
@@ -31,19 +33,25 @@ class Choice:
         limit: int,
         *,
         stops: Sequence[str] = (),
+        min_tokens: int = 0,
         parser: AnswerParser | None = None,
         echo: str = "",
+        context: Context | None = None,
+        tells_end: bool = False,
     ) -> None:
         self.index = index
         self.limit = limit
         self.tokens: list[int] = []
         self.finish_reason: str | None = "length" if limit == 0 else None
         self.cached_tokens = 0
-        self._decode = decoder.decode
+        self._decoder = decoder
         self._bytes_of = bytes_of
         self._end_tokens = end_tokens
-        self._detokenizer = Detokenizer(decoder)
+        self._detokenizer = Detokenizer(decoder, context)
+        self._begins = context is None
+        self._untold = frozenset[int]() if tells_end else end_tokens
         self._stops = StopStrings(stops)
+        self._min_tokens = min_tokens
         self._parser = parser
         self._echo = echo
         self._thinking = parser if isinstance(parser, _THINKING) else None
@@ -82,9 +90,12 @@ class Choice:
             self.finish_reason = "tool_calls"
         if not (tokens or shown.text or shown.reasoning or shown.tool_calls):
             return None
-        # An end token is no part of the answer's content.
-        content = (one for one in logprobs[: len(shown.token_ids)] if one.token not in self._end_tokens)
-        shown.logprobs = tuple(map(self._logprob, content))
+        begins = self._begins and len(self.tokens) == len(shown.token_ids)
+        shown.logprobs = tuple(
+            with_text(one, self._decoder, self._bytes_of, first=begins and place == 0)
+            for place, one in enumerate(logprobs[: len(shown.token_ids)])
+            if one.token not in self._untold
+        )
         return shown
 
     def _push(self, token: int, shown: Tokens) -> None:
@@ -115,9 +126,12 @@ class Choice:
     def _show(self, text: str, shown: Tokens) -> None:
         """Add to `shown` what may be shown now that `text` has come."""
         if self._parser is None:
-            shown.text += self._stops.push(text)
+            shown.text += self._content(text)
         else:
             self._show_parts(self._parser.push(text), shown)
+
+    def _content(self, text: str) -> str:
+        return text if len(self.tokens) <= self._min_tokens else self._stops.push(text)
 
     def _show_parts(self, parts: Iterable[Part], shown: Tokens) -> None:
         for part in parts:
@@ -126,15 +140,6 @@ class Choice:
             if isinstance(part, Reasoning):
                 shown.reasoning += part
             elif isinstance(part, str):
-                shown.text += self._stops.push(part)
+                shown.text += self._content(part)
             else:
                 shown.tool_calls += (part,)
-
-    def _logprob(self, chosen: TokenLogprob) -> frames.TokenLogprob:
-        top = tuple(frames.TopLogprob(logprob=value, **self._token(token)) for token, value in chosen.top)
-        return frames.TokenLogprob(logprob=chosen.logprob, top=top, **self._token(chosen.token))
-
-    def _token(self, token: int) -> dict[str, Any]:
-        text = self._decode([token])
-        raw = tuple(self._bytes_of(token)) if REPLACEMENT in text else None
-        return {"token": token, "text": text, "raw": raw}

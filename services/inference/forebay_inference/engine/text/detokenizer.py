@@ -6,21 +6,29 @@ that is taken up again on another worker goes on without a seam.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 REPLACEMENT: Final = "\ufffd"
 # A character is at most four bytes, so at most three of them wait for the rest of it.
 _MAX_INCOMPLETE = 3
-_CACHED_PAIRS = 16_384
+# Some decoders make U+FFFD of every byte of a run until all its characters are whole. Garbage is shown after so many.
+_MAX_HELD_TOKENS = 16
+_CACHED = 16_384
 
 
 class Decoder:
-    """Decodes for many detokenizers. `decode` maps token ids to text, with U+FFFD where bytes make no character."""
+    """Decodes for many detokenizers. `decode` maps token ids to text, with U+FFFD where bytes make no character.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    `anchor` are the tokens of a text that ends with a letter.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], anchor: Sequence[int] = ()) -> None:
         self.decode = decode
-        # Two calls of a tokenizer take 5 µs a token, a hit of this cache 0.1.
-        self.after = lru_cache(_CACHED_PAIRS)(self._after)
+        self._anchor = tuple(anchor)
+        self._anchor_text = decode(anchor) if anchor else ""
+        # Two calls of a tokenizer take 5 µs a token, a hit of these caches 0.1.
+        self.after = lru_cache(_CACHED)(self._after)
+        self.piece = lru_cache(_CACHED)(self._piece)
 
     def _after(self, previous: int | None, token: int) -> str:
         """The text of `token` behind the settled token `previous`; empty unless later tokens cannot change it."""
@@ -30,24 +38,56 @@ class Decoder:
             text = self.decode([previous, token])[len(self.decode([previous])) :]
         return "" if text.endswith(REPLACEMENT) else text
 
+    def _piece(self, token: int) -> str:
+        """The text of `token` within a text. At the beginning of a text, some decoders take its space away."""
+        return self.decode([*self._anchor, token])[len(self._anchor_text) :]
+
+    def context(self, tokens: Sequence[int], *, whole: bool) -> "Context":
+        """What a detokenizer has to know of `tokens`, to go on after them. `whole`: their last character is."""
+        pending = 0 if whole else next((n for n in range(_MAX_INCOMPLETE + 1) if self._is_whole(tokens, n)), 0)
+        end, length = len(tokens) - pending, 1
+        while length < end and self.decode(tokens[end - length : end])[:1] in ("", REPLACEMENT):
+            length *= 2
+        return Context(tuple(tokens[max(0, end - length) : end]), tuple(tokens[end:]))
+
+    def _is_whole(self, tokens: Sequence[int], without: int) -> bool:
+        end = len(tokens) - without
+        return not self.decode(tokens[max(0, end - _MAX_HELD_TOKENS) : end]).endswith(REPLACEMENT)
+
+
+class Context(NamedTuple):
+    """The last tokens before an answer: `shown` begin with a visible character, `pending` belong to one that is not
+    whole."""
+
+    shown: tuple[int, ...] = ()
+    pending: tuple[int, ...] = ()
+
 
 class Detokenizer:
-    """Turns tokens into text, one by one.
+    """Turns tokens into text, one by one, that goes on after `context`.
 
-    Text is handed out once later tokens cannot change it: all but the (at most three) replacement characters
-    at the end, which may be the beginning of a character.
+    Text is handed out once later tokens cannot change it: all but the replacement characters at the end, which may be
+    the beginning of a character.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, context: Context | None = None) -> None:
         self._decoder = decoder
         self._decode = decoder.decode
         # Between characters the last token is context for the next: some decoders treat the first token of a text in
         # their own way. Within a character there is a window: tokens of context, then those of the character, and
-        # how much of the window's text was handed out.
+        # how much of the latters' text was handed out.
         self._previous: int | None = None
         self._window: list[int] = []
         self._context = 0
+        self._before = ""
         self._shown = 0
+        if context is not None:
+            shown, pending = context
+            if len(shown) == 1 and not pending:
+                self._previous = shown[0]
+            else:
+                self._open(list(shown))
+                self._window += pending
 
     def push(self, token: int) -> str:
         """The text that `token` settles; may be empty."""
@@ -58,25 +98,33 @@ class Detokenizer:
                 return settled
             self._open([] if self._previous is None else [self._previous])
         self._window.append(token)
-        text = self._decode(self._window)
-        stable = len(text)
-        while stable > 0 and len(text) - stable < _MAX_INCOMPLETE and text[stable - 1] == REPLACEMENT:
-            stable -= 1
-        settled = text[self._shown : stable]
-        self._shown = max(self._shown, stable)
-        if stable == len(text) and settled:
-            self._open(self._window[self._context :])
-            if self._context == 1:
+        text = self._text()
+        stable = text.rstrip(REPLACEMENT)
+        if len(self._window) - self._context > _MAX_HELD_TOKENS:
+            stable = text[: max(len(stable), len(text) - _MAX_INCOMPLETE)]
+        settled, self._shown = stable[self._shown :], max(self._shown, len(stable))
+        if settled and len(stable) == len(text):
+            if len(self._window) - self._context == 1:
                 self._previous, self._window = token, []
+            else:
+                self._open(self._window[self._context :])
         return settled
 
     def _open(self, context: list[int]) -> None:
-        self._window, self._context = context, len(context)
-        self._shown = len(self._decode(context)) if context else 0
+        self._window, self._context, self._shown = context, len(context), 0
+        self._before = self._decode(context) if context else ""
+
+    def _text(self) -> str:
+        """The text of the window behind its context."""
+        text = self._decode(self._window)
+        if text.startswith(self._before):
+            return text[len(self._before) :]
+        # A decoder that takes back the characters of a run of bytes: they were whole, and are shown.
+        return self._decode(self._window[self._context :])
 
     def flush(self) -> str:
         """What is left at the end: characters that were never completed, as U+FFFD."""
-        rest = self._decode(self._window)[self._shown :] if self._window else ""
+        rest = self._text()[self._shown :] if self._window else ""
         self._previous, self._window = None, []
         return rest
 

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import GrammarError
+from forebay_inference.engine.text.constraints import constrained, is_constraint
 from forebay_inference.engine.text.schemas import enforceable
 from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse
 
@@ -62,12 +63,15 @@ def grammar_of(
     Raises:
         InvalidRequest: a schema cannot be met, or the engine cannot enforce it.
     """
+    if is_constraint(response_format):
+        return constrained(response_format or {}, use, fault_of)
     required = use is not None and use.required
     schema = _response_schema(response_format)
     if schema is None and not required:
         return None
-    fault_of = _enforced(fault_of, "tool_choice" if schema is None else "response_format")
-    answers = [] if schema is None else _parts(["response_format"], [schema], "response_format", closed)
+    asked = str((response_format or {}).get("param", "response_format"))
+    fault_of = _enforced(fault_of, "tool_choice" if schema is None else asked)
+    answers = [] if schema is None else _parts([asked], [schema], asked, closed)
     if use is None:
         return _checked(f"start: {answers[0].text}", answers, fault_of)
     functions = _functions(use, closed)

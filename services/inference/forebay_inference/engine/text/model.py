@@ -5,17 +5,18 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from forebay_contracts.wire.errors import UnsupportedByModel
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest
-from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Vector
+from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Vector
 from forebay_inference.engine.protocol import (
     Embedder,
     Engine,
     EngineFault,
     EngineStatus,
     LoadedModel,
+    Scorer,
     Step,
     TokenRequest,
 )
@@ -27,6 +28,7 @@ from forebay_inference.engine.text.harmony import EFFORTS, Harmony, HarmonyParse
 from forebay_inference.engine.text.merged import merged
 from forebay_inference.engine.text.prepare import Prepared, prepare
 from forebay_inference.engine.text.reasoning import AnswerParser, Thinking, ThinkingParser, thinking_of
+from forebay_inference.engine.text.returned import returned
 from forebay_inference.engine.text.templates import Chat
 from forebay_inference.engine.text.tool_calls import ToolParser
 from forebay_inference.engine.text.tool_formats import format_of
@@ -101,14 +103,22 @@ class TextModel:
             serving.tool_format,
             serving.chat,
             serving.reasoning,
+            serving.decoder,
             closed_schemas=self._closed_schemas,
         )
         prepared = work() if loaded.encodes_quickly else await self._in_thread(work)
-        yield Accepted(prepared.prompt_tokens)
+        lengths = [0] * len(prepared.prompts)
+        if request.return_prompt:
+            lengths = [len(prompt.tokens) for prompt in prepared.prompts]
+        yield Accepted(prepared.prompt_tokens, sum(lengths) * request.n)
+        if request.return_prompt:
+            async with aclosing(merged(serving.returned(engine, request, prepared, resume))) as prompts:
+                async for part in prompts:
+                    yield part
         running: list[tuple[Choice, AsyncGenerator[Step, None]]] = []
         for index in range(len(prepared.prompts) * request.n):
             choice = serving.choice(request, prepared, index)
-            choice.replay(resume.get(index, ()))
+            choice.replay(resume.get(index, ())[lengths[index // request.n] :])
             if choice.finish_reason is None:
                 running.append((choice, engine.generate(_sequence(request, prepared, choice))))
                 continue
@@ -179,17 +189,30 @@ class _Serving:
         # Answers do not show special tokens. In some families markers of calls and reasoning are such tokens.
         tags = () if self.reasoning is None else tuple(self.reasoning.tokens.values())
         calls = () if form.start_token is None else (form.start_token,)
-        decoders = {show: Decoder(partial(loaded.tokenizer.decode, show=show)) for show in ((), tags, tags + calls)}
-        self._decoder, self._tags_decoder, self._calls_decoder = decoders[()], decoders[tags], decoders[tags + calls]
+        anchor = loaded.tokenizer.encode("a", special_tokens=False)
+        decoders = {
+            show: Decoder(partial(loaded.tokenizer.decode, show=show), anchor) for show in ((), tags, tags + calls)
+        }
+        self.decoder, self._tags_decoder, self._calls_decoder = decoders[()], decoders[tags], decoders[tags + calls]
 
     @cached_property
     def added_tokens(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after an input."""
         return added_tokens(self.loaded.tokenizer)
 
+    def returned(
+        self, engine: Engine, request: InferenceRequest, prepared: Prepared, resume: ResumeTokens
+    ) -> list[AsyncGenerator[Tokens, None]]:
+        """The events that bring the tokens of each prompt."""
+        scorer, bytes_of = cast(Scorer, engine), self.loaded.tokenizer.bytes_of
+        return [
+            returned(request, place, prompt, scorer, self.decoder, bytes_of, resume)
+            for place, prompt in enumerate(prepared.prompts)
+        ]
+
     def choice(self, request: InferenceRequest, prepared: Prepared, index: int) -> Choice:
         """Choice `index` of `request`, at its beginning."""
-        tools, seed, decoder = prepared.tools, f"{request.id}:{index}", self._decoder
+        tools, seed, decoder = prepared.tools, f"{request.id}:{index}", self.decoder
         reasoning = self.reasoning if request.completion_type is CompletionType.CHAT else None
         parser: AnswerParser | None = None
         if tools is not None:
@@ -212,8 +235,11 @@ class _Serving:
             prepared.end_tokens,
             prompt.limit,
             stops=request.sampling.stop,
+            min_tokens=request.sampling.min_tokens,
             parser=parser,
-            echo=prompt.echo,
+            echo="" if request.return_prompt else prompt.echo,
+            context=prompt.context,
+            tells_end=request.completion_type is CompletionType.COMPLETION,
         )
 
 

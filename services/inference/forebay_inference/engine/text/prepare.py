@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.protocol import Capabilities, LoadedModel, Tokenizer
+from forebay_inference.engine.text.detokenizer import Context, Decoder
 from forebay_inference.engine.text.grammars import Compiler, FaultOf, function_grammars, grammar_of
 from forebay_inference.engine.text.harmony import Harmony
 from forebay_inference.engine.text.reasoning import Thinking
@@ -13,11 +14,15 @@ from forebay_inference.engine.text.tool_formats import ToolFormat, ToolUse, tool
 
 
 class Prompt(NamedTuple):
-    """One prompt: its tokens, how many may follow them (`limit`), and what is shown before its answer (`echo`)."""
+    """One prompt: its tokens, how many may follow them (`limit`), and what is shown before its answer (`echo`).
+
+    The text of an answer goes on after `context`; without one it begins anew, as a chat's does.
+    """
 
     tokens: list[int]
     limit: int
     echo: str
+    context: Context | None
 
 
 class Prepared(NamedTuple):
@@ -42,6 +47,7 @@ def prepare(
     form: ToolFormat,
     chat: Chat,
     reasoning: Thinking | Harmony | None,
+    decoder: Decoder,
     *,
     closed_schemas: bool = True,
 ) -> Prepared:
@@ -65,19 +71,12 @@ def prepare(
     compiler = Compiler(loaded.compile)
     fault_of = compiler.fault if can.grammars != "no" else None
     grammar = compiler.compiled(_grammar(request, use, fault_of, reasoning, opened=opened, closed=closed_schemas))
-    prompts = [
-        Prompt(
-            tokens,
-            _new_tokens(request, len(tokens), loaded.context_length),
-            _echo(request.prompts[index], tokens, loaded.tokenizer) if request.echo else "",
-        )
-        for index, tokens in enumerate(encoded)
-    ]
+    prompts = [_prompt(request, index, tokens, loaded.context_length, decoder) for index, tokens in enumerate(encoded)]
     # A grammar ends an answer with the end token and cannot go on after it.
     end_tokens = frozenset[int]()
     if grammar is not None or not request.sampling.ignore_eos:
         end_tokens = loaded.end_tokens | (reasoning.end_tokens if isinstance(reasoning, Harmony) else end_tokens)
-    return Prepared(prompts, use, grammar, end_tokens, opened)
+    return Prepared(prompts, use, grammar, end_tokens.union(request.sampling.stop_token_ids), opened)
 
 
 def _grammar(
@@ -106,7 +105,11 @@ def _grammar(
 
 def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, can: Capabilities) -> None:
     sampling = request.sampling
-    if request.echo and sampling.logprobs is not None:
+    if request.prompt_logprobs is not None and not can.prompt_logprobs:
+        fault = "This model's engine reports no log probabilities of a prompt"
+        param = "echo" if request.echo else "prompt_logprobs"
+        raise InvalidRequest(f"{fault}, which {param} asks for.", param=param)
+    if request.echo and sampling.logprobs is not None and request.prompt_logprobs is None:
         raise InvalidRequest("echo cannot be combined with logprobs.", param="echo")
     if request.best_of is not None and request.best_of < request.n:
         raise InvalidRequest("best_of must be at least n.", param="best_of")
@@ -117,10 +120,21 @@ def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, 
     if sampling.logprobs is not None and not can.logprobs:
         raise InvalidRequest("This model's engine reports no log probabilities.", param="logprobs")
     require_known(sampling.logit_bias, tokenizer.vocabulary_size, "logit_bias")
+    require_known(sampling.stop_token_ids, tokenizer.vocabulary_size, "stop_token_ids")
 
 
-def _echo(given: str | tuple[int, ...], tokens: list[int], tokenizer: Tokenizer) -> str:
-    return given if isinstance(given, str) else tokenizer.decode(tokens)
+def _prompt(request: InferenceRequest, index: int, tokens: list[int], context_length: int, decoder: Decoder) -> Prompt:
+    limit = _new_tokens(request, len(tokens), context_length)
+    if request.completion_type is CompletionType.CHAT:
+        goes_on = request.chat_template_kwargs.get("continue_final_message")
+        return Prompt(tokens, limit, "", decoder.context(tokens, whole=True) if goes_on else None)
+    given = request.prompts[index]
+    context = decoder.context(tokens, whole=isinstance(given, str))
+    if isinstance(given, str) or not request.echo:
+        return Prompt(tokens, limit, str(given) if request.echo else "", context)
+    # A character that the prompt begins and the answer ends is shown with the answer, if there is one.
+    shown = tokens[: len(tokens) - len(context.pending)] if limit else tokens
+    return Prompt(tokens, limit, decoder.decode(shown), context)
 
 
 def _new_tokens(request: InferenceRequest, prompt: int, context: int) -> int:

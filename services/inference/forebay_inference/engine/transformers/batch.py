@@ -21,6 +21,7 @@ from forebay_inference.engine.transformers import attention
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.memory import CachePlan
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose
+from forebay_inference.engine.transformers.scoring import SCORED_TOKENS, Room, Scored, watch_passes
 
 _log = logging.getLogger(__name__)
 _MAX_ROWS = 1024
@@ -49,6 +50,8 @@ class Batch:
         self.grammars = grammars
         self._device = model.device
         self._sequences: dict[str, SequenceInBatch] = {}
+        self._scored: dict[str, Scored] = {}
+        self.scoring = Room(SCORED_TOKENS)
         self._loop = loop
         self._attends = attention.can_attend(model)
         self._manager = ContinuousBatchingManager(
@@ -86,12 +89,13 @@ class Batch:
             processor = self._manager._create_batch_processor()
             self._manager.batch_processor = processor
             self._watch_prefixes(processor.cache)
+            watch_passes(processor, self._scored)
             if self._attends:
                 attention.watch_steps(processor)
             self._manager.start()
 
-    def submit(self, request: TokenRequest) -> SequenceInBatch:
-        """Put a sequence for `request` into the batch.
+    def submit(self, request: TokenRequest, scored: Scored | None = None) -> SequenceInBatch:
+        """Put a sequence for `request` into the batch; it notes in `scored` how likely tokens of its prompt are.
 
         Raises:
             EngineFault: the batch takes no more, or the grammar does not allow the tokens so far.
@@ -101,6 +105,8 @@ class Batch:
         # Not the request's id alone: an earlier attempt may still be leaving the batch.
         sequence = SequenceInBatch(f"{request.id}/{uuid.uuid4().hex[:8]}", request.end_tokens, chooser)
         self._sequences[sequence.id] = sequence
+        if scored is not None:
+            self._scored[sequence.id] = scored
         taken = self._manager.add_request(
             [*request.prompt, *request.generated],
             request_id=sequence.id,
@@ -110,14 +116,18 @@ class Batch:
         )
         # The thread may have died between the library's check and its queue.
         if taken is None or self.fault() is not None:
-            self._sequences.pop(sequence.id, None)
+            self._forget(sequence.id)
             raise EngineFault("the engine takes no more requests")
         return sequence
 
     def cancel(self, sequence_id: str) -> None:
         """Take a sequence out of the batch before its next step."""
-        if self._sequences.pop(sequence_id, None) is not None:
+        if self._forget(sequence_id):
             self._manager.cancel_request(sequence_id)
+
+    def _forget(self, sequence_id: str) -> bool:
+        self._scored.pop(sequence_id, None)
+        return self._sequences.pop(sequence_id, None) is not None
 
     def fault(self) -> str | None:
         """Why the batch runs no more, or None while it does."""
@@ -153,7 +163,7 @@ class Batch:
                 # The library tells an error's text alone, which may be empty.
                 fault = EngineFault(output.error or "the forward pass failed")
             if ended:
-                self._sequences.pop(sequence.id, None)
+                self._forget(sequence.id)
             elif fault is not None:
                 self.cancel(sequence.id)
             steps.append((sequence, _step(sequence, tokens, ended) if fault is None else fault))
@@ -180,6 +190,9 @@ class Batch:
         search = cache.search_prefix_match
 
         def search_and_note(request_id: str, prompt_ids: list[int]) -> int:
+            if (scored := self._scored.get(request_id)) is not None:
+                # What is in the cache is not computed, and has no scores.
+                prompt_ids = prompt_ids[: scored.start]
             found: int = search(request_id, prompt_ids)
             sequence = self._sequences.get(request_id)
             if sequence is not None and not sequence.delivered:

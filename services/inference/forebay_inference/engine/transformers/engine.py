@@ -1,7 +1,7 @@
 """The engine that serves a Transformers model from one continuous batch."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.request import Sampling
@@ -11,6 +11,7 @@ from forebay_inference.engine.protocol import (
     EngineStatus,
     LoadedModel,
     Step,
+    TokenLogprob,
     TokenRequest,
 )
 from forebay_inference.engine.threads import in_daemon_thread
@@ -18,6 +19,7 @@ from forebay_inference.engine.transformers.batch import Batch
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.loading import give_back_memory, load
 from forebay_inference.engine.transformers.memory import plan_cache
+from forebay_inference.engine.transformers.scoring import SCORED_PART, Scored
 from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
 from forebay_inference.models.store import ensure_model, recommended_sampling
 
@@ -25,7 +27,7 @@ from forebay_inference.models.store import ensure_model, recommended_sampling
 class TransformersEngine:
     """Serves one model. Construct, `start`, `generate` often, `close`."""
 
-    capabilities = Capabilities(resumes="exact", grammars="enforced", logprobs=True)
+    capabilities = Capabilities(resumes="exact", grammars="enforced", logprobs=True, prompt_logprobs=True)
 
     def __init__(self, settings: InferenceSettings) -> None:
         self._settings = settings
@@ -71,9 +73,7 @@ class TransformersEngine:
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
         """See `Engine.generate`."""
-        batch = self._batch
-        if batch is None:
-            raise EngineFault("the engine is not started, or closed")
+        batch = self._started()
         sequence = batch.submit(request)
         try:
             finish = None
@@ -85,6 +85,26 @@ class TransformersEngine:
                 yield step
         finally:
             batch.cancel(sequence.id)
+
+    async def score(self, id: str, prompt: Sequence[int], top: int) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
+        """See `Scorer.score`."""
+        batch = self._started()
+        for start in range(0, len(prompt) - 1, SCORED_PART):
+            scored = Scored(start, prompt[start + 1 : start + 1 + SCORED_PART], top)
+            known = TokenRequest(id, prompt[: start + len(scored.targets)], 1, Sampling(temperature=0))
+            async with batch.scoring.taken(len(scored.targets)):
+                sequence = batch.submit(known, scored)
+                try:
+                    if isinstance(step := await sequence.steps.get(), Exception):
+                        raise step
+                finally:
+                    batch.cancel(sequence.id)
+            yield scored.all()
+
+    def _started(self) -> Batch:
+        if self._batch is None:
+            raise EngineFault("the engine is not started, or closed")
+        return self._batch
 
     def status(self) -> EngineStatus:
         """See `Engine.status`."""

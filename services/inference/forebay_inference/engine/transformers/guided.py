@@ -9,12 +9,15 @@ import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits
+from llguidance.gbnf_to_lark import any_to_lark
 
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import EngineFault, Fault, GrammarError
 from forebay_inference.engine.threads import on_deep_stack
 
 _SCHEMA_REASON = re.compile(r"failed to compile JSON schema: (.*?)(?:\n +\d+ \| .*)?\Z", re.DOTALL)
+# An error at a place in a client's own grammar or regular expression.
+_WRITTEN_REASON = re.compile(r"\A(?:at )?\d+\(\d+\): (.*)(?:[\s\S]*^error: (.*))?", re.MULTILINE)
 _MAX_REASON: Final = 200
 _TOO_LARGE: Final = "it is too large, or its patterns are too complex"
 # 2,500 optional properties make a row of 10,000 items, which takes a tenth of a second in a step of the batch.
@@ -91,7 +94,8 @@ class Grammars:
         self.vocabulary = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(end_tokens) or None)
 
     def compile(self, text: str) -> Grammar:
-        """The grammar written in `text`, in llguidance's dialect of Lark. It may take three seconds, without the GIL.
+        """The grammar written in `text`, in llguidance's dialect of Lark or in GBNF. It may take three seconds, without
+        the GIL.
 
         Raises:
             GrammarError: it cannot be enforced.
@@ -100,7 +104,11 @@ class Grammars:
         return on_deep_stack(partial(self._compile, text))
 
     def _compile(self, text: str) -> Grammar:
-        matcher = LLMatcher(self.vocabulary, LLMatcher.grammar_from_lark(text), log_level=0, limits=_LIMITS)
+        try:
+            lark = LLMatcher.grammar_from_lark(any_to_lark(text))
+        except Exception as exc:  # the library's converter raises several kinds
+            raise GrammarError(str(exc)[:_MAX_REASON]) from exc
+        matcher = LLMatcher(self.vocabulary, lark, log_level=0, limits=_LIMITS)
         # Some limits are reached only where the first token is to be chosen, some only behind what an answer must
         # begin with.
         first = matcher.deep_copy()
@@ -117,4 +125,6 @@ def _reason(error: str) -> str:
         if words in error:
             return meaning
     found = _SCHEMA_REASON.search(error)
+    if found is None and (written := _WRITTEN_REASON.search(error)) is not None:
+        return (written[2] or written[1])[:_MAX_REASON]
     return _TOO_LARGE if found is None else found[1].strip().splitlines()[-1].removeprefix("error: ")[:_MAX_REASON]

@@ -43,11 +43,14 @@ class TokenChooser:
         if sampling.logit_bias:
             tokens = torch.tensor(list(sampling.logit_bias), device=device, dtype=torch.long)
             self._bias = (tokens, torch.tensor(list(sampling.logit_bias.values()), device=device))
+        self._ends: torch.Tensor | None = None
+        if sampling.min_tokens > self.position and request.end_tokens:
+            self._ends = torch.tensor(sorted(request.end_tokens), device=device)
         for token in request.generated:
             self._count(token)
         if guide is not None:
             guide.accept(request.generated)
-        self.adjusts = any(part is not None for part in (self._counts, self._seen, self._bias, guide))
+        self.adjusts = any(part is not None for part in (self._counts, self._seen, self._bias, self._ends, guide))
         self.plain = self.greedy and not self.adjusts and sampling.logprobs is None
 
     def accept(self, token: int) -> None:
@@ -77,6 +80,12 @@ class TokenChooser:
             scores.index_add_(0, self._bias[0], self._bias[1])
         if self._guide is not None:
             self._guide.mask(scores)
+        if self._ends is not None and self.position < sampling.min_tokens:
+            ends = scores[self._ends]
+            scores[self._ends] = -math.inf
+            if bool(torch.isneginf(scores).all()):
+                # The grammar allows nothing else any more.
+                scores[self._ends] = ends
 
     def narrow(self, scores: torch.Tensor) -> None:
         """Apply temperature, top-k, top-p and min-p to `scores`, shape [vocabulary], in place."""
