@@ -111,8 +111,9 @@ class SimulatedTokenizer:
         return b" t%d" % token if token else b"t0"
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The last message alone."""
-        return messages[-1]["content"] or " "
+        """The last message alone, but for instructions: some clients send these behind it."""
+        said = [one["content"] for one in messages if one["role"] not in ("system", "developer")]
+        return (said or [messages[-1]["content"]])[-1] or " "
 
 
 class SimulatedEngine:
