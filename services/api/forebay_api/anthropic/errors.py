@@ -25,4 +25,7 @@ def anthropic_error(error: ApiError, request_id: str) -> tuple[int, dict[str, An
     """The HTTP status and the body of an error, which is an event of a stream too. A full queue is 529."""
     status = OVERLOADED if error.code in (QueueFull.code, AnswerLogFull.code) else error.status
     kind = _TYPES.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
-    return status, {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+    told: dict[str, Any] = {"type": kind, "message": error.message}
+    if error.code is not None:
+        told["details"] = {"error_code": error.code}
+    return status, {"type": "error", "error": told, "request_id": request_id}

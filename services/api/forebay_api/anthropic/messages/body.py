@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from forebay_api.openai.body import Bool, Finite, Int, Many, Misfit, OpenModel, RequestBody
 from forebay_api.openai.generation import MAX_STOP_STRINGS
+from forebay_contracts.wire.errors import InvalidRequest
 from forebay_contracts.wire.request import RECOMMENDABLE, InferenceRequest, Sampling
 
 BLOCKS_JOINED_BY = "\n"
@@ -269,6 +270,8 @@ class MessagesBody(ConversationBody):
     # Accepted without effect.
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    # Refused with the code on which the SDKs' tool runners send the whole conversation instead.
+    thread: dict[str, Any] | None = None
 
     def sampling(self) -> Sampling:
         """The sampling parameters, with those marked that the client left open."""
@@ -281,7 +284,13 @@ class MessagesBody(ConversationBody):
         )
 
     def request(self, **origin: Any) -> InferenceRequest:
-        """The request as it goes into the queue: a chat."""
+        """The request as it goes into the queue: a chat. Raises InvalidRequest if it is to go on from a thread."""
+        if self.thread is not None:
+            raise InvalidRequest(
+                "threads are not kept here: send the whole conversation without thread",
+                param="thread",
+                code="thread_unsupported_request",
+            )
         return super().request(**origin, stream=self.stream)
 
 
