@@ -63,7 +63,6 @@ class Create:
                             await context.dispatcher.registered(queued.id)
                         else:
                             early = not await _started(answer, prepared.begins_after_s)
-                        await sse.begin(send)
                         await self._stream(answer, cast(StreamWriter, writer), send, early=early)
                         return
                     whole = await self._whole(answer, writer)
@@ -104,7 +103,8 @@ class Create:
         return await off_loop(size, answer_format.whole, deltas, completed)
 
     async def _stream(self, answer: LiveAnswer, writer: StreamWriter, send: Send, *, early: bool) -> None:
-        error = await write_stream(answer, writer, send, early=early)
+        async with sse.EventStream(send, self._context.settings.stream_keep_alive, writer.keep_alive) as stream:
+            error = await write_stream(answer, writer, stream, early=early)
         if error is not None:
             self._log_failure(answer, error)
         elif answer.completed is not None:
@@ -151,25 +151,27 @@ async def _started(answer: LiveAnswer, within_s: float | None) -> bool:
     return True
 
 
-async def write_stream(answer: LiveAnswer, writer: StreamWriter, send: Send, *, early: bool) -> ApiError | None:
+async def write_stream(
+    answer: LiveAnswer, writer: StreamWriter, stream: sse.EventStream, *, early: bool
+) -> ApiError | None:
     """Write the answer as events while it comes; returns the error that it ended with.
 
     An error is the last event; a client that left, or does not read, gets none. `early`: no worker has begun yet.
     """
     try:
         if early:
-            await sse.write(send, writer.queued())
+            await stream.write(writer.queued())
             await answer.started()
-        await sse.write(send, writer.opening())
+        await stream.write(writer.opening())
         async for deltas in answer.deltas():
-            await sse.write(send, b"".join(map(writer.chunk, deltas)))
+            await stream.write(b"".join(map(writer.chunk, deltas)))
         assert answer.completed is not None
-        await sse.write(send, writer.closing(answer.completed), last=True)
+        await stream.write(writer.closing(answer.completed), last=True)
     except (ClientLeft, SlowReader) as exc:
         answer.fail(exc)
     except ApiError as exc:
         with contextlib.suppress(SlowReader):
-            await sse.write(send, writer.failure(exc), last=True)
+            await stream.write(writer.failure(exc), last=True)
         return exc
     return None
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import orjson
 
+from forebay_api.http import sse
 from forebay_api.openai.generation import GenerationBody
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import Completed, Delta, FinishedChoice, TokenLogprob, TopLogprob
@@ -51,6 +52,10 @@ class StreamWriter(Format, Protocol):
         """What a stream begins with if it begins before a worker has."""
         ...
 
+    def keep_alive(self) -> bytes:
+        """What comes while nothing else does."""
+        ...
+
     def opening(self) -> bytes:
         """What comes once a worker has begun."""
         ...
@@ -90,6 +95,10 @@ class StreamFormat(ABC):
     def queued(self) -> bytes:
         """What a stream begins with if it begins before a worker has."""
         return b": queued\n\n"
+
+    def keep_alive(self) -> bytes:
+        """What comes while nothing else does."""
+        return sse.COMMENT
 
     def opening(self) -> bytes:
         """Events before the first token."""

@@ -55,6 +55,10 @@ class MessagesFormat:
         self._begun = True
         return _written([self._start_of_message(), {"type": "ping"}])
 
+    def keep_alive(self) -> bytes:
+        """A ping."""
+        return _written([{"type": "ping"}])
+
     def opening(self) -> bytes:
         """`message_start`, unless it was sent. The tokens of the prompt are known only at the end."""
         return b"" if self._begun else _written([self._start_of_message()])

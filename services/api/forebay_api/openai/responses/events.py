@@ -27,13 +27,14 @@ def sse(event: Event) -> bytes:
 class ResponseFold:
     """Makes events of frames, and holds the response as it is. After its end, frames make no events.
 
-    Frames must come in order: no delta twice, none missing. Each event has a `sequence_number`, from 0.
+    Frames must come in order: no delta twice, none missing. Each event has a `sequence_number`, from 0; `number` is
+    that of the next.
     """
 
     def __init__(self, record: ResponseRecord) -> None:
         self._record = record
         self._tools = by_function_name(record.parameters["tools"])
-        self._number = 0
+        self.number = 0
         self._status = "queued"
         self._done: list[dict[str, Any]] = []
         self._text: TextItem | None = None
@@ -139,8 +140,8 @@ class ResponseFold:
 
     def _numbered(self, events: list[Event]) -> list[Event]:
         for event in events:
-            event["sequence_number"] = self._number
-            self._number += 1
+            event["sequence_number"] = self.number
+            self.number += 1
         return events
 
     def _lifecycle(self, name: str) -> Event:

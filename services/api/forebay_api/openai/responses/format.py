@@ -31,6 +31,13 @@ class ResponseFormat:
         """The response is created, and waits."""
         return self._written(self._fold.opening())
 
+    def keep_alive(self) -> bytes:
+        """OpenAI's event `keepalive`, which some clients wait for: Codex takes no comment for a sign of life.
+
+        It has the number of the event before it, since it is none of the response's own.
+        """
+        return sse({"type": "keepalive", "sequence_number": max(self._fold.number - 1, self._after)})
+
     def opening(self) -> bytes:
         """A worker has begun."""
         return self._written(self._fold.started())

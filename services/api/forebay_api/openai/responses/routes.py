@@ -87,8 +87,10 @@ class _Events(Response):
             leaving = asyncio.create_task(sse.left(receive))
             leaving.add_done_callback(lambda _: answer.leave())
             try:
-                await sse.begin(send)
-                await write_stream(answer, ResponseFormat(self._record, self._after), send, early=True)
+                writer = ResponseFormat(self._record, self._after)
+                keep_alive_s = self._context.settings.stream_keep_alive
+                async with sse.EventStream(send, keep_alive_s, writer.keep_alive) as stream:
+                    await write_stream(answer, writer, stream, early=True)
             finally:
                 leaving.cancel()
 
