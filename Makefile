@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 TOOLS := build/tools
 
-.PHONY: install run test test-containers images check bench bench-prepare bench-report soak audit sbom check-kubernetes clean
+.PHONY: install run test test-clients test-containers images check bench bench-prepare bench-report soak audit sbom check-kubernetes clean
 
 install: $(STAMP)
 
@@ -27,6 +27,10 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Codex, Claude Code, the AI SDK, openai-agents and the SDKs for Node, installed into build/clients. Needs npm.
+test-clients: $(STAMP)
+	$(BIN)/python -m pytest -m clients $(ARGS) tests/clients
 
 # Of the engine that DOCKER_HOST names. WHEELHOUSE=1 where builds have no network.
 images: $(STAMP)

@@ -21,12 +21,6 @@ CALL = '[[say]]Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city
 
 
 @pytest.fixture
-async def stack(nats_server: NatsServer) -> AsyncIterator[Stack]:
-    async with running(nats_server, workers=1, max_concurrent_requests=4) as made:
-        yield made
-
-
-@pytest.fixture
 async def client(stack: Stack) -> AsyncIterator[anthropic.AsyncAnthropic]:
     async with anthropic.AsyncAnthropic(base_url=stack.apis[0].url, api_key="key", max_retries=0) as made:
         yield made
@@ -81,6 +75,20 @@ async def test_a_tool_is_called_and_its_result_read(client: anthropic.AsyncAnthr
         }
     )
     assert answered.content[0].text == "Rain."
+
+
+async def test_the_tool_runner_sends_the_whole_conversation(client: anthropic.AsyncAnthropic) -> None:
+    @anthropic.beta_async_tool
+    async def weather(city: str) -> str:
+        """The weather of a city."""
+        return f"[[say]]Rain in {city}."
+
+    answered = await client.beta.messages.tool_runner(**ask(CALL), tools=[weather]).until_done()
+    assert answered.content[0].text == "Rain in Oslo."
+    with pytest.raises(anthropic.BadRequestError) as told:
+        await client.beta.messages.create(**ask("a"), thread={"type": "create"})
+    body: Any = told.value.body
+    assert body["error"]["details"] == {"error_code": "thread_unsupported_request"}
 
 
 async def test_tokens_are_counted(client: anthropic.AsyncAnthropic) -> None:
