@@ -182,8 +182,8 @@ class ToolChoice(OpenModel):
 class Thinking(OpenModel):
     """Whether the model thinks before it answers. A model that always thinks does so in any case."""
 
-    type: Literal["enabled", "adaptive", "disabled"]
-    display: Literal["summarized", "omitted"] | None = None
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
+    display: Literal["summarized", "omitted", "updates"] | None = None
 
 
 class JsonFormat(OpenModel):
@@ -194,7 +194,7 @@ class JsonFormat(OpenModel):
 
 
 class OutputConfig(OpenModel):
-    """What the answer must look like. `effort` has no effect."""
+    """What the answer must look like, and how much the model thinks, if its template knows grades of it."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: JsonFormat | None = None
@@ -239,7 +239,8 @@ class ConversationBody(RequestBody):
     def request(self, **origin: Any) -> InferenceRequest:
         """The request as it goes into the queue: a chat."""
         system = [{"role": "system", "content": _text(self.system)}] if self.system else []
-        wanted = self.output_config.format if self.output_config is not None else None
+        output = self.output_config or OutputConfig()
+        wanted = output.format
         choice = self.tool_choice
         return InferenceRequest(
             **origin,
@@ -254,7 +255,8 @@ class ConversationBody(RequestBody):
                 if wanted is not None
                 else None
             ),
-            chat_template_kwargs={"enable_thinking": self.shows_thinking},
+            chat_template_kwargs={"enable_thinking": self.shows_thinking}
+            | ({"reasoning_effort": output.effort} if output.effort is not None else {}),
         )
 
 
