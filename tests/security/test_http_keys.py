@@ -99,7 +99,7 @@ async def test_a_file_of_hashes_opens_the_door(nats_server: NatsServer, tmp_path
         # What stands in the file is no key itself.
         digest = keys.parse(file.read_text())["alice"].sha256[0]
         for wrong in (digest, ALICE[:-1], ALICE + "x", "alice"):
-            assert summary(await ask(stack, wrong)) == (401, "invalid_request_error", "invalid_api_key", None)
+            assert summary(await ask(stack, wrong)) == (401, "invalid_request_error", "invalid_api_key", "false")
         assert ALICE not in file.read_text()
 
 

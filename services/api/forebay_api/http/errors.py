@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class ErrorAnswer(NamedTuple):
     """How a kind of error is answered, besides its own `status`, `type` and `code`.
 
-    `should_retry` is the header `x-should-retry`, which OpenAI's SDKs obey; None: not sent. `rejection` is the reason
+    `should_retry` is the header `x-should-retry`, which the SDKs obey; None: not sent. `rejection` is the reason
     under which `forebay_requests_rejected` counts the request; None: not counted.
     """
 
@@ -41,7 +41,7 @@ class ErrorAnswer(NamedTuple):
 
 
 # The SDKs retry 408 and 500 by themselves. A timeout would double the load when it is highest, and a request whose
-# attempts are spent would get as many again.
+# attempts are spent would get as many again. Claude Code asks ten times with a key that is wrong.
 ANSWERS: Final[dict[type[ApiError], ErrorAnswer]] = {
     errors.QueueFull: ErrorAnswer(True, "queue_full"),
     errors.QueueUnavailable: ErrorAnswer(True, "queue_unavailable"),
@@ -49,7 +49,7 @@ ANSWERS: Final[dict[type[ApiError], ErrorAnswer]] = {
     errors.AnswerLogFull: ErrorAnswer(True, "answer_log_full"),
     errors.QueueError: ErrorAnswer(True),
     errors.ModelNotFound: ErrorAnswer(None, "model_not_found"),
-    errors.InvalidApiKey: ErrorAnswer(None, "invalid_api_key"),
+    errors.InvalidApiKey: ErrorAnswer(False, "invalid_api_key"),
     errors.RequestTooLarge: ErrorAnswer(None, "request_too_large"),
     errors.KeyLimitReached: ErrorAnswer(None, "key_limit_reached"),
     errors.InvalidRequest: ErrorAnswer(None, "invalid_request"),
