@@ -103,8 +103,6 @@ async def test_claude_code_runs_a_command(stack: Stack, node: Path, tmp_path: Pa
         ANTHROPIC_MODEL=MODEL,
     )
     events = [json.loads(line) for line in out.splitlines()]
-    results = [
-        block["content"] for event in events if event["type"] == "user" for block in event["message"]["content"]
-    ]
+    results = [block["content"] for event in events if event["type"] == "user" for block in event["message"]["content"]]
     assert results == ["[[say]]All done."]
     assert (events[-1]["type"], events[-1]["is_error"], events[-1]["result"]) == ("result", False, "All done.")
