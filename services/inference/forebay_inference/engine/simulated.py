@@ -29,6 +29,7 @@ _ORDER_VALUES: Final[Mapping[str, Callable[[str], Any]]] = {
     "delay_ms": float,
     **dict.fromkeys(("fail", "crash", "random", "say"), lambda _: True),
 }
+_INSTRUCTIONS: Final = ("system", "developer")
 _CONTEXT_LENGTH = 1 << 20
 _DIMENSIONS = 64
 # From here on, a token is one byte of a text.
@@ -111,9 +112,10 @@ class SimulatedTokenizer:
         return b" t%d" % token if token else b"t0"
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The last message alone, but for instructions: some clients send these behind it."""
-        said = [one["content"] for one in messages if one["role"] not in ("system", "developer")]
-        return (said or [messages[-1]["content"]])[-1] or " "
+        """The instructions, whose orders do not count, and the last other message, which they may stand behind."""
+        told = [one["content"].replace("[[", "[ [") for one in messages if one["role"] in _INSTRUCTIONS]
+        said = [one["content"] or "" for one in messages if one["role"] not in _INSTRUCTIONS]
+        return "\n\n".join([*told, said[-1]] if said else [messages[-1]["content"]]) or " "
 
 
 class SimulatedEngine:
