@@ -7,7 +7,12 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from anthropic.types import message_count_tokens_params, message_create_params
-from anthropic.types.beta import BetaOutputConfigParam, BetaThinkingConfigParam, BetaToolChoiceParam
+from anthropic.types.beta import (
+    BetaContentBlockParam,
+    BetaOutputConfigParam,
+    BetaThinkingConfigParam,
+    BetaToolChoiceParam,
+)
 from anthropic.types.beta import message_count_tokens_params as beta_count_tokens_params
 from anthropic.types.beta import message_create_params as beta_create_params
 
@@ -108,7 +113,7 @@ def test_a_body_that_counts_tokens_takes_what_makes_the_prompt() -> None:
 def literals(param: Any, member: str) -> list[str]:
     """The values that a member of a parameter may have."""
     kinds = get_args(param) or (param,)
-    hints = [get_type_hints(kind).get(member) for kind in kinds]
+    hints = [get_type_hints(kind).get(member) for kind in kinds if isinstance(kind, type)]
     return re.findall(r"'(\w+)'", " ".join(map(repr, hints)))
 
 
@@ -125,3 +130,17 @@ def test_every_value_that_the_sdk_documents_is_taken(kind: type[ConversationBody
     assert sorted(choices) == ["any", "auto", "none", "tool"]
     for value in choices:
         asked(kind, **TOOLS, tool_choice={"type": value} | ({"name": "f"} if value == "tool" else {}))
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "result"])
+def test_blocks_that_are_not_served_are_refused_by_name(role: str) -> None:
+    section = PAGE.read_text().split("## Content", 1)[1].split("\n## ", 1)[0]
+    served = {"redacted_thinking", *re.findall(r"^\| `(\w+)`", section, re.MULTILINE)}
+    refused = set(literals(BetaContentBlockParam, "type")) - served
+    assert {"image", "search_result", "server_tool_use"} < refused
+    for kind in refused:
+        content: Any = [{"type": kind}]
+        if role == "result":
+            content = [{"type": "tool_result", "tool_use_id": "t", "content": content}]
+        with pytest.raises(InvalidRequest, match=repr(kind)):
+            asked(messages=[{"role": role.replace("result", "user"), "content": content}])

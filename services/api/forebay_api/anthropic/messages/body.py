@@ -73,12 +73,15 @@ class ToolUseBlock(OpenModel):
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
 
+ResultBlock = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
+
+
 class ToolResultBlock(OpenModel):
     """What a call gave."""
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | Many[TextBlock | DocumentBlock] = ""
+    content: str | Many[ResultBlock] = ""
 
 
 UserBlock = Annotated[TextBlock | DocumentBlock | ToolResultBlock, Field(discriminator="type")]
