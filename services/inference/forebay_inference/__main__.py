@@ -46,7 +46,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
     """A worker on NATS."""
     worker_id = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
     model = build_model(settings)
-    apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
+    apis = Presence(connection, names.APIS_BUCKET, ApiInfo, asked=names.connected_subject)
 
     def channel(reply_to: str, deadline: float) -> LiveReplyChannel:
         return LiveReplyChannel(connection, reply_to, deadline, lambda: apis.is_alive(names.api_of(reply_to)))
