@@ -118,6 +118,16 @@ async def test_too_large(stack: Stack) -> None:
         assert response.status_code == 404, "a body of just the limit is read"
 
 
+async def test_with_keys_no_name_page_or_type_matters(stack: Stack) -> None:
+    url = f"{stack.apis[0].url}/v1/completions"
+    elsewhere = {"host": "forebay.example.com", "origin": "https://example.com", "sec-fetch-site": "cross-site"}
+    for content_type in ({}, {"content-type": "text/plain"}):
+        answer = await stack.http.post(
+            url, content=b'{"model": "gpt-17", "prompt": "a"}', headers=KEY | content_type | elsewhere
+        )
+        assert answer.status_code == 404
+
+
 async def test_no_such_route(stack: Stack) -> None:
     for method, path, status in [
         ("GET", "/nowhere", 404),

@@ -8,14 +8,15 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from support.answers import chat_body, summary
 from support.nats import NatsServer
 from support.service import Api
 from support.stack import MODEL, Stack, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-GET = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+GET = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 ORIGIN = "https://chat.example.com"
 
 
@@ -161,7 +162,31 @@ async def test_without_the_setting_no_page_may_call(nats_server: NatsServer) -> 
         )
         assert answer.status_code == 405
         answer = await closed.http.get(f"{closed.apis[0].url}/v1/models", headers={"origin": ORIGIN})
+        assert answer.status_code == 403
         assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+async def test_without_keys_other_sites_are_not_served(stack: Stack) -> None:
+    url, rebound = stack.apis[0].url, {"host": "attacker.example"}
+    before = (await stack.status())["total_queued"]
+    simple = {"content-type": "text/plain"}  # a page may send it without asking
+    for headers, status, code in (
+        (simple | {"origin": "https://attacker.example"}, 403, "foreign_origin"),
+        (simple, 415, "unsupported_media_type"),
+        (simple | rebound, 421, "unknown_host"),
+    ):
+        answer = await stack.http.post(
+            f"{url}/v1/chat/completions", content=json.dumps(chat_body("hi")), headers=headers
+        )
+        assert summary(answer) == (status, "invalid_request_error", code, None)
+    for path in ("status", "events", "request/x"):
+        answer = await stack.http.get(f"{url}/v1/queue/{path}", headers=rebound)
+        assert summary(answer) == (421, "invalid_request_error", "unknown_host", None)
+    assert (await stack.status())["total_queued"] == before
+    # Probes ask by the address of a pod or the name of a service, and links lead to the page.
+    for path in ("/health/live", "/health/ready", "/health", "/metrics", "/", "/docs"):
+        link = {"host": "forebay-api.forebay.svc", "sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}
+        assert (await stack.http.get(url + path, headers=link)).status_code == 200
 
 
 async def test_every_answer_is_what_it_says_it_is(stack: Stack) -> None:

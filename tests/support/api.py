@@ -43,5 +43,5 @@ def app(system: Twins) -> ASGIApp:
 
 async def post(system: Twins, path: str, fields: dict[str, Any], **headers: str) -> httpx.Response:
     transport = httpx.ASGITransport(app(system))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         return await client.post(path, json=fields, headers=headers)

@@ -37,6 +37,7 @@ class RawClient:
         self.left = asyncio.Event()
         self._reads = reads
         self._body: bytes | None = json.dumps(fields).encode()
+        headers = {"content-type": "application/json", **headers}
         scope: Scope = {
             "type": "http",
             "method": "POST",
@@ -172,7 +173,7 @@ async def test_each_row_of_the_table_is_a_route(system: Twins, endpoint: Any) ->
     answer = await post(system, endpoint.path, {"model": MODEL})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "missing_required_parameter")
     transport = httpx.ASGITransport(app(system))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         wrong = await client.put(endpoint.path)
         document = (await client.get("/openapi.json")).json()
     assert (wrong.status_code, wrong.headers["allow"]) == (405, endpoint.method)
