@@ -163,6 +163,15 @@ async def test_allow_names_every_method_of_a_path(stack: Stack, method: str, pat
     assert set(response.headers["allow"].split(", ")) == allowed
 
 
+async def test_options_names_every_method_of_every_path(stack: Stack) -> None:
+    paths: dict[str, Any] = (await stack.http.get(f"{stack.apis[0].url}/openapi.json")).json()["paths"]
+    for path, described in paths.items():
+        methods = {method.upper() for method in described}
+        response = await stack.http.options(stack.apis[0].url + path.replace("{", "").replace("}", ""), headers=KEY)
+        assert response.status_code == 405
+        assert set(response.headers["allow"].split(", ")) == methods | ({"HEAD"} if "GET" in methods else set()), path
+
+
 async def test_head_is_answered_where_get_is(stack: Stack) -> None:
     for path in (
         "/v1/models",

@@ -102,10 +102,31 @@ async def test_headers_that_do_not_come(stack: Stack) -> None:
         POST + b"content-length: many\r\n\r\n",
         POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
         b"CONNECT example.com:443 HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /v1/models HTTP/1.2\r\nhost: x\r\n\r\n",
+        b"get /v1/models HTTP/1.1\r\nhost: x\r\n\r\n",
+        "GET /v1/models/é HTTP/1.1\r\nhost: x\r\n\r\n".encode(),
+        b"GET /v1/models HTTP/1.1\nhost: x\n\n",
+        GET + b"x: a\0b\r\n\r\n",
+        GET + b"x: a\r\n b\r\n\r\n",
+        POST + b"content-length: -1\r\n\r\n",
+        POST + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+        POST + b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"transfer-encoding: gzip\r\n\r\n{}",
+        POST + b"transfer-encoding: chunked\r\n\r\n2\r\n{}XX0\r\n\r\n",
     ],
 )
 async def test_what_is_not_http_gets_an_error_in_the_usual_shape(stack: Stack, request_bytes: bytes) -> None:
     refused(await send(stack.apis[0], request_bytes), 400)
+
+
+async def test_requests_before_one_that_is_not_http_are_answered(stack: Stack) -> None:
+    body = json.dumps(chat_body("[[tokens=3 delay_ms=20]]")).encode()
+    whole = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    answer = await send(stack.apis[0], whole + GET + b"\r\nnonsense\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200 ") == 2
+    assert b'"content":"t0 t1 t2"' in answer
+    assert b'"object":"list"' in answer
 
 
 async def test_an_offer_to_upgrade_is_ignored(stack: Stack) -> None:
