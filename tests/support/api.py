@@ -22,7 +22,7 @@ async def nobody_else() -> dict[str, tuple[str, ...]]:
 
 
 def app(system: Twins) -> ASGIApp:
-    settings = ApiSettings(default_model=MODEL, request_timeout=30, _env_file=None)
+    settings = ApiSettings(default_model=MODEL, request_timeout=30, stream_keep_alive=0.1, _env_file=None)
     return create_app(
         Context(
             settings=settings,

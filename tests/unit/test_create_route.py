@@ -132,6 +132,28 @@ async def test_nothing_is_sent_before_a_worker_has_begun(system: Twins) -> None:
     assert client.sent[-1]["more_body"] is early.sent[-1]["more_body"] is False
 
 
+async def test_a_stream_that_waits_is_kept_alive(system: Twins) -> None:
+    client = RawClient(system, body("tokens=2 delay_ms=250", stream=True))
+    early = RawClient(system, body("tokens=1", stream=True), forebay_stream="early")
+    await early.has(4)  # no worker yet: the start, a comment that it is queued, and two that it still is
+    assert [message["body"] for message in early.sent[2:]] == [sse.KEEP_ALIVE] * 2
+    assert not client.sent
+    system.worker()
+    async with asyncio.timeout(5):
+        await asyncio.gather(client.served, early.served)
+    bodies = [message["body"] for message in client.sent[1:]]
+    first_token = next(index for index, data in enumerate(bodies) if b"t0" in data)
+    assert sse.KEEP_ALIVE in bodies[:first_token]
+    assert sse.KEEP_ALIVE in bodies[first_token:]
+    assert bodies[-1].endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_stream_with_tokens_gets_no_comments(system: Twins) -> None:
+    system.worker()
+    answer = await post(system, CHAT, body("tokens=20 delay_ms=20", stream=True))
+    assert b"keep-alive" not in answer.content
+
+
 async def test_a_client_that_leaves_cancels_its_request(system: Twins) -> None:
     system.worker()
     client = RawClient(system, body("tokens=100 delay_ms=1000", stream=True))

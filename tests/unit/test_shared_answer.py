@@ -29,7 +29,9 @@ def end() -> Completed:
 
 
 def shared_answer() -> SharedAnswer:
-    return SharedAnswer("key", KeptAnswer(request_id="r", body_hash="hash", api="api"))
+    shared = SharedAnswer("key", KeptAnswer(request_id="r", body_hash="hash", api="api"))
+    shared.led_by("leader")
+    return shared
 
 
 async def text(answer: LiveAnswer) -> str:
@@ -40,21 +42,27 @@ async def text(answer: LiveAnswer) -> str:
 async def test_early_late_and_slow_clients_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_answer, "MAX_UNREAD_DELTAS", 1)
     shared, whole = shared_answer(), "t0 t1 t2 t3 t4 end"
-    with shared.read(request()) as early:
+    async with shared.read(request()) as early:
         shared.receive(Started(attempt=1, worker="w"))
         for offset in range(TOKENS):
             shared.receive(delta(offset))
-        with shared.read(request()) as late:
+        async with shared.read(request()) as late:
             shared.receive(end())
-            with shared.read(request()) as last:
+            async with shared.read(request()) as last:
                 assert [await text(answer) for answer in (early, late, last)] == [whole] * 3
 
 
 async def test_a_client_that_waits_no_longer_leaves_the_others_alone() -> None:
     shared = shared_answer()
-    with shared.read(request(deadline=time.time() + 60)) as patient, shared.read(request()) as impatient:
+    async with shared.read(request(deadline=time.time() + 60)) as patient, shared.read(request()) as impatient:
         impatient.time_out()
         with pytest.raises(RequestTimeout):
             await impatient.started()
         shared.receive(Started(attempt=1, worker="w"))
         await patient.started()
+
+
+async def test_every_client_is_told_the_request_that_leads() -> None:
+    shared = shared_answer()
+    async with shared.read(request(id="own")) as answer:
+        assert answer.request.id == "leader"

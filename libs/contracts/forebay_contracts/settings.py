@@ -198,6 +198,9 @@ class ApiSettings(Settings):
     body_timeout: float = Field(
         60, ge=1, le=3600, description="Seconds that a client has to send a body after its headers"
     )
+    stream_keep_alive: float = Field(
+        15, ge=0, le=3600, description="Seconds without a token after which a stream gets a comment; 0: never"
+    )
     admission_patience: float = Field(
         10, ge=0, le=3600, description="Seconds that a new request waits for NATS before it gets 503"
     )

@@ -76,7 +76,6 @@ class Create:
             reply_to=names.reply_subject(context.dispatcher.instance, request_id),
             key=client.name,
         )
-        answer_format = endpoint.format(queued, body)
         early = request.headers.get(EARLY_HEADER) == "early"
         submitted: AbstractAsyncContextManager[LiveAnswer]
         if (key := request.headers.get(HEADER)) is None:
@@ -84,14 +83,17 @@ class Create:
         else:
             key = scoped_key(key, request.headers.get("authorization", ""))
             submitted = context.idempotent.attach(queued, key)
-        del request, data, body  # It may wait for long: only what it needs is kept.
         async with submitted as answer:
+            # With an Idempotency-Key it may be the answer of an earlier request, which has another id.
+            scope["state"]["request_id"] = answer.request.id
+            answer_format = endpoint.format(answer.request, body)
+            del request, data, body  # It may wait for long: only what it needs is kept.
             leaving = asyncio.create_task(_fail_when_client_leaves(receive, answer))
             try:
                 if queued.stream:
                     await (context.dispatcher.registered(queued.id) if early else answer.started())
-                    await sse.begin(send)
-                    await self._stream(answer, cast(StreamFormat, answer_format), send, early=early)
+                    async with sse.EventStream(send, context.settings.stream_keep_alive) as stream:
+                        await self._stream(answer, cast(StreamFormat, answer_format), stream, early=early)
                     return
                 whole = await self._whole(answer, answer_format)
             finally:
@@ -108,25 +110,27 @@ class Create:
         )
         return await off_loop(size, answer_format.whole, deltas, completed)
 
-    async def _stream(self, answer: LiveAnswer, answer_format: StreamFormat, send: Send, *, early: bool) -> None:
+    async def _stream(
+        self, answer: LiveAnswer, answer_format: StreamFormat, stream: sse.EventStream, *, early: bool
+    ) -> None:
         """Write the answer as events while it comes. An error is the last event; a client that left gets none."""
         with contextlib.suppress(ClientLeft, SlowReader):
             try:
                 if early:
-                    await sse.write(send, b": queued\n\n")
+                    await stream.write(b": queued\n\n")
                     await answer.started()
-                await sse.write(send, answer_format.opening())
+                await stream.write(answer_format.opening())
                 async for deltas in answer.deltas():
-                    await sse.write(send, b"".join(map(answer_format.chunk, deltas)))
+                    await stream.write(b"".join(map(answer_format.chunk, deltas)))
             except (ClientLeft, SlowReader) as exc:
                 answer.fail(exc)
                 raise
             except ApiError as exc:
                 self._log_failure(answer, exc)
-                await sse.write(send, answer_format.failure(exc), last=True)
+                await stream.write(answer_format.failure(exc), last=True)
                 return
             assert answer.completed is not None
-            await sse.write(send, answer_format.closing(answer.completed), last=True)
+            await stream.write(answer_format.closing(answer.completed), last=True)
             self._log_end(answer)
 
     def _log_failure(self, answer: LiveAnswer, error: ApiError) -> None:

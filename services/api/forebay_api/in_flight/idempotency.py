@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Literal
 
 from nats.errors import Error as NatsError
@@ -72,20 +72,32 @@ class SharedAnswer:
         """What is stored under `key` while the request of this api leads."""
         self._frames: list[Frame] = []
         self._readers: set[LiveAnswer] = set()
+        self._leader = claim.request_id
+        self._led = asyncio.Event()
 
-    @contextlib.contextmanager
-    def read(self, request: InferenceRequest) -> Iterator[LiveAnswer]:
-        """The answer for one more client. It can stop waiting without an effect on other clients."""
+    @contextlib.asynccontextmanager
+    async def read(self, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
+        """The answer for one more client, as one to the leading request: its id is what the client can look up.
+
+        The client can stop waiting without an effect on other clients.
+        """
         answer = LiveAnswer(request, lambda _: None, shared=True)
         for frame in self._frames:
             answer.receive(frame)
         self._readers.add(answer)
         timer = asyncio.get_running_loop().call_later(request.deadline - request.created_at, answer.time_out)
         try:
+            await self._led.wait()
+            answer.request = request.model_copy(update={"id": self._leader})
             yield answer
         finally:
             timer.cancel()
             self._readers.discard(answer)
+
+    def led_by(self, request_id: str) -> None:
+        """Let clients go on to wait for the answer. If this request dies, they get the answer of the next one."""
+        self._leader = request_id
+        self._led.set()
 
     def receive(self, frame: Frame) -> None:
         """Give every client the next frame."""
@@ -95,6 +107,7 @@ class SharedAnswer:
 
     def fail(self, error: ApiError) -> None:
         """End the wait of every client with `error`, unless the answer has ended."""
+        self._led.set()
         for reader in self._readers:
             reader.fail(error)
 
@@ -130,7 +143,7 @@ class IdempotentRequests:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         _check_body(shared.claim, claim)
-        with shared.read(request) as answer:
+        async with shared.read(request) as answer:
             yield answer
 
     async def _obtain(self, request: InferenceRequest, shared: SharedAnswer) -> None:
@@ -161,6 +174,7 @@ class IdempotentRequests:
         deltas: list[Delta] = []
         try:
             async with self._dispatcher.submit(request) as answer:
+                shared.led_by(request.id)
                 await answer.started()
                 # Not the newest attempt: deltas of older ones may follow.
                 shared.receive(Started(attempt=1, worker=answer.worker or ""))
@@ -202,6 +216,7 @@ class IdempotentRequests:
                     return False
                 kept = KeptAnswer.model_validate_json(entry.value or b"")
                 _check_body(kept, shared.claim)
+                shared.led_by(kept.request_id)
                 if kept.completed is not None:
                     shared.receive(kept.completed.model_copy(update={"deltas": kept.deltas}))
                     return True

@@ -46,7 +46,8 @@ async def get_queue_events(request: Request, context: Running) -> Response:
     before. With `reset`, they are the newest ones, and all others are to be forgotten. A key that is no operator's is
     told of its own requests only, without `fault` (what went wrong inside). A key that is taken away ends the stream.
     """
-    return QueueEvents(context.feed.listen(lambda: context.keys.check(request)))
+    events = context.feed.listen(lambda: context.keys.check(request))
+    return QueueEvents(events, context.settings.stream_keep_alive)
 
 
 @router.get("/request/{request_id}")
@@ -88,9 +89,10 @@ async def _state(context: Context, caller: Client, request_id: str) -> RequestSt
 class QueueEvents(Response):
     """The events of one listener, until it leaves or does not read, its key is taken away, or the api stops."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive_s: float) -> None:
         super().__init__()
         self._events = events
+        self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call. An error before the first event is an HTTP status."""
@@ -98,13 +100,13 @@ class QueueEvents(Response):
         try:
             async with contextlib.aclosing(self._events) as events:
                 first = await anext(events)
-                await sse.begin(send)
-                await sse.write(send, first)
-                async for event in events:
-                    if leaving.done():
-                        return
-                    await sse.write(send, event)
-            await sse.write(send, b"", last=True)
+                async with sse.EventStream(send, self._keep_alive_s) as stream:
+                    await stream.write(first)
+                    async for event in events:
+                        if leaving.done():
+                            return
+                        await stream.write(event)
+                    await stream.write(b"", last=True)
         except SlowReader:
             return
         finally:
