@@ -4,6 +4,7 @@ Names of scenarios given as arguments run only those. The figures are of the mac
 """
 
 import asyncio
+import functools
 import json
 import sys
 import tempfile
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
 from forebay_contracts.wire.state import RequestStatus
-from support.attack import KINDS, STREAMS, attacked
+from support.attack import KINDS, LARGE, STREAMS, attacked
 from support.cluster import Cluster
 from support.nats import NatsServer
 from support.service import Service
@@ -267,12 +268,11 @@ async def clients_leave(nats: NatsServer) -> Row:
     )
 
 
-async def bodies_sent(nats: NatsServer) -> Row:
-    at_once = 10
-    async with running(nats, max_concurrent_requests=2 * STREAMS) as stack:
-        felt = await attacked(stack, KINDS, at_once)
+async def bodies_sent(nats: NatsServer, at_once: int = 10, size: int = LARGE) -> Row:
+    async with running(nats, max_concurrent_requests=2 * STREAMS, max_queue_size=500) as stack:
+        felt = await attacked(stack, KINDS, at_once, size)
     return Row(
-        f"bodies of 0.9 MB, as costly as can be: {len(KINDS)} kinds, {at_once} at once",
+        f"bodies of {size // 1000} KB, as costly as can be: {len(KINDS)} kinds, {at_once} at once",
         f"{STREAMS} streams of another client",
         "every text exact; /health/live ≤ 250 ms; pause ≤ 500 ms",
         f"{len(felt.wrong)} of {felt.answers} wrong; "
@@ -332,6 +332,7 @@ SCENARIOS: dict[str, Callable[[NatsServer], Awaitable[Row]]] = {
     "leader": leader_killed,
     "clients": clients_leave,
     "bodies": bodies_sent,
+    "many bodies": functools.partial(bodies_sent, at_once=100, size=60_000),
     "soak": soak,
 }
 

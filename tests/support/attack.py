@@ -15,61 +15,66 @@ import httpx
 from support.answers import chat_body, user
 from support.stack import MODEL, Stack
 
-SIZE: Final = 890_000
-"""Bytes of a body, just below the default of MAX_REQUEST_BYTES."""
+LARGE: Final = 890_000
+"""Bytes of a body just below the default of MAX_REQUEST_BYTES."""
 
 STREAMS: Final = 16
 TOKENS: Final = 50
 TOKEN_MS: Final = 20
 
-Kind = Callable[[], tuple[str, dict[str, Any]]]
-"""Makes the path below /v1 and the members of a body of SIZE."""
+Fill = Callable[[int], Any]
+Kind = Callable[[int], tuple[str, dict[str, Any]]]
+"""Makes the path below /v1 and the members of a body of so many bytes."""
 
 
-def _filled(item: Any) -> list[Any]:
-    return [item] * (SIZE // len(json.dumps(item) + ", "))
+def _filled(item: Any) -> Fill:
+    return lambda size: [item] * (size // len(json.dumps(item) + ", "))
 
 
-def _members(value: Any) -> dict[str, Any]:
-    return {f"k{number}": value for number in range(SIZE // (len(json.dumps(value)) + 12))}
+def _members(value: Any) -> Fill:
+    return lambda size: {f"k{number}": value for number in range(size // (len(json.dumps(value)) + 12))}
 
 
-def _completion(prompt: Any) -> Kind:
-    return lambda: ("completions", {"prompt": _filled(prompt), "max_tokens": 1})
+def _said(content: Fill) -> Fill:
+    return lambda size: [{"role": "user", "content": content(size)}]
 
 
-def _embeddings(item: Any) -> Kind:
-    return lambda: ("embeddings", {"input": _filled(item)})
+def _completion(prompt: Fill) -> Kind:
+    return lambda size: ("completions", {"prompt": prompt(size), "max_tokens": 1})
 
 
-def _chat(**fields: Callable[[], Any]) -> Kind:
-    made = {"messages": lambda: user("hi"), "max_tokens": lambda: 1} | fields
-    return lambda: ("chat/completions", {name: make() for name, make in made.items()})
+def _embeddings(texts: Fill, **more: Any) -> Kind:
+    return lambda size: ("embeddings", {"input": texts(size), **more})
+
+
+def _chat(**fields: Fill) -> Kind:
+    usual = {"messages": user("hi"), "max_tokens": 1}
+    return lambda size: ("chat/completions", usual | {name: fill(size) for name, fill in fields.items()})
 
 
 _TOOL: Final = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 REFUSED: Final[dict[str, Kind]] = {
-    **{f"prompt {json.dumps(item)}": _completion(item) for item in ({}, [], [0.5, 0.5], 0.5, None)},
-    **{f"input {json.dumps(item)}": _embeddings(item) for item in ({}, [], 0.5, "a")},
-    "token ids and a text": lambda: ("completions", {"prompt": [*_filled(7), "a"]}),
-    "messages 1": _chat(messages=lambda: _filled(1)),
-    "messages {}": _chat(messages=lambda: _filled({})),
-    "content parts {}": _chat(messages=lambda: user(_filled({}))),  # type: ignore[arg-type]
-    "tools {}": _chat(tools=lambda: _filled({})),
-    "tools and a bad choice": _chat(tools=lambda: _filled(_TOOL), tool_choice=lambda: 1),
-    "logit_bias keys": _chat(logit_bias=lambda: _members(1)),
-    "metadata": _chat(metadata=lambda: _members(1)),
-    "unknown parameters": lambda: ("chat/completions", {"messages": user("hi"), **_members(1)}),
+    **{f"prompt {json.dumps(item)}": _completion(_filled(item)) for item in ({}, [], [0.5, 0.5], 0.5, None)},
+    **{f"input {json.dumps(item)}": _embeddings(_filled(item)) for item in ({}, [], 0.5, "a")},
+    "token ids and a text": _completion(lambda size: [*_filled(7)(size), "a"]),
+    "messages 1": _chat(messages=_filled(1)),
+    "messages {}": _chat(messages=_filled({})),
+    "content parts {}": _chat(messages=_said(_filled({}))),
+    "tools {}": _chat(tools=_filled({})),
+    "tools and a bad choice": _chat(tools=_filled(_TOOL), tool_choice=lambda _: 1),
+    "logit_bias keys": _chat(logit_bias=_members(1)),
+    "metadata": _chat(metadata=_members(1)),
+    "unknown parameters": lambda size: ("chat/completions", {"messages": user("hi"), **_members(1)(size)}),
 }
 SERVED: Final[dict[str, Kind]] = {
-    "token ids": _completion(7),
-    "a long text": _chat(messages=lambda: user("word " * (SIZE // 5))),
-    "messages": _chat(messages=lambda: _filled(user("hi")[0])),
-    "content parts": _chat(messages=lambda: user(_filled({"type": "text", "text": "a"}))),  # type: ignore[arg-type]
-    "tools": _chat(tools=lambda: _filled(_TOOL)),
-    "template options": _chat(chat_template_kwargs=lambda: _members([{}])),
-    "texts to embed": lambda: ("embeddings", {"input": ["word " * (SIZE // 2048 // 5)] * 2048, "dimensions": 384}),
+    "token ids": _completion(_filled(7)),
+    "a long text": _chat(messages=_said(lambda size: "word " * (size // 5))),
+    "messages": _chat(messages=_filled(user("hi")[0])),
+    "content parts": _chat(messages=_said(_filled({"type": "text", "text": "a"}))),
+    "tools": _chat(tools=_filled(_TOOL)),
+    "template options": _chat(chat_template_kwargs=_members([{}])),
+    "texts to embed": _embeddings(lambda size: ["word " * (size // 2048 // 5 or 1)] * 2048, dimensions=384),
 }
 KINDS: Final = REFUSED | SERVED
 
@@ -86,8 +91,8 @@ class Felt:
     """How often each status came, by the kind of body."""
 
 
-async def attacked(stack: Stack, kinds: Collection[str], at_once: int) -> Felt:
-    """Send `at_once` bodies of each of `kinds` in turn, while STREAMS clients read tokens from the same api."""
+async def attacked(stack: Stack, kinds: Collection[str], at_once: int, size: int = LARGE) -> Felt:
+    """Send `at_once` bodies of `size` bytes of each of `kinds` in turn, while STREAMS clients read tokens."""
     felt, url, over = Felt(), stack.apis[0].url, asyncio.Event()
 
     async def read() -> None:
@@ -104,7 +109,7 @@ async def attacked(stack: Stack, kinds: Collection[str], at_once: int) -> Felt:
             await asyncio.sleep(0.005)
 
     others = [asyncio.create_task(work()) for work in (probe, *[read] * STREAMS)]
-    command = (sys.executable, "-m", __name__, url, str(at_once), *kinds)
+    command = (sys.executable, "-m", __name__, url, str(at_once), str(size), *kinds)
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         attack = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.PIPE)
@@ -129,11 +134,12 @@ async def _read(stack: Stack, url: str, felt: Felt) -> None:
         felt.wrong.append(f"{answer.status_code}: {text}")
 
 
-async def _send(url: str, at_once: int, kinds: list[str]) -> dict[str, Counter[int]]:
+async def _send(url: str, at_once: int, size: int, kinds: list[str]) -> dict[str, Counter[int]]:
     found: dict[str, Counter[int]] = {}
-    async with httpx.AsyncClient(timeout=120, headers={"content-type": "application/json"}) as client:
+    options = {"limits": httpx.Limits(max_connections=None), "headers": {"content-type": "application/json"}}
+    async with httpx.AsyncClient(timeout=120, **options) as client:  # type: ignore[arg-type]
         for kind in kinds:
-            path, fields = KINDS[kind]()
+            path, fields = KINDS[kind](size)
             body = json.dumps({"model": MODEL, **fields}).encode()
             sent = (client.post(f"{url}/v1/{path}", content=body) for _ in range(at_once))
             found[kind] = Counter(answer.status_code for answer in await asyncio.gather(*sent))
@@ -141,4 +147,4 @@ async def _send(url: str, at_once: int, kinds: list[str]) -> dict[str, Counter[i
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(_send(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))))
+    print(json.dumps(asyncio.run(_send(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))))
