@@ -4,6 +4,7 @@ Names of scenarios given as arguments run only those. The figures are of the mac
 """
 
 import asyncio
+import functools
 import json
 import sys
 import tempfile
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
 from forebay_contracts.wire.state import RequestStatus
+from support.attack import KINDS, LARGE, STREAMS, attacked
 from support.cluster import Cluster
 from support.nats import NatsServer
 from support.service import Service
@@ -266,6 +268,19 @@ async def clients_leave(nats: NatsServer) -> Row:
     )
 
 
+async def bodies_sent(nats: NatsServer, at_once: int = 10, size: int = LARGE) -> Row:
+    async with running(nats, max_concurrent_requests=2 * STREAMS, max_queue_size=500) as stack:
+        felt = await attacked(stack, KINDS, at_once, size)
+    return Row(
+        f"bodies of {size // 1000} KB, as costly as can be: {len(KINDS)} kinds, {at_once} at once",
+        f"{STREAMS} streams of another client",
+        "every text exact; /health/live ≤ 250 ms; pause ≤ 500 ms",
+        f"{len(felt.wrong)} of {felt.answers} wrong; "
+        f"/health/live {felt.health_s * 1000:.0f} ms; pause {felt.token_s * 1000:.0f} ms",
+        not felt.wrong and felt.health_s <= 0.25 and felt.token_s <= 0.5,
+    )
+
+
 async def soak(nats: NatsServer) -> Row:
     limits = {"max_concurrent_requests": 64, "max_queue_size": 1000}
     async with running(nats, request_state_ttl=SOAK_STATE_TTL_S, **limits) as stack:
@@ -316,6 +331,8 @@ SCENARIOS: dict[str, Callable[[NatsServer], Awaitable[Row]]] = {
     "nats": nats_restarted,
     "leader": leader_killed,
     "clients": clients_leave,
+    "bodies": bodies_sent,
+    "many bodies": functools.partial(bodies_sent, at_once=100, size=60_000),
     "soak": soak,
 }
 

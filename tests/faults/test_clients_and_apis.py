@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import random
+import signal
 
 import httpx
 import pytest
 
+from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
@@ -82,6 +84,21 @@ async def test_requests_of_an_api_that_died_end(nats_server: NatsServer) -> None
         await stack.all_reach(await request_ids(stack), RequestStatus.CANCELLED)
         assert (await stack.chat("hi", api=1)).status_code == 200
         assert (await stack.status(api=1))["total_cancelled"] == 20
+
+
+async def test_an_api_that_stands_still_for_a_while_keeps_its_requests(nats_server: NatsServer) -> None:
+    async with running(nats_server, max_concurrent_requests=4) as stack:
+        answers = [asyncio.create_task(stack.chat("[[tokens=300 delay_ms=20]]", stream=bool(n % 2))) for n in range(4)]
+        await stack.taken(4, RequestStatus.PROCESSING)
+        stack.apis[0].signal(signal.SIGSTOP)
+        # As a body that holds its event loop would. Without a heartbeat it is silent, and silence leaves no event.
+        await asyncio.sleep(HEARTBEAT_TTL_S + 1.5)
+        stack.apis[0].signal(signal.SIGCONT)
+        for answer in await asyncio.gather(*answers):
+            assert answer.status_code == 200
+            assert "t299" in answer.text
+        await stack.idle()
+        assert (await stack.status())["total_processed"] == 4
 
 
 async def test_stopping_api_finishes_its_streams(nats_server: NatsServer) -> None:

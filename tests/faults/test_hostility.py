@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
+from support.attack import STREAMS, attacked
 from support.nats import NatsServer
 from support.stack import MODEL, running
 from support.view import holds
@@ -128,3 +129,14 @@ def test_whatever_order_frames_come_in_no_token_is_doubled_or_left_out(frames: l
     tokens = have[0].tokens if have else ()
     assert tokens == tuple(range(len(tokens)))
     assert "".join(delta.text for delta in answer._unread) == "".join(f"<{n}>" for n in tokens)
+
+
+async def test_no_body_is_felt_by_other_clients(nats_server: NatsServer) -> None:
+    """As `make soak ARGS=bodies`, with fewer bodies, and with more time for a machine that does other work."""
+    refused, served = ["prompt {}", "input []"], ["token ids", "content parts"]
+    async with running(nats_server, max_concurrent_requests=2 * STREAMS) as stack:
+        felt = await attacked(stack, refused + served, at_once=3)
+    assert felt.statuses == {kind: {"400": 3} for kind in refused} | {kind: {"200": 3} for kind in served}
+    assert not felt.wrong
+    # Each of the first held up the api for seconds once, and the others together.
+    assert max(felt.health_s, felt.token_s) < 1.5

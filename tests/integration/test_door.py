@@ -118,6 +118,16 @@ async def test_too_large(stack: Stack) -> None:
         assert response.status_code == 404, "a body of just the limit is read"
 
 
+async def test_with_keys_no_name_page_or_type_matters(stack: Stack) -> None:
+    url = f"{stack.apis[0].url}/v1/completions"
+    elsewhere = {"host": "forebay.example.com", "origin": "https://example.com", "sec-fetch-site": "cross-site"}
+    for content_type in ({}, {"content-type": "text/plain"}):
+        answer = await stack.http.post(
+            url, content=b'{"model": "gpt-17", "prompt": "a"}', headers=KEY | content_type | elsewhere
+        )
+        assert answer.status_code == 404
+
+
 async def test_no_such_route(stack: Stack) -> None:
     for method, path, status in [
         ("GET", "/nowhere", 404),
@@ -151,6 +161,15 @@ async def test_allow_names_every_method_of_a_path(stack: Stack, method: str, pat
     response = await stack.http.request(method, stack.apis[0].url + path, headers=KEY)
     assert response.status_code == 405
     assert set(response.headers["allow"].split(", ")) == allowed
+
+
+async def test_options_names_every_method_of_every_path(stack: Stack) -> None:
+    paths: dict[str, Any] = (await stack.http.get(f"{stack.apis[0].url}/openapi.json")).json()["paths"]
+    for path, described in paths.items():
+        methods = {method.upper() for method in described}
+        response = await stack.http.options(stack.apis[0].url + path.replace("{", "").replace("}", ""), headers=KEY)
+        assert response.status_code == 405
+        assert set(response.headers["allow"].split(", ")) == methods | ({"HEAD"} if "GET" in methods else set()), path
 
 
 async def test_head_is_answered_where_get_is(stack: Stack) -> None:

@@ -33,6 +33,13 @@ async def test_asked_again_while_it_runs_and_after(nats_server: NatsServer) -> N
         later = await ask(stack, order, "k", api=1)
         answers = [await first, here, there, later]
         assert [answer.status_code for answer in answers] == [200] * 4
+        # All are told the one request that ran.
+        (request_id,) = {answer.headers["x-request-id"] for answer in answers}
+        assert {answer.json()["id"] for answer in answers} == {f"chatcmpl-{request_id}"}
+        await stack.reaches(request_id, RequestStatus.COMPLETED)
+        for api in stack.apis:
+            looked_up = await stack.http.get(f"{api.url}/v1/queue/request/{request_id}")
+            assert (looked_up.status_code, looked_up.json()["status"]) == (200, "completed")
         assert {content(answer) for answer in answers} == {" ".join(f"t{n}" for n in range(20))}
         assert (await stack.status())["total_queued"] == 1
         # Another client's key of the same name is another key.
@@ -59,12 +66,15 @@ async def test_client_that_left_and_asks_again_gets_the_same_run(nats_server: Na
 
 async def test_streams_are_given_again_too(nats_server: NatsServer) -> None:
     async with running(nats_server, apis=2) as stack:
-        texts = []
+        texts, ids = [], set()
         for api in (0, 1, 1):
             answer = await ask(stack, "[[tokens=5]]", "k", api, stream=True)
             assert answer.text.endswith("data: [DONE]\n\n")
+            assert f'"id":"chatcmpl-{answer.headers["x-request-id"]}"' in answer.text
+            ids.add(answer.headers["x-request-id"])
             texts.append("".join(part.split('"')[0] for part in answer.text.split('"content":"')[1:]))
         assert texts == ["t0 t1 t2 t3 t4"] * 3
+        assert len(ids) == 1
         assert (await stack.status())["total_queued"] == 1
 
 

@@ -51,6 +51,17 @@ async def chunks(stream: AsyncIterator[Any]) -> list[Any]:
     return [chunk async for chunk in stream]
 
 
+async def test_comments_in_a_stream_that_waits(stack: Stack) -> None:
+    await stack.api(stream_keep_alive=0.05)
+    client = stack.openai(api=1, api_key=KEY)
+    asked: dict[str, Any] = {"model": MODEL, "messages": user("[[tokens=3 delay_ms=200]]"), "stream": True}
+    async with client.chat.completions.with_streaming_response.create(**asked) as raw:
+        lines = [line async for line in raw.iter_lines()]
+    assert lines.count(": keep-alive") >= 3
+    found = await chunks(await client.chat.completions.create(**asked))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in found) == "t0 t1 t2"
+
+
 async def test_chat(client: openai.AsyncOpenAI) -> None:
     before = int(time.time())
     answer = await client.chat.completions.create(model=MODEL, messages=user("one two [[tokens=4]]"))

@@ -33,7 +33,7 @@ async def test_no_prompt_in_a_log_and_no_inside_in_an_answer(nats_server: NatsSe
             b'{"model": 1, "messages": [{"role": "' + PROMPT.encode() + b'"}]}',
             b"\xff\xfe" + PROMPT.encode(),
         ):
-            answer = await stack.http.post(url, content=body)
+            answer = await stack.http.post(url, content=body, headers={"content-type": "application/json"})
             assert answer.status_code == 400
             error_of(answer)
         await stack.idle()

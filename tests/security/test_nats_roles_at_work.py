@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from nats.errors import NoRespondersError
 
 from forebay_contracts.nats import topology
 from forebay_contracts.settings import Settings, load
@@ -111,6 +112,21 @@ async def test_a_killed_worker_is_replaced_within_its_rights(own_site: Site) -> 
             text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
         assert text == " ".join(f"t{number}" for number in range(40))
     assert not [line for line in own_site.server.log if "Violation" in line]
+
+
+async def test_a_worker_can_find_out_whether_an_api_is_connected(site: Site) -> None:
+    worker, api = await site.connect("inference"), await site.connect("api")
+    question = names.connected_subject("api-1")
+    with pytest.raises(NoRespondersError):
+        await worker.requests.request(question, timeout_s=10)
+    await api.client.subscribe(names.reply_subjects("api-1"))
+    await api.client.flush()
+    with pytest.raises(TimeoutError):
+        await worker.requests.request(question, timeout_s=0.2)
+    await api.close()
+    with pytest.raises(NoRespondersError):
+        await worker.requests.request(question, timeout_s=10)
+    await worker.close()
 
 
 async def test_operators_look_and_admins_steer(own_site: Site) -> None:

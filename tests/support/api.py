@@ -22,7 +22,7 @@ async def nobody_else() -> dict[str, tuple[str, ...]]:
 
 
 def app(system: Twins) -> ASGIApp:
-    settings = ApiSettings(default_model=MODEL, request_timeout=30, _env_file=None)
+    settings = ApiSettings(default_model=MODEL, request_timeout=30, stream_keep_alive=0.1, _env_file=None)
     return create_app(
         Context(
             settings=settings,
@@ -46,5 +46,5 @@ def app(system: Twins) -> ASGIApp:
 
 async def post(system: Twins, path: str, fields: dict[str, Any], **headers: str) -> httpx.Response:
     transport = httpx.ASGITransport(app(system))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         return await client.post(path, json=fields, headers=headers)

@@ -59,7 +59,7 @@ class Says:
         self._ends = frozenset(tokenizer.encode(end))
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
-        return LoadedModel(self.tokenizer, 4096, "none", "none", self._ends, encodes_quickly=True)
+        return LoadedModel(self.tokenizer, 4096, "none", "none", self._ends, quick_length=10_000)
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
         self.asked = request

@@ -37,6 +37,7 @@ class RawClient:
         self.left = asyncio.Event()
         self._reads = reads
         self._body: bytes | None = json.dumps(fields).encode()
+        headers = {"content-type": "application/json", **headers}
         scope: Scope = {
             "type": "http",
             "method": "POST",
@@ -131,6 +132,28 @@ async def test_nothing_is_sent_before_a_worker_has_begun(system: Twins) -> None:
     assert client.sent[-1]["more_body"] is early.sent[-1]["more_body"] is False
 
 
+async def test_a_stream_that_waits_is_kept_alive(system: Twins) -> None:
+    client = RawClient(system, body("tokens=2 delay_ms=250", stream=True))
+    early = RawClient(system, body("tokens=1", stream=True), forebay_stream="early")
+    await early.has(4)  # no worker yet: the start, a comment that it is queued, and two that it still is
+    assert [message["body"] for message in early.sent[2:]] == [sse.KEEP_ALIVE] * 2
+    assert not client.sent
+    system.worker()
+    async with asyncio.timeout(5):
+        await asyncio.gather(client.served, early.served)
+    bodies = [message["body"] for message in client.sent[1:]]
+    first_token = next(index for index, data in enumerate(bodies) if b"t0" in data)
+    assert sse.KEEP_ALIVE in bodies[:first_token]
+    assert sse.KEEP_ALIVE in bodies[first_token:]
+    assert bodies[-1].endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_stream_with_tokens_gets_no_comments(system: Twins) -> None:
+    system.worker()
+    answer = await post(system, CHAT, body("tokens=20 delay_ms=20", stream=True))
+    assert b"keep-alive" not in answer.content
+
+
 async def test_a_client_that_leaves_cancels_its_request(system: Twins) -> None:
     system.worker()
     client = RawClient(system, body("tokens=100 delay_ms=1000", stream=True))
@@ -172,7 +195,7 @@ async def test_each_row_of_the_table_is_a_route(system: Twins, endpoint: Any) ->
     answer = await post(system, endpoint.path, {"model": MODEL})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
     transport = httpx.ASGITransport(app(system))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         wrong = await client.put(endpoint.path)
         document = (await client.get("/openapi.json")).json()
     assert wrong.status_code == 405

@@ -1,9 +1,12 @@
 """Who is called dead, and who is not yet."""
 
+import asyncio
 import time
+from collections.abc import Callable
 
 import pytest
 
+from forebay_contracts.nats import presence as module
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.presence import HEARTBEAT_TTL_S, Heartbeat, Presence
 from forebay_contracts.nats.topology import ensure
@@ -13,9 +16,11 @@ from forebay_contracts.wire.heartbeats import ApiInfo
 from support.nats import NatsServer
 
 
-async def watching(connection: Connection, settings: Settings) -> Presence[ApiInfo]:
+async def watching(
+    connection: Connection, settings: Settings, asked: Callable[[str], str] | None = None
+) -> Presence[ApiInfo]:
     await ensure(connection, settings, settings.served_model)
-    presence = Presence(connection, names.APIS_BUCKET, ApiInfo)
+    presence = Presence(connection, names.APIS_BUCKET, ApiInfo, asked)
     await presence.start()
     return presence
 
@@ -65,4 +70,29 @@ async def test_who_is_there_already_is_heard_where_the_bucket_cannot_be_read_yet
         heartbeat = await beating(connection)
         assert [info.id for info in presence.alive()] == ["a"]
         await heartbeat.stop()
+        await presence.stop()
+
+
+async def test_a_silent_member_is_dead_once_it_has_no_connection(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load(Settings, nats_url=nats_server.url, _env_file=None)
+    interval_s, ttl_s, stall_s = 0.1, 0.4, 1.2
+    for name, value in (("HEARTBEAT_INTERVAL_S", interval_s), ("HEARTBEAT_TTL_S", ttl_s), ("STALL_TTL_S", stall_s)):
+        monkeypatch.setattr(module, name, value)
+    async with connected(settings, "test") as connection, connected(settings, "api") as api:
+        presence = await watching(connection, settings, names.connected_subject)
+        await api.client.subscribe(names.reply_subjects("busy"))
+        await api.client.flush()
+        began = time.monotonic()
+
+        async def dies(member: str) -> float:
+            """After how many seconds it is dead. Silence leaves no event to wait for."""
+            while presence.is_alive(member):  # noqa: ASYNC110
+                await asyncio.sleep(interval_s / 10)
+            return time.monotonic() - began
+
+        async with asyncio.timeout(10):
+            gone_s, busy_s = await asyncio.gather(dies("gone"), dies("busy"))
+        assert ttl_s <= gone_s < stall_s <= busy_s
         await presence.stop()

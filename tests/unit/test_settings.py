@@ -186,7 +186,7 @@ def test_a_user_without_a_home_sets_data_dir(monkeypatch: pytest.MonkeyPatch) ->
         load(Settings, data_dir="~nobody-here/x")
 
 
-@pytest.mark.parametrize("name", ["API_KEYS", "CORS_ORIGINS"])
+@pytest.mark.parametrize("name", ["API_KEYS", "CORS_ORIGINS", "ALLOWED_HOSTS"])
 @pytest.mark.parametrize("value", [",", " ", " , ,"])
 def test_a_list_that_is_set_and_names_nothing_is_an_error(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch

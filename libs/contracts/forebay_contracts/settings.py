@@ -14,7 +14,8 @@ from forebay_contracts import env_file
 from forebay_contracts.wire.errors import ConfigurationError
 
 _URL = re.compile(r"^(nats|tls|ws|wss)://\S+$")
-_ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+")
+_HOST_NAME = re.compile(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.I)
 
 
 def _default_data_dir() -> Path:
@@ -202,6 +203,11 @@ class ApiSettings(Settings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins whose pages may call the api from a browser (CORS), comma-separated; empty: none"
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names of this api (`Host`) besides localhost and its machine's, comma-separated, `*.example.com` "
+        "for all below; checked as long as there are no keys",
+    )
     max_request_bytes: int = Field(
         900_000,
         ge=1_024,
@@ -222,7 +228,7 @@ class ApiSettings(Settings):
     )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds after SIGTERM for running requests to end")
 
-    @field_validator("api_keys", "cors_origins", mode="before")
+    @field_validator("api_keys", "cors_origins", "allowed_hosts", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -239,6 +245,14 @@ class ApiSettings(Settings):
         for origin in value:
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(f"an origin is like https://chat.example.com, without a path, not {origin!r}")
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if not _HOST_NAME.fullmatch(host):
+                raise ValueError(f"a host is like forebay.example.com, without a scheme or a port, not {host!r}")
         return value
 
 

@@ -52,6 +52,8 @@ class Create:
         early = request.headers.get(EARLY_HEADER) == "early"
         del request  # It may wait for long: only what it needs is kept.
         async with prepared.answered as answer:
+            # With an Idempotency-Key it may be the answer of an earlier request, which has another id.
+            scope["state"]["request_id"] = answer.request.id
             writer = prepared.format(answer.request)
             if prepared.at_once is not None:
                 whole = prepared.at_once()

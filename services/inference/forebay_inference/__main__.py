@@ -49,7 +49,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
     """A worker on NATS."""
     worker_id = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
     model = build_model(settings)
-    apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
+    apis = Presence(connection, names.APIS_BUCKET, ApiInfo, asked=names.connected_subject)
 
     answers = JetStreamAnswerLog(connection)
 

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
 from nats.js.errors import NotFoundError
 from pydantic import ValidationError
 
@@ -26,6 +27,12 @@ MAX_STRANGERS = 10_000
 
 MAX_PAUSE_S = 2 * HEARTBEAT_INTERVAL_S
 """After a longer pause of this process its view is out of date, and for HEARTBEAT_TTL_S it takes nobody for dead."""
+
+STALL_TTL_S = 30
+"""A member with a connection to NATS and without a heartbeat may be busy, and is taken for dead only after this."""
+
+QUESTION_TIMEOUT_S = 0.25
+"""How long NATS may take to say that a member has no connection."""
 
 Info = TypeVar("Info", bound=ServiceInfo)
 
@@ -84,12 +91,21 @@ class Presence(Generic[Info]):
 
     It subscribes to the bucket's subjects and needs no consumer. Every living service writes again within a second, so
     nothing must be recovered after an outage of NATS.
+
+    Without `asked`, a member is dead after HEARTBEAT_TTL_S without a heartbeat. `asked` gives the subject to which a
+    member subscribes. A message there tells whether a silent member still has a connection, which ends with its
+    process. As long as it has one, its event loop may be busy, and it is dead only after STALL_TTL_S. A process that is
+    stopped or deadlocked is found then.
     """
 
-    def __init__(self, connection: Connection, bucket: str, kind: type[Info]) -> None:
+    def __init__(
+        self, connection: Connection, bucket: str, kind: type[Info], asked: Callable[[str], str] | None = None
+    ) -> None:
         self._connection = connection
         self._bucket = bucket
         self._kind = kind
+        self._asked = asked
+        self._disconnected: set[str] = set()
         self._prefix = names.bucket_subject(bucket, "")
         self._seen: dict[str, tuple[float, Info]] = {}
         self._strangers: dict[str, float] = {}
@@ -114,24 +130,29 @@ class Presence(Generic[Info]):
             self._task.cancel()
 
     def alive(self) -> list[Info]:
-        """All services whose heartbeat is not older than HEARTBEAT_TTL_S, by id."""
+        """All services that are alive, by id."""
         for member in [member for member in self._seen if not self.is_alive(member)]:
             self._lost(member)
         return [info for _, (_, info) in sorted(self._seen.items())]
 
     def is_alive(self, member: str) -> bool:
-        """Whether a heartbeat of `member` came within HEARTBEAT_TTL_S, or this process could not receive one.
+        """Whether a heartbeat of `member` came within HEARTBEAT_TTL_S, it is only busy, or this process heard nothing.
 
-        A member without any heartbeat counts as alive for HEARTBEAT_TTL_S from the first question on: its request can
-        arrive before its first heartbeat.
+        The silence of a member without any heartbeat begins with the first call: its request can arrive before its
+        first heartbeat.
         """
         now = time.monotonic()
         if now < self._blind_until or now - self._attentive_at > MAX_PAUSE_S:
             return True
-        if member in self._seen:
-            return self._seen[member][0] >= now - HEARTBEAT_TTL_S
-        self._remember(member, now)
-        return self._strangers[member] >= now - HEARTBEAT_TTL_S
+        if member not in self._seen:
+            self._remember(member, now)
+        silent_s = self._silent_s(member, now)
+        if silent_s <= HEARTBEAT_TTL_S:
+            return True
+        return self._asked is not None and silent_s <= STALL_TTL_S and member not in self._disconnected
+
+    def _silent_s(self, member: str, now: float) -> float:
+        return now - (self._seen[member][0] if member in self._seen else self._strangers[member])
 
     def _lost(self, member: str) -> None:
         """Take a member for dead: it had a heartbeat, so no first one is waited for."""
@@ -145,7 +166,7 @@ class Presence(Generic[Info]):
             del self._strangers[next(iter(self._strangers))]
 
     async def _stay_attentive(self) -> None:
-        """Notice a pause of this process or its connection. After it, others only seem dead."""
+        """Notice a pause of this process or its connection. After it, others only seem dead. Ask who is silent."""
         self._attentive_at = time.monotonic()
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
@@ -153,6 +174,26 @@ class Presence(Generic[Info]):
             if now - self._attentive_at > MAX_PAUSE_S or not self._connection.connected:
                 self._blind_until = now + HEARTBEAT_TTL_S
             self._attentive_at = now
+            if self._asked is not None:
+                await self._ask_the_silent(self._asked, now)
+
+    async def _ask_the_silent(self, asked: Callable[[str], str], now: float) -> None:
+        async def ask(member: str) -> None:
+            try:
+                await self._connection.requests.request(asked(member), timeout_s=QUESTION_TIMEOUT_S)
+            except NoRespondersError:
+                self._disconnected.add(member)
+            except (NatsError, TimeoutError):
+                self._disconnected.discard(member)
+
+        # From a second before HEARTBEAT_TTL_S on: then the answer is there when it counts.
+        silent = [
+            member
+            for member in {*self._seen, *self._strangers}
+            if HEARTBEAT_TTL_S - HEARTBEAT_INTERVAL_S < self._silent_s(member, now) <= STALL_TTL_S
+        ]
+        self._disconnected.intersection_update(silent)
+        await asyncio.gather(*map(ask, silent))
 
     async def _heard(self, msg: Msg) -> None:
         member = msg.subject.removeprefix(self._prefix)

@@ -86,6 +86,11 @@ def reply_subjects(api: str) -> str:
     return f"inference.replies.{api}.*"
 
 
+def connected_subject(api: str) -> str:
+    """A subject that an api subscribes to as long as it has a connection. It ignores what comes there."""
+    return reply_subject(api, "connected")
+
+
 def cancel_subject(request_id: str) -> str:
     """The subject for cancel notices of a request; `*` for all."""
     return f"inference.cancel.{request_id}"

@@ -13,6 +13,7 @@ from typing import Final
 from pydantic import SecretStr
 from starlette.requests import Request
 
+from forebay_api.clients.cross_site import CrossSite
 from forebay_contracts import keys
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidApiKey
@@ -48,12 +49,13 @@ ANYBODY: Final = Client(operator=True)
 
 
 class ApiKeys:
-    """Who may use the api; without any keys, everybody."""
+    """Who may use the api; without any keys, everybody but the pages of other sites."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._file = settings.api_keys_file
         self._max_requests = settings.key_max_requests
         self._plain = _plain(settings.api_keys, self._max_requests)
+        self._cross_site = CrossSite(settings)
         self._use({})
         self._text: str | None = None
 
@@ -71,8 +73,14 @@ class ApiKeys:
             follower.cancel()
 
     def check(self, request: Request) -> Client:
-        """The client of a request. Raises InvalidApiKey unless it carries one of the keys."""
+        """The client of a request.
+
+        Raises:
+            InvalidApiKey: it does not carry one of the keys.
+            UnknownHost, ForeignPage, NotJson: there are no keys, and the page of another site may have sent it.
+        """
         if not self._clients:
+            self._cross_site.check(request.scope)
             return ANYBODY
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not given:

@@ -25,13 +25,13 @@ class HeadersMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
-        request_id = str(uuid.uuid4())
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = str(uuid.uuid4())
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID_HEADER] = request_id
+                headers[REQUEST_ID_HEADER] = state["request_id"]
                 # Keeps browsers from taking an answer for a script or a page.
                 headers["x-content-type-options"] = "nosniff"
                 if self._context.draining:

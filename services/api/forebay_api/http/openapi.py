@@ -28,9 +28,12 @@ class Error(BaseModel):
 _DESCRIPTIONS: Final = {
     400: "The body cannot be served",
     401: "No key, or a wrong one",
+    403: "A page of another site sent it, and the api has no keys",
     404: "No such model or request",
     408: "Not finished within REQUEST_TIMEOUT",
     413: "The body is too large",
+    415: "The body is not declared as JSON, and the api has no keys",
+    421: "The Host is unknown, and the api has no keys",
     422: "The Idempotency-Key was used with another body",
     500: "The generation failed",
     503: "The queue is full or cannot be reached",
@@ -38,7 +41,7 @@ _DESCRIPTIONS: Final = {
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": Error, "description": description} for status, description in _DESCRIPTIONS.items()
 }
-ERRORS: Final[dict[int | str, dict[str, Any]]] = {status: _ERRORS[status] for status in (400, 401, 404, 503)}
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {status: _ERRORS[status] for status in (400, 401, 403, 404, 421, 503)}
 """The errors of every operation under /v1."""
 
 KEY: Final = HTTPBearer(scheme_name="key", auto_error=False)

@@ -179,12 +179,15 @@ class BoundedHttp(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer, unless an answer is under way, and close."""
+        """Answer, unless an answer is under way, and close. Whole requests before get their answers first."""
         if self._refused:
             return
         self._refused = True
         self._disarm()
         if self.transport.is_closing():
+            return
+        if self._answers_before() and not self._in_body:
+            self.cycle.keep_alive = False
             return
         answered = self._in_body and self.cycle.response_started
         if not answered and not self._answers_before():

@@ -48,6 +48,8 @@ class Listener:
         try:
             frame = decode_frame(msg.data)
         except ValidationError as exc:
+            if not msg.data:
+                return  # to find out whether this api is connected; see `names.connected_subject`
             log.warning(
                 "[RequestQueue] %s: a reply that cannot be read was dropped (%d faults)",
                 request_id,

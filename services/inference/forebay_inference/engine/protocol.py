@@ -149,7 +149,7 @@ class LoadedModel:
 
     `recommended` is what the model recommends of `forebay_contracts.wire.request.RECOMMENDABLE`. `compile` makes
     of a grammar's text what one TokenRequest or more, of one request, take; it may take seconds, on any thread, and
-    raises GrammarError. With `encodes_quickly`, the tokenizer may be called on the event loop. An embedding model's
+    raises GrammarError. A prompt shorter than `quick_length` may be tokenized on the event loop. An embedding model's
     vectors have `dimensions` numbers (None: a request may choose), and `prefix` goes before each text.
     """
 
@@ -160,7 +160,7 @@ class LoadedModel:
     end_tokens: frozenset[int] = frozenset()
     recommended: Mapping[str, float] = field(default_factory=dict)
     compile: Callable[[str], Any] = lambda grammar: grammar
-    encodes_quickly: bool = False
+    quick_length: int = 0
     dimensions: int | None = None
     prefix: str = ""
 

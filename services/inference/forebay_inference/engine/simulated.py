@@ -32,6 +32,8 @@ _ORDER_VALUES: Final[Mapping[str, Callable[[str], Any]]] = {
 _INSTRUCTIONS: Final = ("system", "developer")
 _CONTEXT_LENGTH = 1 << 20
 _DIMENSIONS = 64
+_QUICK_LENGTH = 10_000
+"""Characters of a prompt, or its tokens; more takes milliseconds."""
 # From here on, a token is one byte of a text.
 _BYTES: Final = 1 << 20
 
@@ -136,11 +138,11 @@ class SimulatedEngine:
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Nothing to load."""
         progress("simulated engine: nothing to load")
-        return LoadedModel(self._tokenizer, _CONTEXT_LENGTH, "none", "none", encodes_quickly=True)
+        return LoadedModel(self._tokenizer, _CONTEXT_LENGTH, "none", "none", quick_length=_QUICK_LENGTH)
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
         """`t0 t1 …`, as ordered."""
-        text = self._tokenizer.decode(request.prompt)
+        text = await self._text(request.prompt)
         orders, sampling = orders_in(text), request.sampling
         answer = orders.answer(text, request.seed if sampling.temperature else "")
         first, ends, count = len(request.generated), request.end_tokens, sampling.logprobs
@@ -176,7 +178,7 @@ class SimulatedEngine:
         self._running += len(inputs)
         try:
             for index, tokens in inputs.items():
-                text = self._tokenizer.decode(tokens)
+                text = await self._text(tokens)
                 orders = orders_in(text)
                 await asyncio.sleep(orders.delay_ms / 1000)
                 self._steps += 1
@@ -184,6 +186,10 @@ class SimulatedEngine:
                 yield index, _vector(text, dimensions or _DIMENSIONS)
         finally:
             self._running -= len(inputs)
+
+    async def _text(self, prompt: Sequence[int]) -> str:
+        decode = self._tokenizer.decode
+        return decode(prompt) if len(prompt) < _QUICK_LENGTH else await asyncio.to_thread(decode, prompt)
 
     def status(self) -> EngineStatus:
         """Never broken."""

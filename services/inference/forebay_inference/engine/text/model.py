@@ -106,7 +106,7 @@ class TextModel:
             serving.decoder,
             closed_schemas=self._closed_schemas,
         )
-        prepared = work() if loaded.encodes_quickly else await self._in_thread(work)
+        prepared = work() if _length(request) < loaded.quick_length else await self._in_thread(work)
         lengths = [0] * len(prepared.prompts)
         if request.return_prompt:
             lengths = [len(prompt.tokens) for prompt in prepared.prompts]
@@ -147,7 +147,7 @@ class TextModel:
         serving = self._ready()
         loaded = serving.loaded
         work = partial(encode_inputs, request, loaded, serving.added_tokens)
-        inputs = work() if loaded.encodes_quickly else await self._in_thread(work)
+        inputs = work() if _length(request) < loaded.quick_length else await self._in_thread(work)
         yield Accepted(sum(map(len, inputs)))
         for index in resume:
             yield Finished(index, "stop")
@@ -241,6 +241,11 @@ class _Serving:
             context=prompt.context,
             tells_end=request.completion_type is CompletionType.COMPLETION,
         )
+
+
+def _length(request: InferenceRequest) -> int:
+    """Characters or token ids of the prompts."""
+    return sum(map(len, request.prompts)) + sum(len(message.get("content") or "") for message in request.messages)
 
 
 def _sequence(request: InferenceRequest, prepared: Prepared, choice: Choice) -> TokenRequest:
