@@ -11,7 +11,8 @@ from forebay_api.openai.body import SLICE
 from forebay_api.routes import ENDPOINTS
 from forebay_contracts.wire.errors import InvalidRequest
 
-BODIES = {endpoint.completion_type.value: endpoint.body for endpoint in ENDPOINTS}
+PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions", "embedding": "/v1/embeddings"}
+BODIES = {kind: endpoint.body for kind, path in PATHS.items() for endpoint in ENDPOINTS if endpoint.path == path}
 MANY = 50_000
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
 TOOL = {"type": "function", "function": {"name": "f"}}
