@@ -4,17 +4,21 @@ import ctypes
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.engine.transformers import architectures
 from forebay_inference.engine.transformers.devices import resolve_device, use_cpus
 from forebay_inference.engine.transformers.packing import pack_linears
 
@@ -23,6 +27,7 @@ _log = logging.getLogger(__name__)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers_logging.disable_progress_bar()
 
+_NAMED_KEYS = 3
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
@@ -38,33 +43,84 @@ class Loaded:
     end_tokens: frozenset[int]
 
 
-def load(folder: Path, quantization: str, device_name: str, progress: Callable[[str], None]) -> Loaded:
+def load(
+    folder: Path,
+    quantization: str,
+    device_name: str,
+    progress: Callable[[str], None],
+    *,
+    allow_untested: bool = False,
+) -> Loaded:
     """Load the checkpoint in `folder`; blocks.
 
     Raises:
-        ConfigurationError: the device or the quantization cannot be had with this checkpoint on this machine.
+        ConfigurationError: the checkpoint is broken or of an architecture that is not served, or the device or the
+            quantization cannot be had with it on this machine.
     """
     started = time.monotonic()
     device = resolve_device(device_name)
     use_cpus(device)
     config = _read_config(folder)
+    architectures.check(config, allow_untested=allow_untested)
     resolved, settings = _resolve_quantization(quantization, config, device)
     progress(f"loading the weights ({resolved}, {device})")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with _in_one_sentence(f"{folder} holds no tokenizer that can be read"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     options: dict[str, Any] = {"dtype": _dtype(device), "device_map": {"": device}}
     if settings is not None:
         options["quantization_config"] = settings
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    except UnpicklingError as exc:
-        raise ConfigurationError(f"{folder}: its .bin file holds more than weights, and is not loaded") from exc
+    with _in_one_sentence(f"the weights in {folder} cannot be loaded"):
+        # The keys that do not fit are refused below, by name; the library would raise without one.
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    _refuse_wrong_keys(folder, found)
+    model = model.eval()
     model.requires_grad_(False)
+    if resolved in ("int8", "nf4", "fp4") and has_plain_experts(model):
+        resolved = f"{resolved} (experts {str(model.dtype).removeprefix('torch.')})"
+        progress(f"bitsandbytes does not quantize this model's experts: {resolved}")
     if device.type == "cpu":
         with torch.inference_mode():
             pack_linears(model)
     give_back_memory()
     progress(f"loaded the weights in {time.monotonic() - started:.1f} s")
     return Loaded(model, tokenizer, device, resolved, _context_length(config), _end_tokens(model, tokenizer))
+
+
+@contextmanager
+def _in_one_sentence(what: str) -> Iterator[None]:
+    """Make a ConfigurationError of whatever is raised within: a checkpoint can be broken in any number of ways."""
+    try:
+        yield
+    except UnpicklingError as exc:
+        raise ConfigurationError(f"{what}: its .bin file holds more than weights, and is not loaded") from exc
+    except Exception as exc:
+        reason = next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+        raise ConfigurationError(f"{what}: {reason}") from exc
+
+
+def _refuse_wrong_keys(folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the model; the library would make up what is missing.
+
+    What the model's class declares as harmless, and tied weights, are not in `found`.
+    """
+    for kind in ("missing", "unexpected", "mismatched"):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in found[f"{kind}_keys"])
+        if keys:
+            more = f" and {len(keys) - _NAMED_KEYS} more" if len(keys) > _NAMED_KEYS else ""
+            names = ", ".join(keys[:_NAMED_KEYS]) + more
+            what = "weights of the wrong shape" if kind == "mismatched" else f"{kind} weights"
+            raise ConfigurationError(f"the checkpoint in {folder} has {what}: {names}")
+
+
+def has_plain_experts(model: Any) -> bool:
+    """Whether `model` has experts in one tensor for each layer, which bitsandbytes leaves as they are."""
+    return any(
+        parameter.dim() == 3 and parameter.is_floating_point()
+        for module in model.modules()
+        if not isinstance(module, nn.Conv1d)
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def give_back_memory() -> None:
@@ -77,10 +133,10 @@ def give_back_memory() -> None:
 
 
 def _read_config(folder: Path) -> Any:
-    try:
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigurationError(f"{folder} holds an adapter; merge it into its base model and serve the result")
+    with _in_one_sentence(f"{folder} holds no checkpoint that can be read"):
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as exc:
-        raise ConfigurationError(f"{folder} holds no checkpoint that can be read: {exc}") from exc
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -92,7 +148,13 @@ def _dtype(device: torch.device) -> torch.dtype:
 def _resolve_quantization(wanted: str, config: Any, device: torch.device) -> tuple[str, BitsAndBytesConfig | None]:
     carried = getattr(config, "quantization_config", None)
     if carried is not None:
-        name = _carried_name(carried if isinstance(carried, dict) else carried.to_dict())
+        carried = carried if isinstance(carried, dict) else carried.to_dict()
+        name = _carried_name(carried)
+        # The library would load the weights of a method that it does not know as if they were plain.
+        if not carried.get("quant_method") or not AutoHfQuantizer.supports_quant_method(carried):
+            raise ConfigurationError(
+                f"the checkpoint is quantized by {name}, which the Transformers library cannot read"
+            )
         if wanted not in ("auto", name):
             raise ConfigurationError(
                 f"MODEL_QUANTIZATION={wanted}: the checkpoint is quantized already ({name}); use auto"
