@@ -1,6 +1,5 @@
 """Tiny checkpoints of every tested architecture: two layers, a window of 24 tokens, random weights that matter."""
 
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,7 @@ def tiny_config(kind: str, **fields: Any) -> Any:
         known["layer_types"] = (kinds * 2)[:2]
     if hasattr(usual, "vocab_size_per_layer_input"):
         known["vocab_size_per_layer_input"] = len(tokenizer())
-    known |= {"vocab_size": len(tokenizer()), "pad_token_id": None, "bos_token_id": 256, "eos_token_id": 256}
+    known |= {"vocab_size": len(tokenizer()), "pad_token_id": 256, "bos_token_id": 256, "eos_token_id": 256}
     return cls(**known | _PARTICULAR.get(kind, {}) | fields)
 
 
@@ -169,8 +168,3 @@ def write_checkpoint(folder: Path, kind: str, **fields: Any) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
-
-
-def without(folder: Path, copy: Path, *names: str) -> Path:
-    """A copy of a folder that lacks some files."""
-    return Path(shutil.copytree(folder, copy, ignore=lambda _, files: set(files) & set(names)))

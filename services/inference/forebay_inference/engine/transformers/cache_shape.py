@@ -47,7 +47,8 @@ def measure(model: Any) -> CacheShape:
         with torch.inference_mode():
             model(input_ids=token, cache=cache, use_cache=True)
     except Exception as exc:  # a model with a cache of its own fails in a way of its own
-        raise ConfigurationError(f"{config.model_type} cannot be batched: it takes no cache of the library") from exc
+        reason = " ".join(str(exc).split())[:200]
+        raise ConfigurationError(f"{config.model_type} cannot run with a cache of the library: {reason}") from exc
     shapes = [shape for pair in cache.written.values() for shape in pair]
     if not shapes or max(cache.written) >= config.num_hidden_layers:
         raise ConfigurationError(f"{config.model_type} cannot be batched: it keeps no keys and values for its layers")

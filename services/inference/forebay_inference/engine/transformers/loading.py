@@ -12,7 +12,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -25,9 +24,14 @@ from forebay_inference.engine.transformers.packing import pack_linears
 _log = logging.getLogger(__name__)
 # bitsandbytes warns at every call of a cast that is meant, and of an optional kernel from a model hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# The library reports weights that do not fit in a table; here they are refused in a sentence.
+logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
 transformers_logging.disable_progress_bar()
 
 _NAMED_KEYS = 3
+_REASON_CHARACTERS = 300
+# Not given, the library asks on the terminal whether to run code of the checkpoint.
+_OWN_CODE_ONLY = {"trust_remote_code": False}
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
@@ -65,8 +69,8 @@ def load(
     resolved, settings = _resolve_quantization(quantization, config, device)
     progress(f"loading the weights ({resolved}, {device})")
     with _in_one_sentence(f"{folder} holds no tokenizer that can be read"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    options: dict[str, Any] = {"dtype": _dtype(device), "device_map": {"": device}}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_OWN_CODE_ONLY)
+    options: dict[str, Any] = {"dtype": _dtype(device), "device_map": {"": device}, **_OWN_CODE_ONLY}
     if settings is not None:
         options["quantization_config"] = settings
     with _in_one_sentence(f"the weights in {folder} cannot be loaded"):
@@ -76,15 +80,14 @@ def load(
     _refuse_wrong_keys(folder, found)
     model = model.eval()
     model.requires_grad_(False)
-    if resolved in ("int8", "nf4", "fp4") and has_plain_experts(model):
-        resolved = f"{resolved} (experts {str(model.dtype).removeprefix('torch.')})"
-        progress(f"bitsandbytes does not quantize this model's experts: {resolved}")
+    if (actual := _actual_quantization(model, resolved)) != resolved:
+        progress(f"bitsandbytes does not quantize all of this model: {actual}")
     if device.type == "cpu":
         with torch.inference_mode():
             pack_linears(model)
     give_back_memory()
     progress(f"loaded the weights in {time.monotonic() - started:.1f} s")
-    return Loaded(model, tokenizer, device, resolved, _context_length(config), _end_tokens(model, tokenizer))
+    return Loaded(model, tokenizer, device, actual, _context_length(config), _end_tokens(model, tokenizer))
 
 
 @contextmanager
@@ -95,7 +98,7 @@ def _in_one_sentence(what: str) -> Iterator[None]:
     except UnpicklingError as exc:
         raise ConfigurationError(f"{what}: its .bin file holds more than weights, and is not loaded") from exc
     except Exception as exc:
-        reason = next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+        reason = " ".join(str(exc).split())[:_REASON_CHARACTERS] or type(exc).__name__
         raise ConfigurationError(f"{what}: {reason}") from exc
 
 
@@ -113,14 +116,16 @@ def _refuse_wrong_keys(folder: Path, found: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"the checkpoint in {folder} has {what}: {names}")
 
 
-def has_plain_experts(model: Any) -> bool:
-    """Whether `model` has experts in one tensor for each layer, which bitsandbytes leaves as they are."""
-    return any(
-        parameter.dim() == 3 and parameter.is_floating_point()
-        for module in model.modules()
-        if not isinstance(module, nn.Conv1d)
-        for parameter in module.parameters(recurse=False)
-    )
+def _actual_quantization(model: Any, resolved: str) -> str:
+    """`resolved`, and what bitsandbytes left in 16 bits: it takes linear layers alone, and none of a class of the
+    model's own. Experts lie in one tensor for each layer."""
+    if resolved not in ("int8", "nf4", "fp4"):
+        return resolved
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
+        return "none"
+    if any(".experts." in name and tensor.is_floating_point() for name, tensor in model.named_parameters()):
+        return f"{resolved} (experts {'bf16' if model.dtype == torch.bfloat16 else 'fp16'})"
+    return resolved
 
 
 def give_back_memory() -> None:
@@ -136,7 +141,7 @@ def _read_config(folder: Path) -> Any:
     if (folder / "adapter_config.json").is_file():
         raise ConfigurationError(f"{folder} holds an adapter; merge it into its base model and serve the result")
     with _in_one_sentence(f"{folder} holds no checkpoint that can be read"):
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, **_OWN_CODE_ONLY)
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -150,8 +155,10 @@ def _resolve_quantization(wanted: str, config: Any, device: torch.device) -> tup
     if carried is not None:
         carried = carried if isinstance(carried, dict) else carried.to_dict()
         name = _carried_name(carried)
+        if "quant_method" not in carried:
+            raise ConfigurationError("the checkpoint is quantized, and its config.json does not say by which method")
         # The library would load the weights of a method that it does not know as if they were plain.
-        if not carried.get("quant_method") or not AutoHfQuantizer.supports_quant_method(carried):
+        if not AutoHfQuantizer.supports_quant_method(carried):
             raise ConfigurationError(
                 f"the checkpoint is quantized by {name}, which the Transformers library cannot read"
             )
