@@ -186,8 +186,8 @@ def engine_for(folder: Path) -> TransformersEngine:
 
 
 async def test_an_untested_architecture_is_served_if_it_passes_the_check(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "exaone", sliding_window=None)
-    with pytest.raises(ConfigurationError, match="exaone is not among the tested"):
+    write_checkpoint(tmp_path, "phimoe")
+    with pytest.raises(ConfigurationError, match="phimoe is not among the tested"):
         loaded(tmp_path)
     engine, lines = engine_for(tmp_path), list[str]()
     try:

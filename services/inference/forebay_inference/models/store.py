@@ -69,7 +69,7 @@ def ensure_model(
 def _ensured(model: str, data_dir: Path, progress: Callable[[str], None], token: str | None) -> Path:
     path = Path(os.path.expanduser(model))
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             raise ConfigurationError(f"DEFAULT_MODEL={path}: the folder holds no config.json, so it is no checkpoint")
         return path
     if path.suffix == ".gguf":

@@ -16,13 +16,16 @@ TESTED: Final = {
     "biogpt": "BioGPT",
     "cohere": "Command R",
     "cohere2": "Command R7B, Command A",
+    "cohere2_moe": "Command A MoE",
     "cwm": "CWM",
     "deepseek_v2": "DeepSeek V2, V2 Lite, Coder V2",
     "deepseek_v3": "DeepSeek V3, R1, Kimi K2, Moonlight",
     "dots1": "dots.llm1",
     "ernie4_5": "ERNIE 4.5",
     "ernie4_5_moe": "ERNIE 4.5 MoE",
+    "exaone": "EXAONE 3, 3.5",
     "exaone4": "EXAONE 4",
+    "exaone_moe": "K-EXAONE",
     "falcon": "Falcon, without ALiBi",
     "flex_olmo": "FlexOlmo",
     "gemma": "Gemma",
@@ -42,11 +45,17 @@ TESTED: Final = {
     "gpt_oss": "gpt-oss",
     "gptj": "GPT-J",
     "granite": "Granite 3",
+    "granite_swa": "Granite with sliding windows",
     "granitemoe": "Granite 3 MoE",
+    "granitemoe_swa": "Granite MoE with sliding windows",
     "granitemoeshared": "Granite MoE with shared experts",
     "helium": "Helium",
     "hunyuan_v1_dense": "Hunyuan",
     "hunyuan_v1_moe": "Hunyuan MoE",
+    "hy_v3": "Hunyuan 3",
+    "hyperclovax": "HyperCLOVA X SEED",
+    "internlm3": "InternLM3",
+    "iquestcoder": "IQuest-Coder",
     "jais2": "Jais 2",
     "llama": "Llama 1 to 3.3, SmolLM2, Yi, Vicuna",
     "longcat_flash": "LongCat Flash",
@@ -91,7 +100,7 @@ def check(config: Any, *, allow_untested: bool) -> None:
         ConfigurationError: one sentence that names the architecture and says why.
     """
     kind = config.model_type
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         raise ConfigurationError(f"{kind} is an encoder-decoder model; only decoder models are served")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigurationError(f"{kind} is no text generation model of the Transformers library")

@@ -43,12 +43,11 @@ def attend_capped(
     """
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
+    scores = (query @ key.repeat_interleave(groups, 1).transpose(2, 3)).mul_(scaling)
     if cap is not None:
-        scores = torch.tanh(scores / cap) * cap
-    scores = (scores + mask).float()
+        scores.div_(cap).tanh_().mul_(cap)
+    scores += mask
     if sinks is not None:
-        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], -1)
-    weights = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[2]]
     return weights @ value.repeat_interleave(groups, 1)
