@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from support.checkpoint import byte_tokenizer
 
@@ -168,3 +169,20 @@ def write_checkpoint(folder: Path, kind: str, **fields: Any) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+THETA = 500_000.0
+
+
+def llama3_quotients(size: int) -> Any:
+    """[size / 2]: what a GGUF file of Llama 3.2 says of its rotary frequencies, for heads of `size` numbers."""
+    config = LlamaConfig(hidden_size=size, num_attention_heads=1, rope_parameters={**LLAMA_3, "rope_theta": THETA})
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    return (1 / THETA ** (torch.arange(0, size, 2) / size) / scaled).numpy()

@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter, TokenType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.engine.transformers.convert import convert
 from forebay_inference.engine.transformers.engine import TransformersEngine
 from forebay_inference.engine.transformers.loading import Loaded, load
 from forebay_inference.engine.transformers.self_check import PlainModel, check_itself
-from support.architectures import write_checkpoint
+from support.architectures import LLAMA_3, THETA, llama3_quotients, write_checkpoint
 
 Change = Callable[[Path], object]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -210,3 +213,47 @@ async def test_an_attention_that_is_not_computed_here_is_refused(tmp_path: Path)
             await engine.start(lambda line: None)
     finally:
         await engine.close()
+
+
+def write_gguf(path: Path, *, layers: int, written: int) -> Path:
+    """A tiny Llama of `layers` layers of which `written` are in the file, with rotary factors of Llama 3."""
+    vocabulary = [*map(chr, range(33, 127)), "ab", "<|end|>"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(256)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(THETA)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([TokenType.NORMAL] * (len(vocabulary) - 1) + [TokenType.CONTROL])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(len(vocabulary) - 1)
+    shapes = {"token_embd": (len(vocabulary), 32), "output": (len(vocabulary), 32), "output_norm": (32,)}
+    for layer in range(written):
+        shapes |= {f"blk.{layer}.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{layer}.{name}": (32, 32) for name in ("attn_q", "attn_output")}
+        shapes |= {f"blk.{layer}.{name}": (16, 32) for name in ("attn_k", "attn_v")}
+        shapes |= {f"blk.{layer}.{name}": (64, 32) for name in ("ffn_gate", "ffn_up")}
+        shapes |= {f"blk.{layer}.ffn_down": (32, 64)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.add_tensor("rope_freqs.weight", llama3_quotients(8).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_converted_with_its_rotary_factors_and_not_without_a_layer(tmp_path: Path) -> None:
+    convert(write_gguf(tmp_path / "whole.gguf", layers=2, written=2), tmp_path / "whole")
+    made = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert made["rope_parameters"] == pytest.approx(LLAMA_3 | {"rope_theta": THETA})
+    with pytest.raises(ValueError, match=r"lacks 9 weights, such as model\.layers\.1\."):
+        convert(write_gguf(tmp_path / "part.gguf", layers=2, written=1), tmp_path / "part")
