@@ -79,20 +79,19 @@ _VISION = {
     "patch_size": 14,
 }
 
+_LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": ORIGINAL_CONTEXT,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": ORIGINAL_CONTEXT,
+    },
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "longrope": (
-        "phi3",
-        {
-            "original_max_position_embeddings": ORIGINAL_CONTEXT,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10_000.0,
-                "short_factor": [1.0] * 4,
-                "long_factor": [4.0] * 4,
-                "original_max_position_embeddings": ORIGINAL_CONTEXT,
-            },
-        },
-    ),
+    "longrope": ("phi3", _LONGROPE),
+    "longrope and windows": ("phi3", _LONGROPE | {"sliding_window": WINDOW}),
     "dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}}),
     "yarn": (
         "qwen2",

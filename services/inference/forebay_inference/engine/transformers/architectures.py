@@ -19,7 +19,7 @@ TESTED: Final = {
     "cohere2_moe": "Command A MoE",
     "cwm": "CWM",
     "deepseek_v2": "DeepSeek V2, V2 Lite, Coder V2",
-    "deepseek_v3": "DeepSeek V3, R1, Kimi K2, Moonlight",
+    "deepseek_v3": "DeepSeek V3, R1, Moonlight",
     "dots1": "dots.llm1",
     "ernie4_5": "ERNIE 4.5",
     "ernie4_5_moe": "ERNIE 4.5 MoE",

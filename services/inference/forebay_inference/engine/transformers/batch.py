@@ -74,6 +74,8 @@ class Batch:
                 max_batch_tokens=max_batch_tokens,
                 max_requests_per_batch=min(max_batch_tokens, _MAX_ROWS),
                 allow_block_sharing=True,
+                # Its kernels want keys and values of one size, as the model wrote them.
+                auto_switch_to_flash=shape.plain,
                 # Sampling reads state on the host between two steps, which a recorded graph or a step started
                 # ahead of its predecessor's tokens could not.
                 use_async_batching=False,
