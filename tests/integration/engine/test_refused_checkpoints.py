@@ -150,9 +150,16 @@ def test_it_is_refused_in_one_sentence(tmp_path: Path, whole: Path, name: str) -
 
 
 def test_what_is_harmless_is_loaded(tmp_path: Path, whole: Path) -> None:
-    """Frequencies that old checkpoints hold, and a head that is the embedding."""
+    """Tables that old checkpoints hold, a layer that predicts a further token, and a head that is the embedding."""
     folder = Path(shutil.copytree(whole, tmp_path / "model"))
-    weights(lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))(folder)
+    tables = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "attn.masked_bias", "attention.bias")
+    weights(lambda tensors: tensors.update({f"model.layers.0.self_attn.{name}": torch.zeros(4) for name in tables}))(
+        folder
+    )
+    weights(lambda tensors: tensors.update({"model.layers.2.eh_proj.weight": torch.zeros(4)}))(folder)
+    with pytest.raises(ConfigurationError, match=r"unexpected weights: model\.layers\.2\.eh_proj\.weight$"):
+        loaded(folder, "none")
+    config(num_nextn_predict_layers=1)(folder)
     assert loaded(folder, "none").quantization == "none"
     weights(lambda tensors: tensors.pop("lm_head.weight"))(folder)
     config(tie_word_embeddings=True)(folder)

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
 transformers_logging.disable_progress_bar()
 
 _NAMED_KEYS = 3
+_SAVED_TABLE = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _REASON_CHARACTERS = 300
 # Not given, the library asks on the terminal whether to run code of the checkpoint.
 _OWN_CODE_ONLY = {"trust_remote_code": False}
@@ -77,7 +80,7 @@ def load(
         # The keys that do not fit are refused below, by name; the library would raise without one.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
-    _refuse_wrong_keys(folder, found)
+    _refuse_wrong_keys(folder, found, config)
     model = model.eval()
     model.requires_grad_(False)
     if (actual := _actual_quantization(model, resolved)) != resolved:
@@ -102,18 +105,29 @@ def _in_one_sentence(what: str) -> Iterator[None]:
         raise ConfigurationError(f"{what}: {reason}") from exc
 
 
-def _refuse_wrong_keys(folder: Path, found: Mapping[str, Any]) -> None:
+def _refuse_wrong_keys(folder: Path, found: Mapping[str, Any], config: Any) -> None:
     """Refuse weights that are not those of the model; the library would make up what is missing.
 
     What the model's class declares as harmless, and tied weights, are not in `found`.
     """
     for kind in ("missing", "unexpected", "mismatched"):
         keys = sorted(key if isinstance(key, str) else key[0] for key in found[f"{kind}_keys"])
+        if kind == "unexpected":
+            keys = [key for key in keys if not _is_harmless(key, config)]
         if keys:
             more = f" and {len(keys) - _NAMED_KEYS} more" if len(keys) > _NAMED_KEYS else ""
             names = ", ".join(keys[:_NAMED_KEYS]) + more
             what = "weights of the wrong shape" if kind == "mismatched" else f"{kind} weights"
             raise ConfigurationError(f"the checkpoint in {folder} has {what}: {names}")
+
+
+def _is_harmless(key: str, config: Any) -> bool:
+    """Whether `key` is a causal mask or a table that models once saved, or belongs to a layer that predicts further
+    tokens, which is not served."""
+    layer = _LAYER.search(key)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    further = getattr(config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    return bool(_SAVED_TABLE.search(key)) or (layer is not None and layers <= int(layer[1]) < layers + further)
 
 
 def _actual_quantization(model: Any, resolved: str) -> str:
