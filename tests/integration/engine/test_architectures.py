@@ -82,22 +82,23 @@ async def served(model: Any) -> list[tuple[list[int], list[int], list[float]]]:
 
 def plain_logprobs(model: Any, prompt: list[int], answer: list[int], *, by_length: bool) -> torch.Tensor:
     """[answer, vocabulary]: what the library gives without a cache; `by_length`: with one pass for each token."""
+
+    def logits(tokens: list[int]) -> torch.Tensor:
+        return model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
+
     with torch.inference_mode():
-        if not by_length:
-            logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits
-            return logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        rows = [
-            model(input_ids=torch.tensor([prompt + answer[:place]]), use_cache=False).logits[0, -1]
-            for place in range(len(answer))
-        ]
-        return torch.stack(rows).log_softmax(-1)
+        if by_length:
+            rows = torch.stack([logits(prompt + answer[:place])[-1] for place in range(len(answer))])
+        else:
+            rows = logits(prompt + answer)[len(prompt) - 1 : -1]
+        return rows.log_softmax(-1).cpu()
 
 
-async def compare(folder: Path, kind: str, fields: dict[str, Any]) -> None:
+async def compare(folder: Path, kind: str, fields: dict[str, Any], device: str = "cpu") -> None:
     write_checkpoint(folder, kind, **fields)
-    loaded = loading.load(folder, "none", "cpu", lambda line: None)
+    loaded = loading.load(folder, "none", device, lambda line: None)
     answers = await served(loaded.model)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     by_length = "short_factor" in fields.get("rope_parameters", {})
     for prompt, tokens, logprobs in answers:
         expected = plain_logprobs(plain, prompt, tokens, by_length=by_length)
@@ -117,6 +118,15 @@ async def test_a_variant_is_answered_as_by_the_plain_model(tmp_path: Path, name:
     kind, fields = VARIANTS[name]
     assert kind in TESTED
     await compare(tmp_path, kind, fields)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma2", "gemma4", "gpt_oss", "deepseek_v3", "falcon", "gpt_neox", "mistral"]
+)
+async def test_the_batch_on_cuda_answers_as_the_plain_model(tmp_path: Path, kind: str) -> None:
+    await compare(tmp_path, kind, {}, "cuda:0")
 
 
 def test_the_table_of_the_docs() -> None:
