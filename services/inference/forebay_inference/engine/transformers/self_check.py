@@ -83,5 +83,5 @@ async def _answer(engine: Engine, prompt: Sequence[int]) -> tuple[list[int], lis
     request = TokenRequest("self-check", prompt, _ANSWER, Sampling(temperature=0, logprobs=0))
     async for step in engine.generate(request):
         tokens += step.tokens
-        logprobs += [one.logprob for one in step.logprobs]
+        logprobs += [one.logprob for one in step.logprobs if one.logprob is not None]
     return tokens, logprobs
