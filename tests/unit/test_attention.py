@@ -34,7 +34,8 @@ def computed_in(*cuts: int) -> torch.Tensor:
         read = places[:end] if start else places[:0]
         step = attention._plan([request], {"read_index": [read], "write_index": [places[start:end]]}, [caches])
         new = [tensor[:, :, start:end] for tensor in (query, key, value)]
-        parts.append(attention._attend(SimpleNamespace(layer_idx=0), *new, None, forebay_step=step)[0])
+        attention._pass.step, attention._pass.written = step, new[1:]
+        parts.append(attention._attend(SimpleNamespace(layer_idx=0), *new, None)[0])
     return torch.cat(parts, 1)
 
 

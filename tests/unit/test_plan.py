@@ -34,6 +34,7 @@ from forebay_cli.sizing.model_shape import of_folder, of_params, parse_params, p
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.transformers import memory
+from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.models.store import ensure_model
 from support.stack import data_dir
 
@@ -104,6 +105,40 @@ def test_parameters_from_a_configuration(tmp_path: Path, config: dict[str, Any],
     assert of_folder("m", folder_with(tmp_path, config)).params == params
 
 
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_experts_stay_in_16_bits(tmp_path: Path, with_weights: bool) -> None:
+    folder = folder_with(tmp_path, MIXTRAL)
+    of_config = of_folder("m", folder)
+    experts = of_config.layers * (8 * 3 * 4096 * 14_336 + 8 * 4096)
+    if with_weights:
+        write_header(
+            folder / "model.safetensors",
+            {
+                "model.layers.0.mlp.experts.down_proj": [8, 4096, 14_336],
+                "model.layers.0.mlp.experts.0.w1.weight": [14_336, 4096],
+                "model.layers.0.self_attn.q_proj.weight": [64, 64],
+            },
+        )
+        experts = 9 * 4096 * 14_336
+    shape = of_folder("m", folder)
+    assert shape.expert_params == experts < shape.other_params + 1
+    saved = weights_bytes(shape, "none") - weights_bytes(shape, "nf4")
+    assert saved == shape.linear_params * (2 - 0.5625)
+
+
+def write_header(path: Path, shapes: dict[str, list[int]]) -> None:
+    """A weight file without its numbers."""
+    header = json.dumps(
+        {name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    )
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+
+
+def test_compressed_keys_take_one_head(tmp_path: Path) -> None:
+    latent = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_routed_experts": 4}
+    assert kv_bytes_per_token(of_folder("m", folder_with(tmp_path, LLAMA_8B | latent))) == 2 * 32 * 512 * 2
+
+
 def test_a_size_alone_is_near_to_the_model_it_stands_for(tmp_path: Path) -> None:
     real, guessed = of_folder("m", folder_with(tmp_path, LLAMA_8B)), of_params("8B", 8_000_000_000)
     assert kv_bytes_per_token(guessed) == kv_bytes_per_token(real) == 131_072
@@ -129,19 +164,20 @@ def test_the_cache_is_what_the_engine_makes_of_it(
 ) -> None:
     folder = folder_with(tmp_path, LLAMA_8B)
     config = AutoConfig.from_pretrained(folder)
+    kept = CacheShape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     shape = of_folder("m", folder)
     planned = fitted(shape, gib, "nf4", context, max_slots=slots)
     free = gib * GIB - RESERVE_BYTES - weights_bytes(shape, "nf4")
     # The card that this machine may not have.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, gib * GIB))
-    assert memory.bytes_per_token(config, torch.bfloat16) == planned.kv_bytes_per_token
-    made = memory.plan_cache(config, torch.bfloat16, torch.device("cuda", 0), planned.slots, context)
+    assert memory.bytes_per_token(kept, torch.bfloat16) == planned.kv_bytes_per_token
+    made = memory.plan_cache(kept, torch.bfloat16, torch.device("cuda", 0), planned.slots, context)
     assert made.page_size == PAGE_TOKENS
     assert made.tokens * planned.kv_bytes_per_token == planned.cache_bytes <= free * CACHE_SHARE
     assert made.context_length == planned.context
     assert made.tokens >= planned.slots * planned.context
     if planned.slots < slots:
-        more = memory.plan_cache(config, torch.bfloat16, torch.device("cuda", 0), planned.slots + 1, context)
+        more = memory.plan_cache(kept, torch.bfloat16, torch.device("cuda", 0), planned.slots + 1, context)
         assert more.tokens < (planned.slots + 1) * -(-planned.context // PAGE_TOKENS) * PAGE_TOKENS
 
 

@@ -273,6 +273,10 @@ class InferenceSettings(Settings):
     )
     hf_token: SecretStr | None = Field(None, description="Token for private and gated models of the hub")
     model_device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
+    allow_untested_models: bool = Field(
+        False,
+        description="Serve architectures that no test has compared, after a check at start (docs/models.md)",
+    )
     inference_engine: Literal["transformers", "embedding", "simulated"] = Field(
         "transformers",
         description="transformers, embedding (a sentence-transformers model), or simulated (no model, for tests)",

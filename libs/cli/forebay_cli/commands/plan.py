@@ -102,17 +102,19 @@ def _print(shape: ModelShape, gpu_bytes: int, fits: list[Fit], settings: dict[st
         f"{shape.name}: {shape.params / 1e9:.2f} billion parameters, {fits[0].kv_bytes_per_token / 1024:g} KiB of "
         f"KV cache a token, in {_gib(gpu_bytes)} less {_gib(RESERVE_BYTES)} for CUDA"
     )
-    console.print_tables(console.table(title, columns, [_row(one) for one in fits]))
+    console.print_tables(console.table(title, columns, [_row(shape, one) for one in fits]))
     for name, value in settings.items():
         console.stdout.print(f"{name}={value}", markup=False)
 
 
-def _row(one: Fit) -> tuple[object, ...]:
+def _row(shape: ModelShape, one: Fit) -> tuple[object, ...]:
+    partly = shape.expert_params and one.quantization in ("int8", "nf4", "fp4")
+    quantization = f"{one.quantization} (experts bf16)" if partly else one.quantization
     if not one.slots:
-        return (one.quantization, _gib(one.weights_bytes), "does not fit", *[None] * 6)
+        return (quantization, _gib(one.weights_bytes), "does not fit", *[None] * 6)
     left = one.free_bytes - one.cache_bytes - one.activation_bytes
     sizes = (one.weights_bytes, one.cache_bytes, one.activation_bytes, left)
-    return (one.quantization, *map(_gib, sizes), one.context, one.slots, one.batch_tokens, one.queue_size)
+    return (quantization, *map(_gib, sizes), one.context, one.slots, one.batch_tokens, one.queue_size)
 
 
 def _gib(size: int) -> str:

@@ -43,8 +43,8 @@ class ModelShape:
     """The properties of a model that its memory depends on.
 
     `linear_params` are those of the layers' matrices, which quantization makes smaller, in `linear_rows` rows.
-    `other_params` (embeddings, output head, norms) always stay in 16 bits. A checkpoint that is quantized already
-    (`carried` says how) has its size in `stored_bytes` and is loaded as it is.
+    `other_params` (embeddings, output head, norms, and the `expert_params` of a mixture) always stay in 16 bits. A
+    checkpoint that is quantized already (`carried` says how) has its size in `stored_bytes` and is loaded as it is.
     """
 
     name: str
@@ -58,6 +58,7 @@ class ModelShape:
     linear_rows: int
     other_params: int
     context_length: int
+    expert_params: int = 0
     carried: str | None = None
     stored_bytes: int | None = None
 

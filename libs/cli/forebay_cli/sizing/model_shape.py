@@ -16,6 +16,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
 _PARAMS = re.compile(r"(\d+(?:\.\d+)?)\s*([MB])", re.IGNORECASE)
 _POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 _CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_EXPERT_FIELDS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _MAX_HEADER_BYTES: Final = 100_000_000
 
 # The usual model of a number of parameters:
@@ -118,11 +119,15 @@ def _of_config(name: str, config: dict[str, Any]) -> ModelShape:
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     intermediate, vocabulary = config["intermediate_size"], config["vocab_size"]
-    experts = config.get("num_local_experts") or config.get("num_experts") or 1
+    experts = next((config[field] for field in _EXPERT_FIELDS if config.get(field)), 1)
     expert_size = config.get("moe_intermediate_size") or intermediate
     attention = 2 * hidden * head_dim * (heads + kv_heads)
     attention_rows = head_dim * (heads + 2 * kv_heads) + hidden
-    router = hidden * experts if experts > 1 else 0
+    feed_forward = 3 * hidden * expert_size * experts + (hidden * experts if experts > 1 else 0)
+    expert_params = layers * feed_forward if experts > 1 else 0
+    if latent := config.get("kv_lora_rank"):
+        # Keys and values are kept compressed, as one head.
+        kv_heads, head_dim = 1, max(latent, config["qk_rope_head_dim"])
     tied = config.get("tie_word_embeddings", True)
     return ModelShape(
         name=name,
@@ -132,23 +137,25 @@ def _of_config(name: str, config: dict[str, Any]) -> ModelShape:
         hidden=hidden,
         intermediate=intermediate,
         vocabulary=vocabulary,
-        linear_params=layers * (attention + experts * 3 * hidden * expert_size + router),
-        linear_rows=layers * (attention_rows + experts * (2 * expert_size + hidden)),
-        other_params=vocabulary * hidden * (1 if tied else 2) + (2 * layers + 1) * hidden,
+        linear_params=layers * (attention + feed_forward) - expert_params,
+        linear_rows=layers * (attention_rows + (2 * expert_size + hidden if experts == 1 else 0)),
+        other_params=vocabulary * hidden * (1 if tied else 2) + (2 * layers + 1) * hidden + expert_params,
+        expert_params=expert_params,
         context_length=next(config[field] for field in _CONTEXT_FIELDS if field in config),
     )
 
 
 def _with_weights(shape: ModelShape, files: list[Path]) -> ModelShape:
     """`shape` with its parameters counted from the headers of the weight files."""
-    linear = rows = other = 0
+    linear = rows = other = experts = 0
     for name, tensor in _tensors(files):
         size = math.prod(tensor)
-        if len(tensor) == 2 and "embed" not in name and "lm_head" not in name:
+        of_experts = ".experts." in name or len(tensor) == 3
+        if len(tensor) == 2 and not of_experts and "embed" not in name and "lm_head" not in name:
             linear, rows = linear + size, rows + tensor[0]
         else:
-            other += size
-    return replace(shape, linear_params=linear, linear_rows=rows, other_params=other)
+            other, experts = other + size, experts + (size if of_experts else 0)
+    return replace(shape, linear_params=linear, linear_rows=rows, other_params=other, expert_params=experts)
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, list[int]]]:

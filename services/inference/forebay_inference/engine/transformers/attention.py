@@ -1,4 +1,4 @@
-"""Attention over the paged cache on a CPU, sequence by sequence.
+"""Attention over the paged cache on a CPU, sequence by sequence, for models whose layers all see the whole sequence.
 
 The library's own CPU path puts all sequences of a step into one attention with a block-diagonal mask, so that
 each token is scored against every other sequence's keys and eight sequences cost eight times too much. Here
@@ -7,6 +7,7 @@ block by block.
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,15 +15,17 @@ from typing import Any, Final
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
+
+from forebay_inference.engine.protocol import EngineFault
+from forebay_inference.engine.transformers.attention_variants import attend_capped, refuse_unknown
+from forebay_inference.engine.transformers.cache_shape import CacheShape
 
 NAME: Final = "forebay_paged_cpu"
-# Model families whose attention is softmax(q k) v and nothing besides (no soft caps, sinks or biases).
-PLAIN_FAMILIES: Final = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "granite", "helium", "starcoder2"}
-)
 BLOCK: Final = 32
 """Positions of a prompt whose attention is computed at once; the cache's page size on a CPU."""
-_KWARG: Final = "forebay_step"
+_pass: Final = threading.local()
+"""Of each generation thread, the `step` that it computes. Not an argument: some models do not pass theirs on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +68,11 @@ class _Step:
     prefills: Sequence[_Prefill]
 
 
-def can_attend(model: Any) -> bool:
-    """Whether this attention is right for `model`."""
-    config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None) or ["full_attention"]
-    full = all(layer == "full_attention" for layer in layers) and (
-        getattr(config, "layer_types", None) is not None or getattr(config, "sliding_window", None) is None
-    )
-    return model.device.type == "cpu" and config.model_type in PLAIN_FAMILIES and full
+def can_attend(model: Any, shape: CacheShape) -> bool:
+    """Whether this attention can compute `model`, which writes keys and values of `shape` into its cache."""
+    kinds = group_layers_by_attn_type(model.config.get_text_config())
+    asks = bool(model._supports_attention_backend)
+    return asks and model.device.type == "cpu" and shape.plain and set(kinds) == {"full_attention"}
 
 
 def install(model: Any) -> None:
@@ -90,20 +90,22 @@ def watch_steps(processor: Any) -> None:
 
     def with_plan(use_padding: bool = False) -> Any:
         kwargs = kwargs_of_step(use_padding=use_padding)
-        kwargs[_KWARG] = _plan(inputs.requests_in_batch, kwargs, allocator._kv_token_views)
+        _pass.step = _plan(inputs.requests_in_batch, kwargs, allocator._kv_token_views)
         return kwargs
 
     def write_only(
-        keys: torch.Tensor, values: torch.Tensor, layer: int, kwargs: dict[str, Any]
+        keys: torch.Tensor, values: torch.Tensor, layer_idx: int, kwargs: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        step: _Step = kwargs[_KWARG]
-        key_cache, value_cache = step.views[layer]
+        step: _Step = _pass.step
+        key_cache, value_cache = step.views[layer_idx]
         key_cache.index_copy_(0, step.write, keys.squeeze(0).transpose(0, 1))
         value_cache.index_copy_(0, step.write, values.squeeze(0).transpose(0, 1))
+        _pass.written = keys, values
         return keys, values
 
     inputs.get_model_kwargs = with_plan
     cache.update = write_only
+    cache.get_seq_length = lambda *_: 0
 
 
 def _plan(requests: Sequence[Any], kwargs: Any, views: Any) -> _Step:
@@ -168,11 +170,17 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`query`: [1, heads, new tokens, size], `key` and `value`: [1, key heads, new tokens, size], all in the
     cache already; returns [1, new tokens, heads, size]."""
-    step: _Step = kwargs[_KWARG]
+    refuse_unknown(kwargs)
+    written = _pass.written
+    if attention_mask is not None or key is not written[0] or value is not written[1]:
+        raise EngineFault("the model attends to something else than the keys and values in its cache")
+    step: _Step = _pass.step
     heads, new, size = query.shape[1:]
     key_heads = key.shape[1]
     key_cache, value_cache = step.views[module.layer_idx]
@@ -186,7 +194,11 @@ def _attend(
         # The heads that share a key head are its queries: no copy of the keys for each of them.
         queries = by_token[group.rows].view(count, key_heads, heads // key_heads, size)
         mask = group.mask.to(query.dtype)
-        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        if softcap is None and s_aux is None:
+            attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        else:
+            queries = queries.view(count, heads, 1, size)
+            attended = attend_capped(queries, keys, values, mask, scaling, softcap, s_aux)
         out[0, group.rows] = attended.reshape(count, heads, size)
     for prefill in step.prefills:
         keys = key_cache.index_select(0, prefill.keys).transpose(0, 1).unsqueeze(0)
@@ -194,13 +206,14 @@ def _attend(
         for block in prefill.blocks:
             queries = query[:, :, block.rows]
             count, length = queries.shape[2], block.mask.shape[1]
-            attended = scaled_dot_product_attention(
-                pad(queries, (0, 0, block.before, BLOCK - block.before - count)),
-                keys[:, :, :length],
-                values[:, :, :length],
-                attn_mask=block.mask.to(query.dtype),
-                scale=scaling,
-                enable_gqa=key_heads != heads,
-            )
+            queries = pad(queries, (0, 0, block.before, BLOCK - block.before - count))
+            seen = keys[:, :, :length], values[:, :, :length]
+            mask = block.mask.to(query.dtype)
+            if softcap is None and s_aux is None:
+                attended = scaled_dot_product_attention(
+                    queries, *seen, attn_mask=mask, scale=scaling, enable_gqa=key_heads != heads
+                )
+            else:
+                attended = attend_capped(queries, *seen, mask, scaling, softcap, s_aux)
             out[:, block.rows] = attended[:, :, block.before : block.before + count].transpose(1, 2)
     return out, None

@@ -17,7 +17,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 from forebay_inference.engine.protocol import EngineFault, EngineStatus, Fault, Step, TokenRequest, as_fault
-from forebay_inference.engine.transformers import attention
+from forebay_inference.engine.transformers import attention, longrope, masked_attention
+from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.memory import CachePlan
 from forebay_inference.engine.transformers.sampling import TokenChooser, choose
@@ -45,7 +46,13 @@ class Batch:
     """Runs sequences together on one model. `submit` and `cancel` are for the event loop's thread."""
 
     def __init__(
-        self, model: Any, grammars: Grammars, max_batch_tokens: int, cache: CachePlan, loop: asyncio.AbstractEventLoop
+        self,
+        model: Any,
+        grammars: Grammars,
+        max_batch_tokens: int,
+        cache: CachePlan,
+        shape: CacheShape,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.grammars = grammars
         self._device = model.device
@@ -53,7 +60,9 @@ class Batch:
         self._scored: dict[str, Scored] = {}
         self.scoring = Room(SCORED_TOKENS)
         self._loop = loop
-        self._attends = attention.can_attend(model)
+        self._shape = shape
+        self._original_context = longrope.install(model)
+        self._attends = attention.can_attend(model, shape)
         self._manager = ContinuousBatchingManager(
             model=model,
             # Greedy and without an end token: the chooser makes the token each sequence gets the best of its row,
@@ -65,6 +74,8 @@ class Batch:
                 max_batch_tokens=max_batch_tokens,
                 max_requests_per_batch=min(max_batch_tokens, _MAX_ROWS),
                 allow_block_sharing=True,
+                # Its kernels want keys and values of one size, as the model wrote them.
+                auto_switch_to_flash=shape.plain,
                 # Sampling reads state on the host between two steps, which a recorded graph or a step started
                 # ahead of its predecessor's tokens could not.
                 use_async_batching=False,
@@ -73,6 +84,8 @@ class Batch:
         )
         if self._attends:
             attention.install(model)
+        elif masked_attention.can_attend(model):
+            masked_attention.install(model)
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Chooser(self._sequences)]))
         processors.tensors_required = 1
         self._manager.logit_processor = processors
@@ -86,12 +99,17 @@ class Batch:
         """Allocate the cache and start the thread; the thread is a daemon where the caller's is."""
         with torch.inference_mode():
             # The thread would do this itself, but a failure here is ours to report.
-            processor = self._manager._create_batch_processor()
+            with masked_attention.shaped(self._manager.model.config, self._shape):
+                processor = self._manager._create_batch_processor()
             self._manager.batch_processor = processor
             self._watch_prefixes(processor.cache)
             watch_passes(processor, self._scored)
             if self._attends:
                 attention.watch_steps(processor)
+            else:
+                masked_attention.fit_cache(processor, self._shape)
+            if self._original_context is not None:
+                longrope.watch(processor, self._original_context)
             self._manager.start()
 
     def submit(self, request: TokenRequest, scored: Scored | None = None) -> SequenceInBatch:

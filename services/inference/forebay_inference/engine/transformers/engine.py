@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import (
     Capabilities,
@@ -15,11 +16,14 @@ from forebay_inference.engine.protocol import (
     TokenRequest,
 )
 from forebay_inference.engine.threads import in_daemon_thread
+from forebay_inference.engine.transformers.architectures import TESTED
 from forebay_inference.engine.transformers.batch import Batch
+from forebay_inference.engine.transformers.cache_shape import measure
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.loading import give_back_memory, load
 from forebay_inference.engine.transformers.memory import plan_cache
 from forebay_inference.engine.transformers.scoring import SCORED_PART, Scored
+from forebay_inference.engine.transformers.self_check import PlainModel, check_itself
 from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
 from forebay_inference.models.store import ensure_model, recommended_sampling
 
@@ -32,6 +36,7 @@ class TransformersEngine:
     def __init__(self, settings: InferenceSettings) -> None:
         self._settings = settings
         self._batch: Batch | None = None
+        self._plain: PlainModel | None = None
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Fetch, convert, load and warm up; see `Engine.start`.
@@ -44,8 +49,13 @@ class TransformersEngine:
         progress("warming up")
         prompt = loaded.tokenizer.encode("The")
         warm_up = TokenRequest("warm-up", prompt, max_new_tokens=4, sampling=Sampling(temperature=0))
-        async for _ in self.generate(warm_up):
-            pass
+        try:
+            async for _ in self.generate(warm_up):
+                pass
+            if self._plain is not None:
+                await check_itself(self, self._plain, loaded.context_length, self._settings.llm_batch_size, progress)
+        except EngineFault as exc:
+            raise ConfigurationError(f"{self._settings.default_model} cannot be served: {exc}") from exc
         # bitsandbytes lays 4-bit weights out anew in the first pass.
         give_back_memory()
         return loaded
@@ -53,12 +63,21 @@ class TransformersEngine:
     def _load(self, loop: asyncio.AbstractEventLoop, progress: Callable[[str], None]) -> LoadedModel:
         settings = self._settings
         folder = ensure_model(settings.default_model, settings.data_dir, progress, settings.hf_token)
-        loaded = load(folder, settings.model_quantization, settings.model_device, progress)
+        loaded = load(
+            folder,
+            settings.model_quantization,
+            settings.model_device,
+            progress,
+            allow_untested=settings.allow_untested_models,
+        )
         config = loaded.model.config.get_text_config()
-        cache = plan_cache(config, loaded.model.dtype, loaded.device, settings.slots, loaded.context_length)
+        if loaded.model.config.model_type not in TESTED:
+            self._plain = PlainModel(loaded.model)
+        shape = measure(loaded.model)
+        cache = plan_cache(shape, loaded.model.dtype, loaded.device, settings.slots, loaded.context_length)
         progress(f"KV cache for {cache.tokens} tokens, context of {cache.context_length}")
         grammars = Grammars(loaded.tokenizer, config.vocab_size, loaded.end_tokens)
-        batch = Batch(loaded.model, grammars, settings.llm_batch_size, cache, loop)
+        batch = Batch(loaded.model, grammars, settings.llm_batch_size, cache, shape, loop)
         batch.start()
         self._batch = batch
         return LoadedModel(

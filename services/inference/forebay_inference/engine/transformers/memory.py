@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psutil
 import torch
 
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.engine.transformers.cache_shape import CacheShape
 
 # On a CPU the cache shares its memory with everything else on the machine; on a GPU it is what the memory is for.
 _CPU_SHARE: Final = 0.4
@@ -29,7 +30,9 @@ class CachePlan:
         return self.blocks * self.page_size
 
 
-def plan_cache(config: Any, dtype: torch.dtype, device: torch.device, slots: int, context_length: int) -> CachePlan:
+def plan_cache(
+    shape: CacheShape, dtype: torch.dtype, device: torch.device, slots: int, context_length: int
+) -> CachePlan:
     """Size the cache for `slots` sequences of `context_length` tokens, or for what the free memory holds of that.
 
     The context is cut where not even one sequence fits, so that a request that is accepted can always be run.
@@ -38,7 +41,7 @@ def plan_cache(config: Any, dtype: torch.dtype, device: torch.device, slots: int
         ConfigurationError: not even a short sequence fits.
     """
     page_size = 32 if device.type == "cpu" else 256
-    per_block = bytes_per_token(config, dtype) * page_size
+    per_block = bytes_per_token(shape, dtype) * page_size
     wanted = slots * -(-context_length // page_size)
     budget = cache_budget(device)
     # The library keeps two blocks of its own besides.
@@ -52,11 +55,9 @@ def plan_cache(config: Any, dtype: torch.dtype, device: torch.device, slots: int
     return CachePlan(blocks, page_size, min(context_length, blocks * page_size))
 
 
-def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+def bytes_per_token(shape: CacheShape, dtype: torch.dtype) -> int:
     """Bytes that the keys and values of one token take over all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
+    return 2 * shape.layers * shape.heads * shape.size * int(dtype.itemsize)
 
 
 def cache_budget(device: torch.device) -> int:

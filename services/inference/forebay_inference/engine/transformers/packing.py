@@ -21,6 +21,11 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self._bias = None if linear.bias is None else linear.bias.detach()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out_features, in_features], made anew: some models compute with the weights of a router themselves."""
+        return self._packed.to_dense()
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden`: [..., in_features]; returns [..., out_features]."""
         packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self._bias, "none", [], "")
