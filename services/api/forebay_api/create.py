@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from contextlib import AbstractAsyncContextManager
 from typing import Final, cast
 
@@ -20,6 +19,7 @@ from forebay_api.in_flight.idempotency import HEADER, scoped_key
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.openai.format import Format, StreamFormat
 from forebay_api.routes import Endpoint
+from forebay_contracts.nats import clock
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
@@ -54,7 +54,7 @@ class Create:
         size = len(data)
         body = await off_loop(size, validated, endpoint.body, data)
         model = await context.models.admit(body.model, endpoint.completion_type)
-        request_id, now = request.state.request_id, time.time()
+        request_id, now = request.state.request_id, clock.now()
         log.info(
             "%s %s received for %s%s",
             endpoint.log_prefix,
@@ -148,7 +148,7 @@ class Create:
             "%s %s completed in %.3f s: %d + %d tokens, attempt %d",
             self._endpoint.log_prefix,
             request.id,
-            time.time() - request.created_at,
+            max(clock.now() - request.created_at, 0.0),
             *tokens,
             completed.attempt,
             extra=about(

@@ -9,6 +9,7 @@ import uuid
 
 import uvloop
 
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.presence import Presence
 from forebay_contracts.queueing.cancellation import NatsCancelNotices
@@ -71,7 +72,8 @@ async def serve(settings: InferenceSettings) -> None:
     loop = asyncio.get_running_loop()
     for ending in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(ending, stop.set)
-    async with connected(settings, "forebay-inference", "inference") as connection:
+    connecting = connected(settings, "forebay-inference", "inference")
+    async with connecting as connection, clock.followed(connection.requests):
         worker = build_worker(settings, connection)
         expose(settings, worker.health)
         await worker.run(stop)

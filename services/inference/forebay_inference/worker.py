@@ -10,7 +10,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
-from forebay_contracts.nats import topology
+from forebay_contracts.nats import clock, topology
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.process import calm_collector
@@ -72,6 +72,7 @@ class Worker:
         """
         settings = self._settings
         await topology.ensure(self._connection, settings, settings.served_model, settings.served_aliases)
+        await clock.measure(self._connection.requests)
         await self._apis.start()
         await self._heartbeat.start()
         await self._listen_for_drain(stop)

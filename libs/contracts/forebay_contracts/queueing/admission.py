@@ -10,6 +10,7 @@ from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 from nats.js.errors import APIError
 
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.wire import names
@@ -60,9 +61,9 @@ class JetStreamAdmission:
         tracing.inject(headers)
         payload = request.encode()
         # Waiting past the deadline would only end in a timeout.
-        give_up_at = time.monotonic() + min(self._patience_s, request.deadline - time.time())
+        give_up_at = time.monotonic() + min(self._patience_s, request.deadline - clock.now())
         while True:
-            ttl_s = math.ceil(request.deadline - time.time()) + TTL_GRACE_S
+            ttl_s = math.ceil(request.deadline - clock.now()) + TTL_GRACE_S
             try:
                 headers[names.HEADER_TTL] = str(max(ttl_s, 1))
                 return await self._connection.requests.store(

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from typing import Final
 
@@ -10,6 +9,7 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 from pydantic import ValidationError
 
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.state import RequestStatus
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class LiveReplyChannel:
-    """Frames to `reply_to`; see `ReplyChannel`. `ask` gives up CONFIRM_GRACE_S after `deadline` (Unix time)."""
+    """Frames to `reply_to`; see `ReplyChannel`. `ask` gives up CONFIRM_GRACE_S after `deadline` (time of the queue)."""
 
     def __init__(self, connection: Connection, reply_to: str, deadline: float, api_alive: Callable[[], bool]) -> None:
         self._connection = connection
@@ -44,7 +44,7 @@ class LiveReplyChannel:
 
     async def ask(self, frame: bytes) -> Resume:
         """See `ReplyChannel.ask`. An api without subscription and heartbeat is gone. If none answers, it timed out."""
-        while time.time() < self._deadline + CONFIRM_GRACE_S:
+        while clock.now() < self._deadline + CONFIRM_GRACE_S:
             try:
                 answer = await self._connection.requests.request(self._reply_to, frame, timeout_s=CONFIRM_TIMEOUT_S)
                 return Resume.model_validate_json(answer.data)

@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind
 from forebay_api import request_metrics
 from forebay_api.in_flight.answer import Cancelled, ClientLeft, SlowReader
 from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.cancellation import Cancellation
 from forebay_contracts.queueing.protocols import Admission, StateStore
@@ -100,7 +101,7 @@ class Dispatcher:
             loop = asyncio.get_running_loop()
             timers = (
                 loop.call_later(QUEUED_AFTER_S, self._register_waiting, answer),
-                loop.call_later(max(request.deadline - time.time(), 0), answer.time_out),
+                loop.call_later(max(request.deadline - clock.now(), 0), answer.time_out),
             )
             if answer.done:  # it was cancelled while it was published
                 self._background(answer, self._admission.remove(request.id, answer.sequence))
@@ -111,7 +112,7 @@ class Dispatcher:
                     timer.cancel()
                 answer.fail(ClientLeft("the client left"))
                 self._forget(answer, answer.outcome)
-                measured.end(answer.outcome, max(time.time() - request.created_at, 0.0))
+                measured.end(answer.outcome, max(clock.now() - request.created_at, 0.0))
 
     def outcome(self, request_id: str) -> RequestStatus | None:
         """How a request ended for its client here; None if unknown."""

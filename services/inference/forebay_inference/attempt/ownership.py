@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.protocols import StateStore, Stored
@@ -114,7 +115,7 @@ class Ownership:
 
         An older end is left out: NATS would no longer recognise the second count as a repetition.
         """
-        if state.finished_at is not None and time.time() - state.finished_at < DUPLICATE_WINDOW_S / 2:
+        if state.finished_at is not None and clock.now() - state.finished_at < DUPLICATE_WINDOW_S / 2:
             await patiently(lambda: self._states.count(state.status, state.id))
 
     async def _claim_over(self) -> Stored:

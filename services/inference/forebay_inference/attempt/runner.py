@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Final
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
+from forebay_contracts.nats import clock
 from forebay_contracts.queueing.protocols import CancelNotices, Delivery, ReplyChannel, StateStore
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S, end
 from forebay_contracts.telemetry.logs import fields
@@ -133,7 +133,7 @@ class AttemptRunner:
             Measured(self._metrics, request, delivery, self._worker),
         )
         self.running[request.id] = attempt
-        fresh = delivery.num_delivered == 1 and time.time() - request.created_at < QUEUED_AFTER_S
+        fresh = delivery.num_delivered == 1 and clock.now() - request.created_at < QUEUED_AFTER_S
         attempt.claim = asyncio.create_task(self._claim(attempt, fresh=fresh))
         try:
             if fresh:
@@ -194,7 +194,7 @@ class AttemptRunner:
         if self._spent(attempt, attempt.number - 1):
             message = f"generation failed in {self._max_deliveries} attempts"
             return Ended(End.SPENT, error=InferenceFailed(message))
-        left_s = request.deadline - time.time()
+        left_s = request.deadline - clock.now()
         seconds = request.deadline - request.created_at
         late = RequestTimeout(f"the request was not finished within {seconds:g} seconds")
         timed_out = Ended(End.TIMED_OUT, error=late)
