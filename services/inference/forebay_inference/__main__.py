@@ -59,6 +59,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
         channel=channel,
         notices=NatsCancelNotices(connection),
         api_alive=apis.is_alive,
+        connected_for_s=lambda: connection.age_s,
         max_deliveries=settings.max_deliveries,
         metrics=WorkerMetrics(settings.served_model),
     )

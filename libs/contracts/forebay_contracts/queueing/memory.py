@@ -165,6 +165,12 @@ class InMemoryStateStore:
         self.history.append(state)
         return self._states[state.id].revision
 
+    def lose(self, request_id: str, older: Stored | None) -> None:
+        """Act like a store that lost its last records: the state is the `older` one again."""
+        self._states.pop(request_id)
+        if older is not None:
+            self._states[request_id] = older
+
     async def count(self, outcome: RequestStatus, request_id: str) -> None:
         """Once a request."""
         if request_id not in self._counted:

@@ -22,8 +22,9 @@ from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire.errors import ForebayError, InferenceFailed, QueueConflict, RequestTimeout
+from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_contracts.wire.state import RequestStatus
+from forebay_contracts.wire.state import RequestStatus, Usage
 
 FRAME_PATIENCE_S: Final = 1.0
 """How much later than the final state the last frame of a request may come."""
@@ -58,7 +59,7 @@ class Dispatcher:
         self._one_more = one_more
         self.waiting: dict[str, LiveAnswer] = {}
         """The answers that clients wait for here, by request id."""
-        self._ended: OrderedDict[str, RequestStatus | None] = OrderedDict()
+        self._ended: OrderedDict[str, tuple[RequestStatus | None, Usage | None]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._publish_seconds = bound(request_metrics.PUBLISH)
 
@@ -114,9 +115,10 @@ class Dispatcher:
                 self._forget(answer, answer.outcome)
                 measured.end(answer.outcome, max(clock.now() - request.created_at, 0.0))
 
-    def outcome(self, request_id: str) -> RequestStatus | None:
-        """How a request ended for its client here; None if unknown."""
-        return self._ended.get(request_id)
+    def ended(self, request_id: str) -> Resume:
+        """How a request for which nobody waits here ended for its client, as far as it is known."""
+        outcome, usage = self._ended.get(request_id, (None, None))
+        return Resume(wanted=False, outcome=outcome, usage=usage)
 
     async def cancel(self, request_id: str, reason: str) -> bool:
         """Cancel a request of any api; False if it had ended before or is unknown."""
@@ -198,7 +200,7 @@ class Dispatcher:
 
     def _forget(self, answer: LiveAnswer, outcome: RequestStatus | None) -> None:
         self.waiting.pop(answer.request.id, None)
-        self._ended[answer.request.id] = outcome
+        self._ended[answer.request.id] = outcome, answer.completed.usage if answer.completed is not None else None
         if len(self._ended) > REMEMBERED_OUTCOMES:
             self._ended.popitem(last=False)
 

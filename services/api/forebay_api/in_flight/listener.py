@@ -15,7 +15,7 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
-from forebay_contracts.wire.frames import Frame, Resume, Started, decode_frame
+from forebay_contracts.wire.frames import Frame, Started, decode_frame
 
 REPLY_PENDING_MESSAGES: Final = 1_000_000
 REPLY_PENDING_BYTES: Final = 512 * 1024 * 1024
@@ -64,7 +64,7 @@ class Listener:
                 return
             answer.receive(frame)
             if msg.reply:
-                await msg.respond(answer.have(frame.attempt).encode())
+                await msg.respond(answer.have(frame).encode())
             elif (have := answer.missing(time.monotonic())) is not None:
                 log.warning(
                     "[RequestQueue] %s: frames were lost, asking for them again",
@@ -76,7 +76,7 @@ class Listener:
     async def _turn_away(self, request_id: str, frame: Frame, msg: Msg) -> None:
         """Tell a worker that nobody waits for its request."""
         if msg.reply:
-            await msg.respond(Resume(wanted=False, outcome=self._dispatcher.outcome(request_id)).encode())
+            await msg.respond(self._dispatcher.ended(request_id).encode())
         elif isinstance(frame, Started):
             await self._connection.client.publish(names.cancel_subject(request_id), b"nobody waits")
 

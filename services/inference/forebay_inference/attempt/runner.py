@@ -25,6 +25,7 @@ from forebay_contracts.wire.errors import (
     RequestTimeout,
     StateUnreadable,
 )
+from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 from forebay_inference.attempt.endings import End, Ended, Told, settle
@@ -47,7 +48,8 @@ log = logging.getLogger(__name__)
 class Attempt:
     """An attempt that runs here; `number` is its number, from 1.
 
-    `stopped` is how it has to end. `misjudged`: it started as the first attempt and is not.
+    `doubted`: NATS was away since the request was made and may have forgotten an earlier attempt. `stopped` is how it
+    has to end. `misjudged`: it started as the first attempt and is not.
     """
 
     request: InferenceRequest
@@ -55,6 +57,7 @@ class Attempt:
     ownership: Ownership
     reply: Reply
     measured: Measured
+    doubted: bool
     number: int = 1
     claim: asyncio.Task[int] = field(init=False)
     generation: asyncio.Task[Ended] | None = None
@@ -76,7 +79,8 @@ class Attempt:
 class AttemptRunner:
     """Runs deliveries to their end. `running` holds the attempts that run now, by request id.
 
-    `channel` makes a reply channel from a subject and a deadline (seconds since the epoch).
+    `channel` makes a reply channel from a subject and a deadline (seconds since the epoch). `connected_for_s` says how
+    long NATS has not been away.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class AttemptRunner:
         channel: Callable[[str, float], ReplyChannel],
         notices: CancelNotices,
         api_alive: Callable[[str], bool],
+        connected_for_s: Callable[[], float],
         max_deliveries: int,
         metrics: WorkerMetrics,
     ) -> None:
@@ -97,6 +102,7 @@ class AttemptRunner:
         self._channel = channel
         self._notices = notices
         self._api_alive = api_alive
+        self._connected_for_s = connected_for_s
         self._max_deliveries = max_deliveries
         self._metrics = metrics
         self.running: dict[str, Attempt] = {}
@@ -125,15 +131,17 @@ class AttemptRunner:
         """
         if await self._goes_on(request.id, delivery):
             return
+        age_s = clock.now() - request.created_at
         attempt = Attempt(
             request,
             delivery,
             Ownership(self._states, request, self._worker, delivery.sequence),
             Reply(self._channel(request.reply_to, request.deadline), request, self._worker),
             Measured(self._metrics, request, delivery, self._worker),
+            doubted=age_s >= self._connected_for_s(),
         )
         self.running[request.id] = attempt
-        fresh = delivery.num_delivered == 1 and clock.now() - request.created_at < QUEUED_AFTER_S
+        fresh = delivery.num_delivered == 1 and age_s < QUEUED_AFTER_S and not attempt.doubted
         attempt.claim = asyncio.create_task(self._claim(attempt, fresh=fresh))
         try:
             if fresh:
@@ -225,10 +233,10 @@ class AttemptRunner:
         """Send all tokens; how the generation ended."""
         request, reply, measured = attempt.request, attempt.reply, attempt.measured
         resume = {}
-        if attempt.number > 1:
-            have = await reply.resume()
+        if attempt.number > 1 or attempt.doubted:
+            have = await self._resume(attempt)
             if not have.wanted:
-                return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome)
+                return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage)
             resume = {choice.index: choice.tokens for choice in have.choices}
         prompt_tokens = returned = cached_tokens = reasoning_tokens = 0
         reasons: dict[int, str] = {}
@@ -265,6 +273,16 @@ class AttemptRunner:
             return Ended(End.FAULT, fault=reason_of(exc))
         return Ended(End.COMPLETED, usage=usage)
 
+    @staticmethod
+    async def _resume(attempt: Attempt) -> Resume:
+        """What the client has. Raises Superseded."""
+        while (have := await attempt.reply.resume()).newest is not None:
+            if not await attempt.ownership.holds():
+                raise Superseded(f"{attempt.request.id}: attempt {have.newest} has begun")
+            # The store lost the claim of that attempt. The frames of this one get a number above it.
+            attempt.reply.attempt = have.newest + 1
+        return have
+
     async def _settle(self, attempt: Attempt, ended: Ended) -> None:
         if ended.how is not End.COMPLETED:
             await self._own(attempt, ended)
@@ -291,7 +309,7 @@ class AttemptRunner:
     @staticmethod
     async def _own(attempt: Attempt, ended: Ended) -> None:
         """Wait for the claim. Raises what it raised, _NotTheFirst, or Superseded."""
-        if ended.how in (End.ENDED_BEFORE, End.UNREADABLE):
+        if ended.how in _FINAL:
             return
         if await attempt.claim != attempt.number:
             raise _NotTheFirst
@@ -303,7 +321,7 @@ class AttemptRunner:
             case Told.ANSWER:
                 return await attempt.reply.complete()
             case Told.ERROR if ended.error is not None:
-                return await attempt.reply.fail(ended.error)
+                return await attempt.reply.fail(ended.error, final=ended.how in _FINAL)
             case Told.CANCEL:
                 # If the api lives after all, its client gets an error now and does not wait until its deadline.
                 await self._notices.tell(attempt.request.id, ended.reason or "")
@@ -375,6 +393,9 @@ class AttemptRunner:
 class _NotTheFirst(Exception):
     """An attempt that started as the first one has another number."""
 
+
+_FINAL: Final = (End.ENDED_BEFORE, End.UNREADABLE)
+"""No attempt can own the request any more."""
 
 _LOGGED: Final = {
     End.HANDED_OVER: "handed over",
