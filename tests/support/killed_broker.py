@@ -49,7 +49,7 @@ async def _trials(stack: Stack, servers: list[NatsServer], trials: int, moments:
         victims = moments.choice([[moments.choice(servers)], servers])
         got |= await _trial(stack, victims, moments.uniform(*KILLED_AFTER_S))
     wrong = {request_id: text for request_id, text in got.items() if text != TEXT}
-    assert not wrong
+    assert not wrong, wrong
     await stack.idle()
     await stack.all_reach(list(got), RequestStatus.COMPLETED)
     status = await stack.status()
