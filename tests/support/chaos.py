@@ -38,7 +38,7 @@ LIMITS = {
     "max_concurrent_requests": 100,
     "worker_slots": 40,
     "max_queue_size": 1000,
-    "max_deliveries": 1000,
+    "max_deliveries": 100,
     "request_timeout": REQUEST_TIMEOUT_S,
 }
 

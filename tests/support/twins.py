@@ -75,7 +75,6 @@ class Twins:
             states=self.states,
             engine=simulated_model(),
             channel=self._channel,
-            notices=self.notices,
             api_alive=lambda _: self.alive,
             connected_for_s=lambda: self.connected_for_s,
             max_deliveries=self._max_deliveries,

@@ -12,7 +12,6 @@ import uvloop
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.presence import Presence
-from forebay_contracts.queueing.cancellation import NatsCancelNotices
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.queueing.reply_channel import LiveReplyChannel
 from forebay_contracts.queueing.state_store import KeyValueStateStore
@@ -57,7 +56,6 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
         states=KeyValueStateStore(connection),
         engine=model,
         channel=channel,
-        notices=NatsCancelNotices(connection),
         api_alive=apis.is_alive,
         connected_for_s=lambda: connection.age_s,
         max_deliveries=settings.max_deliveries,

@@ -23,7 +23,7 @@ from forebay_contracts.wire.errors import InferenceFailed
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
 from forebay_inference.attempt.endings import End, Ended
-from forebay_inference.attempt.runner import API_GONE, AttemptRunner
+from forebay_inference.attempt.runner import AttemptRunner, abandoned, not_wanted
 from forebay_inference.engine.protocol import LoadedModel
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
@@ -170,7 +170,7 @@ class Worker:
             await asyncio.sleep(self._settings.ack_wait / KEEP_ALIVE_FRACTION)
             for attempt in list(self._runner.running.values()):
                 if not self._apis.is_alive(names.api_of(attempt.request.reply_to)):
-                    attempt.stop(Ended(End.ABANDONED, reason=API_GONE))
+                    attempt.stop(abandoned())
                     continue
                 try:
                     await attempt.delivery.in_progress()
@@ -201,9 +201,14 @@ class Worker:
         if attempt is None:
             return
         try:
-            await attempt.reply.resend(Resume.model_validate_json(msg.data))
+            have = Resume.model_validate_json(msg.data)
         except ValidationError:
             log.warning("[RequestQueue] %s: a resend order that cannot be read", attempt.request.id)
+            return
+        if have.wanted:
+            await attempt.reply.resend(have)
+        else:
+            attempt.stop(not_wanted(have))
 
     def _progressed(self, line: str) -> None:
         if line != self._progress:

@@ -84,8 +84,9 @@ class JetStreamAdmission:
             except (NatsError, TimeoutError) as exc:
                 failure = exc
             patience_s = give_up_at - time.monotonic()
-            if patience_s <= 0 or not await self._connection.wait_connected(patience_s):
+            if patience_s <= 0:
                 raise QueueUnavailable("the queue cannot be reached, try again later") from failure
+            await self._connection.wait_connected(patience_s)
             await asyncio.sleep(PUBLISH_RETRY_S)
 
     async def remove(self, request_id: str, sequence: int) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Final
 
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
 from pydantic import ValidationError
 
 from forebay_contracts.nats import clock
@@ -43,15 +42,14 @@ class LiveReplyChannel:
             log.debug("%s: a frame was not sent: %r", self._reply_to, exc)
 
     async def ask(self, frame: bytes) -> Resume:
-        """See `ReplyChannel.ask`. An api without subscription and heartbeat is gone. If none answers, it timed out."""
+        """See `ReplyChannel.ask`. An api that does not answer and has no heartbeat is gone."""
         while clock.now() < self._deadline + CONFIRM_GRACE_S:
             try:
                 answer = await self._connection.requests.request(self._reply_to, frame, timeout_s=CONFIRM_TIMEOUT_S)
                 return Resume.model_validate_json(answer.data)
-            except NoRespondersError:
+            except (NatsError, TimeoutError) as exc:
                 if not self._api_alive():
                     return Resume(wanted=False)
-            except (NatsError, TimeoutError) as exc:
                 log.debug("%s: the api did not confirm: %r", self._reply_to, exc)
             except ValidationError:
                 log.warning("[RequestQueue] %s: the api's answer cannot be read", self._reply_to)

@@ -75,10 +75,11 @@ class Listener:
 
     async def _turn_away(self, request_id: str, frame: Frame, msg: Msg) -> None:
         """Tell a worker that nobody waits for its request."""
+        ended = self._dispatcher.ended(request_id).encode()
         if msg.reply:
-            await msg.respond(self._dispatcher.ended(request_id).encode())
+            await msg.respond(ended)
         elif isinstance(frame, Started):
-            await self._connection.client.publish(names.cancel_subject(request_id), b"nobody waits")
+            await self._connection.client.publish(names.resend_subject(request_id), ended)
 
     async def _cancelled(self, msg: Msg) -> None:
         self._dispatcher.cancelled(msg.subject.rsplit(".", 1)[1], msg.data.decode(errors="replace")[:200])

@@ -35,10 +35,10 @@ class End(Enum):
     """The request was cancelled."""
 
     ABANDONED = auto()
-    """The api that holds its client is gone."""
+    """The api that holds its client seems to be gone. If it lives after all, it says how the request ended."""
 
     NOT_WANTED = auto()
-    """The api said before the generation that nobody waits any more."""
+    """The api said that nobody waits any more."""
 
     HANDED_OVER = auto()
     """The worker has to stop before the answer is whole."""
@@ -59,7 +59,6 @@ class Told(Enum):
     NOTHING = auto()
     ANSWER = auto()
     ERROR = auto()
-    CANCEL = auto()
 
 
 class Acknowledge(Enum):
@@ -88,7 +87,7 @@ ENDINGS: Final[Mapping[End, Ending]] = {
     End.SPENT: Ending(Told.ERROR, RequestStatus.FAILED, Acknowledge.TERM),
     End.TIMED_OUT: Ending(Told.ERROR, RequestStatus.TIMED_OUT, Acknowledge.TERM),
     End.CANCELLED: Ending(Told.NOTHING, RequestStatus.CANCELLED, Acknowledge.TERM),
-    End.ABANDONED: Ending(Told.CANCEL, RequestStatus.CANCELLED, Acknowledge.TERM),
+    End.ABANDONED: Ending(Told.ERROR, RequestStatus.CANCELLED, Acknowledge.TERM),
     End.NOT_WANTED: Ending(Told.NOTHING, RequestStatus.CANCELLED, Acknowledge.TERM),
     End.HANDED_OVER: Ending(Told.NOTHING, RequestStatus.QUEUED, Acknowledge.NAK),
     End.ENDED_BEFORE: Ending(Told.ERROR, None, Acknowledge.TERM),
@@ -101,7 +100,7 @@ ENDINGS: Final[Mapping[End, Ending]] = {
 class Ended:
     """How the work on one attempt ended.
 
-    `error` is for the client. `reason` is for the state if there is no error. `fault` says to operators what failed.
+    `error` is for the client. `reason` is for the state and the log; without it, the error is. `fault` says to operators what failed.
     `outcome` is how the request ended for its client, if the api has said so already.
     """
 

@@ -12,7 +12,7 @@ from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
 from forebay_contracts.nats import clock
-from forebay_contracts.queueing.protocols import CancelNotices, Delivery, ReplyChannel, StateStore
+from forebay_contracts.queueing.protocols import Delivery, ReplyChannel, StateStore
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S, end
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
@@ -36,8 +36,6 @@ from forebay_inference.engine.events import Accepted, Finished, Tokens, Vector
 from forebay_inference.engine.protocol import reason_of
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.worker_metrics import WorkerMetrics
-
-API_GONE: Final = "the api that took it is gone"
 
 NOT_RECEIVED: Final = "the answer was not received: its client or the api is gone"
 
@@ -90,7 +88,6 @@ class AttemptRunner:
         states: StateStore,
         engine: TextModel,
         channel: Callable[[str, float], ReplyChannel],
-        notices: CancelNotices,
         api_alive: Callable[[str], bool],
         connected_for_s: Callable[[], float],
         max_deliveries: int,
@@ -100,7 +97,6 @@ class AttemptRunner:
         self._states = states
         self._engine = engine
         self._channel = channel
-        self._notices = notices
         self._api_alive = api_alive
         self._connected_for_s = connected_for_s
         self._max_deliveries = max_deliveries
@@ -209,7 +205,7 @@ class AttemptRunner:
         if left_s <= 0:
             return timed_out
         if not self._api_alive(names.api_of(request.reply_to)):
-            return Ended(End.ABANDONED, reason=API_GONE)
+            return abandoned()
         attempt.generation = asyncio.create_task(self._generate(attempt))
         if attempt.stopped is not None or attempt.misjudged:
             attempt.interrupt()
@@ -236,7 +232,7 @@ class AttemptRunner:
         if attempt.number > 1 or attempt.doubted:
             have = await self._resume(attempt)
             if not have.wanted:
-                return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage)
+                return not_wanted(have)
             resume = {choice.index: choice.tokens for choice in have.choices}
         prompt_tokens = returned = cached_tokens = reasoning_tokens = 0
         reasons: dict[int, str] = {}
@@ -322,9 +318,6 @@ class AttemptRunner:
                 return await attempt.reply.complete()
             case Told.ERROR if ended.error is not None:
                 return await attempt.reply.fail(ended.error, final=ended.how in _FINAL)
-            case Told.CANCEL:
-                # If the api lives after all, its client gets an error now and does not wait until its deadline.
-                await self._notices.tell(attempt.request.id, ended.reason or "")
         return None
 
     async def _record(self, attempt: Attempt, status: RequestStatus, ended: Ended) -> None:
@@ -340,11 +333,11 @@ class AttemptRunner:
 
     async def _record_end(self, attempt: Attempt, status: RequestStatus, ended: Ended) -> None:
         error = ended.error
-        reason = error.message if error else ended.reason or NOT_RECEIVED
+        reason = ended.reason or (error.message if error else NOT_RECEIVED)
         told = None if status is RequestStatus.COMPLETED else reason
         status = await attempt.ownership.end(status, error=told, fault=ended.fault, usage=ended.usage)
         # The message of a refusal may quote the request. The client and the state get it, the log gets its code.
-        code = (error.code or error.type) if error is not None and error.status < 500 else None
+        code = (error.code or error.type) if error and error.status < 500 and not ended.reason else None
         attempt.measured.ended(status.value, (code or status.value) if told else None)
         log.info(
             "[RequestQueue] %s %s after %.3f s, attempt %d%s",
@@ -388,6 +381,17 @@ class AttemptRunner:
 
         reason = InferenceFailed("a worker could not read the request: it may be older than the api")
         await settle(Ended(End.UNREADABLE, error=reason), lambda: delivery, tell, record)
+
+
+def abandoned() -> Ended:
+    """The end of a request whose api seems to be gone."""
+    reason = "the api that took it is gone"
+    return Ended(End.ABANDONED, error=RequestCancelled(f"the request was cancelled: {reason}"), reason=reason)
+
+
+def not_wanted(have: Resume) -> Ended:
+    """The end of a request of which the api says that nobody waits for it."""
+    return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage)
 
 
 class _NotTheFirst(Exception):
