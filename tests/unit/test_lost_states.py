@@ -109,6 +109,22 @@ async def test_a_whole_answer_is_known_to_the_api_and_not_generated_again(system
     await agree(system, wanted.id)
 
 
+async def test_an_attempt_that_died_before_its_claim_was_stored_is_asked_for(system: Twins) -> None:
+    system.connected_for_s = 60
+    wanted = request("tokens=6 delay_ms=10")
+    async with system.dispatcher.submit(wanted) as answer:
+        works = [asyncio.create_task(system.runner("w1").run(await system.queue.pull()))]
+        await answer.started()
+        system.states.lose(wanted.id, None)
+        system.queue.deliver_again(1)
+        works.append(asyncio.create_task(system.runner("w2").run(await system.queue.pull())))
+        text = "".join([delta.text async for some in answer.deltas() for delta in some])
+        await asyncio.gather(*works)
+    assert text == TEXT
+    assert answer.attempt == 2
+    await agree(system, wanted.id)
+
+
 async def test_an_attempt_without_an_outage_asks_nothing(system: Twins) -> None:
     system.connected_for_s = 60
     wanted = request("tokens=6")

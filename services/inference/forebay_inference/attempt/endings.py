@@ -100,8 +100,8 @@ ENDINGS: Final[Mapping[End, Ending]] = {
 class Ended:
     """How the work on one attempt ended.
 
-    `error` is for the client. `reason` is for the state and the log; without it, the error is. `fault` says to operators what failed.
-    `outcome` is how the request ended for its client, if the api has said so already.
+    `error` is for the client. `reason` is for the state and the log; without it, the error is. `fault` tells operators
+    what failed. `outcome` is how the request ended for its client, if the api has said so already.
     """
 
     how: End

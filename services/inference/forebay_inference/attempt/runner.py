@@ -46,8 +46,9 @@ log = logging.getLogger(__name__)
 class Attempt:
     """An attempt that runs here; `number` is its number, from 1.
 
-    `doubted`: NATS was away since the request was made and may have forgotten an earlier attempt. `stopped` is how it
-    has to end. `misjudged`: it started as the first attempt and is not.
+    `doubted`: the client may have tokens of an attempt that no state tells of. It died before its claim was stored, or
+    NATS was away since the request was made and may have lost the claim. `stopped` is how this one has to end.
+    `misjudged`: it started as the first attempt and is not.
     """
 
     request: InferenceRequest
@@ -134,10 +135,10 @@ class AttemptRunner:
             Ownership(self._states, request, self._worker, delivery.sequence),
             Reply(self._channel(request.reply_to, request.deadline), request, self._worker),
             Measured(self._metrics, request, delivery, self._worker),
-            doubted=age_s >= self._connected_for_s(),
+            doubted=delivery.num_delivered > 1 or age_s >= self._connected_for_s(),
         )
         self.running[request.id] = attempt
-        fresh = delivery.num_delivered == 1 and age_s < QUEUED_AFTER_S and not attempt.doubted
+        fresh = age_s < QUEUED_AFTER_S and not attempt.doubted
         attempt.claim = asyncio.create_task(self._claim(attempt, fresh=fresh))
         try:
             if fresh:
