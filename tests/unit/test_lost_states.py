@@ -125,6 +125,22 @@ async def test_an_attempt_that_died_before_its_claim_was_stored_is_asked_for(sys
     await agree(system, wanted.id)
 
 
+async def test_a_waiting_request_whose_message_is_lost_is_published_again(system: Twins) -> None:
+    wanted = request("tokens=6")
+    async with system.dispatcher.submit(wanted) as answer:
+        assert answer.sequence == 1
+        system.dispatcher.look_after_an_outage()
+        await asyncio.sleep(0)
+        assert answer.sequence == 1, "it is still there"
+        system.queue.lose(1)
+        system.dispatcher.look_after_an_outage()
+        system.worker()
+        text = "".join([delta.text async for some in answer.deltas() for delta in some])
+    assert text == TEXT
+    assert answer.sequence == 2
+    await agree(system, wanted.id)
+
+
 async def test_an_attempt_without_an_outage_asks_nothing(system: Twins) -> None:
     system.connected_for_s = 60
     wanted = request("tokens=6")

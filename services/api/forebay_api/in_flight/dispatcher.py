@@ -182,15 +182,20 @@ class Dispatcher:
             answer, self._cancellation.end(request.id, outcome, reason, unknown=unknown)
         )
 
-    def end_what_has_ended(self) -> None:
-        """Read the state of every request that a client waits for here: this api may have missed an end while away."""
+    def look_after_an_outage(self) -> None:
+        """Look for every request that a client waits for here: it may have ended, or NATS may have lost it."""
         for answer in self.waiting.values():
             if answer.sequence is not None and not answer.done:
-                self._background(answer, self._end_if_it_has_ended(answer))
+                self._background(answer, self._look_after(answer, answer.sequence))
 
-    async def _end_if_it_has_ended(self, answer: LiveAnswer) -> None:
-        stored = await self._states.get(answer.request.id)
+    async def _look_after(self, answer: LiveAnswer, sequence: int) -> None:
+        request = answer.request
+        stored = await self._states.get(request.id)
         if stored is None or not stored.state.status.final:
+            # A worker removes a message only after the client has its answer.
+            if not await self._admission.holds(request.id, sequence) and not answer.done:
+                log.warning("[RequestQueue] %s: NATS lost it, so it is published again", request.id)
+                answer.sequence = await self._admission.publish(request)
             return
         await asyncio.sleep(FRAME_PATIENCE_S)
         if stored.state.status is RequestStatus.CANCELLED:

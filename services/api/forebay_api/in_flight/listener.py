@@ -86,4 +86,4 @@ class Listener:
 
     async def _reconnected(self) -> None:
         # By then every worker knows this api again. Workers may have cancelled its requests as those of a dead api.
-        asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._dispatcher.end_what_has_ended)
+        asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._dispatcher.look_after_an_outage)
