@@ -15,4 +15,4 @@ async def test_nobody_loses_an_answer_and_all_that_is_told_of_it_agrees(workers:
 
 @pytest.mark.timeout(240)
 async def test_nor_with_three_servers(tmp_path: Path) -> None:
-    await killed_broker.three_servers(4, 2, tmp_path, seed=1)
+    await killed_broker.three_servers(2, 2, tmp_path, seed=1)
