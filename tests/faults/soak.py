@@ -258,7 +258,7 @@ async def chaos(nats: NatsServer) -> Row:
         f"mixed faults for {seconds} s: {faults}",
         f"{CLIENTS} clients; the clocks of two of three workers 10 min ahead and behind",
         "0 wrong, 0 hanging; client, state and counter agree for every request",
-        f"{dict(ends)}; {len(disagree)} disagree; {made.unconfirmed} confirmed by an api that died while NATS was away",
+        f"{dict(ends)}; {len(disagree)} disagree; {made.unconfirmed} confirmed in an outage by an api that died in it",
         not disagree and not ends["wrong"] + ends["hanging"],
     )
 

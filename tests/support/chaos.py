@@ -7,15 +7,18 @@ two of the three workers are ten minutes wrong.
 import asyncio
 import contextlib
 import json
+import math
 import random
 import signal
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 import httpx
 
 from forebay_contracts.queueing.recent_requests import recent_states
+from forebay_contracts.queueing.reply_channel import CONFIRM_TIMEOUT_S
 from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
@@ -31,6 +34,12 @@ HANGING_S = REQUEST_TIMEOUT_S + 30
 
 RESTART_S = 0.5
 """Pause before a service is started again, as by a service manager."""
+
+CONFIRMED_S = 0.5
+"""A confirmation is on its way for so long at most: a busy process may not have read it."""
+
+ASKED_AGAIN_S = CONFIRM_TIMEOUT_S + 1
+"""A worker whose question was lost asks again within this time."""
 
 STOPPED_S = (0.5, 8)
 AWAY_S = (0.1, 2)
@@ -60,8 +69,9 @@ ALLOWED = {
 class Chaos:
     """What happened: the end of each request by its id, those whose client was told no id, and the faults.
 
-    `apis` holds the api of each. `unconfirmed` counts the whole answers with the state `cancelled` of killed apis. NATS
-    was away when such an api confirmed the answer, and it did not live until NATS was back: no worker can know.
+    `outages` are the times in which NATS was away or a worker stood still, and `died` is when an api was killed
+    (monotonic seconds). `unconfirmed` counts the whole answers with the state `cancelled` of which nobody was left who
+    knew: their api confirmed them in an outage, and was killed before it was over and the worker had asked again.
     """
 
     stack: Stack
@@ -70,7 +80,9 @@ class Chaos:
     ends: dict[str, str] = field(default_factory=dict)
     nameless: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
-    apis: dict[str, Api] = field(default_factory=dict)
+    served: dict[str, tuple[Api, float]] = field(default_factory=dict)
+    outages: list[tuple[float, float]] = field(default_factory=list)
+    died: dict[Api, float] = field(default_factory=dict)
     unconfirmed: int = 0
 
     async def client(self, number: int) -> None:
@@ -103,7 +115,6 @@ class Chaos:
         text, finished = "", False
         async with self.stack.http.stream("POST", url, json=body, headers=headers, timeout=None) as answer:
             told.append(answer.headers["x-request-id"])
-            self.apis[told[0]] = api
             if answer.status_code != 200:
                 return str(json.loads(await answer.aread())["error"]["code"])
             if not stream:
@@ -116,6 +127,7 @@ class Chaos:
                     if "error" in event:
                         return str(event["error"]["code"])
                     text += event["choices"][0]["delta"].get("content") or ""
+        self.served[told[0]] = api, time.monotonic()
         whole = " ".join(f"t{token}" for token in range(tokens))
         return "whole" if finished and text == whole else f"wrong: {text!r} of {tokens}"
 
@@ -137,10 +149,12 @@ class Chaos:
         await self._replaced_worker(Service.stop)
 
     async def worker_stopped(self) -> None:
-        await stopped(random.choice(self.stack.workers))
+        with self._outage():
+            await stopped(random.choice(self.stack.workers))
 
     async def api_killed(self) -> None:
         victim = self.stack.apis.pop(0)
+        self.died[victim] = time.monotonic()
         await victim.kill()
         await started(self.stack.apis, self.stack.api)
 
@@ -148,15 +162,24 @@ class Chaos:
         await stopped(random.choice(self.stack.apis))
 
     async def nats_killed(self) -> None:
-        await asyncio.to_thread(self.nats.kill)
-        await asyncio.sleep(random.uniform(*AWAY_S))
-        await asyncio.to_thread(self.nats.start)
+        with self._outage():
+            await asyncio.to_thread(self.nats.kill)
+            await asyncio.sleep(random.uniform(*AWAY_S))
+            await asyncio.to_thread(self.nats.start)
 
     async def nats_restarted(self) -> None:
-        await asyncio.to_thread(self.nats.restart)
+        with self._outage():
+            await asyncio.to_thread(self.nats.restart)
 
     async def nats_stopped(self) -> None:
-        await stopped(self.nats)
+        with self._outage():
+            await stopped(self.nats)
+
+    @contextlib.contextmanager
+    def _outage(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.outages.append((began, time.monotonic()))
 
     async def _replaced_worker(self, end: Callable[[Service], Awaitable[object]]) -> None:
         victim = self.stack.workers.pop(random.randrange(len(self.stack.workers)))
@@ -170,7 +193,7 @@ class Chaos:
         found = []
         for request_id, end in self.ends.items():
             state = states.get(request_id)
-            if (end, state) == ("whole", RequestStatus.CANCELLED) and self.apis[request_id].returncode is not None:
+            if (end, state) == ("whole", RequestStatus.CANCELLED) and self._nobody_knew(request_id):
                 self.unconfirmed += 1
             elif state not in ALLOWED.get(end, ()):
                 found.append(f"{request_id}: client {end}, state {state}")
@@ -186,6 +209,13 @@ class Chaos:
             if stored[outcome] != totals[outcome]
         ]
         return found
+
+    def _nobody_knew(self, request_id: str) -> bool:
+        api, ended_at = self.served[request_id]
+        died_at = self.died.get(api, math.inf)
+        return any(
+            began - CONFIRMED_S < ended_at < back and died_at < back + ASKED_AGAIN_S for began, back in self.outages
+        )
 
 
 async def stopped(service: Service | NatsServer) -> None:

@@ -22,8 +22,8 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InferenceFailed
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
-from forebay_inference.attempt.endings import End, Ended
-from forebay_inference.attempt.runner import AttemptRunner, abandoned, not_wanted
+from forebay_inference.attempt.endings import End, Ended, abandoned, not_wanted
+from forebay_inference.attempt.runner import AttemptRunner
 from forebay_inference.engine.protocol import LoadedModel
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health

@@ -13,25 +13,24 @@ from pydantic import ValidationError
 
 from forebay_contracts.nats import clock
 from forebay_contracts.queueing.protocols import Delivery, ReplyChannel, StateStore
-from forebay_contracts.queueing.state_store import QUEUED_AFTER_S, end
+from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import (
-    ApiError,
     InferenceFailed,
     QueueUnavailable,
-    RequestCancelled,
     RequestError,
     RequestTimeout,
     StateUnreadable,
 )
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
-from forebay_inference.attempt.endings import End, Ended, Told, settle
+from forebay_contracts.wire.state import RequestStatus, Usage
+from forebay_inference.attempt.endings import End, Ended, Told, abandoned, error_of, not_wanted, settle
 from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import EndedBefore, Ownership, Superseded, patiently
-from forebay_inference.attempt.reply import Reply, failed
+from forebay_inference.attempt.reply import Reply
+from forebay_inference.attempt.unreadable import end_unreadable
 from forebay_inference.engine.events import Accepted, Finished, Tokens, Vector
 from forebay_inference.engine.protocol import reason_of
 from forebay_inference.engine.text.model import TextModel
@@ -111,7 +110,7 @@ class AttemptRunner:
             try:
                 request = InferenceRequest.model_validate_json(delivery.data)
             except ValidationError as exc:
-                await self._unreadable(request_id, delivery, exc)
+                await end_unreadable(self._states, self._channel, request_id, delivery, exc)
             else:
                 request_id = request.id
                 await self._attempt(request, delivery)
@@ -152,7 +151,7 @@ class AttemptRunner:
             await attempt.ownership.count(exc.state)
             # The api drops frames of an attempt that is older than the last one it has seen.
             attempt.reply.attempt = max(exc.state.attempt, 1)
-            await self._settle(attempt, Ended(End.ENDED_BEFORE, error=_error_of(exc.state)))
+            await self._settle(attempt, Ended(End.ENDED_BEFORE, error=error_of(exc.state)))
         except StateUnreadable as exc:
             # No write can replace a state that cannot be read: the request can only fail.
             log.error("[RequestQueue] %s", exc.message, extra=attempt.measured.fields())
@@ -350,50 +349,6 @@ class AttemptRunner:
             extra=attempt.measured.fields(status.value, code),
         )
 
-    async def _unreadable(self, request_id: str, delivery: Delivery, error: ValidationError) -> None:
-        """Remove a message that this worker cannot read, count it once, and tell the api that its headers name.
-
-        It may come from an api with a newer schema. Another worker might be able to read it, but there may be none.
-        """
-        known = names.is_request_id(request_id)
-        log.error(
-            "[RequestQueue] message %d cannot be read and was removed: %d faults, the first in %s: %s%s",
-            delivery.sequence,
-            error.error_count(),
-            ".".join(str(part) for part in error.errors()[0]["loc"]) or "the JSON itself",
-            error.errors()[0]["type"],
-            f" (request {request_id})" if known else "",
-            extra=fields(request_id=request_id),
-        )
-
-        async def tell(_: Told, ended: Ended) -> RequestStatus | None:
-            reply_to = delivery.headers.get(names.HEADER_REPLY_TO, "")
-            if names.is_reply_subject(reply_to) and ended.error is not None:
-                await self._channel(reply_to, 0).send(failed(delivery.num_delivered, ended.error).encode())
-            return None
-
-        async def record(status: RequestStatus, ended: Ended) -> None:
-            with contextlib.suppress(StateUnreadable):
-                if known and await patiently(lambda: self._states.get(request_id)) is not None:
-                    message = ended.error.message if ended.error is not None else None
-                    await patiently(lambda: end(self._states, request_id, status, message))
-                    return
-            await patiently(lambda: self._states.count(status, f"unreadable-{delivery.sequence}"))
-
-        reason = InferenceFailed("a worker could not read the request: it may be older than the api")
-        await settle(Ended(End.UNREADABLE, error=reason), lambda: delivery, tell, record)
-
-
-def abandoned() -> Ended:
-    """The end of a request whose api seems to be gone."""
-    reason = "the api that took it is gone"
-    return Ended(End.ABANDONED, error=RequestCancelled(f"the request was cancelled: {reason}"), reason=reason)
-
-
-def not_wanted(have: Resume) -> Ended:
-    """The end of a request of which the api says that nobody waits for it."""
-    return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage)
-
 
 class _NotTheFirst(Exception):
     """An attempt that started as the first one has another number."""
@@ -406,17 +361,3 @@ _LOGGED: Final = {
     End.HANDED_OVER: "handed over",
     End.ENDED_BEFORE: "had ended before it was pulled",
 }
-
-
-def _error_of(state: RequestState) -> ApiError | None:
-    """The error for a client that still waits for a request in this final state. None if it has the answer."""
-    message = state.error or "the request has ended"
-    match state.status:
-        case RequestStatus.COMPLETED:
-            return None
-        case RequestStatus.TIMED_OUT:
-            return RequestTimeout(message)
-        case RequestStatus.CANCELLED:
-            return RequestCancelled(f"the request was cancelled: {message}")
-        case _:
-            return InferenceFailed(message)
