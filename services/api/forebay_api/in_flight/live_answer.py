@@ -73,7 +73,7 @@ class LiveAnswer:
         happens if the store of the states has lost its last records.
         """
         if self.done:
-            return Resume(wanted=False, outcome=self.outcome, usage=self.completed and self.completed.usage)
+            return Resume(wanted=False, outcome=self.outcome)
         if frame.attempt < self.attempt or (isinstance(frame, Started) and frame.worker != self.worker):
             return Resume(wanted=False, newest=self.attempt)
         return self._have()
