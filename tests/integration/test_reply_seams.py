@@ -71,6 +71,7 @@ async def test_a_receiver_that_stands_still_is_gone_once_its_heartbeat_is(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reply_channel, "CONFIRM_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(reply_channel, "STALLED_S", 0.05)
     beats = iter([True, False])
     async with connected(nats_server) as connection:
         await connection.client.subscribe("inference.replies.stopped.a")

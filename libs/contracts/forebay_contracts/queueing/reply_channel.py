@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Final
 
 from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
 from pydantic import ValidationError
 
 from forebay_contracts.nats import clock
@@ -21,6 +23,9 @@ CONFIRM_RETRY_S: Final = 0.25
 
 CONFIRM_GRACE_S: Final = 20.0
 """How long after the deadline an api is still asked how its request ended. It answers as soon as NATS is back."""
+
+STALLED_S: Final = 30.0
+"""How long an api that has a subscription and no heartbeat is asked. It may go on, and then its client gets the answer."""
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +47,15 @@ class LiveReplyChannel:
             log.debug("%s: a frame was not sent: %r", self._reply_to, exc)
 
     async def ask(self, frame: bytes) -> Resume:
-        """See `ReplyChannel.ask`. An api that does not answer and has no heartbeat is gone."""
+        """See `ReplyChannel.ask`. An api without heartbeat is gone: at once without subscription, else after STALLED_S."""
+        asked_at = time.monotonic()
         while clock.now() < self._deadline + CONFIRM_GRACE_S:
             try:
                 answer = await self._connection.requests.request(self._reply_to, frame, timeout_s=CONFIRM_TIMEOUT_S)
                 return Resume.model_validate_json(answer.data)
             except (NatsError, TimeoutError) as exc:
-                if not self._api_alive():
+                listens = not isinstance(exc, NoRespondersError)
+                if not self._api_alive() and not (listens and time.monotonic() - asked_at < STALLED_S):
                     return Resume(wanted=False)
                 log.debug("%s: the api did not confirm: %r", self._reply_to, exc)
             except ValidationError:
