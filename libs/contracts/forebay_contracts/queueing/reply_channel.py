@@ -25,7 +25,7 @@ CONFIRM_GRACE_S: Final = 20.0
 """How long after the deadline an api is still asked how its request ended. It answers as soon as NATS is back."""
 
 STALLED_S: Final = 30.0
-"""How long an api that has a subscription and no heartbeat is asked. It may go on, and then its client gets the answer."""
+"""How long an api with a subscription and no heartbeat is asked. If it goes on by then, its client gets the answer."""
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class LiveReplyChannel:
             log.debug("%s: a frame was not sent: %r", self._reply_to, exc)
 
     async def ask(self, frame: bytes) -> Resume:
-        """See `ReplyChannel.ask`. An api without heartbeat is gone: at once without subscription, else after STALLED_S."""
+        """See `ReplyChannel.ask`. An api without heartbeat is gone, with a subscription after STALLED_S."""
         asked_at = time.monotonic()
         while clock.now() < self._deadline + CONFIRM_GRACE_S:
             try:
