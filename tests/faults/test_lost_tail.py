@@ -41,6 +41,7 @@ async def test_all_that_is_told_of_a_request_agrees_after_a_stream_lost_its_tail
         await asyncio.to_thread(server.kill)
         shutil.copytree(folder, saved)
         await asyncio.to_thread(server.start)
+        assert await stack.connection.wait_connected(10)
         ended = await asyncio.gather(*(stack.chat("[[tokens=3]]") for _ in range(3)))
         running = [asyncio.create_task(stack.chat("[[tokens=40 delay_ms=50]]", stream=True)) for _ in range(2)]
         waiting = asyncio.create_task(stack.chat("[[tokens=3]]"))
@@ -52,6 +53,7 @@ async def test_all_that_is_told_of_a_request_agrees_after_a_stream_lost_its_tail
             shutil.copytree(saved / stream, folder / stream)
         shutil.rmtree(saved)
         await asyncio.to_thread(server.start)
+        assert await stack.connection.wait_connected(10)
         texts = [text_of(answer) for answer in (*ended, *await asyncio.gather(*running, waiting))]
         assert texts == [text(3)] * 3 + [text(40)] * 2 + [text(3)], streams
         await stack.idle()
