@@ -21,10 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
 from forebay_contracts.wire.state import RequestStatus
+from support import killed_broker
 from support.attack import KINDS, LARGE, STREAMS, attacked
+from support.chaos import CLIENTS
+from support.chaos import chaos as mixed_faults
 from support.cluster import Cluster
 from support.nats import NatsServer
-from support.service import Service
+from support.service import ForkServer, Service, fresh
 from support.stack import MODEL, Stack, data_dir, running
 
 ACK_WAIT_S = 2
@@ -238,6 +241,44 @@ async def leader_killed(_: NatsServer) -> Row:
     )
 
 
+async def chaos(nats: NatsServer) -> Row:
+    seconds = 600
+    server = ForkServer()  # only it can set the clock of a process, and what begins soon leaves more time for faults
+    Service.starter = staticmethod(server.forked)
+    try:
+        made, disagree = await mixed_faults(nats, seconds)
+    finally:
+        server.stop()
+        Service.starter = staticmethod(fresh)
+    for line in disagree:
+        print(line, file=sys.stderr)
+    ends = Counter("wrong" if end.startswith("wrong") else end for end in made.ends.values()) + made.nameless
+    faults = ", ".join(f"{fault.replace('_', ' ')} {count}" for fault, count in sorted(made.faults.items()))
+    return Row(
+        f"mixed faults for {seconds} s: {faults}",
+        f"{CLIENTS} clients; the clocks of two of three workers 10 min ahead and behind",
+        "0 wrong, 0 hanging; client, state and counter agree for every request",
+        f"{dict(ends)}; {len(disagree)} disagree; {made.unconfirmed} confirmed in an outage by an api that died in it",
+        not disagree and not ends["wrong"] + ends["hanging"],
+    )
+
+
+async def killed_brokers(_: NatsServer) -> Row:
+    trials, kept = 60, 0
+    for variant in (killed_broker.one_server, killed_broker.three_servers):
+        for workers in (1, 2):
+            with tempfile.TemporaryDirectory() as folder:
+                await variant(trials, workers, Path(folder), seed=workers)
+            kept += trials
+    return Row(
+        "nats-server killed 5 to 250 ms after requests were sent, back 0.2 s later",
+        f"{killed_broker.CLIENTS} clients; one and two workers; one server, one or all of three; {trials} trials each",
+        "every answer whole; client, state and counter agree",
+        f"{kept} of {4 * trials} trials",
+        kept == 4 * trials,
+    )
+
+
 async def clients_leave(nats: NatsServer) -> Row:
     waits: list[float] = []
     async with running(nats, max_concurrent_requests=1, max_queue_size=10) as stack:
@@ -330,6 +371,8 @@ SCENARIOS: dict[str, Callable[[NatsServer], Awaitable[Row]]] = {
     "api": api_killed,
     "nats": nats_restarted,
     "leader": leader_killed,
+    "broker": killed_brokers,
+    "chaos": chaos,
     "clients": clients_leave,
     "bodies": bodies_sent,
     "many bodies": functools.partial(bodies_sent, at_once=100, size=60_000),

@@ -125,7 +125,7 @@ def test_whatever_order_frames_come_in_no_token_is_doubled_or_left_out(frames: l
     answer = LiveAnswer(request, lambda _: None)
     for frame in frames:
         answer.receive(decode_frame(json.dumps(frame).encode()))
-    have = answer.have(answer.attempt).choices
+    have = answer._have().choices
     tokens = have[0].tokens if have else ()
     assert tokens == tuple(range(len(tokens)))
     assert "".join(delta.text for delta in answer._unread) == "".join(f"<{n}>" for n in tokens)

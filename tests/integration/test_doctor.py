@@ -65,7 +65,7 @@ async def test_what_is_wrong_with_a_living_system(nats_server: NatsServer, tmp_p
         assert found["topology"]["message"] == "stream INFERENCE: max_msgs 100 → 7"
         assert "forebay topology apply" in found["topology"]["fix"]
         assert found["models"]["message"] == f"HuggingFaceTB/{MODEL} has no worker; 0 wait"
-        assert found["clocks"]["severity"] == "problem"
+        assert found["clocks"]["severity"] == "warning"
         assert found["clocks"]["message"].startswith("the clock of late is 30.")
         await stack.connection.jetstream.pause_consumer("INFERENCE", CONSUMER, "2099-01-01T00:00:00Z")
         async with heartbeat_of(stack, "early", progress="fetching 3 %", version="0.0.1"):

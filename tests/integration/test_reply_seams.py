@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from nats.aio.msg import Msg
 
+from forebay_contracts.queueing import reply_channel
 from forebay_contracts.queueing.cancellation import NatsCancelNotices
 from forebay_contracts.queueing.memory import InMemoryCancelNotices, InMemoryReplyChannel
 from forebay_contracts.queueing.protocols import CancelNotices, ReplyChannel
@@ -65,6 +66,20 @@ async def test_asking_tells_what_the_receiver_has(channel: tuple[ReplyChannel, R
 
 
 @pytest.mark.nats
+@pytest.mark.nats
+async def test_a_receiver_that_stands_still_is_gone_once_its_heartbeat_is(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply_channel, "CONFIRM_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(reply_channel, "STALLED_S", 0.05)
+    beats = iter([True, False])
+    async with connected(nats_server) as connection:
+        await connection.client.subscribe("inference.replies.stopped.a")
+        stopped = LiveReplyChannel(connection, "inference.replies.stopped.a", time.time() + 60, lambda: next(beats))
+        assert not (await stopped.ask(Started(attempt=1, worker="w").encode())).wanted
+    assert next(beats, None) is None, "it was asked again as long as it had one"
+
+
 async def test_a_receiver_that_is_gone_wants_nothing(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         frame = Started(attempt=2, worker="w").encode()

@@ -166,7 +166,10 @@ async def test_what_is_terminated_never_comes_again(queue: Queue) -> None:
 async def test_a_waiting_request_can_be_taken_out(queue: Queue) -> None:
     first = await queue.admission.publish(request("a"))
     await queue.admission.publish(request("b"))
+    assert await queue.admission.holds("a", first)
+    assert not await queue.admission.holds("b", first)
     assert await queue.admission.remove("a", first)
+    assert not await queue.admission.holds("a", first)
     assert not await queue.admission.remove("a", first)
     assert id_of(await queue.deliveries.pull()) == "b"
 

@@ -1,7 +1,8 @@
 """The process that services are forked from: it has imported them, which else takes each stack of a test 0.9 s of CPU.
 
 A child is what `python -m MODULE` is: it has the environment, the folder and the
-stderr of its order, executes the module's `__main__` and ends as an interpreter does.
+stderr of its order, executes the module's `__main__` and ends as an interpreter does. If the environment has
+CLOCK_AHEAD_S, the child's wall clock is so many seconds ahead.
 """
 
 import contextlib
@@ -14,8 +15,11 @@ import selectors
 import signal
 import socket
 import sys
+import time
 import warnings
 from dataclasses import asdict, dataclass
+
+from forebay_contracts.nats import clock
 
 IMPORTED = ("forebay_api.server", "forebay_inference.__main__", "forebay_inference.worker")
 MAX_ORDER_BYTES = 2**18
@@ -84,6 +88,13 @@ def _tell_who_ended(children: dict[int, int]) -> None:
             os.close(status)
 
 
+def _set_clock(ahead_s: float) -> None:
+    """Let this process see a wall clock that is `ahead_s` ahead (negative: behind)."""
+    right = time.time
+    time.time = lambda: right() + ahead_s
+    importlib.reload(clock)  # it was imported while the clock was right
+
+
 def main() -> None:
     """Serve the orders on the socket whose number is the argument."""
     for module in IMPORTED:
@@ -94,6 +105,8 @@ def main() -> None:
     os.chdir(mine.folder)
     os.environ.clear()
     os.environ.update(mine.env)
+    if (ahead_s := float(os.environ.get("CLOCK_AHEAD_S", 0))) != 0:
+        _set_clock(ahead_s)
     warnings.simplefilter("default")  # as PYTHONWARNINGS says, which is read when an interpreter starts
     sys.modules.pop(f"{mine.module}.__main__", None)
     runpy.run_module(mine.module, run_name="__main__", alter_sys=True)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TypeVar
 
 from nats.aio.msg import Msg
@@ -45,9 +45,9 @@ class Heartbeats:
                 return info.id
         return None
 
-    def api_since(self, began: float) -> str | None:
-        """The id of an api that started after `began`."""
-        return next((info.id for info in self.apis.values() if info.started_at >= began), None)
+    def api_since(self, began: float, known: Set[str]) -> str | None:
+        """The id of an api that started after `began` and is not among `known`."""
+        return next((api for api, info in self.apis.items() if info.started_at >= began and api not in known), None)
 
     async def _hear(self, msg: Msg) -> None:
         with contextlib.suppress(ValidationError):  # a mark of deletion, or what a test has sent

@@ -1,6 +1,8 @@
 """A real nats-server on a free port of the loopback interface, with a store of its own."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -42,6 +44,10 @@ class NatsServer:
         """The process, to be paused or killed."""
         assert self._process is not None
         return self._process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process."""
+        os.kill(self.pid, number)
 
     def start(self) -> None:
         """Start, and return when it says that it is ready."""

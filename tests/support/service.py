@@ -105,7 +105,7 @@ class Service:
 
     def __init__(self, module: str, env: dict[str, str]) -> None:
         self._module = module
-        self._env = env
+        self.env = env
         self._lines_changed = asyncio.Condition()
         self.log: deque[str] = deque(maxlen=10_000)
         self.id = ""
@@ -115,7 +115,7 @@ class Service:
 
     async def launch(self) -> None:
         """Start without waiting until it is of use."""
-        started = await self.starter(self._module, self._env)
+        started = await self.starter(self._module, self.env)
         self.pid = started.pid
         self._life = asyncio.gather(self._await_end(started), self._read(started.stderr))
 

@@ -67,9 +67,9 @@ class Stack:
         api = Api(self.env(**settings))
         self.apis.append(api)
         async with self._starting_api:  # one at a time: nothing else tells whose heartbeat is whose
-            began = time.time()
+            began, known = time.time() + settings.get("clock_ahead_s", 0), frozenset(self.heartbeats.apis)
             await api.launch()
-            heard = self.heartbeats.until(lambda: self.heartbeats.api_since(began))
+            heard = self.heartbeats.until(lambda: self.heartbeats.api_since(began, known))
             api.id = await api.unless_it_ends(heard)
         return api
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -50,7 +51,10 @@ def request(orders: str = "", **fields: Any) -> InferenceRequest:
 
 
 class Twins:
-    """One api and any number of workers. `alive` says whether the api's heartbeat is heard."""
+    """One api and any number of workers.
+
+    `alive` says whether the api's heartbeat is heard. NATS was not away for `connected_for_s`.
+    """
 
     def __init__(self, *, max_queue_size: int = 100, max_deliveries: int = 3) -> None:
         self.queue = InMemoryQueue(max_queue_size)
@@ -62,6 +66,7 @@ class Twins:
             API, self.queue, self.states, self.cancellation, lambda _: contextlib.nullcontext()
         )
         self.alive = True
+        self.connected_for_s = math.inf
         self.channels: list[InMemoryReplyChannel] = []
         self._max_deliveries = max_deliveries
         self._slots: list[asyncio.Task[None]] = []
@@ -75,8 +80,8 @@ class Twins:
             states=self.states,
             engine=simulated_model(),
             channel=self._channel,
-            notices=self.notices,
             api_alive=lambda api: not api or self.alive,
+            connected_for_s=lambda: self.connected_for_s,
             max_deliveries=self._max_deliveries,
             metrics=WorkerMetrics(MODEL),
         )
@@ -140,10 +145,10 @@ class Twins:
         def receive(frame: Frame) -> Resume:
             answer = self.dispatcher.waiting.get(request_id)
             if answer is None:
-                return Resume(wanted=False, outcome=self.dispatcher.outcome(request_id))
+                return self.dispatcher.ended(request_id)
             answer.receive(frame)
             # Nobody looks at what a delta is answered, and it would be all tokens each time.
-            return Resume() if isinstance(frame, Delta) else answer.have(frame.attempt)
+            return Resume() if isinstance(frame, Delta) else answer.have(frame)
 
         self.channels.append(InMemoryReplyChannel(receive))
         return self.channels[-1]

@@ -175,7 +175,7 @@ async def test_what_ended_while_the_api_was_away_ends_here_too(system: Twins) ->
         queued = transitions.queued(wanted, answer.sequence)
         end = transitions.ended(queued, RequestStatus.CANCELLED, stored=False, error="the api was gone")
         await system.states.write(end, 0)
-        system.dispatcher.end_what_has_ended()
+        system.dispatcher.look_after_an_outage()
         with pytest.raises(Cancelled, match="the api was gone"):
             await answer.started()
 

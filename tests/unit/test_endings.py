@@ -114,10 +114,7 @@ async def cancelled(system: Twins) -> Seen:
 
 async def abandoned(system: Twins) -> Seen:
     system.alive = False
-    wanted = request()
-    found = await run(system, wanted)
-    assert wanted.id in system.notices.told
-    return found
+    return await run(system, request())
 
 
 async def not_wanted(system: Twins) -> Seen:
@@ -170,7 +167,7 @@ ROWS = {
     End.SPENT: (spent, Seen(["term"], RequestStatus.FAILED, 500, 1)),
     End.TIMED_OUT: (timed_out, Seen(["term"], RequestStatus.TIMED_OUT, 408, 1)),
     End.CANCELLED: (cancelled, Seen(["term"], RequestStatus.CANCELLED, None, 1)),
-    End.ABANDONED: (abandoned, Seen(["term"], RequestStatus.CANCELLED, None, 1)),
+    End.ABANDONED: (abandoned, Seen(["term"], RequestStatus.CANCELLED, 499, 1)),
     End.NOT_WANTED: (not_wanted, Seen(["term"], RequestStatus.CANCELLED, None, 1)),
     End.HANDED_OVER: (handed_over, Seen(["nak"], RequestStatus.QUEUED, None, 0)),
     End.ENDED_BEFORE: (ended_before, Seen(["term"], RequestStatus.CANCELLED, 499, 1)),

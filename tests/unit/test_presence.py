@@ -96,3 +96,24 @@ async def test_a_silent_member_is_dead_once_it_has_no_connection(
             gone_s, busy_s = await asyncio.gather(dies("gone"), dies("busy"))
         assert ttl_s <= gone_s < stall_s <= busy_s
         await presence.stop()
+
+
+async def test_whoever_was_away_for_a_moment_calls_nobody_dead(nats_server: NatsServer) -> None:
+    settings = load(Settings, nats_url=nats_server.url, _env_file=None)
+    async with connected(settings, "test") as connection:
+        presence = await watching(connection, settings)
+        heartbeat = await beating(connection)
+        await heartbeat.stop()
+        await connection.client.flush()
+        assert not presence.is_alive("a")
+        again = asyncio.Event()
+
+        async def back() -> None:
+            again.set()
+
+        connection.on_reconnect.append(back)
+        await asyncio.to_thread(nats_server.restart)
+        await again.wait()
+        # Heartbeats may have been lost, so their absence says nothing.
+        assert presence.is_alive("a")
+        await presence.stop()

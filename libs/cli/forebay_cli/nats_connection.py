@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from nats.errors import Error as NatsError
 
 from forebay_cli.local import nats_server
-from forebay_contracts.nats import connection
+from forebay_contracts.nats import clock, connection
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import ForebayError, QueueUnavailable
@@ -56,6 +56,7 @@ async def connected(read: Settings) -> AsyncIterator[Connection]:
     """
     with permission_violations() as violations:
         async with connection.connected(read, "forebay") as link:
+            await clock.measure(link.requests)
             try:
                 yield link
             except (QueueUnavailable, NatsError, TimeoutError) as exc:

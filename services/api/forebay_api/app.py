@@ -33,7 +33,7 @@ from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
 from forebay_api.watching.served_models import Models
-from forebay_contracts.nats import topology
+from forebay_contracts.nats import clock, topology
 from forebay_contracts.nats.connection import connected
 from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.queueing.admission import JetStreamAdmission
@@ -83,8 +83,10 @@ def create_app(context: Context) -> ASGIApp:
 async def running(settings: ApiSettings) -> AsyncIterator[Context]:
     """The parts of an api, connected and listening to NATS, for as long as the block lasts."""
     keys = ApiKeys(settings)
-    async with keys.followed(), connected(settings, "forebay-api", "api") as connection:
+    connecting = connected(settings, "forebay-api", "api")
+    async with keys.followed(), connecting as connection, clock.followed(connection.requests):
         await topology.ensure(connection, settings, settings.served_model)
+        await clock.measure(connection.requests)
         states = KeyValueStateStore(connection)
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
         limits = KeyLimits(keys, lambda: (api for api in apis.alive() if api.id != instance))

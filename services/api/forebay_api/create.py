@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from typing import Final, cast
 
 from starlette.requests import Request
@@ -19,6 +18,7 @@ from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.openai.format import Format, StreamWriter
 from forebay_api.prepare import Accepted
 from forebay_api.routes import Endpoint
+from forebay_contracts.nats import clock
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire.errors import ApiError
@@ -91,7 +91,7 @@ class Create:
         if context.settings.log_prompts:
             log.info("%s %s asks %s", endpoint.log_prefix, request_id, body.model_dump_json(exclude_unset=True))
         return Accepted(
-            body, len(data), request_id, client, request.headers, endpoint.completion_type, model, time.time()
+            body, len(data), request_id, client, request.headers, endpoint.completion_type, model, clock.now()
         )
 
     async def _whole(self, answer: LiveAnswer, answer_format: Format) -> bytes:
@@ -127,7 +127,7 @@ class Create:
             "%s %s completed in %.3f s: %d + %d tokens, attempt %d",
             self._endpoint.log_prefix,
             request.id,
-            time.time() - request.created_at,
+            max(clock.now() - request.created_at, 0.0),
             *tokens,
             completed.attempt,
             extra=about(

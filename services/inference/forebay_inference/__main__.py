@@ -9,10 +9,10 @@ import uuid
 
 import uvloop
 
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.presence import Presence
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
-from forebay_contracts.queueing.cancellation import NatsCancelNotices
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
 from forebay_contracts.queueing.protocols import ReplyChannel
@@ -63,8 +63,8 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
         states=KeyValueStateStore(connection),
         engine=model,
         channel=channel,
-        notices=NatsCancelNotices(connection),
         api_alive=lambda api: not api or apis.is_alive(api),
+        connected_for_s=lambda: connection.age_s,
         max_deliveries=settings.max_deliveries,
         metrics=WorkerMetrics(settings.served_model),
     )
@@ -78,7 +78,8 @@ async def serve(settings: InferenceSettings) -> None:
     loop = asyncio.get_running_loop()
     for ending in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(ending, stop.set)
-    async with connected(settings, "forebay-inference", "inference") as connection:
+    connecting = connected(settings, "forebay-inference", "inference")
+    async with connecting as connection, clock.followed(connection.requests):
         worker = build_worker(settings, connection)
         expose(settings, worker.health)
         await worker.run(stop)

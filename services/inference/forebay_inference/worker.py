@@ -10,7 +10,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
-from forebay_contracts.nats import topology
+from forebay_contracts.nats import clock, topology
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.process import calm_collector
@@ -22,8 +22,8 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InferenceFailed
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
-from forebay_inference.attempt.endings import End, Ended
-from forebay_inference.attempt.runner import API_GONE, AttemptRunner
+from forebay_inference.attempt.endings import End, Ended, abandoned, not_wanted
+from forebay_inference.attempt.runner import AttemptRunner
 from forebay_inference.engine.protocol import LoadedModel
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
@@ -72,6 +72,7 @@ class Worker:
         """
         settings = self._settings
         await topology.ensure(self._connection, settings, settings.served_model, settings.served_aliases)
+        await clock.measure(self._connection.requests)
         await self._apis.start()
         await self._heartbeat.start()
         await self._listen_for_drain(stop)
@@ -170,7 +171,7 @@ class Worker:
             for attempt in list(self._runner.running.values()):
                 api = names.api_of(attempt.request.reply_to)
                 if api and not self._apis.is_alive(api):
-                    attempt.stop(Ended(End.ABANDONED, reason=API_GONE))
+                    attempt.stop(abandoned())
                     continue
                 try:
                     await attempt.delivery.in_progress()
@@ -201,9 +202,14 @@ class Worker:
         if attempt is None:
             return
         try:
-            await attempt.reply.resend(Resume.model_validate_json(msg.data))
+            have = Resume.model_validate_json(msg.data)
         except ValidationError:
             log.warning("[RequestQueue] %s: a resend order that cannot be read", attempt.request.id)
+            return
+        if have.wanted:
+            await attempt.reply.resend(have)
+        else:
+            attempt.stop(not_wanted(have))
 
     def _progressed(self, line: str) -> None:
         if line != self._progress:

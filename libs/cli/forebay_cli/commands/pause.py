@@ -1,6 +1,5 @@
 """`forebay pause` and `forebay resume`: JetStream's pause of a model's consumer."""
 
-import time
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from nats.js.api import ConsumerInfo
 from forebay_cli import console
 from forebay_cli.declarations import AsJson, duration_s, synchronous
 from forebay_cli.nats_connection import connected, load_settings
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.topology import aliases_of, consumers, model_of
 from forebay_contracts.wire import names
@@ -44,7 +44,7 @@ async def pause(
         raise ConfigurationError("--for must be above 0s and at most 365d; without it, `forebay resume` ends a pause")
     async with connected(load_settings()) as link:
         consumer = await _consumer(link, model)
-        until = datetime.fromtimestamp(time.time() + (for_s or UNTIL_RESUMED_S), UTC)
+        until = datetime.fromtimestamp(clock.now() + (for_s or UNTIL_RESUMED_S), UTC)
         await link.jetstream.pause_consumer(names.STREAM, consumer.name, until.isoformat().replace("+00:00", "Z"))
     running = consumer.num_ack_pending or 0
     end = f"until {until.astimezone():%F %T}" if for_s else "until it is resumed"

@@ -11,7 +11,7 @@ from rich.table import Table
 from forebay_cli import console
 from forebay_cli.declarations import AsJson, duration_s, synchronous
 from forebay_cli.nats_connection import connected, load_settings
-from forebay_contracts.nats import permissions
+from forebay_contracts.nats import clock, permissions
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.recent_requests import recent_states
@@ -47,7 +47,7 @@ async def requests(
         return (
             status in (None, state.status)
             and (model is None or state.model == model or state.model.endswith("/" + model))
-            and (since_s is None or state.queued_at >= time.time() - since_s)
+            and (since_s is None or state.queued_at >= clock.now() - since_s)
         )
 
     texts: list[str] | None = None
@@ -131,6 +131,6 @@ def _row(state: RequestState) -> tuple[object, ...]:
 
 def _durations(state: RequestState) -> tuple[str, str | None]:
     """The wait for the first attempt, and the time since then over all attempts."""
-    now, started = time.time(), state.started_at
+    now, started = clock.now(), state.started_at
     waited = (started or state.finished_at or now) - state.queued_at
     return f"{waited:.2f} s", None if started is None else f"{(state.finished_at or now) - started:.2f} s"

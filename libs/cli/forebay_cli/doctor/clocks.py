@@ -1,4 +1,4 @@
-"""Whether the clocks of this machine, of NATS and of the services agree: deadlines are absolute times."""
+"""Whether the clocks of this machine, of NATS and of the services agree. Deadlines go by the clock of NATS alone."""
 
 import time
 from collections.abc import AsyncIterator
@@ -10,17 +10,15 @@ from nats.js.errors import NotFoundError
 from forebay_cli.doctor.findings import Finding
 from forebay_cli.doctor.jetstream import ask
 from forebay_contracts.nats import presence
+from forebay_contracts.nats.clock import MAX_SKEW_S
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo
 
-MAX_SKEW_S = 1.0
-"""The largest difference that is no problem. Deadlines move by as much."""
-
 
 async def check(link: Connection, _: Settings) -> list[Finding]:
-    """A problem for each clock that is wrong by more than MAX_SKEW_S."""
+    """A warning for each clock that is wrong by more than MAX_SKEW_S."""
     before = time.time()
     info = await ask(link, f"STREAM.INFO.{names.STREAM}")
     if "ts" not in info:
@@ -28,7 +26,7 @@ async def check(link: Connection, _: Settings) -> list[Finding]:
     of_nats = datetime.fromisoformat(info["ts"]).timestamp() - (before + time.time()) / 2
     skews = [("the clock of NATS", "this machine's", of_nats)]
     skews += [(f"the clock of {service}", "that of NATS", skew_s) async for service, skew_s in _skews(link)]
-    wrong = [_problem(*skew) for skew in skews if abs(skew[2]) > MAX_SKEW_S]
+    wrong = [_warning(*skew) for skew in skews if abs(skew[2]) > MAX_SKEW_S]
     return wrong or [Finding("clocks", "ok", f"all {len(skews) + 1} agree within {MAX_SKEW_S:g} s")]
 
 
@@ -50,7 +48,7 @@ async def _skews(link: Connection) -> AsyncIterator[tuple[str, float]]:
                 yield service.id, kind.model_validate_json(stored.data).heartbeat_at - stored_at.timestamp()
 
 
-def _problem(clock: str, other: str, skew_s: float) -> Finding:
+def _warning(clock: str, other: str, skew_s: float) -> Finding:
     way = "ahead of" if skew_s > 0 else "behind"
-    message = f"{clock} is {abs(skew_s):.1f} s {way} {other}: deadlines come that much too early or late"
-    return Finding("clocks", "problem", message, "synchronise both by NTP (chrony, systemd-timesyncd)")
+    message = f"{clock} is {abs(skew_s):.1f} s {way} {other}: the times of its log lines are off"
+    return Finding("clocks", "warning", message, "synchronise both by NTP (chrony, systemd-timesyncd)")

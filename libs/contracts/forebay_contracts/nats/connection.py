@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
@@ -33,7 +34,8 @@ log = logging.getLogger(__name__)
 class Connection:
     """A NATS client, its JetStream context, and `requests` for the hot paths.
 
-    `on_reconnect` holds what must be done again after an outage.
+    `on_reconnect` holds what must be done again after an outage. `since` is when the connection last began or was lost
+    (monotonic seconds).
     """
 
     def __init__(self, client: Client) -> None:
@@ -43,6 +45,7 @@ class Connection:
         self.on_reconnect: list[Callable[[], Awaitable[None]]] = []
         self.errors_before_start: list[Exception] = []
         self.up = asyncio.Event()
+        self.since = time.monotonic()
         self._started = False
 
     @property
@@ -67,7 +70,13 @@ class Connection:
             )
         self.client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
         self._started = True
+        self.since = time.monotonic()
         self.up.set()
+
+    @property
+    def age_s(self) -> float:
+        """How long there has been no outage: the server cannot have lost what was stored since then."""
+        return time.monotonic() - self.since
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Wait for a connection, at most `timeout_s`; returns whether there is one."""
@@ -88,11 +97,13 @@ class Connection:
 
     async def _disconnected(self) -> None:
         self.up.clear()
+        self.since = time.monotonic()
         if not self.client.is_closed:
             log.warning("[RequestQueue] connection to NATS lost; reconnecting until it is back")
 
     async def _reconnected(self) -> None:
         log.info("[RequestQueue] connected to NATS again")
+        self.since = time.monotonic()
         self.up.set()
         for action in self.on_reconnect:
             await action()

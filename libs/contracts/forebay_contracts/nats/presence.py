@@ -142,7 +142,7 @@ class Presence(Generic[Info]):
         first heartbeat.
         """
         now = time.monotonic()
-        if now < self._blind_until or now - self._attentive_at > MAX_PAUSE_S:
+        if now < self._blind_until or self._missed_some(now):
             return True
         if member not in self._seen:
             self._remember(member, now)
@@ -165,13 +165,17 @@ class Presence(Generic[Info]):
         if len(self._strangers) > MAX_STRANGERS:
             del self._strangers[next(iter(self._strangers))]
 
+    def _missed_some(self, now: float) -> bool:
+        """Whether this process stood still or was without NATS since it last looked, however shortly."""
+        return now - self._attentive_at > MAX_PAUSE_S or self._connection.since > self._attentive_at
+
     async def _stay_attentive(self) -> None:
         """Notice a pause of this process or its connection. After it, others only seem dead. Ask who is silent."""
         self._attentive_at = time.monotonic()
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
             now = time.monotonic()
-            if now - self._attentive_at > MAX_PAUSE_S or not self._connection.connected:
+            if self._missed_some(now) or not self._connection.connected:
                 self._blind_until = now + HEARTBEAT_TTL_S
             self._attentive_at = now
             if self._asked is not None:

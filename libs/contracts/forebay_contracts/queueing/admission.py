@@ -4,12 +4,14 @@ import asyncio
 import json
 import math
 import time
-from typing import Final
+from typing import Any, Final
 
+from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 from nats.js.errors import APIError
 
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.wire import names
@@ -26,7 +28,7 @@ PUBLISH_RETRY_S: Final = 0.05
 """Pause between such tries."""
 
 REMOVE_TIMEOUT_S: Final = 5.0
-"""How long each of the two requests of `remove` may take."""
+"""How long each request of `holds` and `remove` may take."""
 
 _STORE_FAILED = 10077
 _NO_RESOURCES = 10023
@@ -60,9 +62,9 @@ class JetStreamAdmission:
         tracing.inject(headers)
         payload = request.encode()
         # Waiting past the deadline would only end in a timeout.
-        give_up_at = time.monotonic() + min(self._patience_s, request.deadline - time.time())
+        give_up_at = time.monotonic() + min(self._patience_s, request.deadline - clock.now())
         while True:
-            ttl_s = math.ceil(request.deadline - time.time()) + TTL_GRACE_S
+            ttl_s = math.ceil(request.deadline - clock.now()) + TTL_GRACE_S
             try:
                 headers[names.HEADER_TTL] = str(max(ttl_s, 1))
                 return await self._connection.requests.store(
@@ -83,23 +85,29 @@ class JetStreamAdmission:
             except (NatsError, TimeoutError) as exc:
                 failure = exc
             patience_s = give_up_at - time.monotonic()
-            if patience_s <= 0 or not await self._connection.wait_connected(patience_s):
+            if patience_s <= 0:
                 raise QueueUnavailable("the queue cannot be reached, try again later") from failure
+            await self._connection.wait_connected(patience_s)
             await asyncio.sleep(PUBLISH_RETRY_S)
+
+    async def holds(self, request_id: str, sequence: int) -> bool:
+        """See `Admission.holds`. A store that lost its last records uses their sequences again for other messages."""
+        found = await self._ask(_GET, {"seq": sequence})
+        return (found.headers or {}).get(names.HEADER_MSG_ID) == request_id
 
     async def remove(self, request_id: str, sequence: int) -> bool:
         """See `Admission.remove`.
 
-        A store that lost its last records uses their sequences again, so the message's Nats-Msg-Id is compared first.
         `no_erase` deletes without overwriting on the disk: 0.3 ms instead of 15 ms.
         """
-        requests = self._connection.requests
+        if not await self.holds(request_id, sequence):
+            return False
+        return bool(json.loads((await self._ask(_DELETE, {"seq": sequence, "no_erase": True})).data).get("success"))
+
+    async def _ask(self, subject: str, order: dict[str, Any]) -> Msg:
         try:
-            found = await requests.request(_GET, json.dumps({"seq": sequence}).encode(), timeout_s=REMOVE_TIMEOUT_S)
-            if (found.headers or {}).get(names.HEADER_MSG_ID) != request_id:
-                return False
-            order = json.dumps({"seq": sequence, "no_erase": True}).encode()
-            answer = json.loads((await requests.request(_DELETE, order, timeout_s=REMOVE_TIMEOUT_S)).data)
+            return await self._connection.requests.request(
+                subject, json.dumps(order).encode(), timeout_s=REMOVE_TIMEOUT_S
+            )
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the queue cannot be reached") from exc
-        return bool(answer.get("success"))

@@ -134,7 +134,10 @@ class JetStreamAnswerLog:
             messages = await _all_of(heard)
             records = following(messages, last)
             if records is None:
-                records = await self._read_up_to(_newest(messages), request_id, last)
+                # A server that lost power gives the sequences of its last records out again, so after an outage all
+                # is read. Whoever reads drops the tokens that it has.
+                known = 0 if None in messages else last
+                records = await self._read_up_to(_newest(messages), request_id, known)
             if records:
                 last = records[-1].sequence
                 yield records
@@ -187,12 +190,12 @@ class JetStreamAnswerLog:
 
 
 async def _all_of(heard: asyncio.Queue[Msg | None]) -> list[Msg | None]:
-    """What has been heard, at least one message. None asks to look; so does silence for CHECK_S."""
+    """What has been heard; nothing if it was silent for CHECK_S. None stands for an outage, and for the beginning."""
     try:
         async with asyncio.timeout(CHECK_S):
             found = [await heard.get()]
     except TimeoutError:
-        return [None]
+        return []
     while not heard.empty():
         found.append(heard.get_nowait())
     return found
@@ -200,6 +203,8 @@ async def _all_of(heard: asyncio.Queue[Msg | None]) -> list[Msg | None]:
 
 def following(messages: Sequence[Msg | None], last: int) -> list[Record] | None:
     """The records that follow `last` without a gap, or None if the log must be read."""
+    if not messages:
+        return None
     records: list[Record] = []
     for msg in messages:
         if msg is None:

@@ -6,11 +6,11 @@ It ends the request itself only if no api answers. If the answer is logged, the 
 
 import asyncio
 import logging
-import time
 from typing import Final
 
 from nats.errors import Error as NatsError
 
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.logged_reply import end_answer
 from forebay_contracts.queueing.protocols import Admission, AnswerLog, CancelNotices, StateStore
@@ -99,7 +99,7 @@ class Cancellation:
                     type=ended.completion_type,
                     attempt=ended.attempt,
                     outcome=outcome.value,
-                    total_s=max(time.time() - ended.queued_at, 0.0),
+                    total_s=max(clock.now() - ended.queued_at, 0.0),
                 ),
             )
         return ended

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Final
 
+from forebay_contracts.nats import clock
 from forebay_contracts.queueing.protocols import AnswerLog, Record, Superseded
 from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, ApiError, QueueUnavailable
 from forebay_contracts.wire.frames import (
@@ -139,7 +140,7 @@ class LoggedReplyChannel:
                 self._last = await self._answers.append(self._request_id, frames, self._last, name)
                 return
             except (QueueUnavailable, AnswerLogFull) as exc:
-                if time.time() > self._give_up_at:
+                if clock.now() > self._give_up_at:
                     raise
                 log.debug("%s: not stored yet: %s", self._request_id, exc)
                 await asyncio.sleep(APPEND_RETRY_S)
@@ -149,7 +150,7 @@ class LoggedReplyChannel:
             try:
                 return await self._answers.read(self._request_id)
             except QueueUnavailable:
-                if time.time() > self._give_up_at:
+                if clock.now() > self._give_up_at:
                     raise
                 await asyncio.sleep(APPEND_RETRY_S)
 

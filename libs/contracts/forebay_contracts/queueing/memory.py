@@ -80,9 +80,13 @@ class InMemoryQueue:
         self._ready.put_nowait(sequence)
         return sequence
 
+    async def holds(self, request_id: str, sequence: int) -> bool:
+        """Whether it is this request's."""
+        return sequence in self._messages and self._messages[sequence][1][names.HEADER_MSG_ID] == request_id
+
     async def remove(self, request_id: str, sequence: int) -> bool:
         """Remove it if it is this request's."""
-        if sequence not in self._messages or self._messages[sequence][1][names.HEADER_MSG_ID] != request_id:
+        if not await self.holds(request_id, sequence):
             return False
         self.end(sequence)
         return True
@@ -123,6 +127,11 @@ class InMemoryQueue:
         """Redeliver a message, as after a nak or a passed ack wait."""
         self._free(sequence)
         asyncio.get_running_loop().call_later(delay_s, self._ready.put_nowait, sequence)
+
+    def lose(self, sequence: int) -> None:
+        """Act like a store that lost a message: its id may be published again."""
+        self.end(sequence)
+        self._by_id = {request_id: known for request_id, known in self._by_id.items() if known != sequence}
 
     def forget_deliveries(self) -> None:
         """Act like a killed server: redeliver everything that is out, each with a count of 1."""
@@ -166,6 +175,12 @@ class InMemoryStateStore:
         self._states[state.id] = Stored(state, next(self._revisions))
         self.history.append(state)
         return self._states[state.id].revision
+
+    def lose(self, request_id: str, older: Stored | None) -> None:
+        """Act like a store that lost its last records: the state is the `older` one again."""
+        self._states.pop(request_id)
+        if older is not None:
+            self._states[request_id] = older
 
     async def count(self, outcome: RequestStatus, request_id: str) -> None:
         """Once a request."""

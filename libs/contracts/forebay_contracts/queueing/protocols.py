@@ -30,6 +30,13 @@ class Admission(Protocol):
             QueueUnavailable: the outcome is unknown. If it was admitted, its worker learns that nobody waits.
         """
 
+    async def holds(self, request_id: str, sequence: int) -> bool:
+        """Whether the message at `sequence` is this request's.
+
+        Raises:
+            QueueUnavailable: NATS does not answer.
+        """
+
     async def remove(self, request_id: str, sequence: int) -> bool:
         """Remove the request's message, waiting or delivered; False if `sequence` holds no message of this request.
 

@@ -10,6 +10,7 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 from pydantic import ValidationError
 
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.state import RequestStatus
@@ -23,11 +24,14 @@ CONFIRM_RETRY_S: Final = 0.25
 CONFIRM_GRACE_S: Final = 20.0
 """How long after the deadline an api is still asked how its request ended. It answers as soon as NATS is back."""
 
+STALLED_S: Final = 30.0
+"""How long an api with a subscription and no heartbeat is asked. If it goes on by then, its client gets the answer."""
+
 log = logging.getLogger(__name__)
 
 
 class LiveReplyChannel:
-    """Frames to `reply_to`; see `ReplyChannel`. `ask` gives up CONFIRM_GRACE_S after `deadline` (Unix time)."""
+    """Frames to `reply_to`; see `ReplyChannel`. `ask` gives up CONFIRM_GRACE_S after `deadline` (time of the queue)."""
 
     lossless = False
 
@@ -45,15 +49,16 @@ class LiveReplyChannel:
             log.debug("%s: a frame was not sent: %r", self._reply_to, exc)
 
     async def ask(self, frame: bytes) -> Resume:
-        """See `ReplyChannel.ask`. An api without subscription and heartbeat is gone. If none answers, it timed out."""
-        while time.time() < self._deadline + CONFIRM_GRACE_S:
+        """See `ReplyChannel.ask`. An api without heartbeat is gone, with a subscription after STALLED_S."""
+        asked_at = time.monotonic()
+        while clock.now() < self._deadline + CONFIRM_GRACE_S:
             try:
                 answer = await self._connection.requests.request(self._reply_to, frame, timeout_s=CONFIRM_TIMEOUT_S)
                 return Resume.model_validate_json(answer.data)
-            except NoRespondersError:
-                if not self._api_alive():
-                    return Resume(wanted=False)
             except (NatsError, TimeoutError) as exc:
+                listens = not isinstance(exc, NoRespondersError)
+                if not self._api_alive() and not (listens and time.monotonic() - asked_at < STALLED_S):
+                    return Resume(wanted=False)
                 log.debug("%s: the api did not confirm: %r", self._reply_to, exc)
             except ValidationError:
                 log.warning("[RequestQueue] %s: the api's answer cannot be read", self._reply_to)

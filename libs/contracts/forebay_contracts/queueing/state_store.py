@@ -1,8 +1,10 @@
 """States in the KV bucket `inference-requests`, totals in the counter stream, and the change of a state."""
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -12,6 +14,7 @@ from nats.js.errors import APIError, NotFoundError
 from pydantic import ValidationError
 
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.protocols import StateStore, Stored
 from forebay_contracts.telemetry import metrics
@@ -33,6 +36,9 @@ CONFLICT_PAUSE_S: Final = 0.001
 the leader and read from a replica, which may lag behind."""
 
 CONFLICT_PAUSE_MAX_S: Final = 0.25
+
+REMEMBERED_ENDS: Final = 1_000
+"""So many of the last ends that a process wrote are written again if NATS lost them."""
 
 OUTCOMES: Final = (
     RequestStatus.COMPLETED,
@@ -94,9 +100,15 @@ async def end(
 
 
 class KeyValueStateStore:
-    """The KV bucket `inference-requests` and the counter stream `INFERENCE_COUNTERS`."""
+    """The KV bucket `inference-requests` and the counter stream `INFERENCE_COUNTERS`.
+
+    A server that lost power has lost what it had not synced to its disk. So after each outage, the last ends that this
+    store wrote are written and counted again.
+    """
 
     def __init__(self, connection: Connection) -> None:
+        self._ends: deque[tuple[float, RequestState]] = deque(maxlen=REMEMBERED_ENDS)
+        connection.on_reconnect.append(self._write_again)
         self._requests = connection.requests
         self._js = connection.jetstream
         self._stream = names.bucket_stream(names.REQUESTS_BUCKET)
@@ -133,9 +145,12 @@ class KeyValueStateStore:
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
         began = time.perf_counter()
         try:
-            return await self._requests.store(
+            written = await self._requests.store(
                 self._prefix + state.id, state.encode(), timeout_s=STATE_TIMEOUT_S, headers=headers
             )
+            if state.status.final:
+                self._ends.append((began, state))
+            return written
         except APIError as exc:
             if exc.err_code in _WRONG_LAST_SEQUENCE:
                 raise QueueConflict(f"request {state.id}: another write changed its state first") from exc
@@ -156,6 +171,17 @@ class KeyValueStateStore:
         finally:
             self._count_seconds.observe(time.perf_counter() - began)
 
+    async def _write_again(self) -> None:
+        # An older end is left out: NATS would no longer recognise its count as a repetition.
+        since = time.perf_counter() - DUPLICATE_WINDOW_S / 2
+        ends = [state for written_at, state in self._ends if written_at >= since]
+        with contextlib.suppress(QueueUnavailable, StateUnreadable):
+            for state in ends:
+                if (lost := await change(self, state.id, _always(state))) is not None:
+                    log.warning("[RequestQueue] NATS lost the end of %s, so it is written again", state.id)
+                if (stored := lost or await self.get(state.id)) is not None:
+                    await self.count(stored.state.status, state.id)
+
     async def totals(self) -> Mapping[RequestStatus, int]:
         """Read the last value of each counter."""
         values = await asyncio.gather(*(self._total(outcome) for outcome in OUTCOMES))
@@ -169,6 +195,10 @@ class KeyValueStateStore:
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the totals cannot be read") from exc
         return int(_counter_value(msg.data or b"0"))
+
+
+def _always(state: RequestState) -> Callable[[RequestState | None], RequestState]:
+    return lambda _: state
 
 
 def _counter_value(data: bytes) -> str:

@@ -95,8 +95,8 @@ async def queue_status(
         max_queue_size=stream.config.max_msgs or 0,
         total_processed=totals[RequestStatus.COMPLETED],
         total_failed=totals[RequestStatus.FAILED] + timed_out,
-        # Every admitted request gets one sequence, and no sequence is used twice.
-        total_queued=stream.state.last_seq,
+        # Every admitted request gets one sequence. A stream that lost its tail gives sequences out again.
+        total_queued=max(stream.state.last_seq, sum(totals.values())),
         active_requests=active,
         is_running=connection.connected and ready > 0,
         total_timed_out=timed_out,

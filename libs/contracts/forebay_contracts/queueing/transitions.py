@@ -6,10 +6,10 @@ The next attempt goes from `processing` to `processing` with a higher number. A 
 `processing` back to `queued`. Nothing follows a final state.
 """
 
-import time
 from collections.abc import Mapping
 from typing import Any, Final
 
+from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict
 from forebay_contracts.wire.request import InferenceRequest
@@ -59,7 +59,7 @@ def _first(request: InferenceRequest, sequence: int | None, **rest: Any) -> Requ
 def claimed(state: RequestState | None, request: InferenceRequest, worker: str, sequence: int) -> RequestState:
     """The next attempt claims the request. Its number is one more than the last, whatever JetStream counts."""
     if state is None:
-        begun = {"attempt": 1, "worker": worker, "started_at": time.time()}
+        begun = {"attempt": 1, "worker": worker, "started_at": max(clock.now(), request.created_at)}
         return _first(request, sequence, status=RequestStatus.PROCESSING, **begun)
     return _changed(
         state,
@@ -68,7 +68,7 @@ def claimed(state: RequestState | None, request: InferenceRequest, worker: str, 
         attempt=state.attempt + 1,
         worker=worker,
         sequence=sequence,
-        started_at=state.started_at or time.time(),
+        started_at=state.started_at or max(clock.now(), state.queued_at),
         fault=_fault_before(state),
     )
 
@@ -93,7 +93,8 @@ def ended(
     usage: Usage | None = None,
 ) -> RequestState:
     """The request ended as `outcome`. `error` is what its client got, `fault` why its last attempt failed."""
-    changes: dict[str, Any] = {"error": error, "usage": usage, "finished_at": max(time.time(), state.queued_at)}
+    finished_at = max(clock.now(), state.started_at or state.queued_at)
+    changes: dict[str, Any] = {"error": error, "usage": usage, "finished_at": finished_at}
     if fault is not None:
         changes["fault"] = _fault(state, fault)
     return _changed(state if stored else None, state, outcome, **changes)

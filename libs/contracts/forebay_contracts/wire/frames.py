@@ -93,10 +93,15 @@ def encode_delta(attempt: int, index: int, offset: int, tokens: Sequence[int], t
 
 
 class Started(FrameMessage):
-    """A worker has begun, and the request is valid. From attempt 2 on it is a NATS request, answered by `Resume`."""
+    """A worker has begun.
+
+    It is a NATS request, answered by `Resume`, if the client may have tokens of an earlier attempt: from attempt 2 on,
+    and after an outage of NATS. `accepted` says that the request is valid.
+    """
 
     type: Literal["started"] = "started"
     worker: str
+    accepted: bool = True
 
 
 class FinishedChoice(Message):
@@ -176,9 +181,12 @@ class ResumedChoice(Message):
 class Resume(Message):
     """The api's answer to `started`, `completed` and `failed`: what its client has so far.
 
-    If `wanted` is false, nobody waits any more. Then `outcome` says how the request ended, if the api knows.
+    If `wanted` is false, nobody waits any more. Then `outcome` says how the request ended, if the api knows, and
+    `usage` what a whole answer took. With `newest`, only this attempt is not wanted: one of that number has begun.
     """
 
     wanted: bool = True
     outcome: RequestStatus | None = None
+    usage: Usage | None = None
+    newest: int | None = None
     choices: tuple[ResumedChoice, ...] = ()

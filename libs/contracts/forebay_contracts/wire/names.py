@@ -102,7 +102,7 @@ def drain_subject(worker: str) -> str:
 
 
 def resend_subject(request_id: str) -> str:
-    """The subject on which an api asks a request's worker for missing deltas; `*` for all."""
+    """The subject on which an api tells a request's worker what it has, so that the rest is sent; `*` for all."""
     return f"inference.resend.{request_id}"
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Unpack
 
@@ -14,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from forebay_api import request_metrics
 from forebay_api.clients.keys import Client
 from forebay_api.context import Context
+from forebay_contracts.nats import clock
 from forebay_contracts.telemetry.logs import Fields, fields
 from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire import errors, names
@@ -71,7 +71,7 @@ def about(queued: InferenceRequest, **more: Unpack[Fields]) -> dict[str, Fields]
         request_id=queued.id,
         model=queued.model,
         type=queued.completion_type.value,
-        total_s=time.time() - queued.created_at,
+        total_s=max(clock.now() - queued.created_at, 0.0),
     )
     return {"fields": known | more}
 

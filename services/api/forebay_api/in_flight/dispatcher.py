@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind
 from forebay_api import request_metrics
 from forebay_api.in_flight.answer import Cancelled, ClientLeft, SlowReader
 from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.cancellation import Cancellation
 from forebay_contracts.queueing.protocols import Admission, StateStore
@@ -21,8 +22,9 @@ from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire.errors import ForebayError, InferenceFailed, QueueConflict, RequestTimeout
+from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_contracts.wire.state import RequestStatus
+from forebay_contracts.wire.state import RequestStatus, Usage
 
 FRAME_PATIENCE_S: Final = 1.0
 """How much later than the final state the last frame of a request may come."""
@@ -57,7 +59,7 @@ class Dispatcher:
         self._one_more = one_more
         self.waiting: dict[str, LiveAnswer] = {}
         """The answers that clients wait for here, by request id."""
-        self._ended: OrderedDict[str, RequestStatus | None] = OrderedDict()
+        self._ended: OrderedDict[str, tuple[RequestStatus | None, Usage | None]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._publish_seconds = bound(request_metrics.PUBLISH)
 
@@ -85,7 +87,7 @@ class Dispatcher:
             loop = asyncio.get_running_loop()
             timers = (
                 loop.call_later(QUEUED_AFTER_S, self._register_waiting, answer),
-                loop.call_later(max(request.deadline - time.time(), 0), answer.time_out),
+                loop.call_later(max(request.deadline - clock.now(), 0), answer.time_out),
             )
             if answer.done:  # it was cancelled while it was published
                 self._background(answer, self._admission.remove(request.id, answer.sequence))
@@ -96,7 +98,7 @@ class Dispatcher:
                     timer.cancel()
                 answer.fail(ClientLeft("the client left"))
                 self._forget(answer, answer.outcome)
-                measured.end(answer.outcome, max(time.time() - request.created_at, 0.0))
+                measured.end(answer.outcome, max(clock.now() - request.created_at, 0.0))
 
     async def admit(self, request: InferenceRequest) -> int:
         """Publish `request`; returns its sequence. Raises QueueFull, QueueUnavailable, RequestTooLarge."""
@@ -119,9 +121,10 @@ class Dispatcher:
         )
         return sequence
 
-    def outcome(self, request_id: str) -> RequestStatus | None:
-        """How a request ended for its client here; None if unknown."""
-        return self._ended.get(request_id)
+    def ended(self, request_id: str) -> Resume:
+        """How a request for which nobody waits here ended for its client, as far as it is known."""
+        outcome, usage = self._ended.get(request_id, (None, None))
+        return Resume(wanted=False, outcome=outcome, usage=usage)
 
     async def cancel(self, request_id: str, reason: str) -> bool:
         """Cancel a request of any api; False if it had ended before or is unknown."""
@@ -185,15 +188,20 @@ class Dispatcher:
             answer, self._cancellation.end(request.id, outcome, reason, unknown=unknown)
         )
 
-    def end_what_has_ended(self) -> None:
-        """Read the state of every request that a client waits for here: this api may have missed an end while away."""
+    def look_after_an_outage(self) -> None:
+        """Look for every request that a client waits for here: it may have ended, or NATS may have lost it."""
         for answer in self.waiting.values():
             if answer.sequence is not None and not answer.done:
-                self._background(answer, self._end_if_it_has_ended(answer))
+                self._background(answer, self._look_after(answer, answer.sequence))
 
-    async def _end_if_it_has_ended(self, answer: LiveAnswer) -> None:
-        stored = await self._states.get(answer.request.id)
+    async def _look_after(self, answer: LiveAnswer, sequence: int) -> None:
+        request = answer.request
+        stored = await self._states.get(request.id)
         if stored is None or not stored.state.status.final:
+            # A worker removes a message only after the client has its answer.
+            if not await self._admission.holds(request.id, sequence) and not answer.done:
+                log.warning("[RequestQueue] %s: NATS lost it, so it is published again", request.id)
+                answer.sequence = await self._admission.publish(request)
             return
         await asyncio.sleep(FRAME_PATIENCE_S)
         if stored.state.status is RequestStatus.CANCELLED:
@@ -203,7 +211,7 @@ class Dispatcher:
 
     def _forget(self, answer: LiveAnswer, outcome: RequestStatus | None) -> None:
         self.waiting.pop(answer.request.id, None)
-        self._ended[answer.request.id] = outcome
+        self._ended[answer.request.id] = outcome, answer.completed.usage if answer.completed is not None else None
         if len(self._ended) > REMEMBERED_OUTCOMES:
             self._ended.popitem(last=False)
 

@@ -8,7 +8,6 @@ a repetition runs anew.
 import contextlib
 import hashlib
 import re
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Final, Literal
@@ -20,6 +19,7 @@ from pydantic import ValidationError
 
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.in_flight.stored import StoredRequests
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InvalidRequest, QueueUnavailable
@@ -118,7 +118,7 @@ class IdempotentRequests:
         if answer.done:
             return answer.outcome is RequestStatus.COMPLETED
         admitted = answer.attempt > 0 or await self._stored.known(request)
-        return admitted or time.time() - request.created_at < ADMISSION_S
+        return admitted or clock.now() - request.created_at < ADMISSION_S
 
     async def _bucket(self) -> KeyValue:
         with _translated():

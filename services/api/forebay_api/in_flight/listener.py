@@ -15,7 +15,7 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
-from forebay_contracts.wire.frames import Frame, Resume, Started, decode_frame
+from forebay_contracts.wire.frames import Frame, Started, decode_frame
 
 REPLY_PENDING_MESSAGES: Final = 1_000_000
 REPLY_PENDING_BYTES: Final = 512 * 1024 * 1024
@@ -64,7 +64,7 @@ class Listener:
                 return
             answer.receive(frame)
             if msg.reply:
-                await msg.respond(answer.have(frame.attempt).encode())
+                await msg.respond(answer.have(frame).encode())
             elif (have := answer.missing(time.monotonic())) is not None:
                 log.warning(
                     "[RequestQueue] %s: frames were lost, asking for them again",
@@ -75,14 +75,15 @@ class Listener:
 
     async def _turn_away(self, request_id: str, frame: Frame, msg: Msg) -> None:
         """Tell a worker that nobody waits for its request."""
+        ended = self._dispatcher.ended(request_id).encode()
         if msg.reply:
-            await msg.respond(Resume(wanted=False, outcome=self._dispatcher.outcome(request_id)).encode())
+            await msg.respond(ended)
         elif isinstance(frame, Started):
-            await self._connection.client.publish(names.cancel_subject(request_id), b"nobody waits")
+            await self._connection.client.publish(names.resend_subject(request_id), ended)
 
     async def _cancelled(self, msg: Msg) -> None:
         self._dispatcher.cancelled(msg.subject.rsplit(".", 1)[1], msg.data.decode(errors="replace")[:200])
 
     async def _reconnected(self) -> None:
         # By then every worker knows this api again. Workers may have cancelled its requests as those of a dead api.
-        asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._dispatcher.end_what_has_ended)
+        asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._dispatcher.look_after_an_outage)

@@ -22,6 +22,8 @@ RESEND_RETRY_S = 1.0
 class LiveAnswer:
     """The answer to one request, as far as it has come. `on_end` is called once, when it has ended for its client.
 
+    `attempt` is the newest attempt that has sent a frame, and `worker` its worker, if the first of its frames said so.
+
     Three kinds of frames are dropped: of an older attempt than the newest seen, with tokens that are here already, and
     with tokens missing before them. The last kind sets `gap` until the missing tokens have come. The tokens of each
     choice are kept, since the next attempt goes on from them.
@@ -32,6 +34,7 @@ class LiveAnswer:
     sequence: int | None = None
     attempt: int = 0
     worker: str | None = None
+    begun: bool = False
     gap: bool = False
     completed: Completed | None = None
     error: ApiError | None = None
@@ -61,15 +64,19 @@ class LiveAnswer:
             return RequestStatus.FAILED
         return RequestStatus.CANCELLED
 
-    def have(self, attempt: int) -> Resume:
-        """What has come so far: the worker of `attempt` goes on from there, or sends what is missing.
+    def have(self, frame: Frame) -> Resume:
+        """What has come so far: the worker that sent `frame` goes on from there, or sends what is missing.
 
-        If a newer attempt has begun, the answer of this one is not wanted.
+        An attempt is not wanted if a newer one has begun, or one of another worker with the same number. The latter
+        happens if the store of the states has lost its last records.
         """
-        if attempt < self.attempt:
-            return Resume(wanted=False)
         if self.done:
             return Resume(wanted=False, outcome=self.outcome)
+        if frame.attempt < self.attempt or (isinstance(frame, Started) and frame.worker != self.worker):
+            return Resume(wanted=False, newest=self.attempt)
+        return self._have()
+
+    def _have(self) -> Resume:
         choices = tuple(ResumedChoice(index=index, tokens=tuple(tokens)) for index, tokens in self._tokens.items())
         return Resume(choices=choices)
 
@@ -78,7 +85,7 @@ class LiveAnswer:
         if not self.gap or now < self._ask_again_at:
             return None
         self._ask_again_at = now + RESEND_RETRY_S
-        return self.have(self.attempt)
+        return self._have()
 
     def receive(self, frame: Frame) -> None:
         """Take the next frame of any attempt."""
@@ -86,9 +93,10 @@ class LiveAnswer:
             return
         if frame.attempt > self.attempt:
             self.attempt, self.gap = frame.attempt, False
+            self.worker = frame.worker if isinstance(frame, Started) else None
         match frame:
             case Started():
-                self.worker = frame.worker
+                self.begun |= frame.accepted and frame.worker == self.worker
             case Delta():
                 self._append(frame)
             case Completed():
@@ -117,7 +125,7 @@ class LiveAnswer:
 
     async def started(self) -> None:
         """Wait until a worker has begun. Raises the request's error if it ends before that."""
-        while self.worker is None and not self._unread and self.completed is None:
+        while not self.begun and not self._unread and self.completed is None:
             await self._wait()
 
     def take(self) -> list[Delta]:

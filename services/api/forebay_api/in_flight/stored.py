@@ -7,7 +7,6 @@ also ends it at its deadline; if that api is gone, its worker does, or the next 
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractContextManager, AsyncExitStack
 from typing import Final
@@ -16,6 +15,7 @@ from forebay_api import request_metrics
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.in_flight.records import Records
+from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.cancellation import Cancellation
 from forebay_contracts.queueing.protocols import AnswerLog, Record, StateStore
@@ -125,7 +125,7 @@ class StoredRequests:
         """What is there of an answer now. Raises QueueUnavailable."""
         reader = _Reader(request)
         reader.receive(await self._answers.read(request.id))
-        if not reader.answer.done and time.time() > request.deadline + OVERDUE_S:
+        if not reader.answer.done and clock.now() > request.deadline + OVERDUE_S:
             await self._end_late(request, None)
             reader.receive(await self._answers.read(request.id, reader.last))
         return reader.answer
@@ -162,7 +162,7 @@ class StoredRequests:
                 timer.cancel()
                 self._unregistered.pop(request.id, None)
         measured = request_metrics.of(request.model, request.completion_type.value)
-        measured.end_stored(outcome, max(time.time() - request.created_at, 0.0))
+        measured.end_stored(outcome, max(clock.now() - request.created_at, 0.0))
 
     async def _follow(self, request: InferenceRequest, reader: "_Reader") -> None:
         """Follow a request of any api to its end."""
@@ -203,7 +203,7 @@ class StoredRequests:
         task.add_done_callback(self._tasks.discard)
 
     async def _end_at_deadline(self, request: InferenceRequest, sequence: int | None) -> None:
-        await asyncio.sleep(request.deadline - time.time() + (0 if sequence is not None else OVERDUE_S))
+        await asyncio.sleep(request.deadline - clock.now() + (0 if sequence is not None else OVERDUE_S))
         while True:
             with contextlib.suppress(ForebayError):
                 await self._end_late(request, sequence)

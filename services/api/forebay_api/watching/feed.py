@@ -26,6 +26,7 @@ from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
 from forebay_api.clients.keys import Client
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.recent_requests import recent_changes
 from forebay_contracts.queueing.status import QueueStatus
@@ -262,7 +263,7 @@ class Feed:
             )
             told = list(islice(_visible(newest, client), MAX_REQUESTS))
         body = {
-            "at": time.time(),
+            "at": clock.now(),
             "connected": self._connection.connected,
             "status": self._numbers.model_dump() if self._numbers else None,
             "workers": [worker.model_dump(mode="json") for worker in self._workers()],

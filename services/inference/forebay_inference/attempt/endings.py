@@ -6,8 +6,9 @@ from enum import Enum, auto
 from typing import Final
 
 from forebay_contracts.queueing.protocols import Delivery
-from forebay_contracts.wire.errors import ApiError
-from forebay_contracts.wire.state import RequestStatus, Usage
+from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
+from forebay_contracts.wire.frames import Resume
+from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 NAK_DELAY_S: Final = 0.5
 """Pause before a request whose attempt failed is tried again."""
@@ -35,10 +36,10 @@ class End(Enum):
     """The request was cancelled."""
 
     ABANDONED = auto()
-    """The api that holds its client is gone."""
+    """The api that holds its client seems to be gone. If it lives after all, it says how the request ended."""
 
     NOT_WANTED = auto()
-    """The api said before the generation that nobody waits any more."""
+    """The api said that nobody waits any more."""
 
     HANDED_OVER = auto()
     """The worker has to stop before the answer is whole."""
@@ -59,7 +60,6 @@ class Told(Enum):
     NOTHING = auto()
     ANSWER = auto()
     ERROR = auto()
-    CANCEL = auto()
 
 
 class Acknowledge(Enum):
@@ -88,7 +88,7 @@ ENDINGS: Final[Mapping[End, Ending]] = {
     End.SPENT: Ending(Told.ERROR, RequestStatus.FAILED, Acknowledge.TERM),
     End.TIMED_OUT: Ending(Told.ERROR, RequestStatus.TIMED_OUT, Acknowledge.TERM),
     End.CANCELLED: Ending(Told.NOTHING, RequestStatus.CANCELLED, Acknowledge.TERM),
-    End.ABANDONED: Ending(Told.CANCEL, RequestStatus.CANCELLED, Acknowledge.TERM),
+    End.ABANDONED: Ending(Told.ERROR, RequestStatus.CANCELLED, Acknowledge.TERM),
     End.NOT_WANTED: Ending(Told.NOTHING, RequestStatus.CANCELLED, Acknowledge.TERM),
     End.HANDED_OVER: Ending(Told.NOTHING, RequestStatus.QUEUED, Acknowledge.NAK),
     End.ENDED_BEFORE: Ending(Told.ERROR, None, Acknowledge.TERM),
@@ -101,8 +101,8 @@ ENDINGS: Final[Mapping[End, Ending]] = {
 class Ended:
     """How the work on one attempt ended.
 
-    `error` is for the client. `reason` is for the state if there is no error. `fault` says to operators what failed.
-    `outcome` is how the request ended for its client, if the api has said so already.
+    `error` is for the client. `reason` is for the state and the log; without it, the error is. `fault` tells operators
+    what failed. `outcome` is how the request ended for its client, if the api has said so already.
     """
 
     how: End
@@ -111,6 +111,31 @@ class Ended:
     fault: str | None = None
     outcome: RequestStatus | None = None
     usage: Usage | None = None
+
+
+def abandoned() -> Ended:
+    """The end of a request whose api seems to be gone."""
+    reason = "the api that took it is gone"
+    return Ended(End.ABANDONED, error=RequestCancelled(f"the request was cancelled: {reason}"), reason=reason)
+
+
+def not_wanted(have: Resume) -> Ended:
+    """The end of a request of which the api says that nobody waits for it."""
+    return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage)
+
+
+def error_of(state: RequestState) -> ApiError | None:
+    """The error for a client that still waits for a request in this final state. None if it has the answer."""
+    message = state.error or "the request has ended"
+    match state.status:
+        case RequestStatus.COMPLETED:
+            return None
+        case RequestStatus.TIMED_OUT:
+            return RequestTimeout(message)
+        case RequestStatus.CANCELLED:
+            return RequestCancelled(f"the request was cancelled: {message}")
+        case _:
+            return InferenceFailed(message)
 
 
 Tell = Callable[[Told, Ended], Awaitable[RequestStatus | None]]

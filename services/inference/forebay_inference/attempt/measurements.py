@@ -5,6 +5,7 @@ from typing import Final
 
 from opentelemetry.trace import INVALID_SPAN, Span
 
+from forebay_contracts.nats import clock
 from forebay_contracts.queueing.protocols import Delivery
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import Fields, fields
@@ -33,7 +34,7 @@ class Measured:
         self._phase: Span = INVALID_SPAN
         self.queue_wait_s: float | None = None
         self.first_token_s: float | None = None
-        self._pulled_after_s = max(self.total_s, 0.0)  # the clocks of two machines may differ
+        self._pulled_after_s = self.total_s
         self._span = tracing.resume(
             "attempt",
             delivery.headers,
@@ -72,7 +73,7 @@ class Measured:
         now = time.perf_counter()
         if not self._output:
             if not resumed and self.first_token_s is None:
-                self.first_token_s = max(self.total_s, 0.0)
+                self.first_token_s = self.total_s
                 self._metrics.first_token.observe(self.first_token_s)
             self._phase.end()
             self._phase = tracing.start("decode", within=self._span)
@@ -110,7 +111,7 @@ class Measured:
     @property
     def total_s(self) -> float:
         """Time since the request arrived."""
-        return time.time() - self._request.created_at
+        return max(clock.now() - self._request.created_at, 0.0)
 
     def fields(self, outcome: str | None = None, code: str | None = None) -> dict[str, Fields]:
         """The `extra` of a log line."""

@@ -1,11 +1,11 @@
 """The attempt that wrote a request's state last owns the request. Each of its writes names the revision before it."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
+from forebay_contracts.nats import clock
 from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.protocols import StateStore, Stored, Superseded
@@ -73,8 +73,10 @@ class Ownership:
         """Whether this attempt owns the request, or is still claiming it."""
         if self._claimed is None:
             return True
-        stored = await patiently(self._read)
-        return stored is not None and stored.revision == self._claimed.revision
+        try:
+            return self._is_newest(await patiently(self._read))
+        except Superseded:
+            return False
 
     async def hand_over(self) -> None:
         """Give the request back for another worker. Raises Superseded or EndedBefore."""
@@ -110,7 +112,7 @@ class Ownership:
 
         An older end is left out: NATS would no longer recognise the second count as a repetition.
         """
-        if state.finished_at is not None and time.time() - state.finished_at < DUPLICATE_WINDOW_S / 2:
+        if state.finished_at is not None and clock.now() - state.finished_at < DUPLICATE_WINDOW_S / 2:
             await patiently(lambda: self._states.count(state.status, state.id))
 
     async def _claim_over(self) -> Stored:
@@ -134,27 +136,36 @@ class Ownership:
         revision = self._own.revision
 
         async def write() -> None:
+            nonlocal revision
             try:
                 self._claimed = Stored(state, await self._states.write(state, revision))
             except QueueConflict:
                 stored = await self._read()
-                if stored is not None and stored.revision == revision:
-                    # This attempt still owns it: the cluster is agreeing on an earlier try, or a replica lags behind.
-                    raise QueueUnavailable("the request's state is being written") from None
                 if stored is not None and stored.state == state:
                     self._claimed = stored  # by an earlier try, whose ack was lost
                     return
                 if stored is not None and stored.state.status.final:
                     raise EndedBefore(stored.state) from None
-                raise Superseded(f"{state.id}: attempt {state.attempt} was replaced") from None
+                if not self._is_newest(stored):
+                    raise Superseded(f"{state.id}: attempt {state.attempt} was replaced") from None
+                # The cluster is agreeing on an earlier try, a replica lags behind, or the store lost the claim.
+                revision = stored.revision if stored is not None else 0
+                raise QueueUnavailable("the request's state is being written") from None
 
         await patiently(write)
 
     async def _read(self) -> Stored | None:
-        """The state; None also if this version cannot read it: then another attempt has written it."""
-        with contextlib.suppress(StateUnreadable):
+        """The state. Raises Superseded if this version cannot read it: then another attempt has written it."""
+        try:
             return await self._states.get(self._request.id)
-        return None
+        except StateUnreadable as exc:
+            raise Superseded(exc.message) from None
+
+    def _is_newest(self, stored: Stored | None) -> bool:
+        """Whether no other attempt has claimed the request. A store that lost its last records has an older state."""
+        if stored is None or stored.state == self._own.state:
+            return True
+        return stored.state.attempt < self._own.state.attempt and not stored.state.status.final
 
     @property
     def _own(self) -> Stored:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from forebay_contracts.queueing.protocols import ReplyChannel
+from forebay_contracts.nats import clock
+from forebay_contracts.queueing.protocols import ReplyChannel, Superseded
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import (
     Completed,
@@ -60,8 +61,9 @@ class Reply:
         return 0 if self._request.completion_type is CompletionType.EMBEDDING else sum(self._lengths.values())
 
     async def resume(self) -> Resume:
-        """Announce an attempt that is not the first; returns what the client has already."""
-        resume = await self._channel.ask(self._started())
+        """Announce an attempt that may not be the first; returns what the client has already."""
+        # A first attempt has yet to find out whether the request is valid.
+        resume = await self._channel.ask(self._started(accepted=self.attempt > 1))
         self._lengths = {choice.index: len(choice.tokens) for choice in resume.choices}
         self._sent, self._held, self._tails = [], {}, []
         return resume
@@ -120,22 +122,36 @@ class Reply:
         self._last = self._take_held()
         deltas = (*self._last, *self._tails)
         self._completed = Completed(
-            attempt=self.attempt, choices=choices, usage=usage, deltas=deltas, at=time.time()
+            attempt=self.attempt, choices=choices, usage=usage, deltas=deltas, at=clock.now()
         ).encode()
 
     async def complete(self) -> RequestStatus:
-        """Send the last frame until the receiver has every token; returns how the request ended for its client."""
+        """Send the last frame until the receiver has every token; returns how the request ended for its client.
+
+        Raises:
+            Superseded: the receiver has seen a newer attempt.
+        """
         self.close()
         while (resume := await self._channel.ask(self._completed)).wanted:
             await self.resend(resume)
             await asyncio.sleep(RESEND_PAUSE_S)
+        if resume.newest is not None:
+            raise Superseded(f"{self._request.id}: attempt {resume.newest} has begun")
         # Without an outcome the api is gone, and nobody got the answer.
         return resume.outcome or RequestStatus.CANCELLED
 
-    async def fail(self, error: ApiError) -> RequestStatus | None:
-        """Send the final error until the receiver has it; returns how the request ended for its client."""
+    async def fail(self, error: ApiError, *, final: bool) -> RequestStatus | None:
+        """Send the final error until the receiver has it; returns how the request ended for its client.
+
+        Raises:
+            Superseded: the receiver has seen a newer attempt, and no state says that the request has ended (`final`).
+        """
         self.close()
-        return (await self._channel.ask(failed(self.attempt, error).encode())).outcome
+        while (resume := await self._channel.ask(failed(self.attempt, error).encode())).newest is not None:
+            if not final:
+                raise Superseded(f"{self._request.id}: attempt {resume.newest} has begun")
+            self.attempt = resume.newest + 1
+        return resume.outcome
 
     async def resend(self, have: Resume) -> None:
         """Send again what is missing from `have`."""
@@ -152,8 +168,8 @@ class Reply:
         if self._announcing is not None:
             self._announcing.cancel()
 
-    def _started(self) -> bytes:
-        return Started(attempt=self.attempt, worker=self._worker).encode()
+    def _started(self, *, accepted: bool = True) -> bytes:
+        return Started(attempt=self.attempt, worker=self._worker, accepted=accepted).encode()
 
     def _kept(self, index: int, offset: int, frame: bytes) -> bytes:
         """The frame of a delta, which is kept until the end."""

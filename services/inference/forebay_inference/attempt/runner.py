@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -12,32 +11,30 @@ from typing import Final
 from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
-from forebay_contracts.queueing.protocols import CancelNotices, Delivery, ReplyChannel, StateStore, Superseded
-from forebay_contracts.queueing.state_store import QUEUED_AFTER_S, end
+from forebay_contracts.nats import clock
+from forebay_contracts.queueing.protocols import Delivery, ReplyChannel, StateStore, Superseded
+from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import (
-    ApiError,
     InferenceFailed,
     QueueUnavailable,
-    RequestCancelled,
     RequestError,
     RequestTimeout,
     StateUnreadable,
 )
-from forebay_contracts.wire.frames import failed
+from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
-from forebay_inference.attempt.endings import End, Ended, Told, settle
+from forebay_contracts.wire.state import RequestStatus, Usage
+from forebay_inference.attempt.endings import End, Ended, Told, abandoned, error_of, not_wanted, settle
 from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import EndedBefore, Ownership, patiently
 from forebay_inference.attempt.reply import Reply
+from forebay_inference.attempt.unreadable import end_unreadable
 from forebay_inference.engine.events import Accepted, Finished, Tokens, Vector
 from forebay_inference.engine.protocol import reason_of
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.worker_metrics import WorkerMetrics
-
-API_GONE: Final = "the api that took it is gone"
 
 NOT_RECEIVED: Final = "the answer was not received: its client or the api is gone"
 
@@ -48,7 +45,9 @@ log = logging.getLogger(__name__)
 class Attempt:
     """An attempt that runs here; `number` is its number, from 1.
 
-    `stopped` is how it has to end. `misjudged`: it started as the first attempt and is not.
+    `doubted`: the client may have tokens of an attempt that no state tells of. It died before its claim was stored, or
+    NATS was away since the request was made and may have lost the claim. `stopped` is how this one has to end.
+    `misjudged`: it started as the first attempt and is not.
     """
 
     request: InferenceRequest
@@ -56,6 +55,7 @@ class Attempt:
     ownership: Ownership
     reply: Reply
     measured: Measured
+    doubted: bool
     number: int = 1
     claim: asyncio.Task[int] = field(init=False)
     generation: asyncio.Task[Ended] | None = None
@@ -77,7 +77,8 @@ class Attempt:
 class AttemptRunner:
     """Runs deliveries to their end. `running` holds the attempts that run now, by request id.
 
-    `channel` makes a reply channel from a subject and a deadline (seconds since the epoch).
+    `channel` makes a reply channel from a subject and a deadline (seconds since the epoch). `connected_for_s` says how
+    long NATS has not been away.
     """
 
     def __init__(
@@ -87,8 +88,8 @@ class AttemptRunner:
         states: StateStore,
         engine: TextModel,
         channel: Callable[[str, float], ReplyChannel],
-        notices: CancelNotices,
         api_alive: Callable[[str], bool],
+        connected_for_s: Callable[[], float],
         max_deliveries: int,
         metrics: WorkerMetrics,
     ) -> None:
@@ -96,8 +97,8 @@ class AttemptRunner:
         self._states = states
         self._engine = engine
         self._channel = channel
-        self._notices = notices
         self._api_alive = api_alive
+        self._connected_for_s = connected_for_s
         self._max_deliveries = max_deliveries
         self._metrics = metrics
         self.running: dict[str, Attempt] = {}
@@ -109,7 +110,7 @@ class AttemptRunner:
             try:
                 request = InferenceRequest.model_validate_json(delivery.data)
             except ValidationError as exc:
-                await self._unreadable(request_id, delivery, exc)
+                await end_unreadable(self._states, self._channel, request_id, delivery, exc)
             else:
                 request_id = request.id
                 await self._attempt(request, delivery)
@@ -126,15 +127,17 @@ class AttemptRunner:
         """
         if await self._goes_on(request.id, delivery):
             return
+        age_s = clock.now() - request.created_at
         attempt = Attempt(
             request,
             delivery,
             Ownership(self._states, request, self._worker, delivery.sequence),
             Reply(self._channel(request.reply_to, request.deadline), request, self._worker),
             Measured(self._metrics, request, delivery, self._worker),
+            doubted=delivery.num_delivered > 1 or age_s >= self._connected_for_s(),
         )
         self.running[request.id] = attempt
-        fresh = delivery.num_delivered == 1 and time.time() - request.created_at < QUEUED_AFTER_S
+        fresh = age_s < QUEUED_AFTER_S and not attempt.doubted
         attempt.claim = asyncio.create_task(self._claim(attempt, fresh=fresh))
         try:
             if fresh:
@@ -148,7 +151,7 @@ class AttemptRunner:
             await attempt.ownership.count(exc.state)
             # The api drops frames of an attempt that is older than the last one it has seen.
             attempt.reply.attempt = max(exc.state.attempt, 1)
-            await self._settle(attempt, Ended(End.ENDED_BEFORE, error=_error_of(exc.state)))
+            await self._settle(attempt, Ended(End.ENDED_BEFORE, error=error_of(exc.state)))
         except StateUnreadable as exc:
             # No write can replace a state that cannot be read: the request can only fail.
             log.error("[RequestQueue] %s", exc.message, extra=attempt.measured.fields())
@@ -195,14 +198,14 @@ class AttemptRunner:
         if self._spent(attempt, attempt.number - 1):
             message = f"generation failed in {self._max_deliveries} attempts"
             return Ended(End.SPENT, error=InferenceFailed(message))
-        left_s = request.deadline - time.time()
+        left_s = request.deadline - clock.now()
         seconds = request.deadline - request.created_at
         late = RequestTimeout(f"the request was not finished within {seconds:g} seconds")
         timed_out = Ended(End.TIMED_OUT, error=late)
         if left_s <= 0:
             return timed_out
         if not self._api_alive(names.api_of(request.reply_to)):
-            return Ended(End.ABANDONED, reason=API_GONE)
+            return abandoned()
         attempt.generation = asyncio.create_task(self._generate(attempt))
         if attempt.stopped is not None or attempt.misjudged:
             attempt.interrupt()
@@ -226,10 +229,10 @@ class AttemptRunner:
         """Send all tokens; how the generation ended."""
         request, reply, measured = attempt.request, attempt.reply, attempt.measured
         resume = {}
-        if attempt.number > 1:
-            have = await reply.resume()
+        if attempt.number > 1 or attempt.doubted:
+            have = await self._resume(attempt)
             if not have.wanted:
-                return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome)
+                return not_wanted(have)
             resume = {choice.index: choice.tokens for choice in have.choices}
         prompt_tokens = returned = cached_tokens = reasoning_tokens = 0
         finished: dict[int, Finished] = {}
@@ -268,6 +271,16 @@ class AttemptRunner:
             return Ended(End.FAULT, fault=reason_of(exc))
         return Ended(End.COMPLETED, usage=usage)
 
+    @staticmethod
+    async def _resume(attempt: Attempt) -> Resume:
+        """What the client has. Raises Superseded."""
+        while (have := await attempt.reply.resume()).newest is not None:
+            if not await attempt.ownership.holds():
+                raise Superseded(f"{attempt.request.id}: attempt {have.newest} has begun")
+            # The store lost the claim of that attempt. The frames of this one get a number above it.
+            attempt.reply.attempt = have.newest + 1
+        return have
+
     async def _settle(self, attempt: Attempt, ended: Ended) -> None:
         if ended.how is not End.COMPLETED:
             await self._own(attempt, ended)
@@ -294,7 +307,7 @@ class AttemptRunner:
     @staticmethod
     async def _own(attempt: Attempt, ended: Ended) -> None:
         """Wait for the claim. Raises what it raised, _NotTheFirst, or Superseded."""
-        if ended.how in (End.ENDED_BEFORE, End.UNREADABLE):
+        if ended.how in _FINAL:
             return
         if await attempt.claim != attempt.number:
             raise _NotTheFirst
@@ -306,10 +319,7 @@ class AttemptRunner:
             case Told.ANSWER:
                 return await attempt.reply.complete()
             case Told.ERROR if ended.error is not None:
-                return await attempt.reply.fail(ended.error)
-            case Told.CANCEL:
-                # If the api lives after all, its client gets an error now and does not wait until its deadline.
-                await self._notices.tell(attempt.request.id, ended.reason or "")
+                return await attempt.reply.fail(ended.error, final=ended.how in _FINAL)
         return None
 
     async def _record(self, attempt: Attempt, status: RequestStatus, ended: Ended) -> None:
@@ -325,11 +335,11 @@ class AttemptRunner:
 
     async def _record_end(self, attempt: Attempt, status: RequestStatus, ended: Ended) -> None:
         error = ended.error
-        reason = error.message if error else ended.reason or NOT_RECEIVED
+        reason = ended.reason or (error.message if error else NOT_RECEIVED)
         told = None if status is RequestStatus.COMPLETED else reason
         status = await attempt.ownership.end(status, error=told, fault=ended.fault, usage=ended.usage)
         # The message of a refusal may quote the request. The client and the state get it, the log gets its code.
-        code = (error.code or error.type) if error is not None and error.status < 500 else None
+        code = (error.code or error.type) if error and error.status < 500 and not ended.reason else None
         attempt.measured.ended(status.value, (code or status.value) if told else None)
         log.info(
             "[RequestQueue] %s %s after %.3f s, attempt %d%s",
@@ -341,59 +351,15 @@ class AttemptRunner:
             extra=attempt.measured.fields(status.value, code),
         )
 
-    async def _unreadable(self, request_id: str, delivery: Delivery, error: ValidationError) -> None:
-        """Remove a message that this worker cannot read, count it once, and tell the api that its headers name.
-
-        It may come from an api with a newer schema. Another worker might be able to read it, but there may be none.
-        """
-        known = names.is_request_id(request_id)
-        log.error(
-            "[RequestQueue] message %d cannot be read and was removed: %d faults, the first in %s: %s%s",
-            delivery.sequence,
-            error.error_count(),
-            ".".join(str(part) for part in error.errors()[0]["loc"]) or "the JSON itself",
-            error.errors()[0]["type"],
-            f" (request {request_id})" if known else "",
-            extra=fields(request_id=request_id),
-        )
-
-        async def tell(_: Told, ended: Ended) -> RequestStatus | None:
-            reply_to = delivery.headers.get(names.HEADER_REPLY_TO, "")
-            if names.is_reply_subject(reply_to) and ended.error is not None:
-                await self._channel(reply_to, 0).send(failed(delivery.num_delivered, ended.error).encode())
-            return None
-
-        async def record(status: RequestStatus, ended: Ended) -> None:
-            with contextlib.suppress(StateUnreadable):
-                if known and await patiently(lambda: self._states.get(request_id)) is not None:
-                    message = ended.error.message if ended.error is not None else None
-                    await patiently(lambda: end(self._states, request_id, status, message))
-                    return
-            await patiently(lambda: self._states.count(status, f"unreadable-{delivery.sequence}"))
-
-        reason = InferenceFailed("a worker could not read the request: it may be older than the api")
-        await settle(Ended(End.UNREADABLE, error=reason), lambda: delivery, tell, record)
-
 
 class _NotTheFirst(Exception):
     """An attempt that started as the first one has another number."""
 
 
+_FINAL: Final = (End.ENDED_BEFORE, End.UNREADABLE)
+"""No attempt can own the request any more."""
+
 _LOGGED: Final = {
     End.HANDED_OVER: "handed over",
     End.ENDED_BEFORE: "had ended before it was pulled",
 }
-
-
-def _error_of(state: RequestState) -> ApiError | None:
-    """The error for a client that still waits for a request in this final state. None if it has the answer."""
-    message = state.error or "the request has ended"
-    match state.status:
-        case RequestStatus.COMPLETED:
-            return None
-        case RequestStatus.TIMED_OUT:
-            return RequestTimeout(message)
-        case RequestStatus.CANCELLED:
-            return RequestCancelled(f"the request was cancelled: {message}")
-        case _:
-            return InferenceFailed(message)

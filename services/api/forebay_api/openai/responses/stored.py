@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
@@ -14,6 +13,7 @@ from forebay_api.openai.responses.body import PromptBody
 from forebay_api.openai.responses.conversation import ConversationRecord, Entry
 from forebay_api.openai.responses.events import ResponseFold
 from forebay_api.openai.responses.record import ResponseRecord, response_of
+from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InvalidRequest, QueueConflict, RequestNotFound
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
@@ -104,7 +104,7 @@ class Responses:
     ) -> ConversationRecord:
         """Make a conversation."""
         record = ConversationRecord(
-            id=f"conv_{uuid.uuid4().hex}", created_at=time.time(), metadata=metadata, entries=tuple(entries)
+            id=f"conv_{uuid.uuid4().hex}", created_at=clock.now(), metadata=metadata, entries=tuple(entries)
         )
         await self._records.put(key_of("conv", owner, record.id), record)
         return record
@@ -191,7 +191,7 @@ def folded(record: ResponseRecord, answer: LiveAnswer) -> ResponseFold:
     """The fold of all that has come of an answer."""
     fold = ResponseFold(record)
     fold.opening()
-    if answer.worker is not None:
+    if answer.begun:
         fold.started()
     for delta in answer.take():
         fold.delta(delta)
