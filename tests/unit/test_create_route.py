@@ -136,15 +136,15 @@ async def test_a_stream_that_waits_is_kept_alive(system: Twins) -> None:
     client = RawClient(system, body("tokens=2 delay_ms=250", stream=True))
     early = RawClient(system, body("tokens=1", stream=True), forebay_stream="early")
     await early.has(4)  # no worker yet: the start, a comment that it is queued, and two that it still is
-    assert [message["body"] for message in early.sent[2:]] == [sse.KEEP_ALIVE] * 2
+    assert [message["body"] for message in early.sent[2:]] == [sse.COMMENT] * 2
     assert not client.sent
     system.worker()
     async with asyncio.timeout(5):
         await asyncio.gather(client.served, early.served)
     bodies = [message["body"] for message in client.sent[1:]]
     first_token = next(index for index, data in enumerate(bodies) if b"t0" in data)
-    assert sse.KEEP_ALIVE in bodies[:first_token]
-    assert sse.KEEP_ALIVE in bodies[first_token:]
+    assert sse.COMMENT in bodies[:first_token]
+    assert sse.COMMENT in bodies[first_token:]
     assert bodies[-1].endswith(b"data: [DONE]\n\n")
 
 

@@ -11,7 +11,7 @@ from forebay_api.openai.body import SLICE
 from forebay_api.routes import ENDPOINTS
 from forebay_contracts.wire.errors import InvalidRequest
 
-BODIES = {endpoint.completion_type.value: endpoint.body for endpoint in ENDPOINTS}
+BODIES = {endpoint.completion_type.value: endpoint.body for endpoint in reversed(ENDPOINTS)}
 MANY = 50_000
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
 TOOL = {"type": "function", "function": {"name": "f"}}
