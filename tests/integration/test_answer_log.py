@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from nats.aio.client import Client
@@ -196,14 +196,14 @@ class TestAway:
         async with connected(nats_server) as connection:
             answers = JetStreamAnswerLog(connection)
             sender = channel(answers)
-            seen: list[bytes] = []
+            seen: dict[int, Sequence[bytes]] = {}
             done = asyncio.Event()
 
             async def read() -> None:
                 async with answers.follow("a") as coming:
                     async for records in coming:
-                        seen.extend(frame for record in records for frame in record.frames)
-                        if seen[-1] == completed(300):
+                        seen.update((record.sequence, record.frames) for record in records)
+                        if records[-1].frames[-1] == completed(300):
                             done.set()
                             return
 
@@ -218,7 +218,7 @@ class TestAway:
             await asyncio.wait_for(sender.ask(completed(300)), 20)
             await asyncio.wait_for(done.wait(), 20)
             await reading
-            assert seen == [*sent, completed(300)]
+            assert [frame for _, frames in sorted(seen.items()) for frame in frames] == [*sent, completed(300)]
 
 
 def test_a_missed_message_makes_the_reader_read_the_log() -> None:
@@ -238,3 +238,4 @@ def test_a_missed_message_makes_the_reader_read_the_log() -> None:
     assert following([message(9, 7)], 5) is None
     assert following([message(9, 7)], 0) is None
     assert following([None], 5) is None
+    assert following([], 5) is None

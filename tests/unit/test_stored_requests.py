@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.in_flight.stored import StoredRequests
+from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, ApiError
 from forebay_contracts.wire.request import InferenceRequest
@@ -27,7 +27,13 @@ def stored_request(orders: str = "", seconds: float = 30) -> InferenceRequest:
 
 def an_api(system: Twins) -> StoredRequests:
     return StoredRequests(
-        system.dispatcher, system.states, system.cancellation, system.answers, NONE, lambda _: contextlib.nullcontext()
+        system.dispatcher,
+        system.queue,
+        system.states,
+        system.cancellation,
+        system.answers,
+        NONE,
+        lambda _: contextlib.nullcontext(),
     )
 
 
@@ -106,6 +112,17 @@ async def test_two_attempts_at_once_write_one_answer(system: Twins) -> None:
     await system.reaches(wanted.id, RequestStatus.COMPLETED)
 
 
+async def test_what_nats_lost_is_published_again(system: Twins) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20")
+    async with api.submit(wanted) as answer:
+        await system.reaches(wanted.id, RequestStatus.QUEUED)
+        system.queue.lose(1)
+        system.worker()
+        api.look_after_an_outage()
+        assert await text_of(answer) == WHOLE
+
+
 async def test_cancelling_is_told_to_every_reader(system: Twins) -> None:
     api, other = an_api(system), an_api(system)
     wanted = stored_request("tokens=1000 delay_ms=5")
@@ -150,7 +167,7 @@ async def test_a_reader_ends_what_its_api_has_left_behind(system: Twins, monkeyp
         await system.reaches(wanted.id, RequestStatus.QUEUED)
     await api.close()
     assert not (await other.so_far(wanted)).done
-    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 10)
+    monkeypatch.setattr(clock, "now", lambda now=clock.now: now() + 10)
     assert (await other.so_far(wanted)).outcome is RequestStatus.TIMED_OUT
     await system.reaches(wanted.id, RequestStatus.TIMED_OUT)
 

@@ -95,6 +95,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         cancellation = Cancellation(states, admission, NatsCancelNotices(connection), answers)
         instance = f"api-{uuid.uuid4().hex[:12]}"
         dispatcher = Dispatcher(instance, admission, states, cancellation, limits.one_more)
+        records = Records(connection)
+        stored = StoredRequests(dispatcher, admission, states, cancellation, answers, records, limits.one_more)
         workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
         rates = Rates()
         started_at = time.time()
@@ -116,11 +118,9 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
         await workers.start()
         await apis.start()
-        await Listener(connection, dispatcher).start()
+        await Listener(connection, dispatcher, stored).start()
         await heartbeat.start()
         log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
-        records = Records(connection)
-        stored = StoredRequests(dispatcher, states, cancellation, answers, records, limits.one_more)
         idempotent = IdempotentRequests(connection, stored)
         try:
             yield Context(

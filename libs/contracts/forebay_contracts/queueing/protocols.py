@@ -159,6 +159,7 @@ class AnswerLog(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[list[Record]]]:
         """For a block: all records, as many at a time as there are, then those that come. It never ends by itself.
 
+        After an outage, and at any other time, it may begin again with the first record.
         `fresh`: the answer has no records yet, so none are read.
         """
 

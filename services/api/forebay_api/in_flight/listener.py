@@ -11,6 +11,7 @@ from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
 from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.stored import StoredRequests
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
 from forebay_contracts.telemetry.logs import fields
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 class Listener:
     """Receives the frames of all requests of this api by one subscription."""
 
-    def __init__(self, connection: Connection, dispatcher: Dispatcher) -> None:
+    def __init__(self, connection: Connection, dispatcher: Dispatcher, stored: StoredRequests) -> None:
+        self._stored = stored
         self._connection = connection
         self._dispatcher = dispatcher
 
@@ -86,4 +88,8 @@ class Listener:
 
     async def _reconnected(self) -> None:
         # By then every worker knows this api again. Workers may have cancelled its requests as those of a dead api.
-        asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._dispatcher.look_after_an_outage)
+        asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._look)
+
+    def _look(self) -> None:
+        self._dispatcher.look_after_an_outage()
+        self._stored.look_after_an_outage()

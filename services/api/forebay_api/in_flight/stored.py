@@ -7,9 +7,9 @@ also ends it at its deadline; if that api is gone, its worker does, or the next 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager, AsyncExitStack
-from typing import Final
+from typing import Any, Final
 
 from forebay_api import request_metrics
 from forebay_api.in_flight.dispatcher import Dispatcher
@@ -18,7 +18,8 @@ from forebay_api.in_flight.records import Records
 from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.cancellation import Cancellation
-from forebay_contracts.queueing.protocols import AnswerLog, Record, StateStore
+from forebay_contracts.queueing.logged_reply import have
+from forebay_contracts.queueing.protocols import Admission, AnswerLog, Record, StateStore
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire.errors import AnswerLogFull, ApiError, ForebayError, QueueConflict, QueueUnavailable
@@ -45,6 +46,7 @@ class StoredRequests:
     def __init__(
         self,
         dispatcher: Dispatcher,
+        admission: Admission,
         states: StateStore,
         cancellation: Cancellation,
         answers: AnswerLog,
@@ -52,6 +54,7 @@ class StoredRequests:
         one_more: Callable[[str | None], AbstractContextManager[None]],
     ) -> None:
         self._dispatcher = dispatcher
+        self._admission = admission
         self._states = states
         self._cancellation = cancellation
         self._answers = answers
@@ -60,6 +63,8 @@ class StoredRequests:
         self._tasks: set[asyncio.Task[None]] = set()
         self._unregistered: dict[str, tuple[InferenceRequest, int]] = {}
         """Requests whose state is not stored yet, with their sequences."""
+        self._watched: dict[str, tuple[InferenceRequest, int]] = {}
+        """Requests that were admitted here and have not ended."""
 
     async def close(self) -> None:
         """Stop following. The requests go on."""
@@ -154,6 +159,7 @@ class StoredRequests:
     ) -> None:
         """Follow a request that was admitted here to its end."""
         async with held:
+            self._watched[request.id] = request, sequence
             self._unregistered[request.id] = request, sequence
             timer = asyncio.get_running_loop().call_later(QUEUED_AFTER_S, self._register, request.id, reader)
             try:
@@ -161,6 +167,7 @@ class StoredRequests:
             finally:
                 timer.cancel()
                 self._unregistered.pop(request.id, None)
+                del self._watched[request.id]
         measured = request_metrics.of(request.model, request.completion_type.value)
         measured.end_stored(outcome, max(clock.now() - request.created_at, 0.0))
 
@@ -188,6 +195,20 @@ class StoredRequests:
             ending.cancel()
         return None
 
+    def look_after_an_outage(self) -> None:
+        """Publish again what NATS has lost of the requests that were admitted here."""
+        for request, sequence in self._watched.values():
+            self._background(self._look_after(request, sequence))
+
+    async def _look_after(self, request: InferenceRequest, sequence: int) -> None:
+        stored = await self._states.get(request.id)
+        if stored is not None and stored.state.status.final:
+            return
+        lost = not await self._admission.holds(request.id, sequence)
+        if lost and have(await self._answers.read(request.id)).wanted:
+            log.warning("[RequestQueue] %s: NATS lost it, so it is published again", request.id)
+            await self._admission.publish(request)
+
     async def registered(self, request_id: str) -> None:
         """Wait until the state of a request that was admitted here is stored."""
         if (waiting := self._unregistered.pop(request_id, None)) is not None:
@@ -198,7 +219,14 @@ class StoredRequests:
     def _register(self, request_id: str, reader: "_Reader") -> None:
         if reader.last:
             return  # a worker has begun, so it has written the state
-        task = asyncio.create_task(self.registered(request_id))
+        self._background(self.registered(request_id))
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        async def run() -> None:
+            with contextlib.suppress(ForebayError):
+                await work
+
+        task = asyncio.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
