@@ -144,3 +144,21 @@ def test_blocks_that_are_not_served_are_refused_by_name(role: str) -> None:
             content = [{"type": "tool_result", "tool_use_id": "t", "content": content}]
         with pytest.raises(InvalidRequest, match=repr(kind)):
             asked(messages=[{"role": role.replace("result", "user"), "content": content}])
+
+
+@pytest.mark.parametrize(
+    ("last", "goes_on"),
+    [
+        ({"role": "user", "content": "a"}, False),
+        ({"role": "assistant", "content": "The answer is"}, True),
+        ({"role": "assistant", "content": [{"type": "text", "text": "The answer is"}]}, True),
+        ({"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}, False),
+    ],
+)
+def test_an_answer_goes_on_from_the_last_message_of_the_assistant(last: dict[str, Any], goes_on: bool) -> None:
+    fields = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "a"}, last]}
+    body = validated(MessagesBody, json.dumps(fields).encode())
+    made = body.request(
+        id="a", completion_type=CompletionType.CHAT, model="m", created_at=0.0, deadline=1.0, reply_to=""
+    )
+    assert made.chat_template_kwargs.get("continue_final_message", False) is goes_on

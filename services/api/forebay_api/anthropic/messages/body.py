@@ -123,11 +123,16 @@ class AssistantMessage(OpenModel):
     role: Literal["assistant"]
     content: str | Many[AssistantBlock]
 
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """Its calls in OpenAI's form."""
+        return [block.call() for block in self.content if isinstance(block, ToolUseBlock)]
+
     def plain(self) -> Iterator[dict[str, Any]]:
         """The message in OpenAI's form."""
         message: dict[str, Any] = {"role": "assistant", "content": _text(self.content)}
         blocks = () if isinstance(self.content, str) else self.content
-        if calls := [block.call() for block in blocks if isinstance(block, ToolUseBlock)]:
+        if calls := self.calls:
             message["tool_calls"] = calls
         if thought := "".join(block.thinking for block in blocks if isinstance(block, ThinkingBlock)):
             message["reasoning_content"] = thought
@@ -242,8 +247,7 @@ class ConversationBody(RequestBody):
     def request(self, **origin: Any) -> InferenceRequest:
         """The request as it goes into the queue: a chat."""
         system = [{"role": "system", "content": _text(self.system)}] if self.system else []
-        output = self.output_config or OutputConfig()
-        wanted = output.format
+        wanted = self.output_config.format if self.output_config is not None else None
         choice = self.tool_choice
         return InferenceRequest(
             **origin,
@@ -258,9 +262,17 @@ class ConversationBody(RequestBody):
                 if wanted is not None
                 else None
             ),
-            chat_template_kwargs={"enable_thinking": self.shows_thinking}
-            | ({"reasoning_effort": output.effort} if output.effort is not None else {}),
+            chat_template_kwargs=self._template_arguments(),
         )
+
+    def _template_arguments(self) -> dict[str, Any]:
+        given: dict[str, Any] = {"enable_thinking": self.shows_thinking}
+        if self.output_config is not None and self.output_config.effort is not None:
+            given["reasoning_effort"] = self.output_config.effort
+        last = self.messages[-1]
+        if isinstance(last, AssistantMessage) and not last.calls:
+            given |= {"add_generation_prompt": False, "continue_final_message": True}
+        return given
 
 
 class MessagesBody(ConversationBody):
