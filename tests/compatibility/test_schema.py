@@ -11,7 +11,6 @@ import pytest
 from nats.aio.msg import Msg
 from pydantic import BaseModel, ValidationError
 
-from forebay_api.in_flight.idempotency import KeptAnswer
 from forebay_contracts.wire import names
 from forebay_contracts.wire.frames import Resume, decode_frame
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo
@@ -29,7 +28,6 @@ KINDS: dict[str, type[BaseModel]] = {
     "workers": WorkerInfo,
     "apis": ApiInfo,
     "resumes": Resume,
-    "answers": KeptAnswer,
 }
 SUBJECT = f"inference.requests.HuggingFaceTB-{MODEL}."
 
