@@ -23,7 +23,6 @@ KINDS = {
     "$KV.inference-requests.": "states",
     "$KV.inference-workers.": "workers",
     "$KV.inference-apis.": "apis",
-    "$KV.inference-answers.": "answers",
     "_INBOX.": "resumes",
 }
 
