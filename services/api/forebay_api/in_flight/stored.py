@@ -252,7 +252,7 @@ class _Reader:
     """Feeds an answer from the log while its block lasts. `last` is the sequence of the last record."""
 
     def __init__(self, request: InferenceRequest) -> None:
-        self.answer = LiveAnswer(request, lambda _: None)
+        self.answer = LiveAnswer(request, lambda _: None, ordered=True)
         self.last = 0
         self._wanted = True
 
@@ -270,8 +270,6 @@ class _Reader:
             for encoded in frames:
                 frame = decode_frame(encoded)
                 if self._wanted:
-                    # The server fenced the writers: the log is in order, whatever number an attempt had.
-                    self.answer.attempt = min(self.answer.attempt, frame.attempt)
                     self.answer.receive(frame)
             if isinstance(frame, Completed | Failed):
                 return outcome_of(frame)
