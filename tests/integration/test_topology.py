@@ -10,6 +10,7 @@ import pytest
 
 from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import Connection, connect
+from forebay_contracts.nats.consumers import consumers
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.settings import Settings, load
@@ -143,7 +144,7 @@ async def test_five_at_once_agree(nats_server: NatsServer) -> None:
         assert sorted({change for some in changes for change in some}) == sorted(
             [f"stream {config.name} made" for config in topology.stream_configs(wanted)] + [f"consumer {TOKEN} made"]
         )
-        assert len(await topology.consumers(connections[0])) == 1
+        assert len(await consumers(connections[0])) == 1
 
 
 async def test_changed_settings_are_applied_without_losing_a_message(nats_server: NatsServer) -> None:
@@ -166,7 +167,7 @@ async def test_changed_settings_are_applied_without_losing_a_message(nats_server
         }
         assert await topology.ensure(connection, changed, MODEL) == []
         stream = await connection.jetstream.stream_info(names.STREAM)
-        (consumer,) = await topology.consumers(connection)
+        (consumer,) = await consumers(connection)
     assert (stream.config.max_msgs, stream.state.messages) == (6, 5)
     assert (consumer.config.max_ack_pending, consumer.num_pending) == (4, 5)
 
@@ -198,7 +199,7 @@ async def test_two_models_share_the_stream(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         await topology.ensure(connection, settings(nats_server), MODEL)
         assert await topology.ensure(connection, settings(nats_server), "org/other") == ["consumer org-other made"]
-        assert len(await topology.consumers(connection)) == 2
+        assert len(await consumers(connection)) == 2
 
 
 async def test_two_models_of_one_token_are_refused(nats_server: NatsServer) -> None:

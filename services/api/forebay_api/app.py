@@ -36,6 +36,7 @@ from forebay_api.watching.feed import Feed
 from forebay_api.watching.served_models import Models
 from forebay_contracts.nats import clock, topology
 from forebay_contracts.nats.connection import Connection, connected
+from forebay_contracts.nats.consumers import known_models
 from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
@@ -153,7 +154,7 @@ def _built(settings: ApiSettings, connection: Connection, instance: str, keys: A
         responses=Responses(records, stored),
         idempotent=IdempotentRequests(connection, stored),
         workers=workers,
-        models=Models(settings, workers.alive, lambda: topology.known_models(connection)),
+        models=Models(settings, workers.alive, lambda: known_models(connection)),
         keys=keys,
         rates=rates,
         numbers=numbers,
