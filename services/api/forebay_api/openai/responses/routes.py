@@ -11,11 +11,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from forebay_api.context import Caller, Context, Running
-from forebay_api.create import write_stream
 from forebay_api.http import sse
 from forebay_api.openai.lists import Limit, Order, page
 from forebay_api.openai.responses.format import ResponseFormat
 from forebay_api.openai.responses.record import ResponseRecord
+from forebay_api.streaming import write_stream
 from forebay_contracts.wire.errors import InvalidRequest
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
