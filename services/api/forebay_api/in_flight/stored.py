@@ -127,7 +127,7 @@ class StoredRequests:
             task.cancel()
 
     async def so_far(self, request: InferenceRequest) -> LiveAnswer:
-        """What is there of an answer now. Raises QueueUnavailable."""
+        """The answer as it is now. Raises QueueUnavailable."""
         reader = _Reader(request)
         reader.receive(await self._answers.read(request.id))
         if not reader.answer.done and clock.now() > request.deadline + OVERDUE_S:

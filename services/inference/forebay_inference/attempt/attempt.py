@@ -1,4 +1,4 @@
-"""One attempt that runs here: how it is stopped, and how its ending is told and recorded."""
+"""One attempt that runs here: how it stops, what its client hears of its ending, and what its state records."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Stored responses and conversations: what a response goes on from, and what is there of it."""
+"""Stored responses and conversations: their records, their items, and the items before a new response."""
 
 import asyncio
 import contextlib
