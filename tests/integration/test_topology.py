@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from forebay_contracts.nats import topology
+from forebay_contracts.nats import streams, topology
 from forebay_contracts.nats.connection import Connection, connect
 from forebay_contracts.nats.consumers import consumers
 from forebay_contracts.queueing.admission import JetStreamAdmission
@@ -77,7 +77,7 @@ async def test_the_limits_are_read_back_from_the_server(nats_server: NatsServer)
 async def test_the_second_time_there_is_nothing_to_change(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         made = await topology.ensure(connection, settings(nats_server), MODEL)
-        assert len(made) == len(topology.stream_configs(settings(nats_server))) + 1
+        assert len(made) == len(streams.stream_configs(settings(nats_server))) + 1
         assert await topology.ensure(connection, settings(nats_server), MODEL) == []
     nats_server.restart()
     async with connected(nats_server) as connection:
@@ -102,12 +102,12 @@ async def test_an_installation_without_stored_answers_gets_them(tmp_path: Path) 
     try:
         async with connected(server) as connection:
             wanted = settings(server)
-            for config in topology.stream_configs(wanted, 8 * 2**20):
+            for config in streams.stream_configs(wanted, 8 * 2**20):
                 if config.name not in (names.ANSWERS, names.bucket_stream(names.RESPONSES_BUCKET)):
                     # Requests had three quarters of the account's storage.
                     most = 6 * 2**20 if config.name == names.STREAM else config.max_bytes
                     await connection.jetstream.add_stream(replace(config, max_bytes=most))
-            await connection.jetstream.add_consumer(names.STREAM, topology.consumer_config(wanted, MODEL))
+            await connection.jetstream.add_consumer(names.STREAM, streams.consumer_config(wanted, MODEL))
             await publish(connection, 5)
             assert await topology.ensure(connection, wanted, MODEL) == [
                 "stream INFERENCE: max_bytes 6291456 → 4194304",
@@ -117,7 +117,7 @@ async def test_an_installation_without_stored_answers_gets_them(tmp_path: Path) 
             assert await topology.ensure(connection, wanted, MODEL) == []
             assert (await connection.jetstream.stream_info(names.STREAM)).state.messages == 5
             answers = (await connection.jetstream.stream_info(names.ANSWERS)).config
-            assert answers.max_bytes == int(8 * 2**20 * topology.ANSWER_SHARE)
+            assert answers.max_bytes == int(8 * 2**20 * streams.ANSWER_SHARE)
             assert answers.republish.dest == "inference.answered.{{wildcard(1)}}"
     finally:
         server.stop()
@@ -142,7 +142,7 @@ async def test_five_at_once_agree(nats_server: NatsServer) -> None:
         wanted = settings(nats_server)
         changes = await asyncio.gather(*(topology.ensure(connection, wanted, MODEL) for connection in connections))
         assert sorted({change for some in changes for change in some}) == sorted(
-            [f"stream {config.name} made" for config in topology.stream_configs(wanted)] + [f"consumer {TOKEN} made"]
+            [f"stream {config.name} made" for config in streams.stream_configs(wanted)] + [f"consumer {TOKEN} made"]
         )
         assert len(await consumers(connections[0])) == 1
 
