@@ -3,11 +3,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from support.nats import NatsServer
 from support.nats_container import why_no_container
 from support.service import ForkServer, Service
+
+# A busy machine may take longer for an example. pytest's own limit ends a test that hangs.
+hypothesis.settings.register_profile("forebay", deadline=None)
+hypothesis.settings.load_profile("forebay")
 
 StartNats = Callable[[Path], AbstractContextManager[NatsServer]]
 

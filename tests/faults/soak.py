@@ -19,7 +19,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
+from forebay_contracts.nats.streams import DUPLICATE_WINDOW_S
 from forebay_contracts.wire.state import RequestStatus
 from support import killed_broker
 from support.attack import KINDS, LARGE, STREAMS, attacked

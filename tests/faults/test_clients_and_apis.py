@@ -8,7 +8,7 @@ import signal
 import httpx
 import pytest
 
-from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
+from forebay_contracts.nats.streams import HEARTBEAT_TTL_S
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.consumers import consumers
 from forebay_contracts.queueing import state_store
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
@@ -245,7 +245,7 @@ async def test_requests_and_states_survive_a_restart_of_nats(nats_server: NatsSe
 async def pulled(connection: Connection) -> None:
     """Wait until a pull waits at the server, which tells nobody of it."""
     async with asyncio.timeout(10):
-        while not (await topology.consumers(connection))[0].num_waiting:  # noqa: ASYNC110
+        while not (await consumers(connection))[0].num_waiting:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 

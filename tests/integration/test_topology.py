@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from forebay_contracts.nats import topology
+from forebay_contracts.nats import streams, topology
 from forebay_contracts.nats.connection import Connection, connect
+from forebay_contracts.nats.consumers import consumers
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.settings import Settings, load
@@ -76,7 +77,7 @@ async def test_the_limits_are_read_back_from_the_server(nats_server: NatsServer)
 async def test_the_second_time_there_is_nothing_to_change(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         made = await topology.ensure(connection, settings(nats_server), MODEL)
-        assert len(made) == len(topology.stream_configs(settings(nats_server))) + 1
+        assert len(made) == len(streams.stream_configs(settings(nats_server))) + 1
         assert await topology.ensure(connection, settings(nats_server), MODEL) == []
     nats_server.restart()
     async with connected(nats_server) as connection:
@@ -101,12 +102,12 @@ async def test_an_installation_without_stored_answers_gets_them(tmp_path: Path) 
     try:
         async with connected(server) as connection:
             wanted = settings(server)
-            for config in topology.stream_configs(wanted, 8 * 2**20):
+            for config in streams.stream_configs(wanted, 8 * 2**20):
                 if config.name not in (names.ANSWERS, names.bucket_stream(names.RESPONSES_BUCKET)):
                     # Requests had three quarters of the account's storage.
                     most = 6 * 2**20 if config.name == names.STREAM else config.max_bytes
                     await connection.jetstream.add_stream(replace(config, max_bytes=most))
-            await connection.jetstream.add_consumer(names.STREAM, topology.consumer_config(wanted, MODEL))
+            await connection.jetstream.add_consumer(names.STREAM, streams.consumer_config(wanted, MODEL))
             await publish(connection, 5)
             assert await topology.ensure(connection, wanted, MODEL) == [
                 "stream INFERENCE: max_bytes 6291456 → 4194304",
@@ -116,7 +117,7 @@ async def test_an_installation_without_stored_answers_gets_them(tmp_path: Path) 
             assert await topology.ensure(connection, wanted, MODEL) == []
             assert (await connection.jetstream.stream_info(names.STREAM)).state.messages == 5
             answers = (await connection.jetstream.stream_info(names.ANSWERS)).config
-            assert answers.max_bytes == int(8 * 2**20 * topology.ANSWER_SHARE)
+            assert answers.max_bytes == int(8 * 2**20 * streams.ANSWER_SHARE)
             assert answers.republish.dest == "inference.answered.{{wildcard(1)}}"
     finally:
         server.stop()
@@ -141,9 +142,9 @@ async def test_five_at_once_agree(nats_server: NatsServer) -> None:
         wanted = settings(nats_server)
         changes = await asyncio.gather(*(topology.ensure(connection, wanted, MODEL) for connection in connections))
         assert sorted({change for some in changes for change in some}) == sorted(
-            [f"stream {config.name} made" for config in topology.stream_configs(wanted)] + [f"consumer {TOKEN} made"]
+            [f"stream {config.name} made" for config in streams.stream_configs(wanted)] + [f"consumer {TOKEN} made"]
         )
-        assert len(await topology.consumers(connections[0])) == 1
+        assert len(await consumers(connections[0])) == 1
 
 
 async def test_changed_settings_are_applied_without_losing_a_message(nats_server: NatsServer) -> None:
@@ -166,7 +167,7 @@ async def test_changed_settings_are_applied_without_losing_a_message(nats_server
         }
         assert await topology.ensure(connection, changed, MODEL) == []
         stream = await connection.jetstream.stream_info(names.STREAM)
-        (consumer,) = await topology.consumers(connection)
+        (consumer,) = await consumers(connection)
     assert (stream.config.max_msgs, stream.state.messages) == (6, 5)
     assert (consumer.config.max_ack_pending, consumer.num_pending) == (4, 5)
 
@@ -198,7 +199,7 @@ async def test_two_models_share_the_stream(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         await topology.ensure(connection, settings(nats_server), MODEL)
         assert await topology.ensure(connection, settings(nats_server), "org/other") == ["consumer org-other made"]
-        assert len(await topology.consumers(connection)) == 2
+        assert len(await consumers(connection)) == 2
 
 
 async def test_two_models_of_one_token_are_refused(nats_server: NatsServer) -> None:

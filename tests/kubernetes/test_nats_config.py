@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from forebay_contracts.nats import topology
+from forebay_contracts.nats import streams
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from support.manifests import DEPLOY, Manifests
@@ -127,7 +127,7 @@ async def test_servers_form_what_the_job_needs(
                 for stream in account["stream_detail"]:
                     assert stream["config"]["num_replicas"] == loaded.nats_replicas == len(found)
                     if stream["name"] == names.STREAM:
-                        assert stream["config"]["max_bytes"] == int(STORE_BYTES // len(found) * topology.QUEUE_SHARE)
+                        assert stream["config"]["max_bytes"] == int(STORE_BYTES // len(found) * streams.QUEUE_SHARE)
                     if stream["name"] == names.ANSWERS:
                         assert stream["config"]["max_bytes"] == loaded.answer_log_bytes
                     for consumer in stream.get("consumer_detail") or ():

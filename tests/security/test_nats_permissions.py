@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forebay_contracts.nats import topology
+from forebay_contracts.nats import streams, topology
 from forebay_contracts.nats.connection import connect
 from forebay_contracts.nats.permissions import covers
 from forebay_contracts.queueing.deliveries import PULL_EXPIRES_S, PULL_GRACE_S
@@ -96,10 +96,10 @@ async def everything(site: Site) -> list[Any]:
     try:
         await topology.ensure(link, load(Settings, _env_file=None), load(Settings, _env_file=None).served_model)
         js = link.jetstream
-        streams = [await js.stream_info(config.name) for config in topology.stream_configs(load(Settings))]
+        live = [await js.stream_info(config.name) for config in streams.stream_configs(load(Settings))]
         consumer = await js.consumer_info("INFERENCE", CONSUMER)
-        held = [(info.config, info.state.last_seq, info.state.consumer_count) for info in streams]
-        return [*held, streams[0].state.messages, consumer.config, consumer.num_ack_pending, consumer.paused]
+        held = [(info.config, info.state.last_seq, info.state.consumer_count) for info in live]
+        return [*held, live[0].state.messages, consumer.config, consumer.num_ack_pending, consumer.paused]
     finally:
         await link.close()
 
@@ -232,7 +232,7 @@ async def test_a_flood_ends_in_503_and_leaves_room_for_states(tmp_path: Path) ->
             stream = await stack.connection.jetstream.stream_info(names.STREAM)
             assert stream.config.max_bytes == 2 * 2**20
             answers = await stack.connection.jetstream.stream_info(names.ANSWERS)
-            assert answers.config.max_bytes == int(4 * 2**20 * topology.ANSWER_SHARE)
+            assert answers.config.max_bytes == int(4 * 2**20 * streams.ANSWER_SHARE)
             # An api may not ask for the account's limit, so it wants no other bounds.
             assert not [line for line in stack.apis[0].log if "max_bytes" in line]
             watcher = await (await stack.connection.jetstream.key_value(names.REQUESTS_BUCKET)).watchall()

@@ -146,7 +146,8 @@ def meaning(endpoint: str, fields: dict[str, Any]) -> tuple[Any, ...]:
     request = body.request(
         id="i", completion_type=kind, model=body.model, created_at=0, deadline=0, reply_to="", key=None
     )
-    return request, body.stream_options, body.return_token_ids, body.prompt_logprobs
+    kept = (body.store, body.metadata) if kind is CompletionType.CHAT else ()
+    return request, body.stream_options, body.return_token_ids, body.prompt_logprobs, kept
 
 
 @pytest.mark.parametrize("endpoint", BODIES)

@@ -123,6 +123,21 @@ async def test_what_nats_lost_is_published_again(system: Twins) -> None:
         assert await text_of(answer) == WHOLE
 
 
+async def test_what_was_published_again_is_not_lost_at_the_next_outage(
+    system: Twins, caplog: pytest.LogCaptureFixture
+) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20")
+    async with api.submit(wanted):
+        await system.reaches(wanted.id, RequestStatus.QUEUED)
+        system.queue.lose(1)
+        for _ in range(2):
+            before = asyncio.all_tasks()
+            api.look_after_an_outage()
+            await asyncio.wait(asyncio.all_tasks() - before)
+        assert caplog.text.count("published again") == 1
+
+
 async def test_cancelling_is_told_to_every_reader(system: Twins) -> None:
     api, other = an_api(system), an_api(system)
     wanted = stored_request("tokens=1000 delay_ms=5")

@@ -16,7 +16,7 @@ from rich.status import Status
 from rich.table import Table
 
 REPEAT_AFTER_S = 10.0
-"""Without a terminal, a progress of which only the numbers change is printed again after this time."""
+"""Pause without a terminal until a progress is printed again if only its numbers have changed."""
 
 PIPE_WIDTH = 240
 """Columns of a table where stdout is no terminal."""

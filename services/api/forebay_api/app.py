@@ -24,7 +24,8 @@ from forebay_api.in_flight.listener import Listener
 from forebay_api.in_flight.records import Records
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai import models
-from forebay_api.openai.chat import stored as chat
+from forebay_api.openai.chat import routes as chat
+from forebay_api.openai.responses import conversation_routes as conversations
 from forebay_api.openai.responses import routes as responses
 from forebay_api.openai.responses.stored import Responses
 from forebay_api.routes import ENDPOINTS
@@ -34,7 +35,8 @@ from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
 from forebay_api.watching.served_models import Models
 from forebay_contracts.nats import clock, topology
-from forebay_contracts.nats.connection import connected
+from forebay_contracts.nats.connection import Connection, connected
+from forebay_contracts.nats.consumers import known_models
 from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
@@ -57,7 +59,14 @@ def create_app(context: Context) -> ASGIApp:
     keyed = [Depends(caller)]
     if context.settings.api_keys or context.settings.api_keys_file:
         keyed.append(Depends(KEY))
-    for router in (described(ENDPOINTS), models.router, chat.router, responses.router, queue.router):
+    for router in (
+        described(ENDPOINTS),
+        models.router,
+        chat.router,
+        responses.router,
+        conversations.router,
+        queue.router,
+    ):
         rest.include_router(router, dependencies=keyed, responses=ERRORS)
     for router in (health.router, page.router):
         rest.include_router(router)
@@ -87,62 +96,68 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
     async with keys.followed(), connecting as connection, clock.followed(connection.requests):
         await topology.ensure(connection, settings, settings.served_model)
         await clock.measure(connection.requests)
-        states = KeyValueStateStore(connection)
+        instance = f"api-{uuid.uuid4().hex[:12]}"
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
         limits = KeyLimits(keys, lambda: (api for api in apis.alive() if api.id != instance))
-        admission = JetStreamAdmission(connection, patience_s=settings.admission_patience)
-        answers = JetStreamAnswerLog(connection)
-        cancellation = Cancellation(states, admission, NatsCancelNotices(connection), answers)
-        instance = f"api-{uuid.uuid4().hex[:12]}"
-        dispatcher = Dispatcher(instance, admission, states, cancellation, limits.one_more)
-        records = Records(connection)
-        stored = StoredRequests(dispatcher, admission, states, cancellation, answers, records, limits.one_more)
-        workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
-        rates = Rates()
+        context = _built(settings, connection, instance, keys, limits)
         started_at = time.time()
 
         def describe() -> ApiInfo:
             return ApiInfo(
-                id=dispatcher.instance,
+                id=instance,
                 version=VERSION,
                 started_at=started_at,
                 heartbeat_at=time.time(),
                 unfinished=limits.unfinished,
             )
 
-        async def numbers() -> QueueStatus:
-            status = await queue_status(connection, states, settings, workers.alive())
-            rates.sample(status)
-            return status
-
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
-        await workers.start()
+        await context.workers.start()
         await apis.start()
-        await Listener(connection, dispatcher, stored).start()
+        await Listener(connection, context.dispatcher, context.stored).start()
         await heartbeat.start()
-        log.info("[RequestQueue] api %s takes requests for %s", dispatcher.instance, settings.served_model)
-        idempotent = IdempotentRequests(connection, stored)
+        log.info("[RequestQueue] api %s takes requests for %s", instance, settings.served_model)
         try:
-            yield Context(
-                settings=settings,
-                connection=connection,
-                states=states,
-                dispatcher=dispatcher,
-                stored=stored,
-                records=records,
-                responses=Responses(records, stored),
-                idempotent=idempotent,
-                workers=workers,
-                models=Models(settings, workers.alive, lambda: topology.known_models(connection)),
-                keys=keys,
-                rates=rates,
-                numbers=numbers,
-                exposition=Exposition(connection, numbers, answers.size, workers.alive) if settings.metrics else None,
-                feed=Feed(connection, numbers, workers.alive),
-            )
+            yield context
         finally:
-            await stored.close()
-            await dispatcher.close()
-            await workers.stop()
+            await context.stored.close()
+            await context.dispatcher.close()
+            await context.workers.stop()
             await apis.stop()
             await heartbeat.stop()
+
+
+def _built(settings: ApiSettings, connection: Connection, instance: str, keys: ApiKeys, limits: KeyLimits) -> Context:
+    """The parts, before any of them has started."""
+    states = KeyValueStateStore(connection)
+    admission = JetStreamAdmission(connection, patience_s=settings.admission_patience)
+    answers = JetStreamAnswerLog(connection)
+    cancellation = Cancellation(states, admission, NatsCancelNotices(connection), answers)
+    dispatcher = Dispatcher(instance, admission, states, cancellation, limits.one_more)
+    records = Records(connection)
+    stored = StoredRequests(dispatcher, admission, states, cancellation, answers, records, limits.one_more)
+    workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
+    rates = Rates()
+
+    async def numbers() -> QueueStatus:
+        status = await queue_status(connection, states, settings, workers.alive())
+        rates.sample(status)
+        return status
+
+    return Context(
+        settings=settings,
+        connection=connection,
+        states=states,
+        dispatcher=dispatcher,
+        stored=stored,
+        records=records,
+        responses=Responses(records, stored),
+        idempotent=IdempotentRequests(connection, stored),
+        workers=workers,
+        models=Models(settings, workers.alive, lambda: known_models(connection)),
+        keys=keys,
+        rates=rates,
+        numbers=numbers,
+        exposition=Exposition(connection, numbers, answers.size, workers.alive) if settings.metrics else None,
+        feed=Feed(connection, numbers, workers.alive),
+    )

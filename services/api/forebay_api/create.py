@@ -1,7 +1,6 @@
 """The route of every endpoint that queues a request, from the request's body to the end of its answer."""
 
 import asyncio
-import contextlib
 import logging
 from typing import Final, cast
 
@@ -13,11 +12,11 @@ from forebay_api.context import Context
 from forebay_api.http import sse
 from forebay_api.http.bodies import off_loop, read_body, validated
 from forebay_api.http.errors import about
-from forebay_api.in_flight.answer import ClientLeft, SlowReader
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.openai.format import Format, StreamWriter
 from forebay_api.prepare import Accepted
 from forebay_api.routes import Endpoint
+from forebay_api.streaming import write_stream
 from forebay_contracts.nats import clock
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import fields
@@ -151,31 +150,6 @@ async def _started(answer: LiveAnswer, within_s: float | None) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-async def write_stream(
-    answer: LiveAnswer, writer: StreamWriter, stream: sse.EventStream, *, early: bool
-) -> ApiError | None:
-    """Write the answer as events while it comes; returns the error that it ended with.
-
-    An error is the last event; a client that left, or does not read, gets none. `early`: no worker has begun yet.
-    """
-    try:
-        if early:
-            await stream.write(writer.queued())
-            await answer.started()
-        await stream.write(writer.opening())
-        async for deltas in answer.deltas():
-            await stream.write(b"".join(map(writer.chunk, deltas)))
-        assert answer.completed is not None
-        await stream.write(writer.closing(answer.completed), last=True)
-    except (ClientLeft, SlowReader) as exc:
-        answer.fail(exc)
-    except ApiError as exc:
-        with contextlib.suppress(SlowReader):
-            await stream.write(writer.failure(exc), last=True)
-        return exc
-    return None
 
 
 async def _fail_when_client_leaves(receive: Receive, answer: LiveAnswer) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of an accepted body: a request for the queue, the writer of its answer, and the way of the answer."""
+"""From an accepted body to its request, the writer of its answer, and the block that yields the answer."""
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager

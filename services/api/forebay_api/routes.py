@@ -13,7 +13,7 @@ from forebay_api.anthropic.messages.create import answer, count
 from forebay_api.http.errors import Shape, openai_error
 from forebay_api.openai.body import RequestBody
 from forebay_api.openai.chat.body import ChatCompletionBody
-from forebay_api.openai.chat.stored import complete
+from forebay_api.openai.chat.create import complete
 from forebay_api.openai.completions.body import CompletionBody
 from forebay_api.openai.completions.format import CompletionFormat
 from forebay_api.openai.embeddings.body import EmbeddingBody

@@ -11,7 +11,7 @@ from forebay_cli.declarations import AsJson, duration_s, synchronous
 from forebay_cli.nats_connection import connected, load_settings
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.topology import aliases_of, consumers, model_of
+from forebay_contracts.nats.consumers import aliases_of, consumers, model_of
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, ModelNotFound
 

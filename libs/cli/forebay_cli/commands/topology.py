@@ -16,15 +16,14 @@ from forebay_cli.declarations import AsJson, synchronous
 from forebay_cli.nats_connection import NotPermitted, connected, load_settings
 from forebay_contracts.nats import presence
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.consumers import consumers, model_of
+from forebay_contracts.nats.streams import stream_configs
 from forebay_contracts.nats.topology import (
     START_PATIENCE_S,
     START_RETRY_S,
-    consumers,
     drift,
     ensure,
     may_change,
-    model_of,
-    stream_configs,
 )
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable

@@ -7,7 +7,7 @@ from nats.js.api import ConsumerInfo
 from forebay_cli.doctor.findings import Finding
 from forebay_contracts.nats import presence
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.topology import consumers, model_of
+from forebay_contracts.nats.consumers import consumers, model_of
 from forebay_contracts.settings import Settings
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names

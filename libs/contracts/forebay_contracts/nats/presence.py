@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from forebay_contracts.nats import direct_get
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
+from forebay_contracts.nats.streams import HEARTBEAT_TTL_S
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueUnavailable
 from forebay_contracts.wire.heartbeats import ServiceInfo

@@ -14,7 +14,7 @@ from nats.js.errors import APIError, NotFoundError
 from pydantic import ValidationError
 
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
+from forebay_contracts.nats.streams import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.protocols import StateStore, Stored
 from forebay_contracts.telemetry import metrics

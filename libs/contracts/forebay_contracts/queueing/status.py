@@ -9,8 +9,8 @@ from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
 from pydantic import BaseModel, ConfigDict
 
-from forebay_contracts.nats import topology
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.consumers import consumers, model_of
 from forebay_contracts.queueing.protocols import StateStore
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
@@ -74,8 +74,8 @@ async def queue_status(
         QueueUnavailable: NATS does not answer, or no service has made the stream yet.
     """
     try:
-        stream, consumers, totals = await asyncio.gather(
-            connection.jetstream.stream_info(names.STREAM), topology.consumers(connection), states.totals()
+        stream, live, totals = await asyncio.gather(
+            connection.jetstream.stream_info(names.STREAM), consumers(connection), states.totals()
         )
     except NotFoundError as exc:
         raise QueueUnavailable(f"NATS has no stream {names.STREAM} yet: no service has been started") from exc
@@ -85,8 +85,8 @@ async def queue_status(
     ready = sum(worker.status is WorkerStatus.READY for worker in alive)
     active = stream.state.messages
     # The two are read a moment apart: a request that ended in between must not make the other number negative.
-    processing = min(sum(consumer.num_ack_pending or 0 for consumer in consumers), active)
-    limits = [consumer.config.max_ack_pending or 0 for consumer in consumers]
+    processing = min(sum(consumer.num_ack_pending or 0 for consumer in live), active)
+    limits = [consumer.config.max_ack_pending or 0 for consumer in live]
     timed_out = totals[RequestStatus.TIMED_OUT]
     return QueueStatus(
         queue_size=active - processing,
@@ -103,7 +103,7 @@ async def queue_status(
         total_cancelled=totals[RequestStatus.CANCELLED],
         workers=len(alive),
         workers_ready=ready,
-        models=tuple(sorted(map(model_queue, consumers), key=lambda line: line.model)),
+        models=tuple(sorted(map(model_queue, live), key=lambda line: line.model)),
     )
 
 
@@ -112,7 +112,7 @@ def model_queue(consumer: ConsumerInfo) -> ModelQueue:
     config = consumer.config
     until = datetime.fromisoformat(config.pause_until).timestamp() if consumer.paused and config.pause_until else None
     return ModelQueue(
-        model=topology.model_of(consumer),
+        model=model_of(consumer),
         consumer=consumer.name,
         waiting=consumer.num_pending or 0,
         processing=consumer.num_ack_pending or 0,

@@ -1,4 +1,4 @@
-"""Which route serves a request, and what becomes of its errors."""
+"""Finds the route of a request, and answers its errors."""
 
 from collections.abc import Mapping
 from typing import Final

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.topology import HEARTBEAT_TTL_S
+from forebay_contracts.nats.streams import HEARTBEAT_TTL_S
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.frames import Frame, Started, decode_frame

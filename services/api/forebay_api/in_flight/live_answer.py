@@ -26,11 +26,13 @@ class LiveAnswer:
 
     Three kinds of frames are dropped: of an older attempt than the newest seen, with tokens that are here already, and
     with tokens missing before them. The last kind sets `gap` until the missing tokens have come. The tokens of each
-    choice are kept, since the next attempt goes on from them.
+    choice are kept, since the next attempt goes on from them. `ordered`: the frames come from the answer log, which has
+    one writer at a time. There a later attempt may have a lower number, and none of its frames is dropped.
     """
 
     request: InferenceRequest
     on_end: "Callable[[LiveAnswer], None]"
+    ordered: bool = False
     sequence: int | None = None
     attempt: int = 0
     worker: str | None = None
@@ -89,9 +91,9 @@ class LiveAnswer:
 
     def receive(self, frame: Frame) -> None:
         """Take the next frame of any attempt."""
-        if self.done or frame.attempt < self.attempt:
+        if self.done or (frame.attempt < self.attempt and not self.ordered):
             return
-        if frame.attempt > self.attempt:
+        if frame.attempt != self.attempt:
             self.attempt, self.gap = frame.attempt, False
             self.worker = frame.worker if isinstance(frame, Started) else None
         match frame:

@@ -61,10 +61,10 @@ class StoredRequests:
         self._records = records
         self._one_more = one_more
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unregistered: dict[str, tuple[InferenceRequest, int]] = {}
-        """Requests whose state is not stored yet, with their sequences."""
         self._watched: dict[str, tuple[InferenceRequest, int]] = {}
-        """Requests that were admitted here and have not ended."""
+        """Requests that were admitted here and have not ended, with their sequences."""
+        self._unregistered: set[str] = set()
+        """Those of them whose state is not stored yet."""
 
     async def close(self) -> None:
         """Stop following. The requests go on."""
@@ -127,11 +127,11 @@ class StoredRequests:
             task.cancel()
 
     async def so_far(self, request: InferenceRequest) -> LiveAnswer:
-        """What is there of an answer now. Raises QueueUnavailable."""
+        """The answer as it is now. Raises QueueUnavailable."""
         reader = _Reader(request)
         reader.receive(await self._answers.read(request.id))
         if not reader.answer.done and clock.now() > request.deadline + OVERDUE_S:
-            await self._end_late(request, None)
+            await self._end_late(request)
             reader.receive(await self._answers.read(request.id, reader.last))
         return reader.answer
 
@@ -160,13 +160,13 @@ class StoredRequests:
         """Follow a request that was admitted here to its end."""
         async with held:
             self._watched[request.id] = request, sequence
-            self._unregistered[request.id] = request, sequence
+            self._unregistered.add(request.id)
             timer = asyncio.get_running_loop().call_later(QUEUED_AFTER_S, self._register, request.id, reader)
             try:
-                outcome = await self._feed(request, sequence, reader, coming)
+                outcome = await self._feed(request, reader, coming, overdue_s=0)
             finally:
                 timer.cancel()
-                self._unregistered.pop(request.id, None)
+                self._unregistered.discard(request.id)
                 del self._watched[request.id]
         measured = request_metrics.of(request.model, request.completion_type.value)
         measured.end_stored(outcome, max(clock.now() - request.created_at, 0.0))
@@ -174,17 +174,20 @@ class StoredRequests:
     async def _follow(self, request: InferenceRequest, reader: "_Reader") -> None:
         """Follow a request of any api to its end."""
         async with self._answers.follow(request.id) as coming:
-            await self._feed(request, None, reader, coming)
+            await self._feed(request, reader, coming)
 
     async def _feed(
         self,
         request: InferenceRequest,
-        sequence: int | None,
         reader: "_Reader",
         coming: AsyncIterator[list[Record]],
+        overdue_s: float = OVERDUE_S,
     ) -> RequestStatus | None:
-        """Give `reader` what comes, until the end; returns how it ended. Ends the request at its deadline."""
-        ending = asyncio.create_task(self._end_at_deadline(request, sequence))
+        """Give `reader` what comes, until the end; returns how it ended.
+
+        Ends the request `overdue_s` after its deadline.
+        """
+        ending = asyncio.create_task(self._end_at_deadline(request, overdue_s))
         try:
             async for records in coming:
                 if (outcome := reader.receive(records)) is not None:
@@ -207,14 +210,17 @@ class StoredRequests:
         lost = not await self._admission.holds(request.id, sequence)
         if lost and have(await self._answers.read(request.id)).wanted:
             log.warning("[RequestQueue] %s: NATS lost it, so it is published again", request.id)
-            await self._admission.publish(request)
+            sequence = await self._admission.publish(request)
+            if request.id in self._watched:
+                self._watched[request.id] = request, sequence
 
     async def registered(self, request_id: str) -> None:
         """Wait until the state of a request that was admitted here is stored."""
-        if (waiting := self._unregistered.pop(request_id, None)) is not None:
+        if request_id in self._unregistered:
+            self._unregistered.discard(request_id)
             # Unless a worker was faster.
             with contextlib.suppress(QueueConflict, QueueUnavailable):
-                await self._states.write(transitions.queued(*waiting), 0)
+                await self._states.write(transitions.queued(*self._watched[request_id]), 0)
 
     def _register(self, request_id: str, reader: "_Reader") -> None:
         if reader.last:
@@ -230,15 +236,16 @@ class StoredRequests:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _end_at_deadline(self, request: InferenceRequest, sequence: int | None) -> None:
-        await asyncio.sleep(request.deadline - clock.now() + (0 if sequence is not None else OVERDUE_S))
+    async def _end_at_deadline(self, request: InferenceRequest, overdue_s: float) -> None:
+        await asyncio.sleep(request.deadline - clock.now() + overdue_s)
         while True:
             with contextlib.suppress(ForebayError):
-                await self._end_late(request, sequence)
+                await self._end_late(request)
                 return
             await asyncio.sleep(END_RETRY_S)
 
-    async def _end_late(self, request: InferenceRequest, sequence: int | None) -> None:
+    async def _end_late(self, request: InferenceRequest) -> None:
+        _, sequence = self._watched.get(request.id, (request, None))
         seconds = request.deadline - request.created_at
         await self._cancellation.end(
             request.id,
@@ -252,7 +259,7 @@ class _Reader:
     """Feeds an answer from the log while its block lasts. `last` is the sequence of the last record."""
 
     def __init__(self, request: InferenceRequest) -> None:
-        self.answer = LiveAnswer(request, lambda _: None)
+        self.answer = LiveAnswer(request, lambda _: None, ordered=True)
         self.last = 0
         self._wanted = True
 
@@ -270,8 +277,6 @@ class _Reader:
             for encoded in frames:
                 frame = decode_frame(encoded)
                 if self._wanted:
-                    # The server fenced the writers: the log is in order, whatever number an attempt had.
-                    self.answer.attempt = min(self.answer.attempt, frame.attempt)
                     self.answer.receive(frame)
             if isinstance(frame, Completed | Failed):
                 return outcome_of(frame)

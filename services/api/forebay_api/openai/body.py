@@ -85,7 +85,7 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_unknown(cls, value: Any) -> Any:
-        """Keep only the first of the unknown parameters: one is told, and more take long to collect."""
+        """Keep only the first of the unknown parameters: the error names one, and more take long to collect."""
         if not isinstance(value, dict) or value.keys() <= (known := _names_of(cls)):
             return value
         first = next(name for name in value if name not in known)

@@ -66,12 +66,13 @@ class GenerationBody(RequestBody):
     use_beam_search: Literal[False] = False
     skip_special_tokens: Literal[True] = True
     include_stop_str_in_output: Literal[False] = False
+    # With an effect on a chat alone, which is stored.
+    metadata: Mapping[str, str] | None = None
+    store: Bool | None = None
     # Accepted without effect: they describe the request to another service, or only matter with what is refused.
     spaces_between_special_tokens: Bool | None = None
     length_penalty: Finite | None = None
     keep_alive: str | Int | Finite | None = None
-    metadata: Mapping[str, str] | None = None
-    store: Bool | None = None
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

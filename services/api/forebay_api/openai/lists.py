@@ -1,12 +1,17 @@
-"""OpenAI's list objects."""
+"""OpenAI's list objects, and the query parameters that page through them."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from fastapi import Query
 
 from forebay_contracts.wire.errors import InvalidRequest
 
+Limit = Annotated[int, Query(ge=1, le=100)]
+Order = Literal["asc", "desc"]
 
-def page(items: Sequence[dict[str, Any]], limit: int, order: Literal["asc", "desc"], after: str) -> dict[str, Any]:
+
+def page(items: Sequence[dict[str, Any]], limit: int, order: Order, after: str) -> dict[str, Any]:
     """At most `limit` of `items`, behind the one whose id is `after`. `items` are oldest first.
 
     Raises:

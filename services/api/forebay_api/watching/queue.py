@@ -14,7 +14,7 @@ from forebay_api.clients.keys import Client
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http import sse
 from forebay_api.in_flight.answer import SlowReader
-from forebay_contracts.nats.topology import waiting_place
+from forebay_contracts.nats.consumers import waiting_place
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestNotFound

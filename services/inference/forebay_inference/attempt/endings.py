@@ -120,7 +120,7 @@ def abandoned() -> Ended:
 
 
 def not_wanted(have: Resume) -> Ended:
-    """The end of a request of which the api says that nobody waits for it."""
+    """The end of a request for which nobody waits, as the api says."""
     return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from forebay_contracts.nats import clock
-from forebay_contracts.nats.topology import DUPLICATE_WINDOW_S
+from forebay_contracts.nats.streams import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.protocols import StateStore, Stored, Superseded
 from forebay_contracts.queueing.state_store import change

@@ -1,11 +1,10 @@
-"""One attempt at one request, from its delivery to its ending. `endings` says what each ending does."""
+"""Runs deliveries as attempts, from the claim to the ending. `endings` says what each ending does."""
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Final
 
 from nats.errors import Error as NatsError
@@ -26,7 +25,8 @@ from forebay_contracts.wire.errors import (
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
-from forebay_inference.attempt.endings import End, Ended, Told, abandoned, error_of, not_wanted, settle
+from forebay_inference.attempt.attempt import Attempt, NotTheFirst
+from forebay_inference.attempt.endings import End, Ended, abandoned, error_of, not_wanted, settle
 from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import EndedBefore, Ownership, patiently
 from forebay_inference.attempt.reply import Reply
@@ -36,42 +36,12 @@ from forebay_inference.engine.protocol import reason_of
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.worker_metrics import WorkerMetrics
 
-NOT_RECEIVED: Final = "the answer was not received: its client or the api is gone"
+_LOGGED: Final = {
+    End.HANDED_OVER: "handed over",
+    End.ENDED_BEFORE: "had ended before it was pulled",
+}
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, slots=True)
-class Attempt:
-    """An attempt that runs here; `number` is its number, from 1.
-
-    `doubted`: the client may have tokens of an attempt that no state tells of. It died before its claim was stored, or
-    NATS was away since the request was made and may have lost the claim. `stopped` is how this one has to end.
-    `misjudged`: it started as the first attempt and is not.
-    """
-
-    request: InferenceRequest
-    delivery: Delivery
-    ownership: Ownership
-    reply: Reply
-    measured: Measured
-    doubted: bool
-    number: int = 1
-    claim: asyncio.Task[int] = field(init=False)
-    generation: asyncio.Task[Ended] | None = None
-    stopped: Ended | None = None
-    misjudged: bool = False
-
-    def stop(self, ended: Ended) -> None:
-        """Stop generating within one step of the engine, and end as `ended`. The first call decides."""
-        if self.stopped is None:
-            self.stopped = ended
-            self.interrupt()
-
-    def interrupt(self) -> None:
-        """Stop generating within one step of the engine."""
-        if self.generation is not None:
-            self.generation.cancel()
 
 
 class AttemptRunner:
@@ -141,7 +111,7 @@ class AttemptRunner:
         attempt.claim = asyncio.create_task(self._claim(attempt, fresh=fresh))
         try:
             if fresh:
-                with contextlib.suppress(_NotTheFirst):
+                with contextlib.suppress(NotTheFirst):
                     await self._settle(attempt, await self._work(attempt))
                     return
                 attempt.misjudged = False
@@ -283,7 +253,7 @@ class AttemptRunner:
 
     async def _settle(self, attempt: Attempt, ended: Ended) -> None:
         if ended.how is not End.COMPLETED:
-            await self._own(attempt, ended)
+            await attempt.own(ended)
         if ended.how is End.FAULT:
             log.error(
                 "[RequestQueue] %s attempt %d failed: %s",
@@ -295,71 +265,6 @@ class AttemptRunner:
             attempt.measured.ended("engine_fault", "engine_fault")
             if self._spent(attempt, attempt.number):
                 ended = Ended(End.SPENT, error=InferenceFailed("the generation failed"), fault=ended.fault)
-        await settle(
-            ended,
-            lambda: attempt.delivery,
-            lambda told, ended: self._tell(attempt, told, ended),
-            lambda status, ended: self._record(attempt, status, ended),
-        )
+        await settle(ended, lambda: attempt.delivery, attempt.tell, attempt.record)
         if ended.how in _LOGGED:
             log.info("[RequestQueue] %s %s", attempt.request.id, _LOGGED[ended.how], extra=attempt.measured.fields())
-
-    @staticmethod
-    async def _own(attempt: Attempt, ended: Ended) -> None:
-        """Wait for the claim. Raises what it raised, _NotTheFirst, or Superseded."""
-        if ended.how in _FINAL:
-            return
-        if await attempt.claim != attempt.number:
-            raise _NotTheFirst
-        if ended.how is End.SUPERSEDED:
-            raise Superseded(f"{attempt.request.id}: a newer attempt runs here")
-
-    async def _tell(self, attempt: Attempt, told: Told, ended: Ended) -> RequestStatus | None:
-        match told:
-            case Told.ANSWER:
-                return await attempt.reply.complete()
-            case Told.ERROR if ended.error is not None:
-                return await attempt.reply.fail(ended.error, final=ended.how in _FINAL)
-        return None
-
-    async def _record(self, attempt: Attempt, status: RequestStatus, ended: Ended) -> None:
-        await self._own(attempt, ended)
-        match status:
-            case RequestStatus.PROCESSING:
-                await attempt.ownership.fault(ended.fault or "")
-            case RequestStatus.QUEUED:
-                await attempt.ownership.hand_over()
-                attempt.measured.ended("handed_over")
-            case _ if ended.how is not End.UNREADABLE:
-                await self._record_end(attempt, status, ended)
-
-    async def _record_end(self, attempt: Attempt, status: RequestStatus, ended: Ended) -> None:
-        error = ended.error
-        reason = ended.reason or (error.message if error else NOT_RECEIVED)
-        told = None if status is RequestStatus.COMPLETED else reason
-        status = await attempt.ownership.end(status, error=told, fault=ended.fault, usage=ended.usage)
-        # The message of a refusal may quote the request. The client and the state get it, the log gets its code.
-        code = (error.code or error.type) if error and error.status < 500 and not ended.reason else None
-        attempt.measured.ended(status.value, (code or status.value) if told else None)
-        log.info(
-            "[RequestQueue] %s %s after %.3f s, attempt %d%s",
-            attempt.request.id,
-            status.value.replace("_", " "),
-            attempt.measured.total_s,
-            attempt.number,
-            f": {code or told}" if told else "",
-            extra=attempt.measured.fields(status.value, code),
-        )
-
-
-class _NotTheFirst(Exception):
-    """An attempt that started as the first one has another number."""
-
-
-_FINAL: Final = (End.ENDED_BEFORE, End.UNREADABLE)
-"""No attempt can own the request any more."""
-
-_LOGGED: Final = {
-    End.HANDED_OVER: "handed over",
-    End.ENDED_BEFORE: "had ended before it was pulled",
-}

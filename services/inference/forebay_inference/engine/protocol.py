@@ -107,8 +107,8 @@ class TokenRequest(NamedTuple):
 class TokenLogprob(NamedTuple):
     """The log probability of a chosen token, and the best alternatives as (token, log probability), best first.
 
-    They are the model's own, before penalties, temperature and grammar. The first token of a prompt has none. `rank`,
-    from 1, is told for tokens of a prompt.
+    They are the model's own, before penalties, temperature and grammar. The first token of a prompt has none. Only
+    tokens of a prompt have a `rank`, from 1.
     """
 
     token: int

@@ -100,7 +100,7 @@ class ResponseFold:
         return events + self._numbered([*made, self._lifecycle(self._status)])
 
     def failed(self, status: int, code: str | None, message: str) -> list[Event]:
-        """The answer broke off: its HTTP status, code and message. What is there of it is kept as incomplete."""
+        """The answer broke off: its HTTP status, code and message. What has come is kept as incomplete."""
         if self.ended:
             return []
         if status == RequestCancelled.status:

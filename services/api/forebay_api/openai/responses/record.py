@@ -2,19 +2,20 @@
 
 from typing import Any, Literal
 
+from forebay_contracts.wire import names
 from forebay_contracts.wire.message import SCHEMA_VERSION, Message
-from forebay_contracts.wire.names import RESPONSE_PREFIX
+from forebay_contracts.wire.request import CompletionType, InferenceRequest
 
 
 def item_id(prefix: str, response_id: str, place: int, *, of_input: bool = False) -> str:
     """The id of an item of a response, from its place in the input or in the output. No two responses share one."""
-    return f"{prefix}_{response_id.removeprefix(RESPONSE_PREFIX)}_{'in' if of_input else ''}{place}"
+    return f"{prefix}_{response_id.removeprefix(names.RESPONSE_PREFIX)}_{'in' if of_input else ''}{place}"
 
 
 def response_of(item_id: str) -> str | None:
     """The id of the response that an item belongs to, or None if the id is not one of ours."""
     parts = item_id.split("_")
-    return RESPONSE_PREFIX + parts[1] if len(parts) == 3 else None
+    return names.RESPONSE_PREFIX + parts[1] if len(parts) == 3 else None
 
 
 class ResponseRecord(Message):
@@ -43,3 +44,16 @@ class ResponseRecord(Message):
     def encode(self) -> bytes:
         """The record as JSON, every field written out."""
         return self.model_dump_json().encode()
+
+    def origin(self) -> InferenceRequest:
+        """The request, as far as its answer needs it."""
+        identifier = names.request_id(self.id)
+        return InferenceRequest(
+            id=identifier,
+            completion_type=CompletionType.CHAT,
+            model=self.model,
+            created_at=self.created_at,
+            deadline=self.deadline,
+            reply_to=names.answer_subject(identifier),
+            key=self.key,
+        )

@@ -1,4 +1,4 @@
-"""Stored responses and conversations: what a response goes on from, and what is there of it."""
+"""Stored responses and conversations: their records, their items, and the items before a new response."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from forebay_api.openai.responses.record import ResponseRecord, response_of
 from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InvalidRequest, QueueConflict, RequestNotFound
-from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest
 
 MAX_CHAIN: Final = 1_000
 """Most responses that a conversation may hold, whether by `previous_response_id` or by its id."""
@@ -65,11 +65,11 @@ class Responses:
     async def forget(self, record: ResponseRecord) -> None:
         """Remove a response, and its answer."""
         await self._records.delete(key_of("resp", record.key, record.id))
-        await self._requests.forget(origin(record))
+        await self._requests.forget(record.origin())
 
     async def fold(self, record: ResponseRecord) -> ResponseFold:
         """The response as it is now."""
-        return folded(record, await self._requests.so_far(origin(record)))
+        return folded(record, await self._requests.so_far(record.origin()))
 
     async def conversation(self, owner: str | None, identifier: str) -> Kept[ConversationRecord]:
         """A conversation. Raises RequestNotFound."""
@@ -171,20 +171,6 @@ class Responses:
 def _known(identifier: str) -> str:
     # An id becomes part of a subject: what cannot be an id must not.
     return identifier if names.is_request_id(identifier) else "none"
-
-
-def origin(record: ResponseRecord) -> InferenceRequest:
-    """The request of a record, without what it asked for."""
-    identifier = names.request_id(record.id)
-    return InferenceRequest(
-        id=identifier,
-        completion_type=CompletionType.CHAT,
-        model=record.model,
-        created_at=record.created_at,
-        deadline=record.deadline,
-        reply_to=names.answer_subject(identifier),
-        key=record.key,
-    )
 
 
 def folded(record: ResponseRecord, answer: LiveAnswer) -> ResponseFold:

@@ -65,5 +65,5 @@ class Reasoning(StrictModel):
     mode: str | None = None
 
     def template_arguments(self) -> dict[str, Any]:
-        """What chat templates are told."""
+        """The variables for chat templates."""
         return {} if self.effort is None else {"reasoning_effort": self.effort}

@@ -117,7 +117,7 @@ def _functions(use: ToolUse, closed: bool) -> list[_Part]:
 
 
 def _checked(grammar: str, parts: Sequence[_Part], fault_of: FaultOf) -> str:
-    """`grammar`, if it can be enforced. If not, the first of its parts that cannot is told."""
+    """`grammar`, if it can be enforced. Raises InvalidRequest that names the first part that cannot."""
     if (fault := fault_of(grammar)) is None:
         return grammar
     for part in parts:

@@ -39,8 +39,10 @@ class Harmony:
         return frozenset(self.tokens[marker] for marker in _ENDS)
 
     def grammar(self, answer: str | None, calls: Mapping[str, str]) -> str:
-        """The grammar of an answer whose final message follows the grammar `answer`, or that calls a function, whose
-        arguments follow the grammar in `calls`. Reasoning may stand before it."""
+        """The grammar of an answer, which may begin with reasoning.
+
+        Its final message follows the grammar `answer`, or it calls a function whose arguments follow one of `calls`.
+        """
         rules, ends = [], []
         if answer is not None:
             rules += [self._message("final", '"final"'), with_start_as("final-text", answer)]

@@ -1,4 +1,4 @@
-"""Tools: what a request allows, and the ways that model families are told of them and write calls."""
+"""Tools: which ones a request allows, how prompts describe them, and how model families write calls."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -41,8 +41,9 @@ class _Decoding:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """A block of BLOCK positions of a prompt, of which `rows` of the pass are some: `before` positions are not among
-    them, and as many after them as are left. `mask`: [BLOCK, keys up to the end of the block], added to the scores."""
+    """A block of BLOCK positions of a prompt. `rows` of the pass hold those from position `before` of the block on.
+
+    `mask`: [BLOCK, keys up to the end of the block], added to the scores."""
 
     rows: slice
     before: int

@@ -36,7 +36,7 @@ def attend_capped(
     cap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention whose scores are bounded softly by `cap`, and of which each head's sink takes a part.
+    """Attention with scores bounded softly by `cap`, and with a sink in each head's softmax.
 
     `query`: [sequences, heads, queries, size]; `key`, `value`: [sequences, key heads, keys, size]; `mask` is added to
     the scores; `sinks`: [heads]. Returns [sequences, heads, queries, size of a value].

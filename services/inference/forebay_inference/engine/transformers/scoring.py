@@ -21,8 +21,9 @@ _ROWS_AT_ONCE: Final = 32
 
 @dataclass(slots=True, eq=False)
 class Scored:
-    """What one sequence finds out: how likely each of `targets` is, the first of which follows position `start` of its
-    prompt. `top` alternatives are kept."""
+    """The log probabilities of one sequence's `targets`, each with `top` alternatives.
+
+    The first target follows position `start` of the prompt."""
 
     start: int
     targets: Sequence[int]
@@ -87,7 +88,7 @@ def watch_passes(processor: Any, scored: Mapping[str, Scored]) -> None:
 
 
 def _rows(requests: Sequence[Any], scored: Mapping[str, Scored]) -> list[tuple[Scored, int, range]]:
-    """For each sequence that notes something of a pass: the first row of the pass, and the places of its targets."""
+    """For each sequence with targets in a pass: its first row of the pass, and the places of its targets."""
     found, row = [], 0
     for request in requests:
         one, new = scored.get(request.state.request_id), request.query_length

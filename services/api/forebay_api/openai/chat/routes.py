@@ -1,97 +1,32 @@
-"""Chat completions that are stored: how one begins, and how it is read, listed, changed and removed.
+"""Stored chat completions: read, listed, changed and removed, at any api.
 
 Source: https://platform.openai.com/docs/api-reference/chat (get, list, update, delete, getMessages).
 """
 
 import asyncio
-from contextlib import AbstractAsyncContextManager
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import orjson
-from fastapi import APIRouter, Query
-from pydantic import Field
+from fastapi import APIRouter
 from starlette.requests import Request
 
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http.bodies import body_of
-from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.in_flight.records import Kept, key_of
 from forebay_api.openai.body import StrictModel
 from forebay_api.openai.chat.format import ChatFormat
-from forebay_api.openai.lists import page
+from forebay_api.openai.chat.record import KIND, ChatRecord
+from forebay_api.openai.lists import Limit, Order, page
 from forebay_api.openai.responses.body import Metadata
-from forebay_api.prepare import Accepted, Prepared, live
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestNotFound
-from forebay_contracts.wire.message import SCHEMA_VERSION, Message
-from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
 
-KIND: Final = "chat"
 PREFIX: Final = "chatcmpl-"
 
 MAX_LISTED: Final = 1_000
 """Most records that one list request reads."""
 
-_unstored = live(ChatFormat)
-
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"])
-
-
-class ChatRecord(Message):
-    """A stored completion, without its answer. Times: seconds since the epoch."""
-
-    schema_version: Literal[1] = SCHEMA_VERSION
-    request_id: str
-    key: str | None
-    created_at: float
-    deadline: float
-    model: str
-    messages: tuple[dict[str, Any], ...]
-    logprobs: int | None
-    return_prompt: bool = False
-    metadata: dict[str, str] = Field(default_factory=dict)
-
-    def origin(self) -> InferenceRequest:
-        """The request, as far as its answer needs it."""
-        return InferenceRequest(
-            id=self.request_id,
-            completion_type=CompletionType.CHAT,
-            model=self.model,
-            created_at=self.created_at,
-            deadline=self.deadline,
-            reply_to=names.answer_subject(self.request_id),
-            key=self.key,
-            sampling=Sampling(logprobs=self.logprobs),
-            return_prompt=self.return_prompt,
-        )
-
-
-async def complete(context: Context, accepted: Accepted) -> Prepared:
-    """A chat completion. With `store` it is kept: it outlives its client and its api."""
-    body = accepted.body
-    if not body.store:
-        return await _unstored(context, accepted)
-    request = await accepted.request(
-        reply_to=names.answer_subject(accepted.id), timeout_s=context.settings.request_timeout
-    )
-
-    def begin(request: InferenceRequest) -> AbstractAsyncContextManager[LiveAnswer]:
-        record = ChatRecord(
-            request_id=request.id,
-            key=request.key,
-            created_at=request.created_at,
-            deadline=request.deadline,
-            model=request.model,
-            messages=request.messages,
-            logprobs=request.sampling.logprobs,
-            return_prompt=request.return_prompt,
-            metadata=body.metadata or {},
-        )
-        return context.stored.submit(request, key_of(KIND, request.key, request.id), record)
-
-    key = accepted.idempotency_key
-    answered = begin(request) if key is None else context.idempotent.attach(request, key, begin)
-    return Prepared(request, lambda answered: ChatFormat(answered, body), answered)
 
 
 class UpdateBody(StrictModel):
@@ -104,8 +39,8 @@ class UpdateBody(StrictModel):
 async def list_completions(
     context: Running,
     caller: Caller,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "asc",
+    limit: Limit = 20,
+    order: Order = "asc",
     after: str = "",
     model: str | None = None,
 ) -> dict[str, Any]:
@@ -148,8 +83,8 @@ async def list_messages(
     completion_id: str,
     context: Running,
     caller: Caller,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "asc",
+    limit: Limit = 20,
+    order: Order = "asc",
     after: str = "",
 ) -> dict[str, Any]:
     """The messages that a stored completion answers."""

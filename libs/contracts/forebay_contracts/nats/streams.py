@@ -1,0 +1,123 @@
+"""The streams, buckets and consumers of Forebay, as the settings want them."""
+
+import math
+from collections.abc import Sequence
+
+from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RePublish, RetentionPolicy, StorageType, StreamConfig
+
+from forebay_contracts.settings import Settings
+from forebay_contracts.wire import names
+
+HEARTBEAT_TTL_S = 4
+"""A service whose last heartbeat is older is dead."""
+
+DUPLICATE_WINDOW_S = 120
+"""How long NATS recognises a repeated Nats-Msg-Id."""
+
+ANSWER_DUPLICATE_WINDOW_S = 30
+"""The same for the answer log. Its writers are fenced, so it only saves a read."""
+
+COUNTER_HISTORY = 10_000
+"""Increments kept for each counter, so that NATS recognises a repetition also after its restart."""
+
+QUEUE_SHARE = 0.5
+"""The part of the NATS account's storage that requests may take."""
+
+ANSWER_SHARE = 0.3
+"""The part that the answer log may take, if that is less than ANSWER_LOG_BYTES. States and counters have the rest."""
+
+
+def stream_configs(settings: Settings, storage: float | None = math.inf) -> list[StreamConfig]:
+    """All streams of Forebay, those behind its buckets included, as `settings` want them.
+
+    `storage` is how many bytes the account may store for each replica: inf if that is unbounded. None: unknown; then
+    the bounds in bytes stay as they are.
+    """
+    queue_bytes = answer_bytes = None
+    if storage is not None:
+        queue_bytes = int(storage * QUEUE_SHARE) if storage < math.inf else None
+        answer_bytes = int(min(settings.answer_log_bytes, storage * ANSWER_SHARE))
+    replicas = settings.nats_replicas
+    return [
+        StreamConfig(
+            name=names.STREAM,
+            description="Requests that wait or are processed",
+            subjects=[names.STREAM_SUBJECTS],
+            retention=RetentionPolicy.WORK_QUEUE,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            max_msgs=settings.max_queue_size,
+            max_bytes=queue_bytes,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_msg_ttl=True,
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        StreamConfig(
+            name=names.COUNTERS,
+            description="Totals of requests by outcome",
+            subjects=[names.COUNTER_SUBJECTS],
+            storage=StorageType.FILE,
+            max_msgs_per_subject=COUNTER_HISTORY,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_msg_counter=True,
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        StreamConfig(
+            name=names.ANSWERS,
+            description="Answers that outlive their connection",
+            subjects=[names.ANSWER_SUBJECTS],
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            max_age=settings.response_ttl,
+            max_bytes=answer_bytes,
+            duplicate_window=min(settings.response_ttl, ANSWER_DUPLICATE_WINDOW_S),
+            republish=RePublish(src=names.ANSWER_SUBJECTS, dest=names.ANSWERED_SUBJECTS),
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        _bucket(names.RESPONSES_BUCKET, "What responses were asked for", settings.response_ttl, replicas),
+        _bucket(names.REQUESTS_BUCKET, "State of each request", settings.request_state_ttl, replicas),
+        _bucket(names.ANSWERS_BUCKET, "Answers to idempotent requests", settings.request_state_ttl, replicas),
+        _bucket(names.WORKERS_BUCKET, "Live workers", HEARTBEAT_TTL_S, replicas),
+        _bucket(names.APIS_BUCKET, "Live api instances", HEARTBEAT_TTL_S, replicas),
+    ]
+
+
+def consumer_config(settings: Settings, model: str, aliases: Sequence[str] | None = None) -> ConsumerConfig:
+    """The durable consumer that all workers of `model` share. Its metadata keep the model's name and `aliases`."""
+    metadata = {names.MODEL_METADATA: model}
+    if aliases is not None:
+        metadata[names.ALIASES_METADATA] = ",".join(aliases)
+    return ConsumerConfig(
+        durable_name=names.model_token(model),
+        description=f"Requests for {model}",
+        filter_subject=names.model_subjects(model),
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=settings.ack_wait,
+        max_ack_pending=settings.max_concurrent_requests,
+        max_deliver=-1,
+        metadata=metadata,
+    )
+
+
+def _bucket(bucket: str, description: str, ttl_s: float, replicas: int) -> StreamConfig:
+    # NATS ADR-8 fixes the layout of a KV bucket. Written as a stream, a changed TTL is applied like any other change.
+    # Heartbeats are in files too: a single server that restarts loses a stream in memory, and nobody would make it
+    # again.
+    return StreamConfig(
+        name=names.bucket_stream(bucket),
+        description=description,
+        subjects=[names.bucket_subjects(bucket)],
+        storage=StorageType.FILE,
+        max_msgs_per_subject=1,
+        max_age=ttl_s,
+        discard=DiscardPolicy.NEW,
+        duplicate_window=min(ttl_s, DUPLICATE_WINDOW_S),
+        deny_delete=True,
+        # With the header `Nats-Rollup: all`, a user that may write one value could remove all others.
+        allow_rollup_hdrs=False,
+        allow_direct=True,
+        num_replicas=replicas,
+    )

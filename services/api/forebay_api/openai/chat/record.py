@@ -1,0 +1,41 @@
+"""What is kept of a stored chat completion's request."""
+
+from typing import Any, Final, Literal
+
+from pydantic import Field
+
+from forebay_contracts.wire import names
+from forebay_contracts.wire.message import SCHEMA_VERSION, Message
+from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
+
+KIND: Final = "chat"
+"""The kind of these records (`forebay_api/in_flight/records.py`)."""
+
+
+class ChatRecord(Message):
+    """A stored completion, without its answer. Times: seconds since the epoch."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    request_id: str
+    key: str | None
+    created_at: float
+    deadline: float
+    model: str
+    messages: tuple[dict[str, Any], ...]
+    logprobs: int | None
+    return_prompt: bool = False
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+    def origin(self) -> InferenceRequest:
+        """The request, as far as its answer needs it."""
+        return InferenceRequest(
+            id=self.request_id,
+            completion_type=CompletionType.CHAT,
+            model=self.model,
+            created_at=self.created_at,
+            deadline=self.deadline,
+            reply_to=names.answer_subject(self.request_id),
+            key=self.key,
+            sampling=Sampling(logprobs=self.logprobs),
+            return_prompt=self.return_prompt,
+        )
