@@ -15,7 +15,7 @@ from support.nats import NatsServer
 from support.stack import Stack, running
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-EXAMPLES = 20
+EXAMPLES = 12
 
 
 def explore(stack: Stack, mode: GenerationMode) -> int:

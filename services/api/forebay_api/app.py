@@ -14,9 +14,10 @@ from forebay_api.clients.keys import ApiKeys
 from forebay_api.clients.limits import KeyLimits
 from forebay_api.context import Context, caller
 from forebay_api.create import Create
+from forebay_api.http.documented import ERRORS
 from forebay_api.http.errors import ErrorAnswers
 from forebay_api.http.middleware import REQUEST_ID_HEADER, HeadersMiddleware, TraceMiddleware
-from forebay_api.http.openapi import ERRORS, KEY, Api, described
+from forebay_api.http.openapi import KEY, Api, described
 from forebay_api.http.routing import Routes
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
@@ -71,7 +72,7 @@ def create_app(context: Context) -> ASGIApp:
     for router in (health.router, page.router):
         rest.include_router(router)
     paths = frozenset(endpoint.path for endpoint in ENDPOINTS)
-    shapes = {endpoint.path: endpoint.error for endpoint in ENDPOINTS}
+    shapes = {endpoint.path: endpoint.errors for endpoint in ENDPOINTS}
     routes = {(endpoint.method, endpoint.path): Create(endpoint, context) for endpoint in ENDPOINTS}
     served: ASGIApp = Routes(routes, rest, ErrorAnswers(context, shapes))
     if tracing.enabled():

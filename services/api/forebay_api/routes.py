@@ -7,10 +7,10 @@ its body and its answer format, and add a row. What only reads or cancels is a F
 from dataclasses import dataclass
 from typing import Final
 
-from forebay_api.anthropic.errors import anthropic_error
+from forebay_api.anthropic.errors import ANTHROPIC
 from forebay_api.anthropic.messages.body import CountTokensBody, MessagesBody
 from forebay_api.anthropic.messages.create import answer, count
-from forebay_api.http.errors import Shape, openai_error
+from forebay_api.http.errors import OPENAI, Shape
 from forebay_api.openai.body import RequestBody
 from forebay_api.openai.chat.body import ChatCompletionBody
 from forebay_api.openai.chat.create import complete
@@ -28,7 +28,7 @@ CHAT, COMPLETION, EMBEDDING = CompletionType.CHAT, CompletionType.COMPLETION, Co
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One row. `prepare` makes of a body what goes into the queue, and who writes the answer; `error` writes errors."""
+    """One row. `prepare` makes of a body what goes into the queue, and who writes the answer; `errors` tells errors."""
 
     method: str
     path: str
@@ -36,7 +36,7 @@ class Endpoint:
     body: type[RequestBody]
     prepare: Prepare
     log_prefix: str
-    error: Shape = openai_error
+    errors: Shape = OPENAI
 
     @property
     def summary(self) -> str:
@@ -50,8 +50,8 @@ ENDPOINTS: Final = (
     Endpoint("POST", "/v1/completions", COMPLETION, CompletionBody, live(CompletionFormat), "[Completions]"),
     Endpoint("POST", "/v1/embeddings", EMBEDDING, EmbeddingBody, live(EmbeddingFormat), "[Embeddings]"),
     Endpoint("POST", "/v1/responses", CHAT, ResponseBody, respond, "[Responses]"),
-    Endpoint("POST", "/v1/messages", CHAT, MessagesBody, answer, "[Messages]", anthropic_error),
-    Endpoint("POST", "/v1/messages/count_tokens", CHAT, CountTokensBody, count, "[Messages]", anthropic_error),
+    Endpoint("POST", "/v1/messages", CHAT, MessagesBody, answer, "[Messages]", ANTHROPIC),
+    Endpoint("POST", "/v1/messages/count_tokens", CHAT, CountTokensBody, count, "[Messages]", ANTHROPIC),
     Endpoint("POST", "/v1/responses/input_tokens", CHAT, InputTokensBody, count_input, "[Responses]"),
 )
 # fmt: on

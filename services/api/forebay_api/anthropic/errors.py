@@ -5,6 +5,9 @@ Source: https://docs.anthropic.com/en/api/errors.
 
 from typing import Any, Final
 
+from pydantic import BaseModel, Field
+
+from forebay_api.http.errors import Shape
 from forebay_contracts.wire.errors import AnswerLogFull, ApiError, QueueFull
 
 OVERLOADED: Final = 529
@@ -29,3 +32,23 @@ def anthropic_error(error: ApiError, request_id: str) -> tuple[int, dict[str, An
     if error.code is not None:
         told["details"] = {"error_code": error.code}
     return status, {"type": "error", "error": told, "request_id": request_id}
+
+
+class ErrorObject(BaseModel):
+    """Anthropic's error object. `details` has Forebay's code, if the error has one."""
+
+    type: str
+    message: str
+    details: dict[str, str] = Field(default_factory=dict)
+
+
+class AnthropicError(BaseModel):
+    """The body of every error."""
+
+    type: str
+    error: ErrorObject
+    request_id: str
+
+
+ANTHROPIC: Final = Shape(anthropic_error, AnthropicError, {OVERLOADED: "The queue or the answer log is full"})
+"""Errors as Anthropic's SDKs read them."""

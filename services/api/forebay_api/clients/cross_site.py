@@ -19,7 +19,12 @@ from forebay_contracts.wire.errors import InvalidRequest
 
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^:]+)(:\d*)?")
 _JSON: Final = re.compile(rb"\s*application/(json|[!#$&^_.+\w-]+\+json)\s*(;.*)?", re.I | re.S)
-_HEADERS: Final = frozenset((b"host", b"origin", b"sec-fetch-site", b"sec-fetch-dest", b"content-type"))
+_HEADERS: Final = frozenset(
+    (
+        *(b"host", b"origin", b"sec-fetch-site", b"sec-fetch-dest"),
+        *(b"content-type", b"content-length", b"transfer-encoding"),
+    )
+)
 
 
 class UnknownHost(InvalidRequest):
@@ -65,7 +70,8 @@ class CrossSite:
                 raise ForeignPage("Pages of other sites may not use this api: put their origins into CORS_ORIGINS.")
         elif origin not in self._origins and origin.partition(b"://")[2] != (host or None):
             raise ForeignPage(f"Pages of {_shown(origin)} may not use this api: put the origin into CORS_ORIGINS.")
-        if scope["method"] == "POST" and not _JSON.fullmatch(found.get(b"content-type", b"")):
+        has_body = b"transfer-encoding" in found or found.get(b"content-length", b"0") != b"0"
+        if scope["method"] == "POST" and has_body and not _JSON.fullmatch(found.get(b"content-type", b"")):
             raise NotJson("The body must be declared as JSON: send the header `Content-Type: application/json`.")
 
     def _matches(self, host: bytes) -> bool:

@@ -3,9 +3,11 @@
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Unpack
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -83,13 +85,34 @@ def _of_query(exc: RequestValidationError) -> errors.InvalidRequest:
     return errors.InvalidRequest(f"Invalid '{param}': {fault['msg']}.", param=param, code="invalid_value")
 
 
-Shape = Callable[[ApiError, str], tuple[int, dict[str, Any]]]
-"""The HTTP status and the body of an error of the request with this id."""
+class ErrorObject(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
 
 
-def openai_error(error: ApiError, request_id: str) -> tuple[int, dict[str, Any]]:
-    """OpenAI's shape."""
-    return error.status, error.body()
+class Error(BaseModel):
+    """The body of every error."""
+
+    error: ErrorObject
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How an api tells errors: `write` gives the HTTP status and the body for an error of the request with this id.
+
+    `model` is the schema of the bodies. `statuses` holds HTTP statuses, with their meaning, that are its own.
+    """
+
+    write: Callable[[ApiError, str], tuple[int, dict[str, Any]]]
+    model: type[BaseModel]
+    statuses: Mapping[int, str] = field(default_factory=dict)
+
+
+OPENAI: Final = Shape(lambda error, _: (error.status, error.body()), Error)
 
 
 class ErrorAnswers:
@@ -122,8 +145,8 @@ class ErrorAnswers:
         return self._shaped(request, unexpected, {"x-should-retry": "false"})
 
     def _shaped(self, request: Request, error: ApiError, headers: Mapping[str, str]) -> Response:
-        shape = self._shapes.get(request.scope["path"], openai_error)
-        status, body = shape(error, request.state.request_id)
+        shape = self._shapes.get(request.scope["path"], OPENAI)
+        status, body = shape.write(error, request.state.request_id)
         return JSONResponse(body, status, headers)
 
     async def _api_error(self, request: Request, error: ApiError) -> Response:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http.bodies import body_of
+from forebay_api.http.documented import TAKES_JSON
 from forebay_api.in_flight.records import Kept, key_of
 from forebay_api.openai.body import StrictModel
 from forebay_api.openai.chat.format import ChatFormat
@@ -59,7 +60,7 @@ async def retrieve_completion(completion_id: str, context: Running, caller: Call
     return found
 
 
-@router.post("/{completion_id}")
+@router.post("/{completion_id}", **TAKES_JSON)
 async def update_completion(completion_id: str, request: Request, context: Running, caller: Caller) -> dict[str, Any]:
     """Replace the metadata of a stored completion."""
     body = await body_of(request, UpdateBody, context.settings.max_request_bytes)

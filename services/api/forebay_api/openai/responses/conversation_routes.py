@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http.bodies import body_of
+from forebay_api.http.documented import TAKES_JSON
 from forebay_api.openai.body import Many, StrictModel
 from forebay_api.openai.lists import Limit, Order, page
 from forebay_api.openai.responses.body import Metadata
@@ -53,7 +54,7 @@ def _entries(items: Sequence[Any] | None) -> list[Entry]:
     return found
 
 
-@router.post("")
+@router.post("", **TAKES_JSON)
 async def create_conversation(request: Request, context: Running, caller: Caller) -> dict[str, Any]:
     """Make a conversation."""
     body = await body_of(request, ConversationBody, context.settings.max_request_bytes)
@@ -67,7 +68,7 @@ async def retrieve_conversation(conversation_id: str, context: Running, caller: 
     return (await context.responses.conversation(caller.name, conversation_id)).record.object()
 
 
-@router.post("/{conversation_id}")
+@router.post("/{conversation_id}", **TAKES_JSON)
 async def update_conversation(
     conversation_id: str, request: Request, context: Running, caller: Caller
 ) -> dict[str, Any]:
@@ -84,7 +85,7 @@ async def delete_conversation(conversation_id: str, context: Running, caller: Ca
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
 
-@router.post("/{conversation_id}/items")
+@router.post("/{conversation_id}/items", **TAKES_JSON)
 async def create_items(conversation_id: str, request: Request, context: Running, caller: Caller) -> dict[str, Any]:
     """Add items to a conversation."""
     body = await body_of(request, ItemsBody, context.settings.max_request_bytes)

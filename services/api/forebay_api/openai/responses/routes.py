@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http import sse
+from forebay_api.http.documented import DECLARED_AS_JSON
 from forebay_api.openai.lists import Limit, Order, page
 from forebay_api.openai.responses.format import ResponseFormat
 from forebay_api.openai.responses.record import ResponseRecord
@@ -40,7 +41,7 @@ async def delete_response(response_id: str, context: Running, caller: Caller) ->
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-@router.post("/{response_id}/cancel", response_class=Response)
+@router.post("/{response_id}/cancel", response_class=Response, responses=DECLARED_AS_JSON)
 async def cancel_response(response_id: str, context: Running, caller: Caller) -> Response:
     """Cancel a background response; one that has ended stays as it ended."""
     record = await context.responses.get(caller.name, response_id)
