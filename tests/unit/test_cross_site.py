@@ -95,7 +95,9 @@ def test_pages(method: str, headers: dict[str, str], served: bool) -> None:
     ],
 )
 def test_bodies_are_declared_as_json(content_type: str, served: bool) -> None:
-    assert checked("POST", {"content-type": content_type}) is (None if served else NotJson)
+    for body in ({"content-length": "2"}, {"transfer-encoding": "chunked"}):
+        assert checked("POST", body | {"content-type": content_type}) is (None if served else NotJson)
+    assert checked("POST", {"content-type": content_type, "content-length": "0"}) is None
 
 
 def test_the_message_says_what_to_set() -> None:
