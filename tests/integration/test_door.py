@@ -166,6 +166,12 @@ async def test_no_such_route(stack: Stack) -> None:
         assert ("allow" in response.headers) == (status == 405)
 
 
+async def test_a_base_url_without_v1_is_told(stack: Stack) -> None:
+    for method, path, told in [("GET", "/models", True), ("POST", "/chat/completions", True), ("GET", "/no", False)]:
+        message = error_of(await stack.http.request(method, stack.apis[0].url + path, headers=KEY))["message"]
+        assert message.endswith("; the base URL of an OpenAI client ends in /v1") == told, path
+
+
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [

@@ -10,6 +10,7 @@ import pytest
 
 from forebay_cli.commands import services
 from forebay_cli.local import nats_server
+from forebay_contracts.nats import connection as connection_module
 from forebay_contracts.nats.connection import connect
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import ConfigurationError
@@ -53,6 +54,10 @@ async def test_only_the_owner_is_let_in(tmp_path: Path, monkeypatch: pytest.Monk
         assert context["url"] == url
         assert context["inbox_prefix"] == "_INBOX.cli"
         assert not await refused(url, nats_nkey_seed=context["nkey"])
+        # A command with another DATA_DIR is told which one it needs, if it comes to the usual port.
+        monkeypatch.setattr(connection_module, "DEFAULT_NATS_URL", url)
+        with pytest.raises(ConfigurationError, match="set DATA_DIR to the same folder"):
+            await connect(load(Settings, _env_file=None), "forebay-tests")
         # A service that is started beside it, too.
         monkeypatch.setenv("DATA_DIR", str(tmp_path))
         monkeypatch.delenv("NATS_URL", raising=False)

@@ -162,3 +162,13 @@ def test_an_answer_goes_on_from_the_last_message_of_the_assistant(last: dict[str
         id="a", completion_type=CompletionType.CHAT, model="m", created_at=0.0, deadline=1.0, reply_to=""
     )
     assert made.chat_template_kwargs.get("continue_final_message", False) is goes_on
+
+
+def test_what_is_refused_names_its_member_and_what_is_served_there() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        asked(messages=[{"role": "user", "content": [{"type": "image"}]}])
+    assert refused.value.param == "messages[0].content[0].type"
+    served = "'image' is none of 'text', 'document', 'tool_result'"
+    assert str(refused.value) == f"Invalid 'messages[0].content[0].type': {served}."
+    with pytest.raises(InvalidRequest, match=r"^Missing required parameter: 'messages\[0\].role'\.$"):
+        asked(messages=[{"content": "a"}])

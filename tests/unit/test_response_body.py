@@ -464,7 +464,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "tool_choice",
     ),
     ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
-    ({"text": {"format": {"type": "xml"}}}, "text.format"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
     ({"text": {"verbosity": "loud"}}, "text.verbosity"),
     ({"text": {"color": "red"}}, "text.color"),

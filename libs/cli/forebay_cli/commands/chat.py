@@ -27,7 +27,9 @@ class ChatError(ForebayError):
 
 def chat(
     message: Annotated[str | None, typer.Argument(help="The question; without it, a conversation.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="The api.", show_default="of API_HOST and API_PORT")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="The api, with /v1.", show_default="of API_HOST and API_PORT")
+    ] = None,
     api_key: Annotated[str | None, typer.Option(help="Key.", show_default="the first of API_KEYS")] = None,
     model: Annotated[str | None, typer.Option(help="Model.", show_default="the first that is served")] = None,
     as_json: AsJson = False,

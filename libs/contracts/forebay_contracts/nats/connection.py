@@ -162,9 +162,10 @@ async def connect(settings: Settings, name: str, role: Role = "cli") -> Connecti
         refusals = connection.errors_before_start
         reason = next(filter(_is_of_user, refusals), refusals[-1] if refusals else exc)
         if _is_of_user(reason):
+            up = "" if settings.nats_url else "; if `forebay up` started it, set DATA_DIR to the same folder"
             raise ConfigurationError(
                 f"NATS at {_without_secrets(url)} refuses this user: set NATS_NKEY_SEED or NATS_CREDENTIALS to a file "
-                f"that it knows"
+                f"that it knows{up}"
             ) from exc
         raise QueueUnavailable(
             f"cannot reach NATS at {_without_secrets(url)}: {str(reason) or type(reason).__name__}"

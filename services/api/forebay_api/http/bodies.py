@@ -113,6 +113,8 @@ def _path(error: ErrorDetails, body: object) -> tuple[str | int, ...]:
             node = node[part]
     if missing:
         path.append(error["loc"][-1])
+    if "discriminator" in error.get("ctx", {}):
+        path.append(error["ctx"]["discriminator"].strip("'"))
     misfit = error.get("ctx", {}).get("error")
     if isinstance(misfit, Misfit):
         path.append(misfit.param)
@@ -154,6 +156,10 @@ def _code(error: ErrorDetails) -> tuple[str, str]:
             return "string_above_max_length", f"expected a string with at most {limits['max_length']} characters"
         case "literal_error" | "finite_number" | "none_required":
             return "invalid_value", f"expected {_reason(error)}"
+        case "union_tag_invalid":
+            return "invalid_value", f"{limits['tag']!r} is none of {limits['expected_tags']}"
+        case "union_tag_not_found":
+            return "missing_required_parameter", ""
     return ("invalid_type" if _is_type(error) else "invalid_value"), _reason(error)
 
 

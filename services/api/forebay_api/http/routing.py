@@ -48,6 +48,10 @@ class Routes:
     async def _answer(self, request: Request, exc: Exception) -> Response:
         if isinstance(exc, HTTPException) and exc.status_code == 405:
             exc.headers = {"allow": ", ".join(self._methods_of(request.scope))}
+        if isinstance(exc, HTTPException) and exc.status_code == 404:
+            in_v1 = {**request.scope, "path": "/v1" + request.scope["path"]}
+            if self._methods_of(in_v1):
+                exc.detail += "; the base URL of an OpenAI client ends in /v1"
         return await self._errors.answer(request, exc)
 
     def _methods_of(self, scope: Scope) -> list[str]:
