@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from forebay_api.in_flight import live_answer, stored
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_contracts.nats import clock
+from forebay_contracts.queueing import memory
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, ApiError
 from forebay_contracts.wire.request import InferenceRequest
@@ -198,6 +200,54 @@ async def test_a_full_log_refuses_new_answers_and_none_under_way(system: Twins) 
             async with api.submit(stored_request()):
                 pass
         assert await text_of(answer) == WHOLE
+
+
+async def test_an_answer_of_any_length_is_read_late_and_slowly(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20 delay_ms=21")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        assert await text_of(answer) == WHOLE
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    monkeypatch.setattr(live_answer, "MAX_UNREAD_DELTAS", 3)
+    monkeypatch.setattr(stored, "PAGE", 2)
+    monkeypatch.setattr(memory, "PAGE", 2)
+    assert (await api.so_far(wanted)).outcome is RequestStatus.COMPLETED
+    async with api.read(wanted) as slow:
+        await slow.started()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not slow.done, "no more is read than the client takes"
+        assert await text_of(slow) == WHOLE
+    async with api.read(wanted) as left:
+        await left.started()
+
+
+async def test_a_reader_of_an_answer_that_is_deleted_does_not_wait(system: Twins) -> None:
+    api, other = an_api(system), an_api(system)
+    wanted = stored_request("tokens=20")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        await text_of(answer)
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    await api.forget(wanted)
+    async with other.read(wanted) as late:
+        with pytest.raises(ApiError, match="deleted"):
+            await text_of(late)
+    assert await other.ended_as(wanted) is RequestStatus.COMPLETED
+
+
+async def test_a_deleted_answer_leaves_nothing_behind(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        await text_of(answer)
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    await api.forget(wanted)
+    monkeypatch.setattr(clock, "now", lambda now=clock.now: now() + 100)
+    assert not (await api.so_far(wanted)).done
+    assert await system.answers.read(wanted.id) == []
 
 
 async def test_a_failure_is_an_error_for_every_reader(system: Twins) -> None:
