@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 class LogSize(NamedTuple):
-    """Bytes that the answers take, and the most that they may take: inf if that is unbounded."""
+    """Bytes that stored requests and answers take, and the most that they may take: inf if that is unbounded."""
 
     used: int
     most: float
@@ -185,13 +185,14 @@ class JetStreamAnswerLog:
         return self._room
 
     async def size(self) -> LogSize:
-        """How full the log is. Raises QueueUnavailable."""
+        """How full the log is. What was asked for counts too. Raises QueueUnavailable."""
+        info = self._connection.jetstream.stream_info
         try:
-            info = await self._connection.jetstream.stream_info(names.ANSWERS)
+            answers, asked = await info(names.ANSWERS), await info(names.bucket_stream(names.RESPONSES_BUCKET))
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the answer log cannot be reached") from exc
-        most = info.config.max_bytes or -1
-        return LogSize(info.state.bytes, most if most > 0 else math.inf)
+        most = answers.config.max_bytes or -1
+        return LogSize(answers.state.bytes + asked.state.bytes, most if most > 0 else math.inf)
 
     async def purge(self, request_id: str) -> None:
         """See `AnswerLog.purge`."""

@@ -90,8 +90,7 @@ class StoredRequests:
         Raises:
             QueueFull, QueueUnavailable, RequestTooLarge, KeyLimitReached, AnswerLogFull: nothing of it stays.
         """
-        if not await self._answers.has_room():
-            raise AnswerLogFull("no room is left for further stored answers, try again later")
+        await self.need_room()
         async with AsyncExitStack() as held:
             held.enter_context(self._one_more(request.key))
             # Before it is admitted: then nothing of its answer can be missed, and the log need not be read.
@@ -103,6 +102,11 @@ class StoredRequests:
         task.add_done_callback(self._tasks.discard)
         with reader as answer:
             yield answer
+
+    async def need_room(self) -> None:
+        """Raises AnswerLogFull if nothing more may be stored."""
+        if not await self._answers.has_room():
+            raise AnswerLogFull("no room is left for further stored answers, try again later")
 
     async def _admit(self, request: InferenceRequest, key: str | None, record: Message | None) -> int:
         if key is None or record is None:

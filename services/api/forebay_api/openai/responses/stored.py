@@ -98,6 +98,8 @@ class Responses:
         without: str | None = None,
     ) -> ConversationRecord:
         """Add entries to a conversation, replace its metadata, or remove an item or a response."""
+        if more:
+            await self._requests.need_room()
         for conflicts in range(MAX_CONFLICTS):
             kept = await self.conversation(owner, identifier)
             changed = kept.record.changed(more, metadata, without)
@@ -115,6 +117,7 @@ class Responses:
         self, owner: str | None, metadata: dict[str, str], entries: Sequence[Entry]
     ) -> ConversationRecord:
         """Make a conversation."""
+        await self._requests.need_room()
         record = ConversationRecord(
             id=f"conv_{uuid.uuid4().hex}", created_at=clock.now(), metadata=metadata, entries=tuple(entries)
         )
