@@ -237,6 +237,20 @@ async def test_a_reader_of_an_answer_that_is_deleted_does_not_wait(system: Twins
     assert await other.ended_as(wanted) is RequestStatus.COMPLETED
 
 
+async def test_a_reader_of_an_answer_that_expires_does_not_wait(system: Twins) -> None:
+    api, other = an_api(system), an_api(system)
+    wanted = stored_request("tokens=4 delay_ms=21")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        await text_of(answer)
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    del system.answers._answers[wanted.id][:2]
+    async with other.read(wanted) as late:
+        with pytest.raises(ApiError, match="not stored any more"):
+            await text_of(late)
+    assert (await other.so_far(wanted)).done
+
+
 async def test_a_deleted_answer_leaves_nothing_behind(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
     api = an_api(system)
     wanted = stored_request("tokens=20")

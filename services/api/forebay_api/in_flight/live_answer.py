@@ -71,6 +71,11 @@ class LiveAnswer:
             return RequestStatus.FAILED
         return RequestStatus.CANCELLED
 
+    @property
+    def unread(self) -> int:
+        """The number of deltas that have come and were not read."""
+        return len(self._unread)
+
     def have(self, frame: Frame) -> Resume:
         """What has come so far: the worker that sent `frame` goes on from there, or sends what is missing.
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_contracts.queueing.protocols import Record
+from forebay_contracts.wire.errors import RequestNotFound
 from forebay_contracts.wire.frames import Completed, Failed, decode_frame, outcome_of
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
@@ -34,5 +35,7 @@ class Reader:
                 if self._wanted:
                     self.answer.receive(frame)
             if isinstance(frame, Completed | Failed):
+                # Unless it is whole: the oldest records reach RESPONSE_TTL first.
+                self.answer.fail(RequestNotFound("the beginning of the answer is not stored any more", code=None))
                 return outcome_of(frame)
         return None

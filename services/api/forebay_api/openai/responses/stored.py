@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
+from forebay_api.http.bodies import off_loop
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.in_flight.records import Kept, Records, key_of
 from forebay_api.in_flight.stored import StoredRequests
@@ -27,6 +28,9 @@ MAX_CONFLICTS: Final = 20
 
 CONFLICT_PAUSE_S: Final = 0.01
 """Longest pause before the second try. It grows by as much with each try, so that many clients get their turn."""
+
+DELTA_BYTES: Final = 100
+"""About what one delta is in the log."""
 
 _Items = list[dict[str, Any]]
 
@@ -80,7 +84,8 @@ class Responses:
 
     async def fold(self, record: ResponseRecord) -> ResponseFold:
         """The response as it is now."""
-        return folded(record, await self._requests.so_far(record.origin()))
+        answer = await self._requests.so_far(record.origin())
+        return await off_loop(DELTA_BYTES * answer.unread, folded, record, answer)
 
     async def conversation(self, owner: str | None, identifier: str) -> Kept[ConversationRecord]:
         """A conversation. Raises RequestNotFound."""
