@@ -261,6 +261,7 @@ async def test_a_deleted_answer_leaves_nothing_behind(system: Twins, monkeypatch
     await api.forget(wanted)
     monkeypatch.setattr(clock, "now", lambda now=clock.now: now() + 100)
     assert not (await api.so_far(wanted)).done
+    await api.cancel(wanted, "too late")
     assert await system.answers.read(wanted.id) == []
 
 

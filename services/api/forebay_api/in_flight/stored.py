@@ -168,6 +168,8 @@ class StoredRequests:
 
     async def cancel(self, request: InferenceRequest, reason: str) -> None:
         """Cancel a request, unless it has ended."""
+        if await self.ended_as(request) is not None:
+            return  # its answer was deleted, and stays empty
         unknown = transitions.queued(request, None)
         await self._cancellation.end(request.id, RequestStatus.CANCELLED, reason, unknown=unknown)
 
