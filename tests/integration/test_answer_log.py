@@ -123,6 +123,11 @@ class TestLog:
     async def test_a_removed_answer_is_gone(self, answers: AnswerLog) -> None:
         await answers.append("a", [STARTED], 0, "w.0")
         await answers.append("b", [STARTED], 0, "w.0")
+        last = await answers.append("c", [completed(0)], await answers.append("c", [STARTED], 0, "w.0"), "w.1")
+        await answers.purge("c", keep=1)
+        assert [record.sequence for record in await answers.read("c")] == [last]
+        with pytest.raises(AnswerTaken):
+            await answers.append("c", [STARTED], 0, "x.0")
         await answers.purge("a")
         assert await answers.read("a") == []
         assert len(await answers.read("b")) == 1

@@ -99,7 +99,11 @@ async def test_it_is_cancelled_and_deleted(stack: Stack) -> None:
             await one.responses.retrieve(gone)
     await stack.becomes_idle(stack.workers[0])
     info = await stack.connection.jetstream.stream_info("INFERENCE_ANSWERS", subjects_filter=">")
-    assert not [name for name in info.state.subjects or {} if uuid.UUID(running_one.id[5:]).hex in name]
+    subject = f"inference.answers.{uuid.UUID(running_one.id[5:])}"
+    assert (info.state.subjects or {})[subject] == 1, "the last frame says that it was deleted"
+    await two.responses.delete(foreground.id)
+    info = await stack.connection.jetstream.stream_info("INFERENCE_ANSWERS", subjects_filter=">")
+    assert f"inference.answers.{uuid.UUID(foreground.id[5:])}" not in (info.state.subjects or {})
 
 
 async def test_a_conversation_goes_on(stack: Stack) -> None:

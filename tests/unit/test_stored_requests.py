@@ -14,6 +14,7 @@ from forebay_contracts.nats import clock
 from forebay_contracts.queueing import memory
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, ApiError
+from forebay_contracts.wire.frames import Failed, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 from support.twins import Twins, request, twins
@@ -235,6 +236,21 @@ async def test_a_reader_of_an_answer_that_is_deleted_does_not_wait(system: Twins
         with pytest.raises(ApiError, match="deleted"):
             await text_of(late)
     assert await other.ended_as(wanted) is RequestStatus.COMPLETED
+
+
+async def test_an_attempt_that_begins_late_writes_nothing_into_a_deleted_answer(system: Twins) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20")
+    async with api.submit(wanted):
+        delivery = await system.queue.pull()
+        await api.forget(wanted)
+    before = await system.answers.read(wanted.id)
+    assert [type(decode_frame(frame)) for record in before for frame in record.frames] == [Failed]
+    async with asyncio.timeout(5):
+        await system.runner().run(delivery)
+    assert await system.answers.read(wanted.id) == before
+    await api.forget(wanted)
+    assert await system.answers.read(wanted.id) == before
 
 
 async def test_a_reader_of_an_answer_that_expires_does_not_wait(system: Twins) -> None:

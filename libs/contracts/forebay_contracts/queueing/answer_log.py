@@ -194,9 +194,9 @@ class JetStreamAnswerLog:
         most = answers.config.max_bytes or -1
         return LogSize(answers.state.bytes + asked.state.bytes, most if most > 0 else math.inf)
 
-    async def purge(self, request_id: str) -> None:
+    async def purge(self, request_id: str, keep: int = 0) -> None:
         """See `AnswerLog.purge`."""
-        order = json.dumps({"filter": names.answer_subject(request_id)}).encode()
+        order = json.dumps({"filter": names.answer_subject(request_id), "keep": keep}).encode()
         try:
             await self._requests.request(f"$JS.API.STREAM.PURGE.{names.ANSWERS}", order, timeout_s=LOG_TIMEOUT_S)
         except (NatsError, TimeoutError) as exc:

@@ -273,9 +273,10 @@ class InMemoryAnswerLog:
         """As `room` says."""
         return self.room
 
-    async def purge(self, request_id: str) -> None:
+    async def purge(self, request_id: str, keep: int = 0) -> None:
         """Remove it."""
-        self._answers.pop(request_id, None)
+        records = self._answers.pop(request_id, [])
+        self._answers[request_id] = records[len(records) - keep :]
         self._changed.set()
         self._changed = asyncio.Event()
 

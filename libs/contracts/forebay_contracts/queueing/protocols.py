@@ -171,8 +171,8 @@ class AnswerLog(Protocol):
     async def has_room(self) -> bool:
         """Whether new answers may begin. What is left then is for those under way."""
 
-    async def purge(self, request_id: str) -> None:
-        """Remove an answer."""
+    async def purge(self, request_id: str, keep: int = 0) -> None:
+        """Remove the records of an answer but the last `keep`."""
 
 
 class CancelNotices(Protocol):

@@ -32,6 +32,7 @@ from forebay_contracts.wire.errors import (
     RequestNotFound,
     StateUnreadable,
 )
+from forebay_contracts.wire.frames import Failed, decode_frame
 from forebay_contracts.wire.message import Message
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
@@ -174,9 +175,14 @@ class StoredRequests:
         await self._cancellation.end(request.id, RequestStatus.CANCELLED, reason, unknown=unknown)
 
     async def forget(self, request: InferenceRequest) -> None:
-        """Cancel a request, if it still runs, and remove its answer."""
+        """Cancel a request, if it still runs, and remove its answer.
+
+        If it was cancelled, its last frame stays: an attempt that begins late could write into an empty log.
+        """
         await self.cancel(request, "its answer was deleted")
-        await self._answers.purge(request.id)
+        records = await self._answers.read(request.id)
+        last = [decode_frame(frame) for frame in records[-1].frames] if records else []
+        await self._answers.purge(request.id, keep=int(len(last) == 1 and isinstance(last[0], Failed)))
 
     async def _watch(
         self,
