@@ -8,10 +8,12 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from forebay_contracts.queueing import answer_log, memory
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog, following
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel, have
 from forebay_contracts.queueing.memory import InMemoryAnswerLog
 from forebay_contracts.queueing.protocols import AnswerLog, Record, Superseded
+from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerTaken, RequestCancelled
 from forebay_contracts.wire.frames import (
     Completed,
@@ -97,9 +99,35 @@ class TestLog:
                 seen += await asyncio.wait_for(anext(coming), 5)
         assert [record.sequence for record in seen] == [record.sequence for record in await answers.read("a")]
 
+    async def test_a_reader_that_is_slow_holds_little_and_misses_nothing(
+        self, answers: AnswerLog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in (answer_log, memory):
+            monkeypatch.setattr(module, "PAGE", 7)
+        monkeypatch.setattr(answer_log, "MAX_HEARD", 5)
+        last, seen = 0, list[Record]()
+        async with answers.follow("a") as coming:
+            for number in range(20):
+                last = await answers.append("a", [delta(number, number)], last, f"w.{number}")
+            while not seen or seen[-1].sequence < last:
+                some = await asyncio.wait_for(anext(coming), 5)
+                assert len(some) <= 7
+                seen += some
+            assert [frame for record in seen for frame in record.frames] == await frames_of(answers)
+            for number in range(20, 40):
+                last = await answers.append("a", [delta(number, number)], last, f"w.{number}")
+            while seen[-1].sequence < last:
+                seen += await asyncio.wait_for(anext(coming), 5)
+        assert [record.sequence for record in seen] == [record.sequence for record in await answers.read("a")]
+
     async def test_a_removed_answer_is_gone(self, answers: AnswerLog) -> None:
         await answers.append("a", [STARTED], 0, "w.0")
         await answers.append("b", [STARTED], 0, "w.0")
+        last = await answers.append("c", [completed(0)], await answers.append("c", [STARTED], 0, "w.0"), "w.1")
+        await answers.purge("c", keep=1)
+        assert [record.sequence for record in await answers.read("c")] == [last]
+        with pytest.raises(AnswerTaken):
+            await answers.append("c", [STARTED], 0, "x.0")
         await answers.purge("a")
         assert await answers.read("a") == []
         assert len(await answers.read("b")) == 1
@@ -179,6 +207,16 @@ async def _stored(answers: AnswerLog, frames: int) -> None:
             count += sum(len(record.frames) for record in await asyncio.wait_for(anext(coming), 5))
 
 
+class TestRoom:
+    @pytest.mark.nats
+    async def test_what_was_asked_for_takes_room_too(self, nats_server: NatsServer) -> None:
+        async with connected(nats_server) as connection:
+            before = (await JetStreamAnswerLog(connection).size()).used
+            bucket = await connection.jetstream.key_value(names.RESPONSES_BUCKET)
+            await bucket.put("resp.open.1", b"x" * 100_000)
+            assert (await JetStreamAnswerLog(connection).size()).used >= before + 100_000
+
+
 class TestAway:
     async def test_an_answer_waits_while_the_log_is_full(self) -> None:
         answers = InMemoryAnswerLog()
@@ -203,7 +241,7 @@ class TestAway:
                 async with answers.follow("a") as coming:
                     async for records in coming:
                         seen.update((record.sequence, record.frames) for record in records)
-                        if records[-1].frames[-1] == completed(300):
+                        if records and records[-1].frames[-1] == completed(300):
                             done.set()
                             return
 

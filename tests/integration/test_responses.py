@@ -99,7 +99,11 @@ async def test_it_is_cancelled_and_deleted(stack: Stack) -> None:
             await one.responses.retrieve(gone)
     await stack.becomes_idle(stack.workers[0])
     info = await stack.connection.jetstream.stream_info("INFERENCE_ANSWERS", subjects_filter=">")
-    assert not [name for name in info.state.subjects or {} if uuid.UUID(running_one.id[5:]).hex in name]
+    subject = f"inference.answers.{uuid.UUID(running_one.id[5:])}"
+    assert (info.state.subjects or {})[subject] == 1, "the last frame says that it was deleted"
+    await two.responses.delete(foreground.id)
+    info = await stack.connection.jetstream.stream_info("INFERENCE_ANSWERS", subjects_filter=">")
+    assert f"inference.answers.{uuid.UUID(foreground.id[5:])}" not in (info.state.subjects or {})
 
 
 async def test_a_conversation_goes_on(stack: Stack) -> None:
@@ -194,3 +198,53 @@ async def test_after_its_ttl_nothing_is_left(nats_server: NatsServer) -> None:
         for gone in (client.responses.retrieve(made.id), client.chat.completions.retrieve(chat.id)):
             with pytest.raises(openai.NotFoundError):
                 await gone
+
+
+async def test_many_change_one_conversation(stack: Stack) -> None:
+    one, two = stack.openai(0), stack.openai(1)
+    made = await one.conversations.create()
+    await asyncio.gather(
+        *(
+            client.responses.create(model=MODEL, input=f"[[tokens=1]] {number}", conversation=made.id)
+            for number in range(20)
+            for client in (one, two)
+        )
+    )
+    listed = await one.conversations.items.list(made.id, limit=100)
+    assert len(listed.data) == 2 * 40
+
+
+async def test_an_item_that_is_deleted_can_be_added_again(stack: Stack) -> None:
+    url = f"{stack.apis[0].url}/v1/conversations"
+    item = {"id": "msg_1", "role": "user", "content": "a secret"}
+    made = (await stack.http.post(url, json={"items": [item]})).json()["id"]
+    assert (await stack.http.delete(f"{url}/{made}/items/msg_1")).status_code == 200
+    assert b"a secret" not in (await _bytes_of(stack, made))
+    await stack.http.post(f"{url}/{made}/items", json={"items": [item]})
+    assert (await stack.http.get(f"{url}/{made}/items/msg_1")).status_code == 200
+
+
+async def _bytes_of(stack: Stack, conversation: str) -> bytes:
+    bucket = await stack.connection.jetstream.key_value("inference-responses")
+    return (await bucket.get(f"conv.open.{conversation}")).value or b""
+
+
+async def test_numbers_of_any_size_are_shown(stack: Stack) -> None:
+    huge = 10**30
+    url = f"{stack.apis[0].url}/v1/responses"
+    answer = await stack.http.post(url, json={"model": MODEL, "input": "[[tokens=1]]", "max_tool_calls": huge})
+    assert (answer.status_code, answer.json()["max_tool_calls"]) == (200, huge)
+    too_many = {"model": MODEL, "input": "[[tokens=1]]", "max_output_tokens": huge, "background": True}
+    begun = (await stack.http.post(url, json=too_many)).json()
+    async with stack.http.stream("GET", f"{url}/{begun['id']}?stream=true") as stream:
+        assert "response.failed" in (await stream.aread()).decode()
+
+
+async def test_a_deleted_answer_is_not_waited_for(stack: Stack) -> None:
+    url = f"{stack.apis[0].url}/v1/chat/completions"
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "[[tokens=3]]"}], "store": True}
+    first = (await stack.http.post(url, json=body, headers={"idempotency-key": "k"})).json()
+    assert (await stack.http.delete(f"{url}/{first['id']}")).status_code == 200
+    again = await stack.http.post(url, json=body, headers={"idempotency-key": "k"}, timeout=10)
+    assert again.status_code == 200
+    assert again.json()["id"] != first["id"]

@@ -31,7 +31,12 @@ async def test_a_stored_completion_is_there_at_every_api(nats_server: NatsServer
         second = await completions.create(model=MODEL, messages=ask("[[tokens=2]]"), store=True)
         listed = await two.chat.completions.list(limit=1)
         assert listed.has_more
-        assert {completion.id async for completion in listed} == {made.id, second.id}
+        await two.chat.completions.update(made.id, metadata={"e": "f"})
+        for order, wanted in (("asc", [made.id, second.id]), ("desc", [second.id, made.id])):
+            pages = await two.chat.completions.list(limit=1, order=order)
+            assert [completion.id async for completion in pages] == wanted
+        with pytest.raises(openai.BadRequestError):
+            await two.chat.completions.list(after="chatcmpl-unknown")
         assert (await two.chat.completions.delete(made.id)).deleted
         for gone in (made.id, "chatcmpl-unknown", "unknown", "chatcmpl-*"):
             with pytest.raises(openai.NotFoundError):

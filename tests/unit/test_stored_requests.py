@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from forebay_api.in_flight import live_answer, stored
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_contracts.nats import clock
+from forebay_contracts.queueing import memory
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, ApiError
+from forebay_contracts.wire.frames import Failed, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 from support.twins import Twins, request, twins
@@ -198,6 +201,84 @@ async def test_a_full_log_refuses_new_answers_and_none_under_way(system: Twins) 
             async with api.submit(stored_request()):
                 pass
         assert await text_of(answer) == WHOLE
+
+
+async def test_an_answer_of_any_length_is_read_late_and_slowly(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20 delay_ms=21")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        assert await text_of(answer) == WHOLE
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    monkeypatch.setattr(live_answer, "MAX_UNREAD_DELTAS", 3)
+    monkeypatch.setattr(stored, "PAGE", 2)
+    monkeypatch.setattr(memory, "PAGE", 2)
+    assert (await api.so_far(wanted)).outcome is RequestStatus.COMPLETED
+    async with api.read(wanted) as slow:
+        await slow.started()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not slow.done, "no more is read than the client takes"
+        assert await text_of(slow) == WHOLE
+    async with api.read(wanted) as left:
+        await left.started()
+
+
+async def test_a_reader_of_an_answer_that_is_deleted_does_not_wait(system: Twins) -> None:
+    api, other = an_api(system), an_api(system)
+    wanted = stored_request("tokens=20")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        await text_of(answer)
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    await api.forget(wanted)
+    async with other.read(wanted) as late:
+        with pytest.raises(ApiError, match="deleted"):
+            await text_of(late)
+    assert await other.ended_as(wanted) is RequestStatus.COMPLETED
+
+
+async def test_an_attempt_that_begins_late_writes_nothing_into_a_deleted_answer(system: Twins) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20")
+    async with api.submit(wanted):
+        delivery = await system.queue.pull()
+        await api.forget(wanted)
+    before = await system.answers.read(wanted.id)
+    assert [type(decode_frame(frame)) for record in before for frame in record.frames] == [Failed]
+    async with asyncio.timeout(5):
+        await system.runner().run(delivery)
+    assert await system.answers.read(wanted.id) == before
+    await api.forget(wanted)
+    assert await system.answers.read(wanted.id) == before
+
+
+async def test_a_reader_of_an_answer_that_expires_does_not_wait(system: Twins) -> None:
+    api, other = an_api(system), an_api(system)
+    wanted = stored_request("tokens=4 delay_ms=21")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        await text_of(answer)
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    del system.answers._answers[wanted.id][:2]
+    async with other.read(wanted) as late:
+        with pytest.raises(ApiError, match="not stored any more"):
+            await text_of(late)
+    assert (await other.so_far(wanted)).done
+
+
+async def test_a_deleted_answer_leaves_nothing_behind(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=20")
+    system.worker()
+    async with api.submit(wanted) as answer:
+        await text_of(answer)
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    await api.forget(wanted)
+    monkeypatch.setattr(clock, "now", lambda now=clock.now: now() + 100)
+    assert not (await api.so_far(wanted)).done
+    await api.cancel(wanted, "too late")
+    assert await system.answers.read(wanted.id) == []
 
 
 async def test_a_failure_is_an_error_for_every_reader(system: Twins) -> None:

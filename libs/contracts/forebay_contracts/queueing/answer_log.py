@@ -22,7 +22,7 @@ from nats.js.errors import APIError
 
 from forebay_contracts.nats import direct_get
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.queueing.protocols import Record
+from forebay_contracts.queueing.protocols import PAGE, Record
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueUnavailable
 
@@ -34,6 +34,9 @@ CHECK_S: Final = 10.0
 
 READ_RETRY_S: Final = 0.05
 """Pause between two reads of a replica that lags behind, or while NATS is away."""
+
+MAX_HEARD: Final = 1_000
+"""Most messages that a reader holds and has not read. It reads the others from the log."""
 
 MAX_LAGS: Final = 100
 """How often such a read is tried until the next look."""
@@ -51,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 class LogSize(NamedTuple):
-    """Bytes that the answers take, and the most that they may take: inf if that is unbounded."""
+    """Bytes that stored requests and answers take, and the most that they may take: inf if that is unbounded."""
 
     used: int
     most: float
@@ -99,11 +102,11 @@ class JetStreamAnswerLog:
             raise QueueUnavailable("the answer cannot be read") from exc
         return msg if "Nats-Sequence" in (msg.headers or {}) else None
 
-    async def read(self, request_id: str, after: int = 0) -> list[Record]:
+    async def read(self, request_id: str, after: int = 0, most: int | None = None) -> list[Record]:
         """See `AnswerLog.read`."""
         try:
             found = await direct_get.messages(
-                self._connection, names.ANSWERS, names.answer_subject(request_id), after + 1
+                self._connection, names.ANSWERS, names.answer_subject(request_id), after + 1, most
             )
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the answer cannot be read") from exc
@@ -112,12 +115,12 @@ class JetStreamAnswerLog:
     @contextlib.asynccontextmanager
     async def follow(self, request_id: str, *, fresh: bool = False) -> AsyncIterator[AsyncIterator[list[Record]]]:
         """See `AnswerLog.follow`."""
-        heard: asyncio.Queue[Msg | None] = asyncio.Queue()
+        heard = _Heard()
         if not fresh:
-            heard.put_nowait(None)
+            heard.put(None)
 
         async def look() -> None:
-            heard.put_nowait(None)
+            heard.put(None)
 
         subscription = await self._subscribed(request_id, heard)
         self._connection.on_reconnect.append(look)
@@ -128,37 +131,47 @@ class JetStreamAnswerLog:
             with contextlib.suppress(NatsError):
                 await subscription.unsubscribe()
 
-    async def _coming(self, request_id: str, heard: asyncio.Queue[Msg | None]) -> AsyncIterator[list[Record]]:
+    async def _coming(self, request_id: str, heard: "_Heard") -> AsyncIterator[list[Record]]:
         last = 0
         while True:
-            messages = await _all_of(heard)
+            messages = await heard.all()
             records = following(messages, last)
-            if records is None:
-                # A server that lost power gives the sequences of its last records out again, so after an outage all
-                # is read. Whoever reads drops the tokens that it has.
-                known = 0 if None in messages else last
-                records = await self._read_up_to(_newest(messages), request_id, known)
             if records:
                 last = records[-1].sequence
                 yield records
+            if records is not None:
+                continue
+            # A server that lost power gives the sequences of its last records out again, so after an outage all is
+            # read. Whoever reads drops the tokens that it has.
+            known, newest = 0 if None in messages else last, _newest(messages)
+            while True:
+                records = await self._read_up_to(newest, request_id, known)
+                if records:
+                    known = last = records[-1].sequence
+                yield records
+                if len(records) < PAGE:
+                    break
 
-    async def _subscribed(self, request_id: str, heard: asyncio.Queue[Msg | None]) -> Subscription:
+    async def _subscribed(self, request_id: str, heard: "_Heard") -> Subscription:
+        async def hear(msg: Msg) -> None:
+            heard.put(msg)
+
         while True:
             try:
-                return await self._connection.client.subscribe(names.answered_subject(request_id), cb=heard.put)
+                return await self._connection.client.subscribe(names.answered_subject(request_id), cb=hear)
             except NatsError as exc:
                 log.debug("%s: not followed yet: %r", request_id, exc)
                 await asyncio.sleep(READ_RETRY_S)
 
     async def _read_up_to(self, sequence: int, request_id: str, after: int) -> list[Record]:
-        """The records above `after`; waits for a replica that lags behind `sequence`, and while NATS is away."""
+        """The next records above `after`; waits for a replica that lags behind `sequence`, and while NATS is away."""
         records: list[Record] = []
         for _ in range(MAX_LAGS):
             try:
-                records = await self.read(request_id, after)
+                records = await self.read(request_id, after, PAGE)
             except QueueUnavailable as exc:
                 log.debug("%s: %s", request_id, exc)
-            if sequence == 0 or (records and records[-1].sequence >= sequence):
+            if sequence == 0 or len(records) == PAGE or (records and records[-1].sequence >= sequence):
                 break
             await asyncio.sleep(READ_RETRY_S)
         return records
@@ -172,33 +185,46 @@ class JetStreamAnswerLog:
         return self._room
 
     async def size(self) -> LogSize:
-        """How full the log is. Raises QueueUnavailable."""
+        """How full the log is. What was asked for counts too. Raises QueueUnavailable."""
+        info = self._connection.jetstream.stream_info
         try:
-            info = await self._connection.jetstream.stream_info(names.ANSWERS)
+            answers, asked = await info(names.ANSWERS), await info(names.bucket_stream(names.RESPONSES_BUCKET))
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the answer log cannot be reached") from exc
-        most = info.config.max_bytes or -1
-        return LogSize(info.state.bytes, most if most > 0 else math.inf)
+        most = answers.config.max_bytes or -1
+        return LogSize(answers.state.bytes + asked.state.bytes, most if most > 0 else math.inf)
 
-    async def purge(self, request_id: str) -> None:
+    async def purge(self, request_id: str, keep: int = 0) -> None:
         """See `AnswerLog.purge`."""
-        order = json.dumps({"filter": names.answer_subject(request_id)}).encode()
+        order = json.dumps({"filter": names.answer_subject(request_id), "keep": keep}).encode()
         try:
             await self._requests.request(f"$JS.API.STREAM.PURGE.{names.ANSWERS}", order, timeout_s=LOG_TIMEOUT_S)
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the answer was not removed") from exc
 
 
-async def _all_of(heard: asyncio.Queue[Msg | None]) -> list[Msg | None]:
-    """What has been heard; nothing if it was silent for CHECK_S. None stands for an outage, and for the beginning."""
-    try:
-        async with asyncio.timeout(CHECK_S):
-            found = [await heard.get()]
-    except TimeoutError:
-        return []
-    while not heard.empty():
-        found.append(heard.get_nowait())
-    return found
+class _Heard:
+    """What was heard of an answer, and was not read. None stands for an outage, and for the beginning."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Msg | None] = asyncio.Queue(MAX_HEARD)
+
+    def put(self, msg: Msg | None) -> None:
+        """Add `msg`. A full queue loses its oldest message: the reader notices, and reads it from the log."""
+        if self._queue.full() and self._queue.get_nowait() is None:
+            msg = None
+        self._queue.put_nowait(msg)
+
+    async def all(self) -> list[Msg | None]:
+        """What has been heard; nothing if it was silent for CHECK_S."""
+        try:
+            async with asyncio.timeout(CHECK_S):
+                found = [await self._queue.get()]
+        except TimeoutError:
+            return []
+        while not self._queue.empty():
+            found.append(self._queue.get_nowait())
+        return found
 
 
 def following(messages: Sequence[Msg | None], last: int) -> list[Record] | None:

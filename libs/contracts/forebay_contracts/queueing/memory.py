@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from forebay_contracts.queueing.protocols import Delivery, Record, Stored
+from forebay_contracts.queueing.protocols import PAGE, Delivery, Record, Stored
 from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueConflict, QueueFull
@@ -249,9 +249,9 @@ class InMemoryAnswerLog:
         self._changed = asyncio.Event()
         return records[-1].sequence
 
-    async def read(self, request_id: str, after: int = 0) -> list[Record]:
+    async def read(self, request_id: str, after: int = 0, most: int | None = None) -> list[Record]:
         """What is there."""
-        return [record for record in self._answers.get(request_id, ()) if record.sequence > after]
+        return [record for record in self._answers.get(request_id, ()) if record.sequence > after][:most]
 
     @contextlib.asynccontextmanager
     async def follow(self, request_id: str, *, fresh: bool = False) -> AsyncIterator[AsyncIterator[list[Record]]]:
@@ -261,10 +261,10 @@ class InMemoryAnswerLog:
             last = 0
             while True:
                 changed = self._changed
-                if records := await self.read(request_id, last):
-                    last = records[-1].sequence
-                    yield records
-                else:
+                records = await self.read(request_id, last, PAGE)
+                last = records[-1].sequence if records else last
+                yield records
+                if not records:
                     await changed.wait()
 
         yield coming()
@@ -273,9 +273,12 @@ class InMemoryAnswerLog:
         """As `room` says."""
         return self.room
 
-    async def purge(self, request_id: str) -> None:
+    async def purge(self, request_id: str, keep: int = 0) -> None:
         """Remove it."""
-        self._answers.pop(request_id, None)
+        records = self._answers.pop(request_id, [])
+        self._answers[request_id] = records[len(records) - keep :]
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 class InMemoryCancelNotices:

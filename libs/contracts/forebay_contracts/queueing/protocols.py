@@ -12,7 +12,7 @@ CancelNotices  tells api and worker that a request is cancelled    the api, `for
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.request import InferenceRequest
@@ -129,6 +129,10 @@ class ReplyChannel(Protocol):
         """
 
 
+PAGE: Final = 500
+"""Most records of an answer that are read at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record of an answer: encoded frames, in order. `at` is when it was stored, by the server's clock (s)."""
@@ -151,14 +155,15 @@ class AnswerLog(Protocol):
             AnswerLogFull: nothing was stored.
         """
 
-    async def read(self, request_id: str, after: int = 0) -> list[Record]:
-        """The records with a sequence above `after`. A replica that lags behind may lack the newest."""
+    async def read(self, request_id: str, after: int = 0, most: int | None = None) -> list[Record]:
+        """At most `most` records with a sequence above `after`. A replica that lags behind may lack the newest."""
 
     def follow(
         self, request_id: str, *, fresh: bool = False
     ) -> AbstractAsyncContextManager[AsyncIterator[list[Record]]]:
-        """For a block: all records, as many at a time as there are, then those that come. It never ends by itself.
+        """For a block: all records, at most PAGE at a time, then those that come. It never ends by itself.
 
+        An empty list says that the log was read, and has nothing more.
         After an outage, and at any other time, it may begin again with the first record.
         `fresh`: the answer has no records yet, so none are read.
         """
@@ -166,8 +171,8 @@ class AnswerLog(Protocol):
     async def has_room(self) -> bool:
         """Whether new answers may begin. What is left then is for those under way."""
 
-    async def purge(self, request_id: str) -> None:
-        """Remove an answer."""
+    async def purge(self, request_id: str, keep: int = 0) -> None:
+        """Remove the records of an answer but the last `keep`."""
 
 
 class CancelNotices(Protocol):

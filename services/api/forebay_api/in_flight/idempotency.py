@@ -5,6 +5,7 @@ gives it to other requests with the same key and body, for REQUEST_STATE_TTL. An
 a repetition runs anew.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import re
@@ -32,6 +33,9 @@ MAX_KEY_LENGTH: Final = 255
 
 ADMISSION_S: Final = 30.0
 """A request that is not in the queue so long after it claimed its key was never admitted: its api died."""
+
+LOOK_S: Final = 0.1
+"""Pause between two looks whether a request was admitted."""
 
 Begin = Callable[[InferenceRequest], AbstractAsyncContextManager[LiveAnswer]]
 """Admits a request; yields its answer."""
@@ -113,12 +117,18 @@ class IdempotentRequests:
             yield answer
 
     async def _worth_following(self, request: InferenceRequest) -> bool:
-        """Whether a request runs, waits or has completed."""
-        answer = await self._stored.so_far(request)
-        if answer.done:
-            return answer.outcome is RequestStatus.COMPLETED
-        admitted = answer.attempt > 0 or await self._stored.known(request)
-        return admitted or clock.now() - request.created_at < ADMISSION_S
+        """Whether a request runs, waits or has completed. Waits until it is admitted, for at most ADMISSION_S."""
+        while True:
+            answer = await self._stored.so_far(request)
+            if answer.done:
+                return answer.outcome is RequestStatus.COMPLETED
+            if await self._stored.ended_as(request) is not None:
+                return False  # its answer was deleted
+            if answer.attempt > 0 or await self._stored.known(request):
+                return True
+            if clock.now() - request.created_at > ADMISSION_S:
+                return False
+            await asyncio.sleep(LOOK_S)
 
     async def _bucket(self) -> KeyValue:
         with _translated():

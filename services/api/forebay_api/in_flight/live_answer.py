@@ -6,13 +6,17 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from forebay_api.in_flight.answer import ClientLeft, SlowReader, WorkerError
+from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
 from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Resume, ResumedChoice, Started
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 
 MAX_UNREAD_DELTAS = 16_384
-"""A client that has not read so many deltas is too slow: its request is cancelled."""
+"""A client that has not read so many deltas is too slow: its request is cancelled.
+
+A stored answer stays in the log, so whoever feeds it waits for room.
+"""
 
 RESEND_RETRY_S = 1.0
 """Pause before a worker is asked a second time for the same missing tokens."""
@@ -47,6 +51,7 @@ class LiveAnswer:
     _tokens: dict[int, list[int]] = field(default_factory=dict)
     _unread: list[Delta] = field(default_factory=list)
     _changed: asyncio.Future[None] | None = None
+    _room: asyncio.Future[None] | None = None
 
     @property
     def done(self) -> bool:
@@ -65,6 +70,11 @@ class LiveAnswer:
         if isinstance(self.error, WorkerError | InferenceFailed) and self.error.code != RequestCancelled.code:
             return RequestStatus.FAILED
         return RequestStatus.CANCELLED
+
+    @property
+    def unread(self) -> int:
+        """The number of deltas that have come and were not read."""
+        return len(self._unread)
 
     def have(self, frame: Frame) -> Resume:
         """What has come so far: the worker that sent `frame` goes on from there, or sends what is missing.
@@ -133,7 +143,15 @@ class LiveAnswer:
     def take(self) -> list[Delta]:
         """The deltas that have come and were not read."""
         unread, self._unread = self._unread, []
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
         return unread
+
+    async def room(self) -> None:
+        """Wait while the client has too many deltas to read."""
+        if len(self._unread) > MAX_UNREAD_DELTAS and not self.done:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """All deltas in order, as many at a time as have come. Raises the request's error if it fails."""
@@ -164,7 +182,7 @@ class LiveAnswer:
             tokens.extend(delta.tokens)
             self._unread.append(delta)
             self.gap, self._ask_again_at = False, -math.inf
-            if len(self._unread) > MAX_UNREAD_DELTAS:
+            if len(self._unread) > MAX_UNREAD_DELTAS and not names.is_logged(self.request.reply_to):
                 self.error = SlowReader("the client does not read its stream")
 
     def _complete(self, frame: Completed) -> None:

@@ -5,9 +5,11 @@ kind can be listed, oldest first.
 """
 
 import hashlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
+from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 from nats.js.errors import APIError
@@ -21,6 +23,9 @@ from forebay_contracts.wire.message import Message
 
 RECORD_TIMEOUT_S: Final = 5.0
 """How long one read or write may take."""
+
+SCAN: Final = 50
+"""Most records that a scan holds at once. Each may have the size of a message."""
 
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _DELETED = {"KV-Operation": "DEL"}
@@ -77,24 +82,19 @@ class Records:
         """Remove a record. A mark of it stays until the bucket's TTL."""
         await self._store(key, b"", _DELETED)
 
-    async def list(self, kind: str, owner: str | None, record: type[R], limit: int, after: int = 0) -> list[Kept[R]]:
-        """At most `limit` records of an owner with a revision above `after`, oldest first."""
+    async def scan(self, kind: str, owner: str | None, record: type[R]) -> AsyncIterator[R]:
+        """All records of an owner, in the order in which they were written."""
         subjects = names.bucket_subject(names.RESPONSES_BUCKET, key_of(kind, owner, "*"))
-        found: list[Kept[R]] = []
-        try:
-            while len(found) < limit:
-                wanted = limit - len(found)
-                messages = await direct_get.messages(self._connection, _STREAM, subjects, after + 1, wanted)
-                for msg in messages:
-                    headers = msg.headers or {}
-                    after = int(headers["Nats-Sequence"])
-                    if "KV-Operation" not in headers:
-                        found.append(Kept(_decoded(record, msg.data), after))
-                if len(messages) < wanted:
-                    break
-        except (NatsError, TimeoutError) as exc:
-            raise QueueUnavailable("what is stored cannot be read, try again later") from exc
-        return found
+        after, found = 0, list[Msg]()
+        while not after or len(found) == SCAN:
+            try:
+                found = await direct_get.messages(self._connection, _STREAM, subjects, after + 1, SCAN)
+            except (NatsError, TimeoutError) as exc:
+                raise QueueUnavailable("what is stored cannot be read, try again later") from exc
+            after = int((found[-1].headers or {})["Nats-Sequence"]) if found else -1
+            for msg in found:
+                if "KV-Operation" not in (msg.headers or {}):
+                    yield _decoded(record, msg.data)
 
     async def _store(self, key: str, data: bytes, headers: dict[str, str]) -> int:
         subject = names.bucket_subject(names.RESPONSES_BUCKET, key)

@@ -7,23 +7,32 @@ also ends it at its deadline; if that api is gone, its worker does, or the next 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractContextManager, AsyncExitStack
 from typing import Any, Final
 
 from forebay_api import request_metrics
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.in_flight.reader import Reader
 from forebay_api.in_flight.records import Records
 from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.cancellation import Cancellation
 from forebay_contracts.queueing.logged_reply import have
-from forebay_contracts.queueing.protocols import Admission, AnswerLog, Record, StateStore
+from forebay_contracts.queueing.protocols import PAGE, Admission, AnswerLog, Record, StateStore
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
 from forebay_contracts.telemetry.logs import fields
-from forebay_contracts.wire.errors import AnswerLogFull, ApiError, ForebayError, QueueConflict, QueueUnavailable
-from forebay_contracts.wire.frames import Completed, Failed, decode_frame, outcome_of
+from forebay_contracts.wire.errors import (
+    AnswerLogFull,
+    ApiError,
+    ForebayError,
+    QueueConflict,
+    QueueUnavailable,
+    RequestNotFound,
+    StateUnreadable,
+)
+from forebay_contracts.wire.frames import Failed, decode_frame
 from forebay_contracts.wire.message import Message
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
@@ -82,19 +91,23 @@ class StoredRequests:
         Raises:
             QueueFull, QueueUnavailable, RequestTooLarge, KeyLimitReached, AnswerLogFull: nothing of it stays.
         """
-        if not await self._answers.has_room():
-            raise AnswerLogFull("no room is left for further stored answers, try again later")
+        await self.need_room()
         async with AsyncExitStack() as held:
             held.enter_context(self._one_more(request.key))
             # Before it is admitted: then nothing of its answer can be missed, and the log need not be read.
             coming = await held.enter_async_context(self._answers.follow(request.id, fresh=True))
             sequence = await self._admit(request, key, record)
-            reader = _Reader(request)
+            reader = Reader(request)
             task = asyncio.create_task(self._watch(request, sequence, reader, coming, held.pop_all()))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         with reader as answer:
             yield answer
+
+    async def need_room(self) -> None:
+        """Raises AnswerLogFull if nothing more may be stored."""
+        if not await self._answers.has_room():
+            raise AnswerLogFull("no room is left for further stored answers, try again later")
 
     async def _admit(self, request: InferenceRequest, key: str | None, record: Message | None) -> int:
         if key is None or record is None:
@@ -118,7 +131,7 @@ class StoredRequests:
     @contextlib.asynccontextmanager
     async def read(self, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
         """The answer to a request that any api has admitted, from its beginning and until its end."""
-        reader = _Reader(request)
+        reader = Reader(request)
         task = asyncio.create_task(self._follow(request, reader))
         try:
             with reader as answer:
@@ -128,32 +141,54 @@ class StoredRequests:
 
     async def so_far(self, request: InferenceRequest) -> LiveAnswer:
         """The answer as it is now. Raises QueueUnavailable."""
-        reader = _Reader(request)
-        reader.receive(await self._answers.read(request.id))
-        if not reader.answer.done and clock.now() > request.deadline + OVERDUE_S:
+        reader = Reader(request)
+        await self._catch_up(reader)
+        overdue = clock.now() > request.deadline + OVERDUE_S
+        if overdue and not reader.answer.done and await self.ended_as(request) is None:
             await self._end_late(request)
-            reader.receive(await self._answers.read(request.id, reader.last))
+            await self._catch_up(reader)
         return reader.answer
 
+    async def _catch_up(self, reader: Reader) -> None:
+        while True:
+            records = await self._answers.read(reader.answer.request.id, reader.last, PAGE)
+            reader.receive(records)
+            if len(records) < PAGE:
+                return
+
     async def known(self, request: InferenceRequest) -> bool:
-        """Whether the request has a state: it waits, or is processed. Raises QueueUnavailable."""
+        """Whether the request has a state. Raises QueueUnavailable."""
         return await self._states.get(request.id) is not None
+
+    async def ended_as(self, request: InferenceRequest) -> RequestStatus | None:
+        """How a request ended whose answer was removed, or None if it was not. Raises QueueUnavailable."""
+        stored = await self._states.get(request.id)
+        if stored is None or not stored.state.status.final or await self._answers.read(request.id, most=1):
+            return None  # the last frame is in the log before the state is final
+        return stored.state.status
 
     async def cancel(self, request: InferenceRequest, reason: str) -> None:
         """Cancel a request, unless it has ended."""
+        if await self.ended_as(request) is not None:
+            return  # its answer was deleted, and stays empty
         unknown = transitions.queued(request, None)
         await self._cancellation.end(request.id, RequestStatus.CANCELLED, reason, unknown=unknown)
 
     async def forget(self, request: InferenceRequest) -> None:
-        """Cancel a request, if it still runs, and remove its answer."""
+        """Cancel a request, if it still runs, and remove its answer.
+
+        If it was cancelled, its last frame stays: an attempt that begins late could write into an empty log.
+        """
         await self.cancel(request, "its answer was deleted")
-        await self._answers.purge(request.id)
+        records = await self._answers.read(request.id)
+        last = [decode_frame(frame) for frame in records[-1].frames] if records else []
+        await self._answers.purge(request.id, keep=int(len(last) == 1 and isinstance(last[0], Failed)))
 
     async def _watch(
         self,
         request: InferenceRequest,
         sequence: int,
-        reader: "_Reader",
+        reader: Reader,
         coming: AsyncIterator[list[Record]],
         held: AsyncExitStack,
     ) -> None:
@@ -171,7 +206,7 @@ class StoredRequests:
         measured = request_metrics.of(request.model, request.completion_type.value)
         measured.end_stored(outcome, max(clock.now() - request.created_at, 0.0))
 
-    async def _follow(self, request: InferenceRequest, reader: "_Reader") -> None:
+    async def _follow(self, request: InferenceRequest, reader: Reader) -> None:
         """Follow a request of any api to its end."""
         async with self._answers.follow(request.id) as coming:
             await self._feed(request, reader, coming)
@@ -179,7 +214,7 @@ class StoredRequests:
     async def _feed(
         self,
         request: InferenceRequest,
-        reader: "_Reader",
+        reader: Reader,
         coming: AsyncIterator[list[Record]],
         overdue_s: float = OVERDUE_S,
     ) -> RequestStatus | None:
@@ -192,10 +227,22 @@ class StoredRequests:
             async for records in coming:
                 if (outcome := reader.receive(records)) is not None:
                     return outcome
-        except ForebayError as exc:
+                if not records and (outcome := await self._removed(request, reader)) is not None:
+                    return outcome
+                await reader.answer.room()
+        except ApiError as exc:
             log.warning("[RequestQueue] %s: %s", request.id, exc, extra=fields(request_id=request.id))
+            reader.answer.fail(exc)
         finally:
             ending.cancel()
+        return None
+
+    async def _removed(self, request: InferenceRequest, reader: Reader) -> RequestStatus | None:
+        """How a request ended, if its answer was removed before all of it was read. Ends the wait of its reader."""
+        with contextlib.suppress(QueueUnavailable, StateUnreadable):
+            if (outcome := await self.ended_as(request)) is not None:
+                reader.answer.fail(RequestNotFound("the answer was deleted", code=None))
+                return outcome
         return None
 
     def look_after_an_outage(self) -> None:
@@ -222,7 +269,7 @@ class StoredRequests:
             with contextlib.suppress(QueueConflict, QueueUnavailable):
                 await self._states.write(transitions.queued(*self._watched[request_id]), 0)
 
-    def _register(self, request_id: str, reader: "_Reader") -> None:
+    def _register(self, request_id: str, reader: Reader) -> None:
         if reader.last:
             return  # a worker has begun, so it has written the state
         self._background(self.registered(request_id))
@@ -253,31 +300,3 @@ class StoredRequests:
             f"the request was not finished within {seconds:g} seconds",
             unknown=transitions.queued(request, sequence),
         )
-
-
-class _Reader:
-    """Feeds an answer from the log while its block lasts. `last` is the sequence of the last record."""
-
-    def __init__(self, request: InferenceRequest) -> None:
-        self.answer = LiveAnswer(request, lambda _: None, ordered=True)
-        self.last = 0
-        self._wanted = True
-
-    def __enter__(self) -> LiveAnswer:
-        return self.answer
-
-    def __exit__(self, *_: object) -> None:
-        self._wanted = False
-
-    def receive(self, records: Iterable[Record]) -> RequestStatus | None:
-        """Take the next records; returns how the request ended, once it has."""
-        for record in records:
-            self.last = record.sequence
-            frames = record.frames if self._wanted else record.frames[-1:]
-            for encoded in frames:
-                frame = decode_frame(encoded)
-                if self._wanted:
-                    self.answer.receive(frame)
-            if isinstance(frame, Completed | Failed):
-                return outcome_of(frame)
-        return None

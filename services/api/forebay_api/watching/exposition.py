@@ -58,7 +58,7 @@ class QueueGauges(Collector):
             for status in WorkerStatus:
                 count = sum(worker.model == model and worker.status is status for worker in self.workers)
                 workers.add_metric([model, status.value], count)
-        used = gauge("forebay_answer_log_bytes", "Bytes of stored answers")
+        used = gauge("forebay_answer_log_bytes", "Bytes of stored answers and of what was asked for")
         most = gauge("forebay_answer_log_max_bytes", "Most bytes of stored answers, as the live stream has it")
         if self.answers:
             used.add_metric([], self.answers.used)

@@ -3,7 +3,7 @@
 Source: https://platform.openai.com/docs/api-reference/chat (get, list, update, delete, getMessages).
 """
 
-import asyncio
+import contextlib
 from typing import Any, Final
 
 import orjson
@@ -20,12 +20,9 @@ from forebay_api.openai.chat.record import KIND, ChatRecord
 from forebay_api.openai.lists import Limit, Order, page
 from forebay_api.openai.responses.body import Metadata
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import RequestNotFound
+from forebay_contracts.wire.errors import InvalidRequest, RequestNotFound
 
 PREFIX: Final = "chatcmpl-"
-
-MAX_LISTED: Final = 1_000
-"""Most records that one list request reads."""
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"])
 
@@ -46,9 +43,20 @@ async def list_completions(
     model: str | None = None,
 ) -> dict[str, Any]:
     """The stored completions that are whole, oldest first."""
-    kept = await context.records.list(KIND, caller.name, ChatRecord, MAX_LISTED)
-    found = await asyncio.gather(*(_object(context, one.record) for one in kept if model in (None, one.record.model)))
-    return page([one for one in found if one is not None], limit, order, after)
+    records = context.records.scan(KIND, caller.name, ChatRecord)
+    known = [(one.created_at, PREFIX + one.request_id) async for one in records if model in (None, one.model)]
+    known.sort(reverse=order == "desc")
+    places = {identifier: place for place, (_, identifier) in enumerate(known)}
+    if after and after not in places:
+        raise InvalidRequest(f"There is no item '{after}'.", param="after")
+    found: list[dict[str, Any]] = []
+    for _, identifier in known[places.get(after, -1) + 1 :]:
+        with contextlib.suppress(RequestNotFound):
+            whole = await _object(context, (await _get(context, caller.name, identifier)).record)
+            found += [] if whole is None else [whole]
+        if len(found) > limit:
+            break
+    return page(found, limit, "asc", "")
 
 
 @router.get("/{completion_id}")

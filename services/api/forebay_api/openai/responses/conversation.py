@@ -17,9 +17,17 @@ class Entry(Message):
     item: dict[str, Any] | None = None
     response: str | None = None
 
+    @property
+    def id(self) -> str | None:
+        """The id of the item or of the response."""
+        return self.response if self.item is None else self.item["id"]
+
 
 class ConversationRecord(Message):
-    """A conversation. `removed` holds the ids of items that were deleted. `created_at`: seconds since the epoch."""
+    """A conversation. `removed` holds the ids of deleted items that belong to responses.
+
+    `created_at`: seconds since the epoch.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     id: str
@@ -31,12 +39,14 @@ class ConversationRecord(Message):
     def changed(
         self, more: Sequence[Entry], metadata: dict[str, str] | None, without: str | None
     ) -> "ConversationRecord":
-        """The same with more entries, other metadata, or without an item."""
+        """The same with more entries, other metadata, or without the item or the response `without`."""
+        entries = tuple(entry for entry in self.entries if without is None or entry.id != without)
+        of_response = without is not None and len(entries) == len(self.entries)
         return self.model_copy(
             update={
-                "entries": (*self.entries, *more),
+                "entries": (*entries, *more),
                 "metadata": self.metadata if metadata is None else metadata,
-                "removed": self.removed if without is None else (*self.removed, without),
+                "removed": (*self.removed, without) if of_response else self.removed,
             }
         )
 

@@ -4,6 +4,7 @@ So every api gives the same events with the same numbers, while the answer grows
 Sources: https://platform.openai.com/docs/api-reference/responses-streaming and https://www.openresponses.org.
 """
 
+import json
 from typing import Any, Final
 
 import orjson
@@ -21,7 +22,14 @@ _CODES: Final = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 
 def sse(event: Event) -> bytes:
     """An event as a server-sent event."""
-    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), orjson.dumps(event))
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), _encoded(event))
+
+
+def _encoded(shown: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(shown)
+    except TypeError:  # a response repeats the client's numbers, and orjson writes those of 64 bits alone
+        return json.dumps(shown).encode()
 
 
 class ResponseFold:
@@ -112,7 +120,7 @@ class ResponseFold:
 
     def encode(self) -> bytes:
         """The response object as JSON."""
-        return orjson.dumps(self.response())
+        return _encoded(self.response())
 
     def response(self) -> dict[str, Any]:
         """The response object as it is now."""

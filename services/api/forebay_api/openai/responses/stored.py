@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import random
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
+from forebay_api.http.bodies import off_loop
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.in_flight.records import Kept, Records, key_of
 from forebay_api.in_flight.stored import StoredRequests
@@ -15,14 +17,20 @@ from forebay_api.openai.responses.events import ResponseFold
 from forebay_api.openai.responses.record import ResponseRecord, response_of
 from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import InvalidRequest, QueueConflict, RequestNotFound
+from forebay_contracts.wire.errors import ApiError, InvalidRequest, QueueConflict, RequestNotFound
 from forebay_contracts.wire.request import InferenceRequest
 
 MAX_CHAIN: Final = 1_000
 """Most responses that a conversation may hold, whether by `previous_response_id` or by its id."""
 
-MAX_CONFLICTS: Final = 10
+MAX_CONFLICTS: Final = 20
 """How often a change of a conversation is tried."""
+
+CONFLICT_PAUSE_S: Final = 0.01
+"""Longest pause before the second try. It grows by as much with each try, so that many clients get their turn."""
+
+DELTA_BYTES: Final = 100
+"""About what one delta is in the log."""
 
 _Items = list[dict[str, Any]]
 
@@ -44,10 +52,17 @@ class Responses:
     @contextlib.asynccontextmanager
     async def submit(self, record: ResponseRecord, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
         """Admit the request of a response, and keep its record; yields its answer."""
-        if record.conversation is not None:
-            await self.change(record.key, record.conversation, Entry(response=record.id))
-        key = key_of("resp", record.key, record.id)
-        async with self._requests.submit(request, key, record) as answer:
+        conversation, key = record.conversation, key_of("resp", record.key, record.id)
+        if conversation is not None:
+            await self.change(record.key, conversation, Entry(response=record.id))
+        async with contextlib.AsyncExitStack() as block:
+            try:
+                answer = await block.enter_async_context(self._requests.submit(request, key, record))
+            except ApiError:
+                if conversation is not None:
+                    with contextlib.suppress(ApiError):
+                        await self.change(record.key, conversation, without=record.id)
+                raise
             yield answer
 
     async def referenced(
@@ -63,13 +78,14 @@ class Responses:
         return found
 
     async def forget(self, record: ResponseRecord) -> None:
-        """Remove a response, and its answer."""
-        await self._records.delete(key_of("resp", record.key, record.id))
+        """Remove a response, and its answer. The record goes last, so that a failure can be repeated."""
         await self._requests.forget(record.origin())
+        await self._records.delete(key_of("resp", record.key, record.id))
 
     async def fold(self, record: ResponseRecord) -> ResponseFold:
         """The response as it is now."""
-        return folded(record, await self._requests.so_far(record.origin()))
+        answer = await self._requests.so_far(record.origin())
+        return await off_loop(DELTA_BYTES * answer.unread, folded, record, answer)
 
     async def conversation(self, owner: str | None, identifier: str) -> Kept[ConversationRecord]:
         """A conversation. Raises RequestNotFound."""
@@ -86,8 +102,10 @@ class Responses:
         metadata: dict[str, str] | None = None,
         without: str | None = None,
     ) -> ConversationRecord:
-        """Add entries to a conversation, replace its metadata, or remove an item."""
-        for _ in range(MAX_CONFLICTS):
+        """Add entries to a conversation, replace its metadata, or remove an item or a response."""
+        if more:
+            await self._requests.need_room()
+        for conflicts in range(MAX_CONFLICTS):
             kept = await self.conversation(owner, identifier)
             changed = kept.record.changed(more, metadata, without)
             if sum(entry.response is not None for entry in changed.entries) > MAX_CHAIN:
@@ -95,6 +113,7 @@ class Responses:
             try:
                 await self._records.put(key_of("conv", owner, identifier), changed, kept.revision)
             except QueueConflict:
+                await asyncio.sleep(random.uniform(0, CONFLICT_PAUSE_S * (conflicts + 1)))
                 continue
             return changed
         raise QueueConflict(f"conversation {identifier}: it was changed {MAX_CONFLICTS} times in a row, try again")
@@ -103,6 +122,7 @@ class Responses:
         self, owner: str | None, metadata: dict[str, str], entries: Sequence[Entry]
     ) -> ConversationRecord:
         """Make a conversation."""
+        await self._requests.need_room()
         record = ConversationRecord(
             id=f"conv_{uuid.uuid4().hex}", created_at=clock.now(), metadata=metadata, entries=tuple(entries)
         )
