@@ -41,6 +41,7 @@ CONFIRMED_S = 0.5
 ASKED_AGAIN_S = CONFIRM_TIMEOUT_S + 1
 """A worker whose question was lost asks again within this time."""
 
+ACK_WAIT_S = 2
 STOPPED_S = (0.5, 8)
 AWAY_S = (0.1, 2)
 LIMITS = {
@@ -49,6 +50,7 @@ LIMITS = {
     "max_queue_size": 1000,
     "max_deliveries": 100,
     "request_timeout": REQUEST_TIMEOUT_S,
+    "ack_wait": ACK_WAIT_S,
 }
 
 ALLOWED = {
@@ -69,9 +71,10 @@ ALLOWED = {
 class Chaos:
     """What happened: the end of each request by its id, those whose client was told no id, and the faults.
 
-    `outages` are the times in which NATS was away or a worker stood still, and `died` is when an api was killed
-    (monotonic seconds). `unconfirmed` counts the whole answers with the state `cancelled` of which nobody was left who
-    knew: their api confirmed them in an outage, and was killed before it was over and the worker had asked again.
+    `outages` are the times in which NATS was away, a worker stood still, or nobody had the message of a killed one yet,
+    and `died` is when an api was killed (monotonic seconds). `unconfirmed` counts the whole answers with the state
+    `cancelled` of which nobody was left who knew: their api confirmed them in an outage, and was killed before it was
+    over and a worker had asked again.
     """
 
     stack: Stack
@@ -143,6 +146,8 @@ class Chaos:
             await chosen()
 
     async def worker_killed(self) -> None:
+        began = time.monotonic()
+        self.outages.append((began, began + ACK_WAIT_S))
         await self._replaced_worker(Service.kill)
 
     async def worker_drained(self) -> None:
@@ -213,9 +218,11 @@ class Chaos:
     def _nobody_knew(self, request_id: str) -> bool:
         api, ended_at = self.served[request_id]
         died_at = self.died.get(api, math.inf)
-        return any(
-            began - CONFIRMED_S < ended_at < back and died_at < back + ASKED_AGAIN_S for began, back in self.outages
-        )
+        unasked_until = ended_at
+        for began, back in sorted(self.outages):  # one may begin before the other is over
+            if began - CONFIRMED_S < unasked_until < back:
+                unasked_until = back
+        return ended_at < unasked_until and died_at < unasked_until + ASKED_AGAIN_S
 
 
 async def stopped(service: Service | NatsServer) -> None:

@@ -53,7 +53,8 @@ def request(orders: str = "", **fields: Any) -> InferenceRequest:
 class Twins:
     """One api and any number of workers.
 
-    `alive` says whether the api's heartbeat is heard. NATS was not away for `connected_for_s`.
+    `alive` says whether the api's heartbeat is heard, and `away` whether it lapsed for the api itself. NATS was not
+    away for `connected_for_s`.
     """
 
     def __init__(self, *, max_queue_size: int = 100, max_deliveries: int = 3) -> None:
@@ -63,9 +64,9 @@ class Twins:
         self.answers = InMemoryAnswerLog()
         self.cancellation = Cancellation(self.states, self.queue, self.notices, self.answers)
         self.dispatcher = Dispatcher(
-            API, self.queue, self.states, self.cancellation, lambda _: contextlib.nullcontext()
+            API, self.queue, self.states, self.cancellation, lambda _: contextlib.nullcontext(), lambda: self.away
         )
-        self.alive = True
+        self.alive, self.away = True, False
         self.connected_for_s = math.inf
         self.channels: list[InMemoryReplyChannel] = []
         self._max_deliveries = max_deliveries

@@ -10,7 +10,7 @@ from forebay_api.in_flight import live_answer
 from forebay_api.in_flight.answer import Cancelled, ClientLeft, SlowReader
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
-from forebay_contracts.wire.errors import QueueFull, RequestTimeout
+from forebay_contracts.wire.errors import QueueFull, RequestCancelled, RequestTimeout
 from forebay_contracts.wire.frames import Delta
 from forebay_contracts.wire.state import RequestStatus
 from support.twins import Twins, request, twins
@@ -176,7 +176,7 @@ async def test_what_ended_while_the_api_was_away_ends_here_too(system: Twins) ->
         end = transitions.ended(queued, RequestStatus.CANCELLED, stored=False, error="the api was gone")
         await system.states.write(end, 0)
         system.dispatcher.look_after_an_outage()
-        with pytest.raises(Cancelled, match="the api was gone"):
+        with pytest.raises(RequestCancelled, match="the api was gone"):
             await answer.started()
 
 

@@ -73,6 +73,23 @@ async def test_who_is_there_already_is_heard_where_the_bucket_cannot_be_read_yet
         await presence.stop()
 
 
+async def test_a_service_knows_that_others_may_have_taken_it_for_dead(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load(Settings, nats_url=nats_server.url, _env_file=None)
+    async with connected(settings, "test") as connection:
+        await ensure(connection, settings, settings.served_model)
+        heartbeat = await beating(connection)
+        assert not heartbeat.lapsed
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + HEARTBEAT_TTL_S + 1)
+        assert heartbeat.lapsed  # at once, before any heartbeat of its own
+        for lapsed in (True, False):
+            await heartbeat._put()
+            assert heartbeat.lapsed is lapsed
+        await heartbeat.stop()
+
+
 async def test_a_silent_member_is_dead_once_it_has_no_connection(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

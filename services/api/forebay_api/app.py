@@ -100,7 +100,6 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         instance = f"api-{uuid.uuid4().hex[:12]}"
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
         limits = KeyLimits(keys, lambda: (api for api in apis.alive() if api.id != instance))
-        context = _built(settings, connection, instance, keys, limits)
         started_at = time.time()
 
         def describe() -> ApiInfo:
@@ -113,6 +112,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             )
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
+        context = _built(settings, connection, instance, keys, limits, heartbeat)
         await context.workers.start()
         await apis.start()
         await Listener(connection, context.dispatcher, context.stored).start()
@@ -128,13 +128,20 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             await heartbeat.stop()
 
 
-def _built(settings: ApiSettings, connection: Connection, instance: str, keys: ApiKeys, limits: KeyLimits) -> Context:
+def _built(
+    settings: ApiSettings,
+    connection: Connection,
+    instance: str,
+    keys: ApiKeys,
+    limits: KeyLimits,
+    heartbeat: Heartbeat[ApiInfo],
+) -> Context:
     """The parts, before any of them has started."""
     states = KeyValueStateStore(connection)
     admission = JetStreamAdmission(connection, patience_s=settings.admission_patience)
     answers = JetStreamAnswerLog(connection)
     cancellation = Cancellation(states, admission, NatsCancelNotices(connection), answers)
-    dispatcher = Dispatcher(instance, admission, states, cancellation, limits.one_more)
+    dispatcher = Dispatcher(instance, admission, states, cancellation, limits.one_more, lambda: heartbeat.lapsed)
     records = Records(connection)
     stored = StoredRequests(dispatcher, admission, states, cancellation, answers, records, limits.one_more)
     workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)

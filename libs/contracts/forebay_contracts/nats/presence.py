@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -48,7 +49,16 @@ class Heartbeat(Generic[Info]):
         self._describe = describe
         self._now = asyncio.Event()
         self._stopping = False
+        self._stored_at = deque([time.monotonic()] * 2, maxlen=2)
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether others may have taken this service for dead: not both of the last two heartbeats are recent.
+
+        After an absence it stays so until the second heartbeat. By then, what arrived meanwhile has been read.
+        """
+        return time.monotonic() - self._stored_at[0] > HEARTBEAT_TTL_S
 
     async def start(self) -> None:
         """Write the first heartbeat, and the others in the background."""
@@ -80,10 +90,11 @@ class Heartbeat(Generic[Info]):
             await self._put()
 
     async def _put(self) -> None:
-        info = self._describe()
+        info, began = self._describe(), time.monotonic()
         subject = names.bucket_subject(self._bucket, info.id)
         with contextlib.suppress(NatsError, TimeoutError):
             await self._connection.jetstream.publish(subject, info.encode(), timeout=HEARTBEAT_INTERVAL_S)
+            self._stored_at.append(began)
 
 
 class Presence(Generic[Info]):

@@ -20,7 +20,7 @@ from forebay_contracts.queueing.protocols import StateStore, Stored
 from forebay_contracts.telemetry import metrics
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
-from forebay_contracts.wire.state import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 STATE_TIMEOUT_S: Final = 5.0
 """How long one read or write of a state may take."""
@@ -82,16 +82,21 @@ async def change(
 
 
 async def end(
-    store: StateStore, request_id: str, outcome: RequestStatus, error: str | None, unknown: RequestState | None = None
+    store: StateStore,
+    request_id: str,
+    outcome: RequestStatus,
+    error: str | None,
+    unknown: RequestState | None = None,
+    usage: Usage | None = None,
 ) -> RequestState | None:
     """End a request as `outcome` and count it; returns its last state, or None if it had ended or is unknown.
 
-    `unknown` is the state to start from if none is stored.
+    `unknown` is the state to start from if none is stored. Raises QueueConflict if `outcome` may not follow the state.
     """
 
     def to(state: RequestState | None) -> RequestState | None:
         base = state or unknown
-        return base and transitions.ended(base, outcome, stored=state is not None, error=error)
+        return base and transitions.ended(base, outcome, stored=state is not None, error=error, usage=usage)
 
     if (stored := await change(store, request_id, to)) is None:
         return None

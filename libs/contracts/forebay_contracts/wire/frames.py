@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field, TypeAdapter
 
-from forebay_contracts.wire.errors import ApiError, RequestCancelled, RequestTimeout
+from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
 from forebay_contracts.wire.message import Message
-from forebay_contracts.wire.state import RequestStatus, Usage
+from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 
 class TopLogprob(Message):
@@ -157,6 +157,20 @@ def outcome_of(frame: Completed | Failed) -> RequestStatus:
         RequestCancelled.code: RequestStatus.CANCELLED,
     }
     return by_code.get(frame.code, RequestStatus.FAILED)
+
+
+def error_of(state: RequestState) -> ApiError | None:
+    """The error for a client that still waits for a request in this final state. None if it has the answer."""
+    message = state.error or "the request has ended"
+    match state.status:
+        case RequestStatus.COMPLETED:
+            return None
+        case RequestStatus.TIMED_OUT:
+            return RequestTimeout(message)
+        case RequestStatus.CANCELLED:
+            return RequestCancelled(f"the request was cancelled: {message}")
+        case _:
+            return InferenceFailed(message)
 
 
 def failed(attempt: int, error: ApiError) -> Failed:

@@ -5,7 +5,8 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Final
 
 from opentelemetry.trace import SpanKind
@@ -17,17 +18,30 @@ from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.cancellation import Cancellation
 from forebay_contracts.queueing.protocols import Admission, StateStore
-from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
+from forebay_contracts.queueing.state_store import QUEUED_AFTER_S, end
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.telemetry.metrics import bound
-from forebay_contracts.wire.errors import ForebayError, InferenceFailed, QueueConflict, RequestTimeout
-from forebay_contracts.wire.frames import Resume
+from forebay_contracts.wire.errors import (
+    ForebayError,
+    InferenceFailed,
+    QueueConflict,
+    QueueUnavailable,
+    RequestTimeout,
+    StateUnreadable,
+)
+from forebay_contracts.wire.frames import Completed, Resume, error_of
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
 
 FRAME_PATIENCE_S: Final = 1.0
 """How much later than the final state the last frame of a request may come."""
+
+STATE_GRACE_S: Final = 10.0
+"""How long after the deadline an api that was away still tries to find out how a request ended."""
+
+STATE_RETRY_S: Final = 0.25
+"""Pause between such tries."""
 
 REMEMBERED_OUTCOMES: Final = 10_000
 """Number of ended requests whose outcome is remembered for late attempts."""
@@ -35,13 +49,17 @@ REMEMBERED_OUTCOMES: Final = 10_000
 CLOSE_TIMEOUT_S: Final = 5.0
 """How long `close` waits for background tasks."""
 
+LATE: Final = "REQUEST_TIMEOUT passed"
+LOST: Final = "the end of the answer was lost"
+
 log = logging.getLogger(__name__)
 
 
 class Dispatcher:
     """Submits requests, decides how each ends for its client, and cancels it at most once.
 
-    `instance` is the api's name on NATS. `one_more` counts a request of a key, and raises KeyLimitReached.
+    `instance` is the api's name on NATS. `one_more` counts a request of a key, and raises KeyLimitReached. `away` says
+    whether workers may have taken this api for dead, and ended its requests.
     """
 
     def __init__(
@@ -51,12 +69,14 @@ class Dispatcher:
         states: StateStore,
         cancellation: Cancellation,
         one_more: Callable[[str | None], contextlib.AbstractContextManager[None]],
+        away: Callable[[], bool],
     ) -> None:
         self.instance = instance
         self._admission = admission
         self._states = states
         self._cancellation = cancellation
         self._one_more = one_more
+        self._away = away
         self.waiting: dict[str, LiveAnswer] = {}
         """The answers that clients wait for here, by request id."""
         self._ended: OrderedDict[str, tuple[RequestStatus | None, Usage | None]] = OrderedDict()
@@ -76,7 +96,7 @@ class Dispatcher:
             QueueFull, QueueUnavailable, RequestTooLarge, KeyLimitReached: nothing was admitted.
         """
         with self._one_more(request.key):
-            answer = LiveAnswer(request, self._on_end)
+            answer = LiveAnswer(request, self._on_end, self._on_whole)
             self.waiting[request.id] = answer
             try:
                 answer.sequence = await self.admit(request)
@@ -87,7 +107,7 @@ class Dispatcher:
             loop = asyncio.get_running_loop()
             timers = (
                 loop.call_later(QUEUED_AFTER_S, self._register_waiting, answer),
-                loop.call_later(max(request.deadline - clock.now(), 0), answer.time_out),
+                loop.call_later(max(request.deadline - clock.now(), 0), self._time_out, answer),
             )
             if answer.done:  # it was cancelled while it was published
                 self._background(answer, self._admission.remove(request.id, answer.sequence))
@@ -121,6 +141,60 @@ class Dispatcher:
         )
         return sequence
 
+    def _on_whole(self, answer: LiveAnswer, last: Completed) -> None:
+        """The answer is whole. If this api was away, the state decides first whether it may be."""
+        if self._away():
+            completed = RequestStatus.COMPLETED
+            write = partial(end, self._states, answer.request.id, completed, None, usage=last.usage)
+            self._background(answer, self._end_by_state(answer, completed, write, partial(answer.finish, last)))
+        else:
+            answer.finish(last)
+
+    def _time_out(self, answer: LiveAnswer) -> None:
+        """The deadline has passed."""
+        if self._away() and not answer.done:
+            late = RequestStatus.TIMED_OUT
+            unknown = transitions.queued(answer.request, answer.sequence)
+            write = partial(self._cancellation.end, answer.request.id, late, LATE, unknown=unknown)
+            self._background(answer, self._end_by_state(answer, late, write, answer.time_out))
+        else:
+            answer.time_out()
+
+    async def _end_by_state(
+        self,
+        answer: LiveAnswer,
+        outcome: RequestStatus,
+        write: Callable[[], Awaitable[object]],
+        finish: Callable[[], None],
+    ) -> None:
+        """Write `outcome` unless the state is final, then end the request for its client as the state says.
+
+        A worker may have written that nobody received the answer, or may be about to: the first write decides.
+        """
+        if answer.held:
+            return
+        request, state = answer.request, None
+        answer.held = True
+        try:
+            while state is None and not answer.done and clock.now() < request.deadline + STATE_GRACE_S:
+                try:
+                    await write()
+                    stored = await self._states.get(request.id)
+                    state = stored.state if stored is not None else None
+                except QueueUnavailable:
+                    await asyncio.sleep(STATE_RETRY_S)
+        except (QueueConflict, StateUnreadable) as exc:
+            log.debug("%s: its end was not written: %s", request.id, exc)
+        finally:
+            answer.held = False
+        if state is not None and state.status is outcome:
+            finish()
+        elif state is not None and state.status.final:
+            answer.fail(error_of(state) or InferenceFailed(LOST))
+        elif clock.now() >= request.deadline:
+            answer.time_out()
+        # Else no attempt has claimed the request yet: its worker asks again.
+
     def ended(self, request_id: str) -> Resume:
         """How a request for which nobody waits here ended for its client, as far as it is known."""
         outcome, usage = self._ended.get(request_id, (None, None))
@@ -129,7 +203,7 @@ class Dispatcher:
     async def cancel(self, request_id: str, reason: str) -> bool:
         """Cancel a request of any api; False if it had ended before or is unknown."""
         answer = self.waiting.get(request_id)
-        if answer is None:
+        if answer is None or answer.held:
             return await self._cancellation.cancel(request_id, reason)
         cancelled_here = not answer.done
         answer.fail(Cancelled(reason))
@@ -171,7 +245,7 @@ class Dispatcher:
         """The request has ended for its client. If the api ended it, end it in the queue too."""
         match answer.error if answer.completed is None else None:
             case RequestTimeout():
-                self._end(answer, RequestStatus.TIMED_OUT, "REQUEST_TIMEOUT passed")
+                self._end(answer, RequestStatus.TIMED_OUT, LATE)
             case SlowReader():
                 known = fields(request_id=answer.request.id, attempt=answer.attempt)
                 log.warning("[RequestQueue] %s: the client does not read its stream", answer.request.id, extra=known)
@@ -204,10 +278,7 @@ class Dispatcher:
                 answer.sequence = await self._admission.publish(request)
             return
         await asyncio.sleep(FRAME_PATIENCE_S)
-        if stored.state.status is RequestStatus.CANCELLED:
-            answer.fail(Cancelled(stored.state.error or "while the api was away"))
-        else:
-            answer.fail(InferenceFailed("the end of the answer was lost"))
+        answer.fail(error_of(stored.state) or InferenceFailed(LOST))
 
     def _forget(self, answer: LiveAnswer, outcome: RequestStatus | None) -> None:
         self.waiting.pop(answer.request.id, None)

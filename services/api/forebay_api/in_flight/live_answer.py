@@ -26,7 +26,11 @@ RESEND_RETRY_S = 1.0
 class LiveAnswer:
     """The answer to one request, as far as it has come. `on_end` is called once, when it has ended for its client.
 
+    `on_whole` gets the last frame once every token is here, and decides when to `finish` with it. Without one, it
+    finishes at once.
+
     `attempt` is the newest attempt that has sent a frame, and `worker` its worker, if the first of its frames said so.
+    While `held`, only a client that leaves ends it: its end is being written into the state first.
 
     Three kinds of frames are dropped: of an older attempt than the newest seen, with tokens that are here already, and
     with tokens missing before them. The last kind sets `gap` until the missing tokens have come. The tokens of each
@@ -36,6 +40,7 @@ class LiveAnswer:
 
     request: InferenceRequest
     on_end: "Callable[[LiveAnswer], None]"
+    on_whole: "Callable[[LiveAnswer, Completed], None] | None" = None
     ordered: bool = False
     sequence: int | None = None
     attempt: int = 0
@@ -44,6 +49,7 @@ class LiveAnswer:
     gap: bool = False
     completed: Completed | None = None
     error: ApiError | None = None
+    held: bool = False
     registered: bool = False
     registration: asyncio.Task[None] | None = None
     cancelling: asyncio.Task[None] | None = None
@@ -114,14 +120,21 @@ class LiveAnswer:
             case Completed():
                 self._complete(frame)
             case Failed():
-                self.error = WorkerError(frame)
-        if self.done:
-            self.on_end(self)
+                self.fail(WorkerError(frame))
         self._wake()
 
-    def fail(self, error: ApiError) -> None:
-        """End this client's wait with `error`, unless the answer has ended."""
+    def finish(self, last: Completed) -> None:
+        """End a whole answer, unless it has ended."""
         if not self.done:
+            # Deltas without tokens come only in the last frame, which is taken once: so none is repeated.
+            self._unread.extend(delta for delta in last.deltas if not delta.tokens)
+            self.completed = last
+            self.on_end(self)
+            self._wake()
+
+    def fail(self, error: ApiError) -> None:
+        """End this client's wait with `error`, unless the answer has ended or is held."""
+        if not self.done and (not self.held or isinstance(error, ClientLeft)):
             self.error = error
             self.on_end(self)
             self._wake()
@@ -183,13 +196,11 @@ class LiveAnswer:
             self._unread.append(delta)
             self.gap, self._ask_again_at = False, -math.inf
             if len(self._unread) > MAX_UNREAD_DELTAS and not names.is_logged(self.request.reply_to):
-                self.error = SlowReader("the client does not read its stream")
+                self.fail(SlowReader("the client does not read its stream"))
 
     def _complete(self, frame: Completed) -> None:
         for delta in frame.deltas:
             if delta.tokens:
                 self._append(delta)
         if all(len(self._tokens.get(choice.index, ())) == choice.tokens for choice in frame.choices):
-            # Deltas without tokens come only in the last frame, which is taken once: so none is repeated.
-            self._unread.extend(delta for delta in frame.deltas if not delta.tokens)
-            self.completed = frame
+            (self.on_whole or LiveAnswer.finish)(self, frame)

@@ -6,9 +6,9 @@ from enum import Enum, auto
 from typing import Final
 
 from forebay_contracts.queueing.protocols import Delivery
-from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
+from forebay_contracts.wire.errors import ApiError, RequestCancelled
 from forebay_contracts.wire.frames import Resume
-from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
+from forebay_contracts.wire.state import RequestStatus, Usage
 
 NAK_DELAY_S: Final = 0.5
 """Pause before a request whose attempt failed is tried again."""
@@ -122,20 +122,6 @@ def abandoned() -> Ended:
 def not_wanted(have: Resume) -> Ended:
     """The end of a request for which nobody waits, as the api says."""
     return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage)
-
-
-def error_of(state: RequestState) -> ApiError | None:
-    """The error for a client that still waits for a request in this final state. None if it has the answer."""
-    message = state.error or "the request has ended"
-    match state.status:
-        case RequestStatus.COMPLETED:
-            return None
-        case RequestStatus.TIMED_OUT:
-            return RequestTimeout(message)
-        case RequestStatus.CANCELLED:
-            return RequestCancelled(f"the request was cancelled: {message}")
-        case _:
-            return InferenceFailed(message)
 
 
 Tell = Callable[[Told, Ended], Awaitable[RequestStatus | None]]

@@ -22,11 +22,11 @@ from forebay_contracts.wire.errors import (
     RequestTimeout,
     StateUnreadable,
 )
-from forebay_contracts.wire.frames import Resume
+from forebay_contracts.wire.frames import Resume, error_of
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
 from forebay_inference.attempt.attempt import Attempt, NotTheFirst
-from forebay_inference.attempt.endings import End, Ended, abandoned, error_of, not_wanted, settle
+from forebay_inference.attempt.endings import End, Ended, abandoned, not_wanted, settle
 from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import EndedBefore, Ownership, patiently
 from forebay_inference.attempt.reply import Reply
