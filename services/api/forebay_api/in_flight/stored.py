@@ -112,7 +112,7 @@ class StoredRequests:
     async def _admit(self, request: InferenceRequest, key: str | None, record: Message | None) -> int:
         if key is None or record is None:
             return await self._dispatcher.admit(request)
-        # Side by side, one round trip less until the first token. But the record goes first: a request that runs is known.
+        # Side by side: one round trip less until the first token. The record is sent first.
         keeping = asyncio.create_task(self._records.put(key, record))
         await asyncio.sleep(0)
         try:
