@@ -91,10 +91,13 @@ async def test_a_stored_response_within_its_rights(own_site: Site) -> None:
         assert (await two.responses.retrieve(begun.id)).status == "cancelled"
         again = await stack.http.delete(f"{stack.apis[1].url}/v1/queue/request/{begun.id}")
         assert again.json() == {"id": shown["id"], "cancelled": False, "status": "cancelled"}
-        # What is deleted is gone from the log.
+        # What is deleted is gone from the log, but for the mark that a cancelled one has ended.
         for identifier in (made.id, begun.id):
             await two.responses.delete(identifier)
-        assert (await stack.connection.jetstream.stream_info(names.ANSWERS)).state.messages == 0
+        state_of_log = (await stack.connection.jetstream.stream_info(names.ANSWERS)).state
+        assert state_of_log.messages == 1
+        mark = await stack.connection.jetstream.get_msg(names.ANSWERS, state_of_log.last_seq)
+        assert json.loads(mark.data or b"")["type"] == "failed"
         assert await stack.workers[0].stop() == 0
     assert not [line for line in own_site.server.log if "Violation" in line]
 
