@@ -32,6 +32,7 @@ TOKENS = 60
 WHOLE = " ".join(f"t{token}" for token in range(TOKENS))
 ORDER = f"[[tokens={TOKENS} delay_ms=20]]"
 LIMITS = {"max_concurrent_requests": 150, "worker_slots": 50, "max_queue_size": 1_000, "max_deliveries": 100}
+CHECKED_AT_ONCE = 16
 TAKE_UP_S = 60
 """How long a client tries to take a stream up."""
 
@@ -132,20 +133,22 @@ async def kill_in_turn(stack: Stack, nats: NatsServer, stop: asyncio.Event, paus
 async def check(stack: Stack, clients: list[Client]) -> dict[str, Any]:
     """What the stores say afterwards, at each api that is left."""
     wrong: list[str] = []
-    checked = 0
-    for client in clients:
-        for response_id, text in client.streams.items():
-            for api in stack.apis[-2:]:
-                whole = (await stack.http.get(f"{api.url}/v1/responses/{response_id}")).json()
-                if whole["status"] != "completed" or whole["output"][0]["content"][0]["text"] != WHOLE:
-                    wrong.append(f"{response_id}: {json.dumps(whole)[:300]}")
-                again = (await stack.http.get(f"{api.url}/v1/responses/{response_id}?stream=true")).content
-                if again != text:
-                    wrong.append(f"{response_id}: its stream differs from what its client has")
-            checked += 1
+    few = asyncio.Semaphore(CHECKED_AT_ONCE)
+    streams = {response_id: text for client in clients for response_id, text in client.streams.items()}
+
+    async def one(api: str, response_id: str, text: bytes) -> None:
+        async with few:
+            whole = (await stack.http.get(f"{api}/v1/responses/{response_id}")).json()
+            again = (await stack.http.get(f"{api}/v1/responses/{response_id}?stream=true")).content
+        if whole["status"] != "completed" or whole["output"][0]["content"][0]["text"] != WHOLE:
+            wrong.append(f"{response_id}: {json.dumps(whole)[:300]}")
+        if again != text:
+            wrong.append(f"{response_id}: its stream differs from what its client has")
+
+    await asyncio.gather(*(one(api.url, *item) for api in stack.apis[-2:] for item in streams.items()))
     pauses = sorted(pause for client in clients for pause in client.pauses_s)
     return {
-        "responses": checked,
+        "responses": len(streams),
         "taken_up": sum(client.taken_up for client in clients),
         "take_up_s": {"p50": round(pauses[len(pauses) // 2], 3), "max": round(pauses[-1], 3)} if pauses else {},
         "refused": dict(sum((client.refused for client in clients), Counter())),

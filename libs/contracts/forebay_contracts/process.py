@@ -39,4 +39,4 @@ def calm_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 4, 100)
+    gc.set_threshold(10_000, 10, 40)
