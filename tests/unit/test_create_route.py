@@ -10,6 +10,7 @@ import pytest
 from starlette.types import Message, Scope
 
 from forebay_api.http import sse
+from forebay_api.http.peer import Peer
 from forebay_api.routes import ENDPOINTS
 from forebay_contracts.wire.state import RequestStatus
 from support.api import app, post
@@ -34,7 +35,7 @@ class RawClient:
     def __init__(self, system: Twins, fields: dict[str, Any], *, reads: bool = True, **headers: str) -> None:
         self.sent: list[Message] = []
         self.changed = asyncio.Event()
-        self.left = asyncio.Event()
+        self.peer = Peer()
         self._reads = reads
         self._body: bytes | None = json.dumps(fields).encode()
         headers = {"content-type": "application/json", **headers}
@@ -45,14 +46,14 @@ class RawClient:
             "query_string": b"",
             "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
         }
+        self.peer.extend(scope)
         self.served = asyncio.ensure_future(cast(Any, app(system)(scope, self._receive, self._send)))
 
     async def _receive(self) -> Message:
         if self._body is not None:
             data, self._body = self._body, None
             return {"type": "http.request", "body": data, "more_body": False}
-        await self.left.wait()
-        return {"type": "http.disconnect"}
+        raise AssertionError("it reads on after the body")
 
     async def _send(self, message: Message) -> None:
         self.sent.append(message)
@@ -158,9 +159,19 @@ async def test_a_client_that_leaves_cancels_its_request(system: Twins) -> None:
     system.worker()
     client = RawClient(system, body("tokens=100 delay_ms=1000", stream=True))
     await client.has(2)
-    client.left.set()
+    client.peer.leave()
     await client.served
     assert client.sent[-1].get("more_body", True)
+    await system.empty()
+    (request_id,) = system.notices.told
+    assert (await system.state(request_id)).status is RequestStatus.CANCELLED
+
+
+async def test_a_client_that_left_before_its_request_was_queued_cancels_it(system: Twins) -> None:
+    client = RawClient(system, body("tokens=1"))
+    client.peer.leave()
+    async with asyncio.timeout(5):
+        await client.served
     await system.empty()
     (request_id,) = system.notices.told
     assert (await system.state(request_id)).status is RequestStatus.CANCELLED
@@ -186,7 +197,7 @@ async def test_a_full_queue_is_a_503() -> None:
         answer = await post(system, CHAT, body("tokens=1", stream=True))
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_full")
         assert (answer.headers["x-should-retry"], answer.headers["retry-after"]) == ("true", "1")
-        waiting.left.set()
+        waiting.peer.leave()
         await waiting.served
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from forebay_api.http import sse
 from forebay_api.http.sse import COMMENT, EventStream
+from forebay_api.in_flight.answer import SlowReader
 
 KEEP_ALIVE_S = 0.02
 
@@ -67,4 +69,19 @@ async def test_none_waits_behind_a_write_that_stalls(connection: Connection) -> 
 
 async def test_it_can_be_switched_off(connection: Connection) -> None:
     async with EventStream(connection.send, 0) as stream:
-        assert stream._timer is None
+        stream._look()
+        await asyncio.sleep(0)
+        assert connection.bodies.empty()
+
+
+@pytest.mark.parametrize("keep_alive_s", [0, KEEP_ALIVE_S])
+async def test_a_connection_that_takes_nothing_is_given_up(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, keep_alive_s: float
+) -> None:
+    monkeypatch.setattr(sse, "MAX_WRITE_STALL_S", 2 * KEEP_ALIVE_S)
+    async with EventStream(connection.send, keep_alive_s) as stream:
+        await stream.write(b"data")
+        connection.has_room.clear()
+        for _ in range(2):  # also what is written after a write, or a sign of life, that stalled
+            with pytest.raises(SlowReader):
+                await stream.write(b"more")

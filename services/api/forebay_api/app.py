@@ -84,7 +84,7 @@ def create_app(context: Context) -> ASGIApp:
             allow_origins=context.settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID_HEADER, "retry-after", "x-should-retry"],
+            expose_headers=[REQUEST_ID_HEADER.decode(), "retry-after", "x-should-retry"],
         )
     return served
 

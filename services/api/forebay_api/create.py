@@ -12,6 +12,7 @@ from forebay_api.context import Context
 from forebay_api.http import sse
 from forebay_api.http.bodies import off_loop, read_body, validated
 from forebay_api.http.errors import about
+from forebay_api.http.peer import Peer
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.openai.format import Format, StreamWriter
 from forebay_api.prepare import Accepted
@@ -57,7 +58,8 @@ class Create:
             if prepared.at_once is not None:
                 whole = prepared.at_once()
             else:
-                leaving = asyncio.create_task(_fail_when_client_leaves(receive, answer))
+                peer = Peer.of(scope)
+                peer.watch(answer.leave)
                 try:
                     if queued.stream:
                         if early:
@@ -68,7 +70,7 @@ class Create:
                         return
                     whole = await self._whole(answer, writer)
                 finally:
-                    leaving.cancel()
+                    peer.forget(answer.leave)
         await Response(whole, media_type="application/json")(scope, receive, send)
 
     async def _accepted(self, request: Request) -> Accepted:
@@ -150,8 +152,3 @@ async def _started(answer: LiveAnswer, within_s: float | None) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-async def _fail_when_client_leaves(receive: Receive, answer: LiveAnswer) -> None:
-    await sse.left(receive)
-    answer.leave()

@@ -2,8 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.datastructures import Headers
 
@@ -17,8 +16,7 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """A valid body, of `size` bytes, and where it comes from. `created_at`: seconds since the epoch."""
 
     body: Any
@@ -53,8 +51,7 @@ class Accepted:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A request, and the block in which it is answered. `format` makes the writer of the answer to a request.
 
     A stream begins when a worker has begun, or `begins_after_s` after the request was queued, if that is earlier.

@@ -5,7 +5,6 @@ from collections.abc import Awaitable
 from typing import Final
 
 from opentelemetry.trace import Span
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forebay_api.context import Context
@@ -13,7 +12,10 @@ from forebay_contracts.telemetry import tracing
 
 _TRACE_CONTEXT: Final = (b"traceparent", b"tracestate")
 
-REQUEST_ID_HEADER = "x-request-id"
+REQUEST_ID_HEADER: Final = b"x-request-id"
+
+_NO_SNIFFING: Final = (b"x-content-type-options", b"nosniff")
+"""Keeps browsers from taking an answer for a script or a page."""
 
 
 class HeadersMiddleware:
@@ -30,13 +32,11 @@ class HeadersMiddleware:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID_HEADER] = state["request_id"]
-                # Keeps browsers from taking an answer for a script or a page.
-                headers["x-content-type-options"] = "nosniff"
+                headers = [*message.get("headers", ()), (REQUEST_ID_HEADER, state["request_id"].encode()), _NO_SNIFFING]
                 if self._context.draining:
                     # The client's next connection reaches another api.
-                    headers["connection"] = "close"
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -11,6 +11,7 @@ from typing import Any, Final
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from forebay_api.http.peer import Peer
 from forebay_contracts.wire.errors import InvalidRequest
 
 MAX_HEAD_BYTES: Final = 32 * 1024
@@ -58,7 +59,7 @@ class BoundedHttp(HttpToolsProtocol):
     """One connection. A request that exceeds a bound or is not HTTP is answered 431, 408 or 400, and closes it."""
 
     # Without slots these attributes would double the memory of the connection's own.
-    __slots__ = ("_body_timeout_s", "_head_bytes", "_in_body", "_refused", "_silent_bytes", "_timer")
+    __slots__ = ("_body_timeout_s", "_head_bytes", "_in_body", "_peer", "_refused", "_silent_bytes", "_timer")
 
     def __init__(self, *args: Any, body_timeout_s: float, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -68,6 +69,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_bytes = 0
         self._silent_bytes = 0
         self._refused = False
+        self._peer = Peer()
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
@@ -78,6 +80,7 @@ class BoundedHttp(HttpToolsProtocol):
         """See asyncio.Protocol."""
         self._disarm()
         super().connection_lost(exc)
+        self._peer.leave()
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
@@ -116,6 +119,7 @@ class BoundedHttp(HttpToolsProtocol):
         """A request begins."""
         self._head_bytes = 0
         super().on_message_begin()
+        self._peer.extend(self.scope)  # type: ignore[arg-type]
 
     def on_url(self, url: bytes) -> None:
         """A piece of its address."""
@@ -154,6 +158,9 @@ class BoundedHttp(HttpToolsProtocol):
         self._disarm()
         if not self._refused:
             super().on_message_complete()
+            if not self.pipeline:
+                # A connection that nobody reads does not tell that the client has left.
+                self.flow.resume_reading()
 
     def _arm(self, seconds: float) -> None:
         self._disarm()

@@ -1,6 +1,5 @@
 """`/v1/queue`: how full the queue is and how it moves, what became of one request, and cancelling it."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any, Final
@@ -13,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from forebay_api.clients.keys import Client
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http import sse
+from forebay_api.http.peer import Peer
 from forebay_api.in_flight.answer import SlowReader
 from forebay_contracts.nats.consumers import waiting_place
 from forebay_contracts.queueing.status import QueueStatus
@@ -103,18 +103,16 @@ class QueueEvents(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call. An error before the first event is an HTTP status."""
-        leaving = asyncio.create_task(sse.left(receive))
+        peer = Peer.of(scope)
         try:
             async with contextlib.aclosing(self._events) as events:
                 first = await anext(events)
                 async with sse.EventStream(send, self._keep_alive_s) as stream:
                     await stream.write(first)
                     async for event in events:
-                        if leaving.done():
+                        if peer.left:
                             return
                         await stream.write(event)
                     await stream.write(b"", last=True)
         except SlowReader:
             return
-        finally:
-            leaving.cancel()

@@ -204,6 +204,7 @@ class AttemptRunner:
             if not have.wanted:
                 return not_wanted(have)
             resume = {choice.index: choice.tokens for choice in have.choices}
+        resumed = any(resume.values())
         prompt_tokens = returned = cached_tokens = reasoning_tokens = 0
         finished: dict[int, Finished] = {}
         measured.generating()
@@ -213,7 +214,7 @@ class AttemptRunner:
                     match event:
                         case Tokens():
                             if not event.prompt:
-                                measured.tokens(event, resumed=any(resume.values()))
+                                measured.tokens(event, resumed=resumed)
                             await reply.send(event)
                         case Vector():
                             await reply.send_vector(event)

@@ -3,7 +3,6 @@
 Source: https://platform.openai.com/docs/api-reference/responses.
 """
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http import sse
 from forebay_api.http.documented import DECLARED_AS_JSON
+from forebay_api.http.peer import Peer
 from forebay_api.openai.lists import Limit, Order, page
 from forebay_api.openai.responses.format import ResponseFormat
 from forebay_api.openai.responses.record import ResponseRecord
@@ -72,12 +72,12 @@ class _Events(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
         async with self._context.stored.read(self._record.origin()) as answer:
-            leaving = asyncio.create_task(sse.left(receive))
-            leaving.add_done_callback(lambda _: answer.leave())
+            peer = Peer.of(scope)
+            peer.watch(answer.leave)
             try:
                 writer = ResponseFormat(self._record, self._after)
                 keep_alive_s = self._context.settings.stream_keep_alive
                 async with sse.EventStream(send, keep_alive_s, writer.keep_alive) as stream:
                     await write_stream(answer, writer, stream, early=True)
             finally:
-                leaving.cancel()
+                peer.forget(answer.leave)

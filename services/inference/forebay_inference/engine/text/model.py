@@ -245,7 +245,12 @@ class _Serving:
 
 def _length(request: InferenceRequest) -> int:
     """Characters or token ids of the prompts."""
-    return sum(map(len, request.prompts)) + sum(len(message.get("content") or "") for message in request.messages)
+    length = 0
+    for prompt in request.prompts:
+        length += len(prompt)
+    for message in request.messages:
+        length += len(message.get("content") or "")
+    return length
 
 
 def _sequence(request: InferenceRequest, prepared: Prepared, choice: Choice) -> TokenRequest:

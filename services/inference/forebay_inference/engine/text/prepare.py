@@ -68,15 +68,21 @@ def prepare(
     else:
         encoded = [encode_prompt(loaded.tokenizer, prompt) for prompt in request.prompts]
         reasoning = None
-    compiler = Compiler(loaded.compile)
-    fault_of = compiler.fault if can.grammars != "no" else None
-    grammar = compiler.compiled(_grammar(request, use, fault_of, reasoning, opened=opened, closed=closed_schemas))
+    grammar = None
+    if request.response_format is not None or use is not None:
+        compiler = Compiler(loaded.compile)
+        fault_of = compiler.fault if can.grammars != "no" else None
+        grammar = compiler.compiled(_grammar(request, use, fault_of, reasoning, opened=opened, closed=closed_schemas))
     prompts = [_prompt(request, index, tokens, loaded.context_length, decoder) for index, tokens in enumerate(encoded)]
     # A grammar ends an answer with the end token and cannot go on after it.
-    end_tokens = frozenset[int]()
-    if grammar is not None or not request.sampling.ignore_eos:
-        end_tokens = loaded.end_tokens | (reasoning.end_tokens if isinstance(reasoning, Harmony) else end_tokens)
-    return Prepared(prompts, use, grammar, end_tokens.union(request.sampling.stop_token_ids), opened)
+    end_tokens = loaded.end_tokens
+    if grammar is None and request.sampling.ignore_eos:
+        end_tokens = frozenset()
+    elif isinstance(reasoning, Harmony):
+        end_tokens |= reasoning.end_tokens
+    if request.sampling.stop_token_ids:
+        end_tokens = end_tokens.union(request.sampling.stop_token_ids)
+    return Prepared(prompts, use, grammar, end_tokens, opened)
 
 
 def _grammar(

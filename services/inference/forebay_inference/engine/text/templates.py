@@ -102,6 +102,8 @@ def require_known(tokens: Iterable[int], vocabulary_size: int, param: str) -> No
 
 def _options(given: Mapping[str, Any], efforts: Mapping[str, str]) -> dict[str, Any]:
     """The variables of the template. Families name the switch of reasoning differently."""
+    if not given:
+        return {"add_generation_prompt": True}
     options = {"add_generation_prompt": True, **{key: value for key, value in given.items() if key not in _RESERVED}}
     switches = [options[name] for name in _SWITCHES if name in options]
     if isinstance(effort := options.get("reasoning_effort"), str):
