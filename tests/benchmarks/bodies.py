@@ -25,7 +25,7 @@ from benchmarks.common import Unavailable, drive, log, part_main, ratios, spread
 from benchmarks.systems import System
 from support.stack import Stack
 
-BUDGET_S = 200
+BUDGET_S = 180
 SIZES_KB = (4, 40, 400, 800)
 CLIENTS = 16
 PROBE_S = 0.01
@@ -90,7 +90,7 @@ def summary(turns: dict[str, list[Figures]]) -> Figures:
 
 async def measure(quick: bool) -> Figures:
     """All sizes, all systems."""
-    rounds, seconds = (1, 1) if quick else (5, 1.5)
+    rounds, seconds = (1, 1) if quick else (5, 1.2)
     found: Figures = {"rounds": rounds, "clients": CLIENTS, "sizes_kb": {}, "missing": {}}
     async with systems.forebay(log_level="INFO", **LIMITS) as (ours, stack, _):
         await turn(ours, 4, 1)
