@@ -9,7 +9,8 @@ engine run in turns of 0.2 s (turns.py): the other system is stopped meanwhile. 
 packages of this environment; each service has the sources of its own commit first on PYTHONPATH. `--new REV` takes
 another commit in place of the working tree. One `--setting` is one setting of both systems.
 
-Modes: "whole" is answers of 5 tokens, "streamed" is streams of 20 tokens, "memory" is what one waiting request adds to
+Modes: "whole" is answers of 5 tokens, "streamed" is streams of 20 tokens, "large" is as "whole"
+with bodies of 400 KB (not in the default), "memory" is what one waiting request adds to
 the api's own memory (as goals.py measures it). `--delay-ms` is the time of a token; 0 shows the cost of the path alone.
 A block is one pair of systems, and the next block starts new ones: two equal systems differ by a few percent for as
 long as they live. With `--old HEAD` on a clean tree, the spread of the ratios is the error of the measurement.
@@ -38,7 +39,11 @@ from benchmarks.common import ROOT, log, ratios
 from benchmarks.goals import WAITING, waiting_memory
 from benchmarks.turns import orders, pairs, started
 
-MODES = {"whole": ("--tokens", "5"), "streamed": ("--tokens", "20", "--stream")}
+MODES = {
+    "whole": ("--tokens", "5"),
+    "streamed": ("--tokens", "20", "--stream"),
+    "large": ("--tokens", "5", "--kb", "400"),
+}
 """By mode, how driver.py loads."""
 MEMORY = "memory"
 WAITING_REQUESTS, WAITING_REQUESTS_QUICK = 2000, 500
@@ -131,7 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=3, help="pairs of systems, one after the other")
     parser.add_argument("--pairs", type=int, default=20, help="turns of each system for one load")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--modes", nargs="+", choices=(*MODES, MEMORY), default=[*MODES, MEMORY])
+    parser.add_argument("--modes", nargs="+", choices=(*MODES, MEMORY), default=["whole", "streamed", MEMORY])
     parser.add_argument("--delay-ms", type=float, default=0, help="what the simulated engine waits before each token")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="a setting of both")
     parser.add_argument("--quick", action="store_true", help="one block with few turns: to see that it works")

@@ -1,6 +1,6 @@
 """A load generator that costs little: keep-alive connections, one prepared request, raw HTTP/1.1.
 
-    python tests/benchmarks/driver.py PORT CLIENTS SECONDS [--stream] [--tokens 5] [--delay-ms 0] [--rate R]
+    python tests/benchmarks/driver.py PORT CLIENTS SECONDS [--stream] [--tokens 5] [--delay-ms 0] [--rate R] [--kb 400]
 
 Closed loop: each of CLIENTS asks again as soon as it is answered. With `--requests`, SECONDS do not matter: so many are
 sent, and what counts is the time until the last is answered. With `--rate`, open loop: requests are due at the times of
@@ -31,18 +31,41 @@ import uvloop
 MODEL = "SmolLM2-135M-Instruct"
 FIRST = b'"t0'
 """How the text of the first token begins, in any answer."""
+MESSAGE_BYTES = 2000
+LINES = {
+    "user": 'What does `run(body["size"], *args)` return here?\n\tassert "400" in str(size)\n',
+    "assistant": "It returns the size in bytes, “400”, so the test passes.\n",
+}
+"""The lines of long messages, by role: with and without characters beyond ASCII."""
+
+
+def to_json(value: Any) -> bytes:
+    """As the SDKs write it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def conversation(size: int) -> list[dict[str, str]]:
+    """Messages of about MESSAGE_BYTES, by user and assistant in turn, `size` bytes in all."""
+    messages = []
+    for role in [*LINES] * (size // MESSAGE_BYTES // 2):
+        line = LINES[role]
+        messages.append({"role": role, "content": line * round(MESSAGE_BYTES / len(to_json(line)))})
+    return messages
 
 
 def request_bytes(
-    tokens: int, *, stream: bool, delay_ms: float = 0, model: str = MODEL, response: str | None = None
+    tokens: int, *, stream: bool, delay_ms: float = 0, model: str = MODEL, response: str | None = None, size: int = 0
 ) -> bytes:
-    """The one request that is sent again and again; with `response`, a response that is `stored` or `live`."""
+    """The one request that is sent again and again; with `response`, a response that is `stored` or `live`.
+
+    A chat of about `size` bytes is a conversation whose last message has the order.
+    """
     order = f"[[tokens={tokens} delay_ms={delay_ms:g}]]" if delay_ms else f"[[tokens={tokens}]]"
-    fields: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": order}]}
+    fields: dict[str, Any] = {"model": model, "messages": [*conversation(size), {"role": "user", "content": order}]}
     path = "/v1/chat/completions"
     if response is not None:
         path, fields = "/v1/responses", {"model": model, "input": order, "store": response == "stored"}
-    body = json.dumps(fields | ({"stream": True} if stream else {})).encode()
+    body = to_json(fields | ({"stream": True} if stream else {}))
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
@@ -304,6 +327,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--delay-ms", type=float, default=0, help="what the simulated engine waits before each token")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--response", choices=("stored", "live"), help="ask for responses, and not for chats")
+    parser.add_argument("--kb", type=int, default=0, help="size of the body of a chat, in 1,000 bytes")
     parser.add_argument("--requests", type=int, help="end once so many were answered, closed loop")
     parser.add_argument("--rate", type=float, help="requests a second, open loop")
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals")
@@ -321,6 +345,7 @@ def main() -> int:
         delay_ms=options.delay_ms,
         model=options.model,
         response=options.response,
+        size=1000 * options.kb,
     )
     loop = open_loop if options.rate else closed_loop
     figures = uvloop.run(loop(options.port, options, request))

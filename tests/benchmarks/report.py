@@ -155,6 +155,15 @@ def goals(parts: Parts) -> str:
     if "tokens" in parts:
         ratio = parts["tokens"]["figures"]["bare"]["ratio"]
         row("the model's tokens/s ÷ bare engine, 8 clients", "≥ 0.97", cell(ratio, 3), ratio["median"] >= 0.97)
+    if "bodies" in parts:
+        ours = parts["bodies"]["figures"]["sizes_kb"]["400"]["forebay"]
+        rate, longest = ours["requests_per_s"], max(wait["median"] for wait in ours["pause_ms"].values())
+        row(
+            "requests/s with bodies of 400 KB, 16 clients",
+            "≥ 200/s, event loops pause ≤ 50 ms",
+            f"{cell(rate, 0)}/s, {longest:.0f} ms",
+            rate["median"] >= 200 and longest <= 50,
+        )
     if "observability" in parts:
         ratio = parts["observability"]["figures"]["by_token_ms"]["10"]["requests"]
         row(
@@ -226,6 +235,24 @@ def loadgen(part: dict[str, Any]) -> str:
     return text + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
 
 
+def bodies(part: dict[str, Any]) -> str:
+    """Large request bodies."""
+    figures, rows = part["figures"], []
+    for size_kb, systems in figures["sizes_kb"].items():
+        for name, one in systems.items():
+            cpu = ", ".join(f"{process} {value['median']:.2f}" for process, value in one["cpu_ms"].items())
+            waits = ", ".join(f"{process} {value['median']:.0f}" for process, value in one.get("pause_ms", {}).items())
+            ratio = cell(one["forebay_to_this"], 2) if "forebay_to_this" in one else ""
+            rates = [cell(one["requests_per_s"], 0), cell(one["p50_ms"]), cell(one["p99_ms"])]
+            rows.append([size_kb, name, *rates, cpu, waits, ratio])
+    head = ["KB", "", "requests/s", "p50 ms", "p99 ms", "CPU ms a request", "health after ms", "Forebay's requests/s ÷"]
+    return (
+        f"## Large bodies\n\n{origin(part)}\n\nConversations of messages of 2 KB, {figures['clients']} clients, not streamed, "
+        f'5 tokens. "Health after" is the longest wait for the health of a service in turns of their own: no pause of '
+        f"its event loop was longer.\n\n{table(head, rows)}"
+    ) + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
+
+
 def cold(part: dict[str, Any]) -> str:
     """Start, idle and size."""
     one = part["figures"]
@@ -264,6 +291,7 @@ PAGE = {
     "backlog": backlog,
     "tokens": tokens,
     "tokens-nf4": tokens,
+    "bodies": bodies,
     "loadgen": loadgen,
     "cold": cold,
     "observability": observability,

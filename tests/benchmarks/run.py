@@ -20,6 +20,7 @@ PARTS = {
     "overload": 150,
     "backlog": 150,
     "fifty_workers": 150,
+    "bodies": 180,
     "tokens": 370,
     "loadgen": 240,
     "scale": 150,

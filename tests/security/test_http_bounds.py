@@ -152,6 +152,26 @@ async def test_a_body_that_does_not_come(stack: Stack) -> None:
     assert answer.count(b"HTTP/1.1") <= 2
 
 
+async def test_a_large_body_comes_in_pieces_with_and_without_a_length(stack: Stack) -> None:
+    said = [{"role": "user", "content": "[[tokens=2]]"}]
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "x" * 300_000}, *said]}).encode()
+    head = POST + b"connection: close\r\n"
+    pieces = [body[at : at + 50_000] for at in range(0, len(body), 50_000)]
+    chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
+    for sent in (
+        (head + b"content-length: %d\r\n\r\n" % len(body), *pieces),
+        (head + b"transfer-encoding: chunked\r\n\r\n", *chunks, b"0\r\n\r\n"),
+    ):
+        assert b'"content":"t0 t1"' in await send(stack.apis[0], *sent)
+    # Refused at its length, or once more than the limit has come; what follows is read and dropped.
+    more = [b" " * 60_000] * 20
+    for sent in (
+        (POST + b"content-length: 1200000\r\n\r\n", *more, GET + b"connection: close\r\n\r\n"),
+        (POST + b"transfer-encoding: chunked\r\n\r\n", *[b"ea60\r\n%b\r\n" % piece for piece in more]),
+    ):
+        assert (await send(stack.apis[0], *sent)).startswith(b"HTTP/1.1 413 ")
+
+
 async def test_an_answer_outlasts_the_time_for_a_body(stack: Stack) -> None:
     text = "[[tokens=15 delay_ms=100]]"
     body = json.dumps({"model": MODEL, "stream": True, "messages": [{"role": "user", "content": text}]}).encode()

@@ -71,6 +71,13 @@ def _loadgen() -> dict[str, Any]:
     return _part(rounds=5, tokens=20, delay_ms=25, clients=clients, ceiling=ceiling, missing={"LiteLLM": "not there"})
 
 
+def _bodies() -> dict[str, Any]:
+    one = {key: _spread(value) for key, value in (("requests_per_s", 230), ("p50_ms", 60), ("p99_ms", 120))}
+    ours = one | {"cpu_ms": {"api": _spread(3)}, "pause_ms": {"api": _spread(30), "worker": _spread(20)}}
+    peer = one | {"cpu_ms": {"http": _spread(2)}, "forebay_to_this": _spread(0.6)}
+    return _part(clients=16, sizes_kb={"400": {"forebay": ours, "bare HTTP": peer}}, missing={})
+
+
 def _scale() -> dict[str, Any]:
     def curve(key: str, values: dict[str, float], *processes: str) -> dict[str, Any]:
         return {
@@ -112,6 +119,7 @@ PARTS = {
     "overhead": _overhead,
     "backlog": _backlog,
     "tokens": _tokens,
+    "bodies": _bodies,
     "loadgen": _loadgen,
     "scale": _scale,
     "goals": _goals,
@@ -137,6 +145,12 @@ def test_a_result_becomes_rows_with_its_stamp(tmp_path: Path) -> None:
 def test_without_results_there_is_no_figure(tmp_path: Path) -> None:
     assert "|" not in report.benchmarks_page(report.load(tmp_path))
     assert "|" not in report.scale_page(report.load(tmp_path))
+
+
+def test_large_bodies_and_their_goal(tmp_path: Path) -> None:
+    page = report.benchmarks_page(report.load(_results(tmp_path)))
+    assert "| 400 | forebay | 230 (229 to 231) | 60.0 (59.0 to 61.0) | 120.0 (119.0 to 121.0) | api 3.00 |" in page
+    assert "| requests/s with bodies of 400 KB, 16 clients | ≥ 200/s, event loops pause ≤ 50 ms | 230 (229" in page
 
 
 def test_what_aiperf_and_the_driver_say_stands_side_by_side(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
+import nats.aio.client
 import nkeys
 from nats.aio.client import Client
 from nats.errors import AuthorizationError
@@ -24,6 +25,9 @@ RECONNECT_WAIT_S = 0.25
 PING_INTERVAL_S = 20
 JETSTREAM_TIMEOUT_S = 5
 OLDEST_SERVER = (2, 12)
+
+# nats-py has no option for it. Reading 32 KB at a time takes a worker 0.4 ms more for a message of 400 KB.
+nats.aio.client.DEFAULT_BUFFER_SIZE = 512 * 1024
 
 Role = Literal["api", "inference", "cli"]
 """The owner of an inbox. Each user of deploy/nats/forebay.conf may read the inboxes of its own role only."""

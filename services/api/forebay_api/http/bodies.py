@@ -36,10 +36,14 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
-    data = bytearray()
+    data: bytes | bytearray = b""
     try:
         async for piece in request.stream():
-            data += piece
+            if not data:
+                data = piece  # in most cases it is all, and bytes() below makes no copy
+            elif piece:
+                data = bytearray(data) if isinstance(data, bytes) else data
+                data += piece
             if len(data) > max_bytes:
                 raise _too_large(max_bytes)
     except ClientDisconnect as exc:

@@ -19,6 +19,12 @@ MAX_HEAD_BYTES: Final = 32 * 1024
 
 MAX_HEADERS: Final = 100
 
+LARGE_PIECE: Final = 16 * 1024
+"""Bytes of a piece of a body that the application is not woken for, unless it is the last."""
+
+GATHERED_BYTES: Final = 1024 * 1024
+"""With more of a body than this, the application is woken, and nothing is read before it has taken it."""
+
 HEAD_TIMEOUT_S: Final = 10.0
 """Time for a request's line and headers, from its first byte or from the connection on."""
 
@@ -144,10 +150,23 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_body = True
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
+        """A piece of the body.
+
+        To wake the application for each piece takes as long as to copy it. A body without a length wakes it for each,
+        since it may be too large.
+        """
         self._silent_bytes = 0
-        if not self._refused:
+        if self._refused:
+            return
+        if len(body) >= LARGE_PIECE and self._is_gathered():
+            self.cycle.body += body
+        else:
             super().on_body(body)
+
+    def _is_gathered(self) -> bool:
+        if self.cycle.response_complete or len(self.cycle.body) >= GATHERED_BYTES:
+            return False
+        return any(name == b"content-length" for name, _ in self.headers)
 
     def on_message_complete(self) -> None:
         """The request is whole."""
