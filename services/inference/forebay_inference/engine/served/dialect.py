@@ -15,14 +15,20 @@ class NotReady(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server says that it serves. `context_length` in tokens is that of one sequence. `end_tokens` are those at
-    which the server itself ends a sequence, empty where it does not tell them."""
+    """What a server says that it serves.
+
+    `context_length` in tokens is that of one sequence. `end_tokens` are those at which the server itself ends a
+    sequence, empty where it does not tell them. `capabilities` replace those of the dialect, where this server has
+    fewer. It computes `slots` sequences at once, None where it does not tell.
+    """
 
     version: str
     vocabulary_size: int
     context_length: int
     quantization: str
     end_tokens: frozenset[int] = frozenset()
+    capabilities: Capabilities | None = None
+    slots: int | None = None
 
 
 class Load(NamedTuple):

@@ -1,6 +1,7 @@
 """The engine that asks an inference server beside the worker, in tokens."""
 
 import asyncio
+import logging
 import shlex
 import socket
 import time
@@ -28,8 +29,12 @@ from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.models.store import ensure_gguf, ensure_model, recommended_sampling
 
+log = logging.getLogger(__name__)
+
 _POLL_S: Final = 0.5
 _PROGRESS_S: Final = 5.0
+_DEATH_S: Final = 1.0
+"""Time in which a server that broke off its answers is found dead."""
 _LOOK_S: Final = 1.0
 """Interval of the questions for the server's load."""
 
@@ -73,6 +78,9 @@ class ServedEngine:
                 f"{dialect.name} serves a model of {served.vocabulary_size} tokens, and the tokenizer of "
                 f"{settings.default_model} has {read.vocabulary_size}"
             )
+        self.capabilities = served.capabilities or self.capabilities
+        if served.slots is not None and served.slots < settings.slots:
+            log.warning("[%s] has %d slots, and the worker has %d", dialect.name, served.slots, settings.slots)
         progress("warming up")
         warm_up = TokenRequest("warm-up", read.tokenizer.encode("The"), 2, Sampling(temperature=0))
         try:
@@ -137,7 +145,7 @@ class ServedEngine:
         try:
             async with aclosing(self._dialect.generate(http, request, served)) as steps:
                 async for step in steps:
-                    self._steps += 1
+                    self._steps += len(step.tokens)
                     left -= len(step.tokens)
                     if step.finish is None and not ends.isdisjoint(step.tokens):
                         step = _cut(step, ends)
@@ -148,7 +156,7 @@ class ServedEngine:
                         return
             raise EngineFault(f"{self._dialect.name} ended an answer without saying why")
         except ServerFailed as exc:
-            raise EngineFault(self._dead() or f"{self._dialect.name}: {exc}") from exc
+            raise await self._failed(exc) from exc
         finally:
             self._sequences -= 1
 
@@ -163,9 +171,15 @@ class ServedEngine:
                     self._steps += 1
                     yield part
         except ServerFailed as exc:
-            raise EngineFault(self._dead() or f"{self._dialect.name}: {exc}") from exc
+            raise await self._failed(exc) from exc
         finally:
             self._sequences -= 1
+
+    async def _failed(self, error: ServerFailed) -> EngineFault:
+        """The fault of a request whose server failed. If the server has ended, that is the reason."""
+        if self._process is not None and error.status is None:
+            await self._process.ended(_DEATH_S)
+        return EngineFault(self._dead() or f"{self._dialect.name}: {error}")
 
     def _serving(self) -> tuple[Http, Served]:
         if self._http is None or self._served is None:

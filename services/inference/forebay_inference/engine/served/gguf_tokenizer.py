@@ -1,9 +1,11 @@
 """The tokenizer in a GGUF file, without torch."""
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
 from gguf import GGUFReader
+from tokenizers import Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -37,6 +39,7 @@ def tokenizer_of(file: Path) -> Any:
     found = {name: value for name, key in _FIELDS.items() if (value := told(f"tokenizer.ggml.{key}")) is not None}
     backend, _ = convert_gguf_tokenizer(told("general.architecture"), dict(found))
     tokens = found["tokens"]
+    backend = _without_further_tokens(backend, len(tokens))
     special = {
         name: tokens[place] for name, key in _SPECIAL.items() if (place := told(f"tokenizer.ggml.{key}")) is not None
     }
@@ -52,3 +55,16 @@ def tokenizer_of(file: Path) -> Any:
     if missing := [tokenizer.convert_ids_to_tokens(place) for place in control if place not in known]:
         tokenizer.add_special_tokens({"extra_special_tokens": missing})
     return tokenizer
+
+
+def _without_further_tokens(backend: Tokenizer, size: int) -> Tokenizer:
+    """`backend` without the tokens that the library adds to a vocabulary that lacks them: the model has `size`."""
+    if backend.get_vocab_size() <= size:
+        return backend
+    described = json.loads(backend.to_str())
+    described["added_tokens"] = [added for added in described["added_tokens"] if added["id"] < size]
+    model = described["model"]
+    model["vocab"] = {token: place for token, place in model["vocab"].items() if place < size}
+    if model.get("unk_token") not in model["vocab"]:
+        model["unk_token"] = None
+    return Tokenizer.from_str(json.dumps(described))

@@ -48,8 +48,8 @@ class Http:
         """The body of an answer, within 10 s; raises ServerFailed."""
         return await self._whole("GET", path, None)
 
-    async def json(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = _ANSWER_S) -> Any:
-        """The answer to a GET or, with `body`, a POST, within `timeout_s`; raises ServerFailed."""
+    async def json(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = _ANSWER_S) -> Any:
+        """The answer to a GET or, with `body`, a POST, within `timeout_s` (None: however long); raises ServerFailed."""
         answer = await self._whole("GET" if body is None else "POST", path, body, timeout_s)
         try:
             return orjson.loads(answer)
@@ -92,7 +92,7 @@ class Http:
         await self._fresh.close()
 
     async def _whole(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float = _ANSWER_S
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = _ANSWER_S
     ) -> bytes:
         try:
             async with asyncio.timeout(timeout_s), await self._send(method, path, body) as response:

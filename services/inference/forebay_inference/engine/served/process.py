@@ -72,10 +72,10 @@ class ServerProcess:
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         return f"{self._name} ended with {how}; its last lines: " + (" | ".join(self.last_lines) or "(none)")
 
-    async def ended(self) -> None:
-        """Wait until it has ended and its last line is read."""
+    async def ended(self, patience_s: float) -> None:
+        """Wait until it has ended and its last line is read, for at most `patience_s`."""
         if self._listening is not None:
-            await asyncio.wait([self._listening])
+            await asyncio.wait([self._listening], timeout=patience_s)
 
     async def close(self) -> None:
         """End it by SIGTERM, and after 10 s by SIGKILL; then what it started."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer, GenerationConfig
 
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_inference.engine.matchers import Matchers
+from forebay_inference.engine.matchers import Matchers, lark_of
 from forebay_inference.engine.tokenizer import LibraryTokenizer
 
 
@@ -21,9 +21,10 @@ class ReadTokenizer(NamedTuple):
 
 
 class Grammar(NamedTuple):
-    """A grammar that can be enforced: its text, and an LLMatcher at its beginning, to be copied."""
+    """A grammar that can be enforced, in llguidance's dialect of Lark; and an LLMatcher at its beginning, to be
+    copied."""
 
-    text: str
+    lark: str
     matcher: Any
 
 
@@ -41,7 +42,7 @@ def read_tokenizer(model: Path) -> ReadTokenizer:
         reason = " ".join(str(exc).split())[:300] or type(exc).__name__
         raise ConfigurationError(f"{model} holds no tokenizer that can be read: {reason}") from exc
     library = LibraryTokenizer(tokenizer, size, matchers.vocabulary)
-    return ReadTokenizer(library, size, ends, lambda text: Grammar(text, matchers.compile(text)))
+    return ReadTokenizer(library, size, ends, lambda text: Grammar(lark_of(text), matchers.compile(text)))
 
 
 def _of_checkpoint(folder: Path) -> tuple[Any, frozenset[int]]:
