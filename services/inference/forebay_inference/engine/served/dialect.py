@@ -63,6 +63,8 @@ class Dialect(Protocol):
     def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
         """The steps of a sequence; see `Engine.generate`. An end token need not end it: the engine cuts there.
 
+        The last step comes once the answer of the server is read to its end, so that its connection is kept.
+
         Raises:
             ServerFailed: the server failed, or answered with something else.
             InvalidRequest: the server cannot do what `request` asks for.

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import secrets
 import shlex
+import shutil
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -23,7 +25,7 @@ from forebay_inference.engine.protocol import (
     TokenRequest,
 )
 from forebay_inference.engine.served.dialect import Dialect, Load, NotReady, ScoringDialect, Served
-from forebay_inference.engine.served.http import Http, ServerFailed
+from forebay_inference.engine.served.http import Http, ServerFailed, ServerGone
 from forebay_inference.engine.served.process import ServerProcess, filled
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
@@ -31,10 +33,15 @@ from forebay_inference.models.store import ensure_gguf, ensure_model, recommende
 
 log = logging.getLogger(__name__)
 
+_KEY_VARIABLES: Final = ("LLAMA_API_KEY", "VLLM_API_KEY")
+"""From which servers take the key that their clients must send."""
+_GREEDY: Final = Sampling(temperature=0)
 _POLL_S: Final = 0.5
 _PROGRESS_S: Final = 5.0
 _DEATH_S: Final = 1.0
 """Time in which a server that broke off its answers is found dead."""
+_GONE_S: Final = 5.0
+"""Time after which nobody waits any more for a server that is gone."""
 _LOOK_S: Final = 1.0
 """Interval of the questions for the server's load."""
 
@@ -54,6 +61,7 @@ class ServedEngine:
         self._steps = 0
         self._load = Load(0)
         self._fault: str | None = None
+        self._told = ""
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Read the tokenizer, start or find the server, and wait until it serves; see `Engine.start`.
@@ -61,60 +69,73 @@ class ServedEngine:
         Raises:
             ConfigurationError: the server ended, took longer than ENGINE_START_TIMEOUT, or serves something else.
         """
-        settings, dialect = self._settings, self._dialect
+        settings, name = self._settings, self._dialect.name
         model = await in_daemon_thread(lambda: self._fetch(progress))
         progress("reading the tokenizer")
         read = await in_daemon_thread(lambda: read_tokenizer(model))
-        url = settings.engine_url
-        if url is None:
-            port = _free_port()
-            url = f"http://127.0.0.1:{port}"
-            await self._start_server(model, port, progress)
-        key = settings.engine_api_key
-        self._http = Http(url, None if key is None else key.get_secret_value())
-        self._served = served = await self._until_served(self._http, read.tokenizer, progress)
-        if read.vocabulary_size > served.vocabulary_size:
-            raise ConfigurationError(
-                f"{dialect.name} serves a model of {served.vocabulary_size} tokens, and the tokenizer of "
-                f"{settings.default_model} has {read.vocabulary_size}"
-            )
-        self.capabilities = served.capabilities or self.capabilities
-        if served.slots is not None and served.slots < settings.slots:
-            log.warning("[%s] has %d slots, and the worker has %d", dialect.name, served.slots, settings.slots)
-        progress("warming up")
-        warm_up = TokenRequest("warm-up", read.tokenizer.encode("The"), 2, Sampling(temperature=0))
+        self._http = http = await self._server(model, progress)
         try:
-            async for _ in self.generate(warm_up):
-                pass
+            async with asyncio.timeout(settings.engine_start_timeout):
+                served = await self._until_served(http, read.tokenizer, progress)
+                self._check(served, read.vocabulary_size)
+                self._served = served
+                progress("warming up")
+                async for _ in self.generate(TokenRequest("warm-up", read.tokenizer.encode("The"), 2, _GREEDY)):
+                    pass
+        except TimeoutError as exc:
+            raise ConfigurationError(
+                f"{name} did not serve within {settings.engine_start_timeout:g} s: {self._told}"
+            ) from exc
         except EngineFault as exc:
-            raise ConfigurationError(f"{dialect.name} cannot serve {settings.default_model}: {exc}") from exc
-        self._watching = asyncio.create_task(self._watch(self._http))
+            raise ConfigurationError(f"{name} cannot serve {settings.default_model}: {exc}") from exc
+        self._watching = asyncio.create_task(self._watch(http))
         return LoadedModel(
             read.tokenizer,
             served.context_length,
             served.quantization,
-            dialect.name,
+            name,
             read.end_tokens | served.end_tokens,
             recommended_sampling(settings.default_model, model),
             read.compile,
         )
+
+    async def _server(self, model: Path, progress: Callable[[str], None]) -> Http:
+        """The server of ENGINE_URL, or one that is started now."""
+        url, key = self._settings.engine_url, self._settings.engine_api_key
+        if url is not None:
+            return Http(url, None if key is None else key.get_secret_value())
+        port = _free_port()
+        # Other users of this machine may reach the port.
+        own_key = secrets.token_hex(16) if key is None else key.get_secret_value()
+        await self._start_server(model, port, own_key, progress)
+        return Http(f"http://127.0.0.1:{port}", own_key)
+
+    def _check(self, served: Served, vocabulary_size: int) -> None:
+        """Take what the server can; raise ConfigurationError if its model is another."""
+        if vocabulary_size > served.vocabulary_size:
+            raise ConfigurationError(
+                f"{self._dialect.name} serves a model of {served.vocabulary_size} tokens, and the tokenizer of "
+                f"{self._settings.default_model} has {vocabulary_size}"
+            )
+        self.capabilities = served.capabilities or self.capabilities
+        if served.slots is not None and served.slots < (slots := self._settings.slots):
+            log.warning("[%s] has %d slots, and the worker has %d", self._dialect.name, served.slots, slots)
 
     def _fetch(self, progress: Callable[[str], None]) -> Path:
         settings = self._settings
         ensure = ensure_gguf if self._dialect.weights == "gguf" else ensure_model
         return ensure(settings.default_model, settings.data_dir, progress, settings.hf_token)
 
-    async def _start_server(self, model: Path, port: int, progress: Callable[[str], None]) -> None:
+    async def _start_server(self, model: Path, port: int, key: str, progress: Callable[[str], None]) -> None:
         settings = self._settings
         given = settings.engine_command
         command = self._dialect.command(settings) if given is None else shlex.split(given)
         values = {"model": model, "name": settings.served_model, "port": port, "slots": settings.slots}
+        if shutil.which(command[0]) is None:
+            raise ConfigurationError(f"ENGINE_COMMAND: there is no program {command[0]}")
         self._process = ServerProcess(self._dialect.name)
         progress(f"starting {self._dialect.name}")
-        try:
-            await self._process.start(filled(command, values))
-        except OSError as exc:
-            raise ConfigurationError(f"{command[0]} cannot be started: {exc.strerror}") from exc
+        await self._process.start(filled(command, values), dict.fromkeys(_KEY_VARIABLES, key))
 
     async def _until_served(self, http: Http, tokenizer: Tokenizer, progress: Callable[[str], None]) -> Served:
         started = told = time.monotonic()
@@ -123,12 +144,8 @@ class ServedEngine:
             try:
                 return await self._dialect.identify(http, tokenizer)
             except (NotReady, ServerFailed) as exc:
-                now = time.monotonic()
-                if now - started > self._settings.engine_start_timeout:
-                    raise ConfigurationError(
-                        f"{self._dialect.name} did not serve within {self._settings.engine_start_timeout:g} s: {exc}"
-                    ) from exc
-                if now - told >= _PROGRESS_S:
+                self._told = str(exc)
+                if (now := time.monotonic()) - told >= _PROGRESS_S:
                     told = now
                     progress(f"waiting for {self._dialect.name} ({now - started:.0f} s): {exc}")
             await asyncio.sleep(_POLL_S)
@@ -141,19 +158,26 @@ class ServedEngine:
         """See `Engine.generate`."""
         http, served = self._serving()
         ends, left = request.end_tokens, request.max_new_tokens
+        last: Step | None = None
         self._sequences += 1
         try:
             async with aclosing(self._dialect.generate(http, request, served)) as steps:
                 async for step in steps:
+                    if last is not None:
+                        yield last._replace(cached_tokens=step.cached_tokens)
+                        return
                     self._steps += len(step.tokens)
                     left -= len(step.tokens)
                     if step.finish is None and not ends.isdisjoint(step.tokens):
                         step = _cut(step, ends)
+                        # The server ends it too. Waiting for that keeps the connection, and tells what was cached.
+                        last = step if step.tokens[-1] in served.end_tokens or left <= 0 else None
                     elif step.finish is None and left <= 0:
-                        step = step._replace(finish="length")
-                    yield step
-                    if step.finish is not None:
-                        return
+                        last = step._replace(finish="length")
+                    if last is None:
+                        yield step
+                        if step.finish is not None:
+                            return
             raise EngineFault(f"{self._dialect.name} ended an answer without saying why")
         except ServerFailed as exc:
             raise await self._failed(exc) from exc
@@ -176,9 +200,19 @@ class ServedEngine:
             self._sequences -= 1
 
     async def _failed(self, error: ServerFailed) -> EngineFault:
-        """The fault of a request whose server failed. If the server has ended, that is the reason."""
-        if self._process is not None and error.status is None:
+        """The fault of a request whose server failed.
+
+        A server that is gone fails this engine at once: further requests would spend their attempts on it.
+        """
+        if error.status is None and self._process is not None:
             await self._process.ended(_DEATH_S)
+        elif error.status is None and self._http is not None:
+            try:
+                await self._dialect.load(self._http)
+            except ServerGone as gone:
+                self._fault = f"{self._dialect.name}: {gone}"
+            except ServerFailed:
+                pass
         return EngineFault(self._dead() or f"{self._dialect.name}: {error}")
 
     def _serving(self) -> tuple[Http, Served]:
@@ -199,16 +233,18 @@ class ServedEngine:
 
     async def _watch(self, http: Http) -> None:
         """Ask for the server's load, and find out when it answers no more."""
-        heard = time.monotonic()
+        loop, patience_s = asyncio.get_running_loop(), self._settings.engine_stall_timeout
+        heard = loop.time()
         while self._dead() is None:
             await asyncio.sleep(_LOOK_S)
             try:
-                self._load = await self._dialect.load(http)
-                heard = time.monotonic()
-            except ServerFailed as exc:
-                silent_s = time.monotonic() - heard
-                if silent_s >= self._settings.engine_stall_timeout:
-                    self._fault = f"{self._dialect.name} has not answered for {silent_s:.0f} s: {exc}"
+                async with asyncio.timeout_at(heard + patience_s):
+                    self._load = await self._dialect.load(http)
+                heard = loop.time()
+            except (ServerFailed, TimeoutError) as exc:
+                silent_s = loop.time() - heard
+                if silent_s >= (min(_GONE_S, patience_s) if isinstance(exc, ServerGone) else patience_s):
+                    self._fault = f"{self._dialect.name} has not answered for {silent_s:.0f} s"
 
     async def close(self) -> None:
         """See `Engine.close`."""

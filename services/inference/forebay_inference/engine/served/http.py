@@ -15,15 +15,19 @@ _MAX_EVENT_BYTES: Final = 16 << 20
 
 
 class ServerFailed(Exception):
-    """The server cannot be reached, broke off, or answered with an error: `status`, None without an answer.
+    """The server broke off, or answered with an error: `status`, None without an answer. The message quotes no request.
 
-    The message quotes no request. `detail` is the server's own message, which may.
+    `detail` is the server's own message, which may.
     """
 
     def __init__(self, message: str, status: int | None = None, detail: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.detail = detail
+
+
+class ServerGone(ServerFailed):
+    """Nothing listens at the address."""
 
 
 class Http:
@@ -112,7 +116,7 @@ class Http:
             try:
                 return await session.request(method, self.url + path, **options)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
-                raise ServerFailed(f"{self.url} cannot be reached") from exc
+                raise ServerGone(f"nothing answers at {self.url}") from exc
             except aiohttp.ClientError as exc:
                 if session is self._fresh:
                     raise ServerFailed(f"no answer to {path}: {type(exc).__name__}") from exc

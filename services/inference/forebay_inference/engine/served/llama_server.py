@@ -4,6 +4,7 @@ An error of the C++ code then ends this process and not the worker.
 """
 
 import argparse
+import os
 import signal
 
 import psutil
@@ -47,6 +48,8 @@ def _params(given: argparse.Namespace) -> xllamacpp.CommonParams:
     params.n_batch = max(given.batch, given.slots)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
     params.endpoint_metrics = True
+    if key := os.environ.get("LLAMA_API_KEY"):
+        params.api_keys = [key]
     params.verbosity = _ERRORS
     memory = psutil.virtual_memory()
     free = int(memory.available * _MEMORY_SHARE)

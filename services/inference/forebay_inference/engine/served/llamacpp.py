@@ -115,7 +115,7 @@ class LlamaCpp:
         matcher = None if request.grammar is None else request.grammar.matcher.deep_copy()
         answer = _Answer(request, self._tokenizer_())
         while True:
-            untold = 0
+            untold, last = 0, None
             async with aclosing(http.events(_PATH, _body(answer.rest(), served))) as events:
                 async for event in events:
                     step = answer.step(event)
@@ -126,10 +126,13 @@ class LlamaCpp:
                         raise EngineFault("the answer of the server leaves its grammar")
                     if request.sampling.logprobs is not None and len(step.logprobs) < len(step.tokens):
                         step = step._replace(logprobs=await self._logprobs(http, answer, step))
-                    yield step
-                    if step.finish is not None:
-                        return
+                    if step.finish is None:
+                        yield step
+                    else:
+                        last = step
             if not untold:
+                if last is not None:
+                    yield last
                 return
             if matcher is not None:
                 raise EngineFault("the server did not tell the tokens of an answer that follows a grammar")

@@ -52,14 +52,15 @@ class ServerProcess:
         self._level = logging.DEBUG
         self._closing = False
 
-    async def start(self, command: Sequence[str]) -> None:
-        """Start `command`; raises OSError where there is none."""
+    async def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start `command`, with `environment` beside this process's own."""
         self._process = await asyncio.create_subprocess_exec(
             *[sys.executable, "-m", "forebay_contracts.parent_death", str(os.getpid()), *command],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, **environment},
         )
         log.info("[%s] started: %s", self._name, shlex.join(command))
         self._listening = asyncio.create_task(self._listen())
