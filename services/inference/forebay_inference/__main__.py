@@ -46,8 +46,13 @@ def build_model(settings: InferenceSettings) -> TextModel:
 
             return TextModel(TransformersEngine(settings), closed_schemas=settings.closed_schemas)
         case served:
-            from forebay_inference.engine.served.dialects import DIALECTS
-            from forebay_inference.engine.served.engine import ServedEngine
+            try:
+                from forebay_inference.engine.served.dialects import DIALECTS
+                from forebay_inference.engine.served.engine import ServedEngine
+            except ModuleNotFoundError as exc:
+                raise ConfigurationError(
+                    f"INFERENCE_ENGINE={served} needs {exc.name}: pip install 'forebay[{served}]'"
+                ) from exc
 
             return TextModel(ServedEngine(settings, DIALECTS[served]()), closed_schemas=settings.closed_schemas)
 
