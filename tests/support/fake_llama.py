@@ -14,7 +14,7 @@ Behaviour = Callable[[web.StreamResponse], Awaitable[None]]
 
 
 class FakeLlama:
-    """Answers the tokens 11, 12, …, one each `delay_s`. Tests change its attributes while it runs.
+    """Answers with a token each `delay_s`, which tells the length of the sequence. Tests change its attributes.
 
     `statuses` are answered by path instead. `behaviours` replace the next answers. `steps` is what its metrics tell;
     None: they are not answered. `requests` are the bodies of the answers it was asked for, `closed` counts those whose
@@ -50,10 +50,18 @@ class FakeLlama:
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._site = site
         try:
             yield self
         finally:
             await runner.cleanup()
+
+    async def kill(self) -> None:
+        """Listen no more, and break off what runs."""
+        await self._site.stop()
+        for transport in self.connections:
+            if transport is not None:
+                transport.abort()
 
     @web.middleware
     async def _status(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -100,7 +108,7 @@ class FakeLlama:
     async def _answer(self, response: web.StreamResponse, body: dict[str, Any]) -> None:
         for count in range(1, body["n_predict"] + 1):
             await asyncio.sleep(self.delay_s)
-            await send(response, [10 + count % 200], count)
+            await send(response, [10 + (len(body["prompt"]) + count) % 200], count)
         await send(response, [], body["n_predict"], stop="limit")
 
 

@@ -11,8 +11,9 @@ import pytest_asyncio
 from aiohttp import web
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.errors import ConfigurationError
-from forebay_contracts.wire.request import Sampling
+from forebay_contracts.wire.errors import ApiError, ConfigurationError, InvalidRequest
+from forebay_contracts.wire.request import InferenceRequest, Sampling
+from forebay_contracts.wire.state import RequestStatus
 from forebay_inference.engine.protocol import EngineFault, LoadedModel, Step, TokenRequest
 from forebay_inference.engine.served import engine as served_engine
 from forebay_inference.engine.served.engine import ServedEngine
@@ -20,8 +21,11 @@ from forebay_inference.engine.served.llamacpp import LlamaCpp
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.health import EngineWatch
+from support.engine import chat
 from support.fake_llama import FakeLlama, send
 from support.gguf import write_tiny_gguf
+from support.twins import Twins, twins
+from support.twins import request as request_of_twins
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ async def test_an_answer_has_its_tokens_its_end_and_what_was_cached(server: Fake
     assert [len(step.tokens) for step in found] == [1, 1, 1, 1]
     assert (found[-1].finish, found[-1].cached_tokens) == ("length", 3)
     connections = len(server.connections)
-    end = frozenset({257, found[1].tokens[0]})
+    end = frozenset({found[1].tokens[0]})
     assert [len(step.tokens) for step in await steps(engine, end_tokens=end)] == [1, 1]
     await steps(engine)
     # The second one was cut off, so its connection is no more; the others were kept.
@@ -270,6 +274,74 @@ async def test_a_server_without_llguidance_takes_no_grammar(
     loaded: LoadedModel = await engine.start(lambda line: None)
     assert engine.capabilities.grammars == "no"
     assert loaded.compile('start: "a"').lark
+    await engine.close()
+
+
+@contextlib.asynccontextmanager
+async def two_workers(model: Path, system: Twins) -> AsyncIterator[list[FakeLlama]]:
+    """Two workers, each with a server of its own, which answers slowly."""
+    async with contextlib.AsyncExitStack() as stack:
+        servers = []
+        for name in ("w1", "w2"):
+            fake = await stack.enter_async_context(FakeLlama(read_tokenizer(model).tokenizer).running())
+            text = TextModel(engine_at(fake.url, model))
+            await text.start(lambda line: None)
+            stack.push_async_callback(text.close)
+            fake.requests.clear()
+            fake.delay_s = 0.01
+            system.worker(name, slots=1, engine=text)
+            servers.append(fake)
+        yield servers
+
+
+async def test_a_killed_server_s_answer_is_taken_over(model: Path) -> None:
+    async with twins() as system, two_workers(model, system) as servers:
+        wanted, other = system_request(max_tokens=30), system_request(max_tokens=30)
+        undisturbed = await system.text(other)
+        before = [len(fake.requests) for fake in servers]
+        async with system.dispatcher.submit(wanted) as answer:
+            await answer.started()
+            text = "".join(delta.text for delta in await anext(answer.deltas()))
+            (first,) = [fake for fake, count in zip(servers, before, strict=True) if len(fake.requests) > count]
+            await first.kill()
+            text += "".join([delta.text async for some in answer.deltas() for delta in some])
+        assert text == undisturbed
+        assert (await system.state(wanted.id)).attempt == 2
+
+
+async def test_an_answer_that_cannot_be_resumed_ends_with_one_error_that_says_so(model: Path) -> None:
+    async with twins() as system, two_workers(model, system) as servers:
+        wanted = system_request(max_tokens=30, response_format={"type": "regex", "regex": r"[^ ]{30}"})
+        async with system.dispatcher.submit(wanted) as answer:
+            await answer.started()
+            await anext(answer.deltas())
+            (first,) = [fake for fake in servers if fake.requests]
+            await first.kill()
+            with pytest.raises(ApiError, match="cannot go on with the part of the answer that was sent"):
+                [delta async for delta in answer.deltas()]
+        await system.reaches(wanted.id, RequestStatus.FAILED)
+        assert sum(len(fake.requests) for fake in servers) == 1
+
+
+def system_request(**fields: Any) -> InferenceRequest:
+    sampling = Sampling(temperature=0, max_tokens=fields.pop("max_tokens"))
+    return request_of_twins(sampling=sampling, messages=({"role": "user", "content": "hi"},), **fields)
+
+
+async def test_what_llama_cpp_does_otherwise_is_refused_by_name(model: Path, server: FakeLlama) -> None:
+    text = TextModel(engine_at(server.url, model))
+    await text.start(lambda line: None)
+    for name, value in {"presence_penalty": 0.5, "frequency_penalty": 0.5, "min_tokens": 3}.items():
+        with pytest.raises(InvalidRequest, match=f"does not support {name}"):
+            await anext(text.generate(chat(**{name: value}), {}))
+    await text.close()
+
+
+async def test_an_answer_that_leaves_its_grammar_is_a_fault(model: Path, server: FakeLlama) -> None:
+    engine = engine_at(server.url, model)
+    loaded = await engine.start(lambda line: None)
+    with pytest.raises(EngineFault, match="leaves its grammar"):
+        await steps(engine, grammar=loaded.compile('start: "no"'), end_tokens=loaded.end_tokens)
     await engine.close()
 
 
