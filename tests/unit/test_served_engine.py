@@ -345,6 +345,21 @@ async def test_an_answer_that_leaves_its_grammar_is_a_fault(model: Path, server:
     await engine.close()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"max_concurrent_requests": 257, "max_queue_size": 300, "llm_batch_size": 512},
+            "at most 256 requests at once",
+        ),
+        ({"model_quantization": "nf4"}, "MODEL_QUANTIZATION=nf4: a GGUF file has its own"),
+    ],
+)
+def test_settings_that_llama_cpp_cannot_have_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        LlamaCpp().command(InferenceSettings(_env_file=None, **settings))
+
+
 def test_a_command_and_a_url_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="give one of them"):
         InferenceSettings(_env_file=None, engine_command="x", engine_url="http://h")

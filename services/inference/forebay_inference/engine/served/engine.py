@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _KEY_VARIABLES: Final = ("LLAMA_API_KEY", "VLLM_API_KEY")
 """From which servers take the key that their clients must send."""
 _GREEDY: Final = Sampling(temperature=0)
-_POLL_S: Final = 0.5
+_POLL_S: Final = 0.2
 _PROGRESS_S: Final = 5.0
 _DEATH_S: Final = 1.0
 """Time in which a server that broke off its answers is found dead."""

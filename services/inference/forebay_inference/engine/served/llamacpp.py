@@ -58,6 +58,9 @@ class LlamaCpp:
         """The server of the wheel `xllamacpp`, in a process of its own."""
         if settings.slots > MAX_SLOTS:
             raise ConfigurationError(f"llama.cpp runs at most {MAX_SLOTS} requests at once: set WORKER_SLOTS")
+        if settings.model_quantization != "auto":
+            wanted = settings.model_quantization
+            raise ConfigurationError(f"MODEL_QUANTIZATION={wanted}: a GGUF file has its own quantization; use auto")
         server = [sys.executable, "-m", "forebay_inference.engine.served.llama_server"]
         return [*server, "{model}", "--port={port}", "--slots={slots}", f"--batch={settings.llm_batch_size}"]
 
