@@ -41,6 +41,8 @@ def write_tiny_gguf(path: Path) -> Path:
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         weights = np.ones(shape) if len(shape) == 1 else random.normal(0, 0.5, shape)
+        # Multiples of 1/128 below 2 are the same in bf16, to which the store converts.
+        weights = np.clip(np.round(weights * 128) / 128, -1.0, 1.0)
         writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -4,11 +4,14 @@ import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import pytest_asyncio
+import torch
+from transformers import AutoModelForCausalLM
 
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import TokenRequest
@@ -17,12 +20,14 @@ from forebay_inference.engine.served.engine import ServedEngine
 from forebay_inference.engine.served.http import Http, ServerFailed
 from forebay_inference.engine.served.process import ServerProcess
 from forebay_inference.engine.text.model import TextModel
+from forebay_inference.engine.transformers.convert import convert
 from support.engine import answer, chat
 from support.gguf import write_tiny_gguf
 from support.served import llama_cpp_engine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+END = 257
 PROMPTS = [[7, 8, 9], list(range(30, 90)), [200, 201], [65]]
 
 
@@ -57,6 +62,23 @@ async def test_the_tokens_are_those_that_llama_cpp_gives_itself(engine: ServedEn
     # Not streamed, the server leaves out no token.
     body = {"prompt": prompt, "n_predict": 24, "temperature": 0, "return_tokens": True, "ignore_eos": True}
     assert await tokens(engine, prompt) == (await asked(engine, "/completion", body))["tokens"]
+
+
+async def test_transformers_gives_the_same_tokens_with_the_same_weights(engine: ServedEngine, tmp_path: Path) -> None:
+    convert(Path(engine._settings.default_model), tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for prompt in PROMPTS:
+        given = torch.tensor([prompt])
+        with torch.inference_mode():
+            whole = model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=24,
+                do_sample=False,
+                eos_token_id=END,
+                pad_token_id=0,
+            )
+        assert await tokens(engine, prompt, end_tokens=frozenset({END})) == whole[0, len(prompt) :].tolist()
 
 
 async def test_a_repetition_penalty_goes_on_after_a_resume(engine: ServedEngine) -> None:
