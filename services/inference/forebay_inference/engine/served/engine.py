@@ -43,7 +43,9 @@ _DEATH_S: Final = 1.0
 _GONE_S: Final = 5.0
 """Time after which nobody waits any more for a server that is gone."""
 _LOOK_S: Final = 1.0
-"""Interval of the questions for the server's load."""
+"""Pause between two questions for the server's load."""
+_ANSWER_S: Final = 10.0
+"""Time for an answer to one."""
 
 
 class ServedEngine:
@@ -234,17 +236,19 @@ class ServedEngine:
     async def _watch(self, http: Http) -> None:
         """Ask for the server's load, and find out when it answers no more."""
         loop, patience_s = asyncio.get_running_loop(), self._settings.engine_stall_timeout
-        heard = loop.time()
+        answer_s, silent_s = min(_ANSWER_S, patience_s), 0.0
         while self._dead() is None:
-            await asyncio.sleep(_LOOK_S)
+            asked = loop.time()
             try:
-                async with asyncio.timeout_at(heard + patience_s):
+                async with asyncio.timeout(answer_s):
                     self._load = await self._dialect.load(http)
-                heard = loop.time()
+                silent_s = 0.0
             except (ServerFailed, TimeoutError) as exc:
-                silent_s = loop.time() - heard
+                # While this process is stopped, the server cannot answer it.
+                silent_s += min(loop.time() - asked, answer_s) + _LOOK_S
                 if silent_s >= (min(_GONE_S, patience_s) if isinstance(exc, ServerGone) else patience_s):
                     self._fault = f"{self._dialect.name} has not answered for {silent_s:.0f} s"
+            await asyncio.sleep(_LOOK_S)
 
     async def close(self) -> None:
         """See `Engine.close`."""
