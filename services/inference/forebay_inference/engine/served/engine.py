@@ -165,6 +165,9 @@ class ServedEngine:
         try:
             async with aclosing(self._dialect.generate(http, request, served)) as steps:
                 async for step in steps:
+                    if self._http is not http:
+                        # What has come already may be read although the connection is closed.
+                        raise EngineFault("the engine was closed")
                     if last is not None:
                         yield last._replace(cached_tokens=step.cached_tokens)
                         return

@@ -52,7 +52,7 @@ class LlamaCpp:
     )
 
     def __init__(self) -> None:
-        self._tokenizer: Tokenizer | None = None
+        self._identified: Tokenizer | None = None
 
     def command(self, settings: InferenceSettings) -> Sequence[str]:
         """The server of the wheel `xllamacpp`, in a process of its own."""
@@ -66,7 +66,7 @@ class LlamaCpp:
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
         """See `Dialect.identify`."""
-        self._tokenizer = tokenizer
+        self._identified = tokenizer
         try:
             await http.get("/health")
             props = await http.json("/props")
@@ -111,12 +111,12 @@ class LlamaCpp:
             return False
 
     def _short(self, count: int) -> dict[str, Any]:
-        return {"prompt": self._tokenizer_().encode("The"), "n_predict": count}
+        return {"prompt": self._tokenizer.encode("The"), "n_predict": count}
 
     async def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
         """See `Dialect.generate`."""
         matcher = None if request.grammar is None else request.grammar.matcher.deep_copy()
-        answer = _Answer(request, self._tokenizer_())
+        answer = _Answer(request, self._tokenizer)
         while True:
             untold, last = 0, None
             async with aclosing(http.events(_PATH, _body(answer.rest(), served))) as events:
@@ -162,8 +162,8 @@ class LlamaCpp:
 
     async def _logprob(self, http: Http, known: Sequence[int], token: int, top: int) -> TokenLogprob:
         """That of `token` after `known`: whatever the server chooses there, it tells the likeliest ones."""
-        (told,) = self._tokenizer_().encode("a", special_tokens=False)[:1]
-        for count in (100, self._tokenizer_().vocabulary_size):
+        (told,) = self._tokenizer.encode("a", special_tokens=False)[:1]
+        for count in (100, self._tokenizer.vocabulary_size):
             body = {"prompt": known, "n_predict": 1, "n_probs": count, "logit_bias": [[told, _CERTAIN]]}
             answer = await http.json(_PATH, body | {"response_fields": ["completion_probabilities"]}, None)
             (place,) = answer["completion_probabilities"]
@@ -179,10 +179,11 @@ class LlamaCpp:
                 return Load(int(float(line.split()[1])))
         raise ServerFailed("/metrics does not tell n_decode_total")
 
-    def _tokenizer_(self) -> Tokenizer:
-        if self._tokenizer is None:
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self._identified is None:
             raise EngineFault("the server is not identified")
-        return self._tokenizer
+        return self._identified
 
 
 class _Answer:
@@ -197,10 +198,12 @@ class _Answer:
         self.tokens = list(request.generated)
         self._tokenizer = tokenizer
         self._streamed = 0
+        self._streams = 0
 
     def rest(self) -> TokenRequest:
         """What is still to be generated, in a new stream."""
         self._streamed = 0
+        self._streams += 1
         done = len(self.tokens) - len(self.request.generated)
         return self.request._replace(generated=self.tokens, max_new_tokens=self.request.max_new_tokens - done)
 
@@ -209,7 +212,7 @@ class _Answer:
         if "error" in event:
             raise ServerFailed("the server ended the answer with an error", event["error"].get("code"))
         if event["stop"]:
-            return None if self.untold(event) else Step((), (), _finish(event), event.get("timings/cache_n", 0))
+            return None if self.untold(event) else Step((), (), _finish(event), self._cached(event))
         tokens = event["tokens"]
         if (untold := self.untold(event)) > 0:
             cut = self._tokenizer.encode(event["content"], special_tokens=False)
@@ -221,6 +224,10 @@ class _Answer:
         self.tokens += tokens
         probabilities = event.get("completion_probabilities")
         return Step(tuple(tokens), () if probabilities is None else self._logprobs(probabilities))
+
+    def _cached(self, event: Any) -> int:
+        """Tokens of the prompt; a further stream has what the ones before it computed in its cache too."""
+        return min(event.get("timings/cache_n", 0), len(self.request.prompt)) if self._streams == 1 else 0
 
     def untold(self, event: Any) -> int:
         """How many tokens were left out before those of `event`."""
