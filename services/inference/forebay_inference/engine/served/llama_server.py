@@ -12,9 +12,9 @@ import psutil
 
 from forebay_inference.engine.cpus import usable_cpus
 
-# llama.cpp's threads (libgomp's) wait for each other hundreds of times in a pass. By default they spin for milliseconds.
-# On two cores with the default model, that gave 1 to 2 tokens/s beside other work instead of 15 to 25, and 113 instead of
-# 124 without. Read once, when the library is loaded.
+# llama.cpp's threads (libgomp's) wait for each other hundreds of times in a pass. By default they spin for
+# milliseconds. Beside other work on two cores, with the default model, that gave 1 to 2 tokens/s, and this gives 15 to
+# 25; alone on the machine 113 and 124. Read once, when the library is loaded.
 _SPINS = {"GOMP_SPINCOUNT": "1000"}
 
 _ERRORS = 1
