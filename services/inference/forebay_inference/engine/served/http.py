@@ -12,6 +12,8 @@ _ANSWER_S: Final = 10.0
 # Shorter than the time after which servers close an idle connection: 5 s with uvicorn and llama.cpp.
 _KEEP_ALIVE_S: Final = 3.0
 _MAX_EVENT_BYTES: Final = 16 << 20
+_BROKEN: Final = (aiohttp.ClientError, OSError, RuntimeError)
+"""What the client raises of a connection that ended; the last where this side has closed it."""
 
 
 class ServerFailed(Exception):
@@ -84,7 +86,7 @@ class Http:
                     raise ServerFailed(f"an event of {path} is larger than {_MAX_EVENT_BYTES} bytes")
         except orjson.JSONDecodeError as exc:
             raise ServerFailed(f"an event of {path} is no JSON") from exc
-        except (aiohttp.ClientError, OSError) as exc:
+        except _BROKEN as exc:
             raise ServerFailed(f"the answer to {path} broke off: {type(exc).__name__}") from exc
         finally:
             # Does nothing to an answer that was read to its end: its connection is kept.
@@ -105,7 +107,7 @@ class Http:
                 return whole
         except TimeoutError as exc:
             raise ServerFailed(f"no answer to {path} in {timeout_s:g} s") from exc
-        except (aiohttp.ClientError, OSError) as exc:
+        except _BROKEN as exc:
             raise ServerFailed(f"the answer to {path} broke off: {type(exc).__name__}") from exc
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> aiohttp.ClientResponse:
@@ -117,7 +119,7 @@ class Http:
                 return await session.request(method, self.url + path, **options)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
                 raise ServerGone(f"nothing answers at {self.url}") from exc
-            except aiohttp.ClientError as exc:
+            except (aiohttp.ClientError, OSError) as exc:
                 if session is self._fresh:
                     raise ServerFailed(f"no answer to {path}: {type(exc).__name__}") from exc
             except RuntimeError as exc:  # the session is closed
