@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -380,3 +382,16 @@ async def test_a_command_that_is_missing_or_ends_is_told_with_its_last_lines(mod
             await engine.start(lambda line: None)
         assert said in str(found.value)
         await engine.close()
+
+
+def test_no_torch_is_needed(model: Path) -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from pathlib import Path\n"
+        "import forebay_inference.__main__, forebay_inference.engine.served.dialects\n"
+        "from forebay_inference.engine.served.tokenizer import read_tokenizer\n"
+        f"assert read_tokenizer(Path({str(model)!r})).tokenizer.encode('ab')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
