@@ -4,7 +4,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from forebay_inference.engine.protocol import LoadedModel
-from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
+from forebay_inference.engine.tokenizer import LibraryTokenizer
 
 
 def loaded_with(tokenizer: Tokenizer) -> LoadedModel:

@@ -25,6 +25,7 @@ from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 from forebay_inference.attempt.endings import End, Ended
 from forebay_inference.attempt.runner import AttemptRunner
+from forebay_inference.engine.text.model import TextModel
 from forebay_inference.worker_metrics import WorkerMetrics
 from support.engine import simulated_model
 
@@ -74,12 +75,12 @@ class Twins:
         self.notices.on_ask.append(self._hear)
         self.notices.on_tell.append(self._hear)
 
-    def runner(self, worker: str = "w1") -> AttemptRunner:
-        """A runner that is given deliveries by hand."""
+    def runner(self, worker: str = "w1", engine: TextModel | None = None) -> AttemptRunner:
+        """A runner that is given deliveries by hand; without `engine`, it has the simulated one."""
         runner = AttemptRunner(
             worker=worker,
             states=self.states,
-            engine=simulated_model(),
+            engine=engine or simulated_model(),
             channel=self._channel,
             api_alive=lambda api: not api or self.alive,
             connected_for_s=lambda: self.connected_for_s,
@@ -94,12 +95,13 @@ class Twins:
         self.notices.on_tell.append(told)
         return runner
 
-    def worker(self, name: str = "w1", slots: int = 4) -> AttemptRunner:
+    def worker(self, name: str = "w1", slots: int = 4, engine: TextModel | None = None) -> AttemptRunner:
         """A runner whose slots pull."""
-        runner = self.runner(name)
+        runner = self.runner(name, engine)
 
         async def slot() -> None:
-            while True:
+            # A worker whose engine is broken pulls no more.
+            while engine is None or engine.status().fault is None:
                 await runner.run(await self.queue.pull())
 
         self._slots += [asyncio.create_task(slot()) for _ in range(slots)]

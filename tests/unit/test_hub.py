@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.models.hub import checkpoint_files, download_from_hub
+from forebay_inference.models.store import ensure_gguf
 from support.hub import Hub
 from support.ports import port_of
 
@@ -158,3 +159,26 @@ def test_the_command_takes_the_token_of_its_env_file(hub: Hub, tmp_path: Path) -
     assert ended.stdout.splitlines()[-1].startswith(f"org/model is in {tmp_path}/data/hub/")
     assert hub.tokens == {hub.token}
     assert hub.token not in ended.stdout
+
+
+def test_the_gguf_file_that_is_named_is_fetched_with_its_parts(hub: Hub, tmp_path: Path) -> None:
+    names = ["a-Q4.gguf", "b-00001-of-00002.gguf", "b-00002-of-00002.gguf", "mmproj-a.gguf", "README.md"]
+    hub.repositories["org/many"] = {name: name.encode() for name in names}
+    hub.repositories["org/one"] = {name: name.encode() for name in ("only.gguf", "mmproj-a.gguf")}
+    for model, file in [("org/many/a-Q4.gguf", "a-Q4.gguf"), ("org/one", "only.gguf")]:
+        fetched = ensure_gguf(model, tmp_path, lambda line: None)
+        assert (fetched.name, fetched.read_bytes()) == (file, file.encode())
+    fetched = ensure_gguf("org/many/b-00001-of-00002.gguf", tmp_path, lambda line: None)
+    assert (fetched.parent / "b-00002-of-00002.gguf").is_file()
+    hub.status = 503
+    assert ensure_gguf("org/one", tmp_path, lambda line: None).is_file()
+
+
+def test_a_gguf_file_that_is_not_named_or_not_there_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["org/many"] = {"a.gguf": b"", "b.gguf": b""}
+    for model in ("org/many", "org/many/c.gguf"):
+        with pytest.raises(ConfigurationError, match=r"as OWNER/NAME/FILE.gguf; it has a.gguf, b.gguf"):
+            ensure_gguf(model, tmp_path, lambda line: None)
+    for model in ("./missing.gguf", "missing.gguf"):
+        with pytest.raises(ConfigurationError, match="there is no such GGUF file"):
+            ensure_gguf(model, tmp_path, lambda line: None)

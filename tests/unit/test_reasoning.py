@@ -16,8 +16,8 @@ from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.protocol import EngineFault
 from forebay_inference.engine.text.harmony import MARKERS, Harmony, HarmonyParser
 from forebay_inference.engine.text.reasoning import TAGS, AnswerParser, Reasoning, Thinking, ThinkingParser, thinking_of
+from forebay_inference.engine.tokenizer import LibraryTokenizer
 from forebay_inference.engine.transformers.guided import Grammars
-from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
 from support.engine import Answer, answer, chat
 from support.templates import TemplateTokenizer, model_that_says
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from forebay_contracts.wire.errors import InvalidRequest
+from forebay_contracts.wire.errors import InferenceFailed, InvalidRequest
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.events import Accepted, Finished, Tokens, Vector
 from forebay_inference.engine.protocol import Capabilities, EngineFault
@@ -238,17 +238,21 @@ async def test_what_an_engine_does_not_declare_is_refused(
     assert refused.value.param == param
 
 
-async def test_an_engine_that_cannot_resume_fails_the_attempt(
-    model: TextModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_engine_that_cannot_resume_ends_the_request(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ranked = completion("[[tokens=3]]", best_of=2)
     monkeypatch.setattr(model.engine, "capabilities", Capabilities("greedy", grammars="no", logprobs=True))
     assert (await answer(model, chat("[[tokens=3]]"), {0: [0]})).text == " t1 t2"
-    with pytest.raises(EngineFault, match="cannot go on"):
+    with pytest.raises(InferenceFailed, match="cannot go on"):
         await answer(model, ranked, {0: [0]})
+    without = Capabilities("greedy", grammars="ignored", logprobs=True, resumes_grammars=False)
+    monkeypatch.setattr(model.engine, "capabilities", without)
+    guided = chat("[[tokens=3]]", response_format={"type": "json_object"})
+    assert (await answer(model, guided, {0: []})).text == "t0 t1 t2"
+    with pytest.raises(InferenceFailed, match="cannot go on"):
+        await answer(model, guided, {0: [0]})
     monkeypatch.setattr(model.engine, "capabilities", Capabilities("no", grammars="no", logprobs=True))
     assert (await answer(model, ranked, {0: []})).text == "t0 t1 t2"
-    with pytest.raises(EngineFault, match="cannot go on"):
+    with pytest.raises(InferenceFailed, match="cannot go on"):
         await answer(model, chat("[[tokens=3]]"), {0: [0]})
 
 

@@ -277,9 +277,24 @@ class InferenceSettings(Settings):
         False,
         description="Serve architectures that no test has compared, after a check at start (docs/models.md)",
     )
-    inference_engine: Literal["transformers", "embedding", "simulated"] = Field(
+    inference_engine: Literal["transformers", "llamacpp", "embedding", "simulated"] = Field(
         "transformers",
-        description="transformers, embedding (a sentence-transformers model), or simulated (no model, for tests)",
+        description="transformers, llamacpp (llama.cpp's server beside the worker), "
+        "embedding (a sentence-transformers model), or simulated (no model, for tests)",
+    )
+    engine_command: str | None = Field(
+        None,
+        min_length=1,
+        description="Command that starts the inference server; {model}, {name}, {port} and {slots} are filled in",
+    )
+    engine_url: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Address of an inference server that runs already; empty: the worker starts one",
+    )
+    engine_api_key: SecretStr | None = Field(None, description="Key that the inference server wants")
+    engine_start_timeout: float = Field(
+        900, ge=1, le=86_400, description="Seconds in which an inference server must have loaded its model"
     )
     closed_schemas: bool = Field(
         True,
@@ -318,6 +333,12 @@ class InferenceSettings(Settings):
                 f"LLM_BATCH_SIZE={self.llm_batch_size} tokens cannot carry {self.slots} slots: "
                 f"each running request takes one token of a forward pass"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _server_is_started_or_found(self) -> Self:
+        if self.engine_command is not None and self.engine_url is not None:
+            raise ValueError("ENGINE_COMMAND starts an inference server and ENGINE_URL names one: give one of them")
         return self
 
 

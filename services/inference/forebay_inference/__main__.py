@@ -33,16 +33,28 @@ from forebay_inference.worker_metrics import WorkerMetrics
 
 def build_model(settings: InferenceSettings) -> TextModel:
     """The model that a worker serves, on the engine that INFERENCE_ENGINE names."""
-    if settings.inference_engine == "simulated":
-        return TextModel(SimulatedEngine())
-    # Imported here, since it takes seconds and a simulated worker needs no torch.
-    if settings.inference_engine == "embedding":
-        from forebay_inference.engine.embedding.engine import EmbeddingEngine
+    # Imported here, since they take seconds, and each needs libraries that others do without.
+    match settings.inference_engine:
+        case "simulated":
+            return TextModel(SimulatedEngine())
+        case "embedding":
+            from forebay_inference.engine.embedding.engine import EmbeddingEngine
 
-        return TextModel(EmbeddingEngine(settings))
-    from forebay_inference.engine.transformers.engine import TransformersEngine
+            return TextModel(EmbeddingEngine(settings))
+        case "transformers":
+            from forebay_inference.engine.transformers.engine import TransformersEngine
 
-    return TextModel(TransformersEngine(settings), closed_schemas=settings.closed_schemas)
+            return TextModel(TransformersEngine(settings), closed_schemas=settings.closed_schemas)
+        case served:
+            try:
+                from forebay_inference.engine.served.dialects import DIALECTS
+                from forebay_inference.engine.served.engine import ServedEngine
+            except ModuleNotFoundError as exc:
+                raise ConfigurationError(
+                    f"INFERENCE_ENGINE={served} needs {exc.name}: pip install 'forebay[{served}]'"
+                ) from exc
+
+            return TextModel(ServedEngine(settings, DIALECTS[served]()), closed_schemas=settings.closed_schemas)
 
 
 def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:

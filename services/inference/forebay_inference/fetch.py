@@ -4,7 +4,7 @@ import sys
 
 from forebay_contracts import program
 from forebay_contracts.settings import InferenceSettings, load
-from forebay_inference.models.store import ensure_model
+from forebay_inference.models.store import ensure_gguf, ensure_model
 
 
 def fetch() -> None:
@@ -13,10 +13,9 @@ def fetch() -> None:
     if settings.inference_engine == "simulated":
         print("the simulated engine has no model")
         return
-    folder = ensure_model(
-        settings.default_model, settings.data_dir, lambda line: print(line, flush=True), settings.hf_token
-    )
-    print(f"{settings.served_model} is in {folder}")
+    ensure = ensure_gguf if settings.inference_engine == "llamacpp" else ensure_model
+    place = ensure(settings.default_model, settings.data_dir, lambda line: print(line, flush=True), settings.hf_token)
+    print(f"{settings.served_model} is in {place}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.text.reasoning import thinking_of
 from forebay_inference.engine.text.templates import Chat
 from forebay_inference.engine.text.tool_formats import format_of
-from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
+from forebay_inference.engine.tokenizer import LibraryTokenizer
 from forebay_inference.models.store import ensure_model
 from support.engine import chat
 

@@ -42,7 +42,9 @@ async def up(
     workers: Annotated[int, typer.Option(help="Worker processes.", min=1, max=64)] = 1,
     engine: Annotated[
         str | None,
-        typer.Option(help="transformers, embedding, simulated (INFERENCE_ENGINE).", show_default="transformers"),
+        typer.Option(
+            help="transformers, llamacpp, embedding, simulated (INFERENCE_ENGINE).", show_default="transformers"
+        ),
     ] = None,
     data_dir: Annotated[
         Path | None,

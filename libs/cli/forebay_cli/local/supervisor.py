@@ -159,7 +159,7 @@ class Supervisor:
         output, write_end = await _pipe()
         try:
             process = await asyncio.create_subprocess_exec(
-                *[sys.executable, "-m", "forebay_cli.local.parent_death", str(os.getpid()), *command],
+                *[sys.executable, "-m", "forebay_contracts.parent_death", str(os.getpid()), *command],
                 env=dict(env),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=write_end,

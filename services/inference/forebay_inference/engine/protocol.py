@@ -75,13 +75,16 @@ class Capabilities:
     itself, but for rounding at near ties. `greedy`: so at temperature 0, and with other draws elsewhere. `no`: it
     cannot. `grammars` are those of llguidance, in its Lark dialect or GBNF: each answer follows its grammar
     (`enforced`), none needs to (`ignored`, for tests alone), or a request with one is refused (`no`). With
-    `prompt_logprobs`, it is a Scorer.
+    `prompt_logprobs`, it is a Scorer. Without `resumes_grammars`, it cannot go on with an answer that has a grammar.
+    `refused` are the fields of Sampling that it takes at their defaults alone.
     """
 
     resumes: Literal["exact", "greedy", "no"]
     grammars: Literal["enforced", "ignored", "no"]
     logprobs: bool
     prompt_logprobs: bool = False
+    resumes_grammars: bool = True
+    refused: tuple[str, ...] = ()
 
 
 class TokenRequest(NamedTuple):

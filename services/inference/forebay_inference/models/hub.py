@@ -15,7 +15,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any, Final
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -38,6 +38,11 @@ no code of the file. Weights in several files have an index, `NAME.index.json`."
 
 Read = Callable[[str], str | bytes]
 """The content of a file of the repository, by its name."""
+
+Choose = Callable[[Collection[str], Read], list[str]]
+"""Which of the files of a repository are needed; none if it has not what is wanted."""
+
+_PART: Final = re.compile(r"-(\d{5})-of-\d{5}(?=\.gguf$)")
 
 
 def checkpoint_files(names: Collection[str], read: Read) -> list[str]:
@@ -72,8 +77,46 @@ def _weights(folder: str, names: Collection[str], read: Read) -> list[str]:
     return []
 
 
-def download_from_hub(model: str, folder: Path, progress: Callable[[str], None], token: str | None = None) -> Path:
-    """The checkpoint of hub id `model`: from the hub client's own cache, else fetched into `folder`.
+def gguf_files(names: Collection[str], wanted: str) -> list[str]:
+    """The GGUF file `wanted` of a repository, with its other parts if it has some; with `wanted` empty, the only one.
+
+    Raises:
+        ConfigurationError: there are several, or none.
+    """
+    found = sorted(name for name in names if name.endswith(".gguf") and not Path(name).name.startswith("mmproj"))
+    wholes = [name for name in found if (part := _PART.search(name)) is None or int(part[1]) == 1]
+    if wanted:
+        wholes = [name for name in wholes if name == wanted]
+    if len(wholes) != 1:
+        there = ", ".join(found) or "none"
+        raise ConfigurationError(f"name one of its GGUF files, as OWNER/NAME/FILE.gguf; it has {there}")
+    stem = _PART.sub("", wholes[0])
+    return [name for name in found if _PART.sub("", name) == stem]
+
+
+def download_gguf(model: str, folder: Path, progress: Callable[[str], None], token: str | None = None) -> Path:
+    """The GGUF file of `model`, `OWNER/NAME` or `OWNER/NAME/FILE.gguf`; the first one if it has several parts. See
+    `download_from_hub`."""
+    owner, name, *rest = model.split("/")
+    repository, wanted = f"{owner}/{name}", "/".join(rest)
+
+    def choose(names: Collection[str], read: Read) -> list[str]:
+        return gguf_files(names, wanted)
+
+    place = download_from_hub(repository, folder, progress, token, choose)
+    names = {str(path.relative_to(place)) for path in place.rglob("*.gguf")}
+    return place / gguf_files(names, wanted)[0]
+
+
+def download_from_hub(
+    model: str,
+    folder: Path,
+    progress: Callable[[str], None],
+    token: str | None = None,
+    choose: Choose = checkpoint_files,
+) -> Path:
+    """The folder of hub id `model` with the files that `choose` takes: from the hub client's own cache, else fetched
+    into `folder`.
 
     Where the hub cannot be asked, what an earlier start has fetched into `folder` is used.
 
@@ -81,39 +124,43 @@ def download_from_hub(model: str, folder: Path, progress: Callable[[str], None],
         ConfigurationError: the hub does not have it or does not give it, or cannot be reached; or the disk is full.
     """
     try:
-        if (cached := _cached(model, None)) is not None:
+        if (cached := _cached(model, None, choose)) is not None:
             return cached
-        return _fetched(model, folder, progress, token)
+        return _fetched(model, folder, progress, token, choose)
     except HFValidationError as exc:
         raise ConfigurationError(f"DEFAULT_MODEL={model}: neither a local path nor a hub id ({exc})") from exc
     except ConfigurationError as exc:
         raise ConfigurationError(f"DEFAULT_MODEL={model}: {exc}") from exc
     except Exception as exc:  # the client raises many kinds: connection, authorization, not found
         reason = _reason(model, exc)
-        if (earlier := _cached(model, folder)) is not None:
+        if (earlier := _cached(model, folder, choose)) is not None:
             progress(f"{reason}; using {model} as an earlier start has fetched it")
             return earlier
         raise ConfigurationError(f"DEFAULT_MODEL={model} could not be fetched: {reason}") from exc
 
 
-def _cached(model: str, cache: Path | None) -> Path | None:
-    """The folder of `model` in a cache (None: the hub client's own), if all of the checkpoint is there."""
-    found = try_to_load_from_cache(model, "config.json", cache_dir=cache)
-    if not isinstance(found, str):
+def _cached(model: str, cache: Path | None, choose: Choose) -> Path | None:
+    """The folder of `model` in a cache (None: the hub client's own), if all that `choose` takes is there."""
+    repository = Path(cache or constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
+    try:
+        folder = repository / "snapshots" / (repository / "refs" / "main").read_text()
+    except OSError:
         return None
-    folder = Path(found).parent
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    files = checkpoint_files(names, lambda name: (folder / name).read_bytes())
+    try:
+        files = choose(names, lambda name: (folder / name).read_bytes())
+    except ConfigurationError:
+        return None
     return folder if files and names.issuperset(files) else None
 
 
-def _fetched(model: str, folder: Path, progress: Callable[[str], None], token: str | None) -> Path:
+def _fetched(model: str, folder: Path, progress: Callable[[str], None], token: str | None, choose: Choose) -> Path:
     progress(f"fetching {model} from the model hub")
     disable_progress_bars()
     common: dict[str, Any] = {"cache_dir": folder, "token": token, "etag_timeout": _TIMEOUT_S}
     known = HfApi(token=token).model_info(model, timeout=_TIMEOUT_S, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in known.siblings or ()}
-    files = checkpoint_files(sizes, lambda name: Path(hf_hub_download(model, name, **common)).read_bytes())
+    files = choose(sizes, lambda name: Path(hf_hub_download(model, name, **common)).read_bytes())
     if not files:
         raise ConfigurationError(_nothing_to_load(sizes))
     if missing := set(files) - sizes.keys():

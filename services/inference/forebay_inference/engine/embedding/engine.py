@@ -13,8 +13,8 @@ from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.embedding.batch import EmbeddingBatch, Job
 from forebay_inference.engine.protocol import EngineFault, EngineStatus, LoadedModel
 from forebay_inference.engine.threads import in_daemon_thread
+from forebay_inference.engine.tokenizer import LibraryTokenizer
 from forebay_inference.engine.transformers.devices import resolve_device, use_cpus
-from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
 from forebay_inference.models.store import ensure_model
 
 logging.getLogger("sentence_transformers").setLevel(logging.WARNING)

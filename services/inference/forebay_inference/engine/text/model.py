@@ -7,7 +7,7 @@ from contextlib import aclosing
 from functools import cached_property, partial
 from typing import TypeVar, cast
 
-from forebay_contracts.wire.errors import UnsupportedByModel
+from forebay_contracts.wire.errors import InferenceFailed, UnsupportedByModel
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Vector
 from forebay_inference.engine.protocol import (
@@ -36,6 +36,7 @@ from forebay_inference.engine.text.tool_formats import format_of
 T = TypeVar("T")
 
 _BROKEN_OFF = "the engine stopped in the middle of an answer"
+_CANNOT_RESUME = "the generation failed, and this model's engine cannot go on with the part of the answer that was sent"
 
 
 class TextModel:
@@ -71,7 +72,8 @@ class TextModel:
         from them. Closing the generator (`aclose`) takes the request out of the batch within one step.
 
         Raises:
-            RequestError: the request's own fault (too long, bad template), before Accepted.
+            RequestError: the request's own fault (too long, bad template), or the engine cannot go on with `resume`;
+                before Accepted.
             EngineFault: the engine failed, at any point.
         """
         embedding = request.completion_type is CompletionType.EMBEDDING
@@ -83,7 +85,7 @@ class TextModel:
         can = engine.capabilities
         ranked = can.logprobs and not request.stream and (request.best_of or 0) > request.n
         if any(resume.values()) and (can.resumes == "no" or (ranked and can.resumes != "exact")):
-            raise EngineFault("the engine cannot go on with the tokens of an earlier attempt")
+            raise InferenceFailed(_CANNOT_RESUME)
         if ranked:
             return best(self._choices(engine, widened(request), {}), request, resume)
         return self._choices(engine, request, resume)
@@ -107,6 +109,8 @@ class TextModel:
             closed_schemas=self._closed_schemas,
         )
         prepared = work() if _length(request) < loaded.quick_length else await self._in_thread(work)
+        if prepared.grammar is not None and any(resume.values()) and not engine.capabilities.resumes_grammars:
+            raise InferenceFailed(_CANNOT_RESUME)
         lengths = [0] * len(prepared.prompts)
         if request.return_prompt:
             lengths = [len(prompt.tokens) for prompt in prepared.prompts]

@@ -125,6 +125,9 @@ def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, 
         raise InvalidRequest(f"best_of greater than n {why}.", param="best_of")
     if sampling.logprobs is not None and not can.logprobs:
         raise InvalidRequest("This model's engine reports no log probabilities.", param="logprobs")
+    for name in can.refused:
+        if getattr(sampling, name) != type(sampling).model_fields[name].default:
+            raise InvalidRequest(f"This model's engine does not support {name}.", param=name)
     require_known(sampling.logit_bias, tokenizer.vocabulary_size, "logit_bias")
     require_known(sampling.stop_token_ids, tokenizer.vocabulary_size, "stop_token_ids")
 

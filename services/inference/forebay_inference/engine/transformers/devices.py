@@ -1,12 +1,9 @@
 """The device that a model runs on, and the CPUs that it may use."""
 
-import math
-import os
-from pathlib import Path
-
 import torch
 
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.engine.cpus import usable_cpus
 
 
 def resolve_device(name: str) -> torch.device:
@@ -32,16 +29,4 @@ def resolve_device(name: str) -> torch.device:
 def use_cpus(device: torch.device) -> None:
     """Let torch compute on all CPUs that this process may use, where `device` is the CPU."""
     if device.type == "cpu":
-        torch.set_num_threads(_usable_cpus())
-
-
-def _usable_cpus() -> int:
-    """How many CPUs this process may use: its affinity, and its cgroup's quota (which torch does not look at)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, count)
+        torch.set_num_threads(usable_cpus())

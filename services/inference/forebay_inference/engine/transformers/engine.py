@@ -16,6 +16,7 @@ from forebay_inference.engine.protocol import (
     TokenRequest,
 )
 from forebay_inference.engine.threads import in_daemon_thread
+from forebay_inference.engine.tokenizer import LibraryTokenizer
 from forebay_inference.engine.transformers.architectures import TESTED
 from forebay_inference.engine.transformers.batch import Batch
 from forebay_inference.engine.transformers.cache_shape import measure
@@ -24,7 +25,6 @@ from forebay_inference.engine.transformers.loading import give_back_memory, load
 from forebay_inference.engine.transformers.memory import plan_cache
 from forebay_inference.engine.transformers.scoring import SCORED_PART, Scored
 from forebay_inference.engine.transformers.self_check import PlainModel, check_itself
-from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
 from forebay_inference.models.store import ensure_model, recommended_sampling
 
 

@@ -1,38 +1,12 @@
-"""Grammars that a sequence's tokens must follow, as masks over the vocabulary (llguidance)."""
+"""Grammars that a sequence's tokens must follow, as masks over the vocabulary."""
 
-import re
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Final
+from typing import Any
 
-import llguidance.hf
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits
-from llguidance.gbnf_to_lark import any_to_lark
 
-from forebay_contracts.wire.errors import InvalidRequest
-from forebay_inference.engine.protocol import EngineFault, Fault, GrammarError
-from forebay_inference.engine.threads import on_deep_stack
-
-_SCHEMA_REASON = re.compile(r"failed to compile JSON schema: (.*?)(?:\n +\d+ \| .*)?\Z", re.DOTALL)
-# An error at a place in a client's own grammar or regular expression.
-_WRITTEN_REASON = re.compile(r"\A(?:at )?\d+\(\d+\): (.*)(?:[\s\S]*^error: (.*))?", re.MULTILINE)
-_MAX_REASON: Final = 200
-_TOO_LARGE: Final = "it is too large, or its patterns are too complex"
-# 2,500 optional properties make a row of 10,000 items, which takes a tenth of a second in a step of the batch.
-_LIMITS: Final = LLParserLimits(max_items_in_row=10_000, step_max_items=100_000, verbose_errors=False)
-# What the library says in its own terms, and what it means for a schema.
-_IN_OTHER_WORDS: Final = (
-    ("recursion limit", "it is nested too deeply"),
-    ("number out of range", "it has a number that is out of range"),
-    ("oneOf constraints", "the alternatives of oneOf may overlap; use anyOf"),
-    ("if regex is empty", "its patterns and lengths are too complex together"),
-    ("does not fetch", "it refers to another document, which is not fetched"),
-    ("NoExtension", "no answer can satisfy it"),
-    ("ff_tokens", "what it prescribes has no end or is too long"),
-    # Whatever else is found without a place in the schema is a limit that the grammar has reached.
-)
+from forebay_inference.engine.matchers import Matchers, matcher_fault
 
 
 class Guide:
@@ -50,7 +24,7 @@ class Guide:
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            raise self._fault()
+            raise matcher_fault(self._matcher)
         allowed = torch.from_numpy(np.unpackbits(packed, count=self._vocabulary, bitorder="little"))
         scores.masked_fill_(allowed.to(scores.device) == 0, -torch.inf)
 
@@ -62,13 +36,7 @@ class Guide:
             InvalidRequest: as `mask`.
         """
         if tokens and not self._matcher.consume_tokens(list(tokens)):
-            raise self._fault()
-
-    def _fault(self) -> Fault:
-        # What the matcher says quotes schema and answer.
-        if "doesn't satisfy the grammar" in self._matcher.get_error():
-            return EngineFault("the tokens leave the grammar of the answer")
-        return InvalidRequest(f"The schema cannot be enforced up to the end of this answer: {_TOO_LARGE}.")
+            raise matcher_fault(self._matcher)
 
 
 class Grammar:
@@ -86,45 +54,9 @@ class Grammar:
         return Guide(self._matcher.deep_copy(), self._vocabulary)
 
 
-class Grammars:
-    """Compiles grammars for one model's vocabulary of `size` tokens. Thread-safe once built."""
-
-    def __init__(self, tokenizer: Any, size: int, end_tokens: frozenset[int]) -> None:
-        self.size = size
-        self.vocabulary = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(end_tokens) or None)
+class Grammars(Matchers):
+    """Compiles grammars for the guides of a batch."""
 
     def compile(self, text: str) -> Grammar:
-        """The grammar written in `text`, in llguidance's dialect of Lark or in GBNF. It may take three seconds, without
-        the GIL.
-
-        Raises:
-            GrammarError: it cannot be enforced.
-        """
-        # References of references took more than the usual 8 MB, which ended the process.
-        return on_deep_stack(partial(self._compile, text))
-
-    def _compile(self, text: str) -> Grammar:
-        try:
-            lark = LLMatcher.grammar_from_lark(any_to_lark(text))
-        except Exception as exc:  # the library's converter raises several kinds
-            raise GrammarError(str(exc)[:_MAX_REASON]) from exc
-        matcher = LLMatcher(self.vocabulary, lark, log_level=0, limits=_LIMITS)
-        # Some limits are reached only where the first token is to be chosen, some only behind what an answer must
-        # begin with.
-        first = matcher.deep_copy()
-        first.compute_bitmask()
-        first.try_consume_tokens(self.vocabulary.tokenize_bytes(first.compute_ff_bytes()))
-        first.compute_bitmask()
-        if first.is_error():
-            raise GrammarError(_reason(first.get_error()))
-        return Grammar(matcher, self.size)
-
-
-def _reason(error: str) -> str:
-    for words, meaning in _IN_OTHER_WORDS:
-        if words in error:
-            return meaning
-    found = _SCHEMA_REASON.search(error)
-    if found is None and (written := _WRITTEN_REASON.search(error)) is not None:
-        return (written[2] or written[1])[:_MAX_REASON]
-    return _TOO_LARGE if found is None else found[1].strip().splitlines()[-1].removeprefix("error: ")[:_MAX_REASON]
+        """See `Matchers.compile`."""
+        return Grammar(super().compile(text), self.size)

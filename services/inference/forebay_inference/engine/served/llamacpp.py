@@ -1,0 +1,287 @@
+"""llama.cpp's server: `llama-server`, or the same from the wheel `xllamacpp`."""
+
+import hashlib
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Final, Literal
+
+from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.engine.protocol import (
+    Capabilities,
+    EngineFault,
+    Step,
+    Tokenizer,
+    TokenLogprob,
+    TokenRequest,
+)
+from forebay_inference.engine.served.dialect import Load, NotReady, Served
+from forebay_inference.engine.served.http import Http, ServerFailed
+
+MAX_SLOTS: Final = 256
+"""Sequences that llama.cpp computes at once (LLAMA_MAX_SEQ)."""
+
+_PATH: Final = "/completion"
+_PROBE: Final = "The quick brown fox: 3,14 né 漢字 🙂\n\n  def f(x):\n\treturn x"
+"""A text that tokenizers of different models cut differently."""
+
+_LLGUIDANCE: Final = "%llguidance {}\n"
+# Ours, in our order. llama.cpp has others, which are off.
+_SAMPLERS: Final = ("penalties", "temperature", "top_k", "top_p", "min_p")
+_END_FIELDS: Final = ("stop", "stop_type", "tokens", "tokens_predicted", "timings/cache_n", "completion_probabilities")
+# Raises the score of one token above all others, so that an answer is that token.
+_CERTAIN: Final = 10_000.0
+
+
+class LlamaCpp:
+    """See `Dialect`.
+
+    llama.cpp counts the tokens of the prompt in the presence and the frequency penalty, unlike OpenAI.
+    """
+
+    name = "llama.cpp"
+    weights: Literal["gguf", "checkpoint"] = "gguf"
+    capabilities = Capabilities(
+        resumes="greedy",
+        grammars="enforced",
+        logprobs=True,
+        resumes_grammars=False,
+        refused=("presence_penalty", "frequency_penalty", "min_tokens"),
+    )
+
+    def __init__(self) -> None:
+        self._identified: Tokenizer | None = None
+
+    def command(self, settings: InferenceSettings) -> Sequence[str]:
+        """The server of the wheel `xllamacpp`, in a process of its own."""
+        if settings.slots > MAX_SLOTS:
+            raise ConfigurationError(f"llama.cpp runs at most {MAX_SLOTS} requests at once: set WORKER_SLOTS")
+        if settings.model_quantization != "auto":
+            wanted = settings.model_quantization
+            raise ConfigurationError(f"MODEL_QUANTIZATION={wanted}: a GGUF file has its own quantization; use auto")
+        server = [sys.executable, "-m", "forebay_inference.engine.served.llama_server"]
+        return [*server, "{model}", "--port={port}", "--slots={slots}", f"--batch={settings.llm_batch_size}"]
+
+    async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
+        """See `Dialect.identify`."""
+        self._identified = tokenizer
+        try:
+            await http.get("/health")
+            props = await http.json("/props")
+            (model,) = (await http.json("/v1/models"))["data"]
+            cut = await http.json("/tokenize", {"content": _PROBE, "add_special": False, "parse_special": False})
+            if cut["tokens"] != tokenizer.encode(_PROBE, special_tokens=False):
+                raise ConfigurationError(f"the server at {http.url} serves a model with another tokenizer")
+            await self.load(http)
+            return Served(
+                props["build_info"],
+                model["meta"]["n_vocab"],
+                props["default_generation_settings"]["n_ctx"],
+                str(props.get("model_ftype") or "gguf").split()[-1],
+                await self._ends(http),
+                replace(self.capabilities, grammars="enforced" if await self._guides(http) else "no"),
+                props["total_slots"],
+            )
+        except ServerFailed as exc:
+            if exc.status in (None, 503):
+                raise NotReady("it loads the model" if exc.status else str(exc)) from exc
+            hint = "; start it with --metrics" if "/metrics" in str(exc) else ""
+            raise ConfigurationError(f"the server at {http.url}: {exc}{hint}") from exc
+        except (KeyError, TypeError, ValueError) as exc:
+            raise ConfigurationError(
+                f"the server at {http.url} does not answer like a llama-server that Forebay knows: {exc!r}"
+            ) from exc
+
+    async def _ends(self, http: Http) -> frozenset[int]:
+        """The tokens that end an answer: those that `ignore_eos` forbids."""
+        asked = "generation_settings/logit_bias"
+        answer = await http.json(_PATH, self._short(1) | {"ignore_eos": True, "response_fields": [asked]}, None)
+        return frozenset(one["token"] for one in answer[asked])
+
+    async def _guides(self, http: Http) -> bool:
+        """Whether it was built with llguidance."""
+        try:
+            guided = self._short(4) | {"grammar": f'{_LLGUIDANCE}start: "7"', "response_fields": ["content"]}
+            return bool((await http.json(_PATH, guided, None))["content"] == "7")
+        except ServerFailed as exc:
+            if exc.status is None:
+                raise
+            return False
+
+    def _short(self, count: int) -> dict[str, Any]:
+        return {"prompt": self._tokenizer.encode("The"), "n_predict": count}
+
+    async def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
+        """See `Dialect.generate`."""
+        matcher = None if request.grammar is None else request.grammar.matcher.deep_copy()
+        answer = _Answer(request, self._tokenizer)
+        while True:
+            untold, last = 0, None
+            async with aclosing(http.events(_PATH, _body(answer.rest(), served))) as events:
+                async for event in events:
+                    step = answer.step(event)
+                    if step is None:
+                        untold = answer.untold(event)
+                        break
+                    if matcher is not None and not _follows(matcher, step.tokens, request.end_tokens):
+                        raise EngineFault("the answer of the server leaves its grammar")
+                    if request.sampling.logprobs is not None and len(step.logprobs) < len(step.tokens):
+                        step = step._replace(logprobs=await self._logprobs(http, answer, step))
+                    if step.finish is None:
+                        yield step
+                    else:
+                        last = step
+            if not untold:
+                if last is not None:
+                    yield last
+                return
+            if matcher is not None:
+                raise EngineFault("the server did not tell the tokens of an answer that follows a grammar")
+            # Generated once more, where none is left out.
+            body = _body(answer.rest(), served) | {"stream": False, "n_predict": untold}
+            step = answer.whole(await http.json(_PATH, body, None))
+            if request.sampling.logprobs is not None:
+                step = step._replace(logprobs=await self._logprobs(http, answer, step))
+            yield step
+            if step.finish is not None:
+                return
+
+    async def _logprobs(self, http: Http, answer: "_Answer", step: Step) -> tuple[TokenLogprob, ...]:
+        """Those of all tokens of `step`, of which the server has not told some, since they are parts of a character."""
+        told = {entry.token: entry for entry in step.logprobs}
+        known = [*answer.request.prompt, *answer.tokens[: -len(step.tokens)]]
+        found = []
+        for token in step.tokens:
+            found.append(
+                told.get(token) or await self._logprob(http, known, token, answer.request.sampling.logprobs or 0)
+            )
+            known.append(token)
+        return tuple(found)
+
+    async def _logprob(self, http: Http, known: Sequence[int], token: int, top: int) -> TokenLogprob:
+        """That of `token` after `known`: whatever the server chooses there, it tells the likeliest ones."""
+        (told,) = self._tokenizer.encode("a", special_tokens=False)[:1]
+        for count in (100, self._tokenizer.vocabulary_size):
+            body = {"prompt": known, "n_predict": 1, "n_probs": count, "logit_bias": [[told, _CERTAIN]]}
+            answer = await http.json(_PATH, body | {"response_fields": ["completion_probabilities"]}, None)
+            (place,) = answer["completion_probabilities"]
+            best = [(one["id"], one["logprob"]) for one in place["top_logprobs"]]
+            if (logprob := dict(best).get(token)) is not None:
+                return TokenLogprob(token, logprob, tuple(best[:top]))
+        raise ServerFailed("the server tells no log probability of a token")
+
+    async def load(self, http: Http) -> Load:
+        """See `Dialect.load`."""
+        for line in (await http.get("/metrics")).splitlines():
+            if line.startswith(b"llamacpp:n_decode_total "):
+                return Load(int(float(line.split()[1])))
+        raise ServerFailed("/metrics does not tell n_decode_total")
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self._identified is None:
+            raise EngineFault("the server is not identified")
+        return self._identified
+
+
+class _Answer:
+    """Follows one sequence. `tokens` are those that were told, with the ones of an earlier attempt.
+
+    The server streams an event a token. But it leaves out a token after which a character is incomplete, and tells its
+    text and its count with the next one.
+    """
+
+    def __init__(self, request: TokenRequest, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.tokens = list(request.generated)
+        self._tokenizer = tokenizer
+        self._streamed = 0
+        self._streams = 0
+
+    def rest(self) -> TokenRequest:
+        """What is still to be generated, in a new stream."""
+        self._streamed = 0
+        self._streams += 1
+        done = len(self.tokens) - len(self.request.generated)
+        return self.request._replace(generated=self.tokens, max_new_tokens=self.request.max_new_tokens - done)
+
+    def step(self, event: Any) -> Step | None:
+        """The step of `event`, None if it does not tell all tokens until then."""
+        if "error" in event:
+            raise ServerFailed("the server ended the answer with an error", event["error"].get("code"))
+        if event["stop"]:
+            return None if self.untold(event) else Step((), (), _finish(event), self._cached(event))
+        tokens = event["tokens"]
+        if (untold := self.untold(event)) > 0:
+            cut = self._tokenizer.encode(event["content"], special_tokens=False)
+            # Bytes that are no character come as U+FFFD.
+            if "\ufffd" in event["content"] or cut[untold:] != tokens or len(cut) != untold + len(tokens):
+                return None
+            tokens = cut
+        self._streamed += len(tokens)
+        self.tokens += tokens
+        probabilities = event.get("completion_probabilities")
+        return Step(tuple(tokens), () if probabilities is None else self._logprobs(probabilities))
+
+    def _cached(self, event: Any) -> int:
+        """Tokens of the prompt; a further stream has what the ones before it computed in its cache too."""
+        return min(event.get("timings/cache_n", 0), len(self.request.prompt)) if self._streams == 1 else 0
+
+    def untold(self, event: Any) -> int:
+        """How many tokens were left out before those of `event`."""
+        return int(event["tokens_predicted"]) - self._streamed - len(event["tokens"])
+
+    def whole(self, answer: Any) -> Step:
+        """The step of an answer that was not streamed."""
+        tokens = answer["tokens"]
+        self.tokens += tokens
+        left = self.request.max_new_tokens - (len(self.tokens) - len(self.request.generated))
+        finish = _finish(answer) if answer["stop_type"] == "eos" or left <= 0 else None
+        return Step(tuple(tokens), (), finish)
+
+    def _logprobs(self, probabilities: Any) -> tuple[TokenLogprob, ...]:
+        count = self.request.sampling.logprobs or 0
+        return tuple(
+            TokenLogprob(
+                one["id"], one["logprob"], tuple((best["id"], best["logprob"]) for best in one["top_logprobs"][:count])
+            )
+            for one in probabilities
+        )
+
+
+def _follows(matcher: Any, tokens: Sequence[int], ends: frozenset[int]) -> bool:
+    """Whether the grammar allows `tokens` next. llama.cpp goes on without a grammar that it cannot follow."""
+    return all(matcher.is_accepting() if token in ends else matcher.consume_token(token) for token in tokens)
+
+
+def _finish(event: Any) -> Literal["stop", "length"]:
+    return "stop" if event["stop_type"] == "eos" else "length"
+
+
+def _body(request: TokenRequest, served: Served) -> dict[str, Any]:
+    sampling, seed = request.sampling, f"{request.seed}:{len(request.generated)}".encode()
+    body: dict[str, Any] = {
+        "prompt": [*request.prompt, *request.generated],
+        "n_predict": request.max_new_tokens,
+        "stream": True,
+        "return_tokens": True,
+        "response_fields": _END_FIELDS,
+        "samplers": _SAMPLERS,
+        "seed": int.from_bytes(hashlib.blake2b(seed, digest_size=4).digest()) >> 1,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "ignore_eos": served.end_tokens.isdisjoint(request.end_tokens),
+    }
+    if sampling.repetition_penalty != 1.0:
+        body |= {"repeat_penalty": sampling.repetition_penalty, "repeat_last_n": served.context_length}
+    if sampling.logit_bias:
+        body["logit_bias"] = list(sampling.logit_bias.items())
+    if request.grammar is not None:
+        body["grammar"] = _LLGUIDANCE + request.grammar.lark
+    if sampling.logprobs is not None:
+        body["n_probs"] = max(1, sampling.logprobs)
+    return body

@@ -1,0 +1,26 @@
+"""Inference servers beside the worker: llama.cpp with a tiny model, on one thread."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from forebay_contracts.settings import InferenceSettings
+from forebay_inference.engine.served.engine import ServedEngine
+from forebay_inference.engine.served.llamacpp import LlamaCpp
+
+# Threads of llama.cpp wait for each other without yielding: beside other work, two take many times as long as one.
+SERVER = f"{sys.executable} -m forebay_inference.engine.served.llama_server {{model}} --port={{port}} --threads=1"
+
+
+def llama_cpp_engine(model: Path, *, slots: int = 4, **settings: Any) -> ServedEngine:
+    """An engine that has not started, with `slots` slots of llama.cpp."""
+    given = {"engine_command": f"{SERVER} --slots={slots}", "max_concurrent_requests": slots, **settings}
+    return ServedEngine(InferenceSettings(_env_file=None, default_model=str(model), **given), LlamaCpp())
+
+
+def kill_server(engine: ServedEngine) -> None:
+    """Kill the server that `engine` has started."""
+    process = engine._process
+    assert process is not None
+    assert process._process is not None
+    process._process.kill()
