@@ -82,7 +82,9 @@ async def test_chat(client: openai.AsyncOpenAI) -> None:
 
 
 async def test_chat_streamed(client: openai.AsyncOpenAI) -> None:
-    stream = await client.chat.completions.create(model=MODEL, messages=user("[[tokens=3]]"), stream=True)
+    # Tokens of one frame come together; these do not.
+    asked = user("[[tokens=3 delay_ms=20]]")
+    stream = await client.chat.completions.create(model=MODEL, messages=asked, stream=True)
     got = await chunks(stream)
     assert all(isinstance(chunk, ChatCompletionChunk) for chunk in got)
     assert {chunk.object for chunk in got} == {"chat.completion.chunk"}
@@ -98,7 +100,7 @@ async def test_chat_streamed(client: openai.AsyncOpenAI) -> None:
 
 async def test_chat_streamed_with_usage(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
-        model=MODEL, messages=user("a b [[tokens=3]]"), stream=True, stream_options={"include_usage": True}
+        model=MODEL, messages=user("a b [[tokens=3 delay_ms=20]]"), stream=True, stream_options={"include_usage": True}
     )
     *body, last = await chunks(stream)
     assert [chunk.usage for chunk in body] == [None] * 5
@@ -205,7 +207,7 @@ async def test_completion_has_sixteen_tokens_by_default(client: openai.AsyncOpen
 
 async def test_completion_streamed_with_usage(client: openai.AsyncOpenAI) -> None:
     stream = await client.completions.create(
-        model=MODEL, prompt="[[tokens=3]]", stream=True, stream_options={"include_usage": True}
+        model=MODEL, prompt="[[tokens=3 delay_ms=20]]", stream=True, stream_options={"include_usage": True}
     )
     *body, last = await chunks(stream)
     assert [chunk.choices[0].text for chunk in body] == ["t0", " t1", " t2", ""]

@@ -92,7 +92,7 @@ async def test_a_deadline_that_passes(system: Twins) -> None:
 
 
 async def test_a_client_that_does_not_read(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_answer, "MAX_UNREAD_DELTAS", 3)
+    monkeypatch.setattr(live_answer, "MAX_UNREAD_TOKENS", 3)
     wanted = request()
     async with system.dispatcher.submit(wanted) as answer:
         for offset in range(5):

@@ -210,7 +210,7 @@ async def test_an_answer_of_any_length_is_read_late_and_slowly(system: Twins, mo
     async with api.submit(wanted) as answer:
         assert await text_of(answer) == WHOLE
     await system.reaches(wanted.id, RequestStatus.COMPLETED)
-    monkeypatch.setattr(live_answer, "MAX_UNREAD_DELTAS", 3)
+    monkeypatch.setattr(live_answer, "MAX_UNREAD_TOKENS", 3)
     monkeypatch.setattr(stored, "PAGE", 2)
     monkeypatch.setattr(memory, "PAGE", 2)
     assert (await api.so_far(wanted)).outcome is RequestStatus.COMPLETED

@@ -12,8 +12,8 @@ from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Resum
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 
-MAX_UNREAD_DELTAS = 16_384
-"""A client that has not read so many deltas is too slow: its request is cancelled.
+MAX_UNREAD_TOKENS = 16_384
+"""A client that has not read so many tokens is too slow: its request is cancelled.
 
 A stored answer stays in the log, so whoever feeds it waits for room.
 """
@@ -56,6 +56,7 @@ class LiveAnswer:
     _ask_again_at: float = -math.inf
     _tokens: dict[int, list[int]] = field(default_factory=dict)
     _unread: list[Delta] = field(default_factory=list)
+    _unread_tokens: int = 0
     _changed: asyncio.Future[None] | None = None
     _room: asyncio.Future[None] | None = None
 
@@ -155,14 +156,14 @@ class LiveAnswer:
 
     def take(self) -> list[Delta]:
         """The deltas that have come and were not read."""
-        unread, self._unread = self._unread, []
+        unread, self._unread, self._unread_tokens = self._unread, [], 0
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
         return unread
 
     async def room(self) -> None:
-        """Wait while the client has too many deltas to read."""
-        if len(self._unread) > MAX_UNREAD_DELTAS and not self.done:
+        """Wait while the client has too many tokens to read."""
+        if self._unread_tokens > MAX_UNREAD_TOKENS and not self.done:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
@@ -194,8 +195,9 @@ class LiveAnswer:
         elif delta.offset == len(tokens) and delta.tokens:
             tokens.extend(delta.tokens)
             self._unread.append(delta)
+            self._unread_tokens += len(delta.tokens)
             self.gap, self._ask_again_at = False, -math.inf
-            if len(self._unread) > MAX_UNREAD_DELTAS and not names.is_logged(self.request.reply_to):
+            if self._unread_tokens > MAX_UNREAD_TOKENS and not names.is_logged(self.request.reply_to):
                 self.fail(SlowReader("the client does not read its stream"))
 
     def _complete(self, frame: Completed) -> None:
