@@ -117,7 +117,7 @@ def _body(request: TokenRequest) -> dict[str, Any]:
     if sampling.logit_bias:
         params["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if request.grammar is not None:
-        params["ebnf"] = request.grammar.text
+        params["ebnf"] = request.grammar.lark
     return {"input_ids": [*request.prompt, *request.generated], "sampling_params": params, "stream": True}
 
 

@@ -151,7 +151,7 @@ def _body(request: TokenRequest) -> dict[str, Any]:
     if sampling.logprobs is not None:
         body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
     if request.grammar is not None:
-        body["structured_outputs"] = {"grammar": request.grammar.text}
+        body["structured_outputs"] = {"grammar": request.grammar.lark}
     return body
 
 
