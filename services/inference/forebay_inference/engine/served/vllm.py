@@ -6,7 +6,10 @@ Fields as in https://docs.vllm.ai/en/stable/serving/openai_compatible_server.htm
 import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from glob import glob
 from typing import Any, Final, Literal
+
+import psutil
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
@@ -18,6 +21,10 @@ from forebay_inference.engine.served.metrics import samples
 _PATH: Final = "/v1/completions"
 OLDEST: Final = (0, 12)
 """The first version with `structured_outputs`."""
+
+_ACCELERATORS: Final = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+_CACHE_PART: Final = 4
+"""On a CPU, one in so many of the bytes free. vLLM itself takes nine tenths of the machine's memory there."""
 
 _SCORING_S: Final = 600.0
 _GRAMMAR: Final = '%llguidance {}\nstart: %json {"enum": [1]}'
@@ -37,8 +44,19 @@ class VLLM:
         Raises:
             ConfigurationError: MODEL_QUANTIZATION is one that vLLM does not make.
         """
-        command = ["{python}", "-m", "vllm.entrypoints.openai.api_server"]
-        return [*command, *arguments(settings.model_quantization, settings.llm_batch_size)]
+        made = {"auto": (), "none": (), "nf4": ("--quantization", "bitsandbytes")}
+        if (wanted := settings.model_quantization) not in made:
+            raise ConfigurationError(f"MODEL_QUANTIZATION={wanted} cannot be had from vLLM: use auto, none or nf4")
+        on_cpu = settings.model_device == "cpu" or not any(map(glob, _ACCELERATORS))
+        return [
+            *("{python}", "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", "{model}", "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"),
+            *("--max-num-seqs", "{slots}", "--max-model-len", "auto", "--generation-config", "vllm"),
+            *("--structured-outputs-config", '{"backend": "guidance"}'),
+            *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
+            *made[wanted],
+            *(("--kv-cache-memory-bytes", str(psutil.virtual_memory().available // _CACHE_PART)) if on_cpu else ()),
+        ]
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
         """See `Dialect.identify`."""
@@ -91,24 +109,6 @@ class VLLM:
         found = samples(await http.get("/metrics"), ("vllm:iteration_tokens_total_count", "vllm:kv_cache_usage_perc"))
         usage = found["vllm:kv_cache_usage_perc"]
         return Load(int(sum(found["vllm:iteration_tokens_total_count"])), max(usage) if usage else None)
-
-
-def arguments(quantization: str, batch_tokens: int) -> list[str]:
-    """The arguments that start vLLM's server for Forebay, with what `filled` fills in.
-
-    Raises:
-        ConfigurationError: vLLM does not make `quantization`.
-    """
-    made = {"auto": [], "none": [], "nf4": ["--quantization", "bitsandbytes"]}
-    if quantization not in made:
-        raise ConfigurationError(f"MODEL_QUANTIZATION={quantization} cannot be had from vLLM: use auto, none or nf4")
-    return [
-        *("--model", "{model}", "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"),
-        *("--max-num-seqs", "{slots}", "--max-model-len", "auto", "--generation-config", "vllm"),
-        *("--structured-outputs-config", '{"backend": "guidance"}'),
-        *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
-        *made[quantization],
-    ]
 
 
 async def _refuse_other_grammars(http: Http, tokenizer: Tokenizer) -> None:
