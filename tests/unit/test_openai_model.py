@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from forebay_contracts.settings import InferenceSettings, load
-from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
+from forebay_contracts.wire.errors import ConfigurationError, InferenceFailed, InvalidRequest
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.events import Accepted, Event, Finished, Tokens, Used
 from forebay_inference.engine.openai import OpenAIModel
@@ -165,7 +165,7 @@ async def test_what_needs_tokens_is_refused_by_name(
 
 
 async def test_an_answer_that_was_begun_is_not_resumed(model: OpenAIModel) -> None:
-    with pytest.raises(EngineFault, match="cannot go on"):
+    with pytest.raises(InferenceFailed, match="cannot go on"):
         await anext(model.generate(chat("hi"), {0: [0]}))
 
 

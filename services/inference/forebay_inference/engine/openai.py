@@ -12,7 +12,7 @@ from typing import Any, Final
 import orjson
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
+from forebay_contracts.wire.errors import ConfigurationError, InferenceFailed, InvalidRequest
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_contracts.wire.state import Usage
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Used
@@ -75,7 +75,9 @@ class OpenAIModel:
     async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[Event, None]:
         """See `Model.generate`. Each piece of text counts as one token; `Used` says how many there were."""
         if any(resume.values()):
-            raise EngineFault("the server cannot go on with the answer of an earlier attempt")
+            raise InferenceFailed(
+                "the generation failed, and this model's engine cannot go on with the part of the answer that was sent"
+            )
         if self._http is None or self._fault is not None:
             raise EngineFault(self._fault or "the engine is not started, or closed")
         body = _body(request, self._name)

@@ -23,14 +23,17 @@ _USAGE: Final = "sglang:token_usage"
 
 
 class SGLang:
-    """See `Dialect`. SGLang begins penalties and grammars anew behind every prompt.
-
-    Its log probabilities are those after penalties and temperature, so they are not offered.
-    """
+    """See `Dialect`. Its log probabilities are those after penalties and temperature, so none are offered."""
 
     name = "SGLang"
     weights: Literal["gguf", "checkpoint"] = "checkpoint"
-    capabilities = Capabilities(resumes="greedy", grammars="enforced", logprobs=False)
+    capabilities = Capabilities(
+        resumes="greedy",
+        grammars="enforced",
+        logprobs=False,
+        resumes_grammars=False,
+        restarts=("presence_penalty", "frequency_penalty", "repetition_penalty"),
+    )
 
     def command(self, settings: InferenceSettings) -> Sequence[str]:
         """The server of the package `sglang` in the worker's own environment.

@@ -32,11 +32,18 @@ _GRAMMAR: Final = '%llguidance {}\nstart: %json {"enum": [1]}'
 
 
 class VLLM:
-    """See `Dialect`. vLLM begins penalties, grammars and draws anew behind every prompt."""
+    """See `Dialect`. The repetition penalty counts the tokens of the prompt, so it goes on with them."""
 
     name = "vLLM"
     weights: Literal["gguf", "checkpoint"] = "checkpoint"
-    capabilities = Capabilities(resumes="greedy", grammars="enforced", logprobs=True, prompt_logprobs=True)
+    capabilities = Capabilities(
+        resumes="greedy",
+        grammars="enforced",
+        logprobs=True,
+        prompt_logprobs=True,
+        resumes_grammars=False,
+        restarts=("presence_penalty", "frequency_penalty"),
+    )
 
     def command(self, settings: InferenceSettings) -> Sequence[str]:
         """The server of the package `vllm` in the worker's own environment.
