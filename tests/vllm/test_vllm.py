@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 import pytest_asyncio
@@ -63,7 +62,9 @@ def steps(choice: Any) -> list[Step]:
 async def test_a_greedy_answer_is_vllm_s_own(stack: Stack, question: str) -> None:
     through = (await stack.chat(question, **GREEDY)).json()
     body = {"model": MODEL, "messages": [{"role": "user", "content": question}], **GREEDY}
-    direct = (await stack.http.post(f"{url_of(server_of(stack))}/v1/chat/completions", json=body)).json()
+    server = server_of(stack)
+    key = {"Authorization": f"Bearer {server.environ()['VLLM_API_KEY']}"}
+    direct = (await stack.http.post(f"{url_of(server)}/v1/chat/completions", json=body, headers=key)).json()
     assert same_or_near_tie(steps(through["choices"][0]), steps(direct["choices"][0]))
     assert through["usage"]["prompt_tokens"] == direct["usage"]["prompt_tokens"]
     assert len(through["choices"][0]["logprobs"]["content"]) >= 8
@@ -115,7 +116,7 @@ async def test_leaving_an_answer_frees_its_place_in_the_batch(stack: Stack) -> N
             received += '"content"' in await anext(lines)
         await response.aclose()
     async with asyncio.timeout(10):
-        while (await now())[0]:
+        while (await now())[0]:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     _, made = await now()
     # Some were on their way, of an answer of 8,000.
@@ -138,7 +139,7 @@ async def test_a_killed_vllm_ends_its_worker_and_another_engine_takes_over(stack
     await _tokens(greedy, 10, found)
     server_of(stack).send_signal(signal.SIGKILL)
     async with asyncio.timeout(60):
-        assert await stack.workers[0].exited() == 1
+        assert await stack.workers[0].ended() == 1
     assert any("SIGKILL" in line for line in stack.workers[0].log)
 
     await stack.worker(

@@ -78,6 +78,7 @@ class SGLang:
     async def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
         """See `Dialect.generate`."""
         taken = 0
+        last: Step | None = None
         async with aclosing(http.events(_PATH, _body(request))) as events:
             async for event in events:
                 if "error" in event:
@@ -88,9 +89,11 @@ class SGLang:
                 taken += new
                 tokens = tuple(event["output_ids"][-new:]) if new else ()
                 if finish := _finish(told["finish_reason"]):
-                    yield Step(tokens, finish=finish, cached_tokens=told.get("cached_tokens") or 0)
-                    return
-                yield Step(tokens)
+                    last = Step(tokens, finish=finish, cached_tokens=told.get("cached_tokens") or 0)
+                else:
+                    yield Step(tokens)
+        if last is not None:
+            yield last
 
     async def load(self, http: Http) -> Load:
         """See `Dialect.load`."""

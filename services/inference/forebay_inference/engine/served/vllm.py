@@ -87,20 +87,19 @@ class VLLM:
     async def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
         """See `Dialect.generate`."""
         last: Step | None = None
+        cached = 0
         async with aclosing(http.events(_PATH, _body(request))) as events:
             async for event in events:
                 if "error" in event:
                     raise _failed(event["error"])
-                if not event["choices"]:
-                    # The last event, behind the end: it alone tells what was cached.
-                    break
-                step = _step(event["choices"][0], request)
-                if step.finish is None:
+                if not event["choices"]:  # behind the end
+                    cached = _cached(event)
+                elif (step := _step(event["choices"][0], request)).finish is None:
                     yield step
                 else:
                     last = step
-            if last is not None:
-                yield last._replace(cached_tokens=_cached(event))
+        if last is not None:
+            yield last._replace(cached_tokens=cached)
 
     async def score(
         self, http: Http, id: str, prompt: Sequence[int], top: int, served: Served
