@@ -59,7 +59,7 @@ class VLLM:
             *("{python}", "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", "{model}", "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"),
             *("--max-num-seqs", "{slots}", "--max-model-len", "auto", "--generation-config", "vllm"),
-            *("--structured-outputs-config", '{"backend": "guidance"}'),
+            *("--structured-outputs-config.backend", "guidance"),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
             *made[wanted],
             *(("--kv-cache-memory-bytes", str(psutil.virtual_memory().available // _CACHE_PART)) if on_cpu else ()),
@@ -125,8 +125,7 @@ async def _refuse_other_grammars(http: Http, tokenizer: Tokenizer) -> None:
         if exc.status != 400:
             raise
         raise ConfigurationError(
-            f"""the vLLM at {http.url} takes other grammars: start it with --structured-outputs-config """
-            """'{"backend": "guidance"}'"""
+            f"the vLLM at {http.url} takes other grammars: start it with --structured-outputs-config.backend guidance"
         ) from exc
 
 
