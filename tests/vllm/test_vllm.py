@@ -61,7 +61,7 @@ def steps(choice: Any) -> list[Step]:
 @pytest.mark.parametrize("question", QUESTIONS)
 async def test_a_greedy_answer_is_vllm_s_own(stack: Stack, question: str) -> None:
     through = (await stack.chat(question, **GREEDY)).json()
-    body = {"model": MODEL, "messages": [{"role": "user", "content": question}], **GREEDY}
+    body = {"messages": [{"role": "user", "content": question}], **GREEDY}
     server = server_of(stack)
     key = {"Authorization": f"Bearer {server.environ()['VLLM_API_KEY']}"}
     direct = (await stack.http.post(f"{url_of(server)}/v1/chat/completions", json=body, headers=key)).json()
