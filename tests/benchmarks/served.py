@@ -29,7 +29,7 @@ from support.stack import data_dir, running
 
 BUDGET_S = 360
 SLOTS: Final = 16
-CLIENTS: Final = {"vllm": (8, 16), "llamacpp": (1, 8)}
+CLIENTS: Final = {"vllm": (1, 8, 16), "llamacpp": (1, 8)}
 START_S: Final = 400
 VLLM: Final = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
 
@@ -70,7 +70,7 @@ async def in_turns(
 
 async def measure(quick: bool, engine: str) -> dict[str, Any]:
     """All numbers of clients."""
-    tokens, rounds = (16, 2) if quick else (64, 5)
+    tokens, rounds = (16, 2) if quick else (64, 7)
     background, port, name = server(engine)
     by_clients: dict[str, Any] = {}
     with background, nats_server() as nats:
