@@ -29,8 +29,10 @@ def described(can: Capabilities) -> list[str]:
         "greedy": "exactly at temperature 0, with other draws above it",
         "no": "no",
     }[can.resumes]
+    # Whoever gives a seed wants its draws: see `TextModel`.
+    anew = [*([] if can.resumes_grammars else ["a grammar or a seed"]), *(f"`{name}`" for name in can.restarts)]
     return [
-        goes_on + ("" if can.resumes_grammars else "; not with a grammar"),
+        goes_on + (f"; not with {', '.join(anew)}" if anew else ""),
         "yes" if can.grammars == "enforced" else "no",
         "yes" if can.logprobs else "no",
         "yes" if can.prompt_logprobs else "no",

@@ -277,15 +277,21 @@ class InferenceSettings(Settings):
         False,
         description="Serve architectures that no test has compared, after a check at start (docs/models.md)",
     )
-    inference_engine: Literal["transformers", "llamacpp", "embedding", "simulated"] = Field(
+    inference_engine: Literal["transformers", "llamacpp", "vllm", "sglang", "openai", "embedding", "simulated"] = Field(
         "transformers",
-        description="transformers, llamacpp (llama.cpp's server beside the worker), "
+        description="transformers; llamacpp, vllm or sglang (an inference server beside the worker); "
+        "openai (text from any OpenAI-compatible server at ENGINE_URL); "
         "embedding (a sentence-transformers model), or simulated (no model, for tests)",
     )
     engine_command: str | None = Field(
         None,
         min_length=1,
-        description="Command that starts the inference server; {model}, {name}, {port} and {slots} are filled in",
+        description="Command that starts the inference server; {python}, {model}, {name}, {port} and {slots} are filled in",
+    )
+    engine_python: str | None = Field(
+        None,
+        min_length=1,
+        description="Python of the environment that the inference server is installed in; empty: the worker's own",
     )
     engine_url: str | None = Field(
         None,
@@ -339,6 +345,8 @@ class InferenceSettings(Settings):
     def _server_is_started_or_found(self) -> Self:
         if self.engine_command is not None and self.engine_url is not None:
             raise ValueError("ENGINE_COMMAND starts an inference server and ENGINE_URL names one: give one of them")
+        if self.inference_engine == "openai" and self.engine_url is None:
+            raise ValueError("INFERENCE_ENGINE=openai asks a server that runs already: set ENGINE_URL")
         return self
 
 

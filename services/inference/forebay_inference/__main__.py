@@ -24,6 +24,7 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, ForebayError
 from forebay_contracts.wire.heartbeats import ApiInfo
 from forebay_inference.attempt.runner import AttemptRunner
+from forebay_inference.engine.model import Model
 from forebay_inference.engine.simulated import SimulatedEngine
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.exposition import serve as expose
@@ -31,7 +32,7 @@ from forebay_inference.worker import Worker
 from forebay_inference.worker_metrics import WorkerMetrics
 
 
-def build_model(settings: InferenceSettings) -> TextModel:
+def build_model(settings: InferenceSettings) -> Model:
     """The model that a worker serves, on the engine that INFERENCE_ENGINE names."""
     # Imported here, since they take seconds, and each needs libraries that others do without.
     match settings.inference_engine:
@@ -45,6 +46,10 @@ def build_model(settings: InferenceSettings) -> TextModel:
             from forebay_inference.engine.transformers.engine import TransformersEngine
 
             return TextModel(TransformersEngine(settings), closed_schemas=settings.closed_schemas)
+        case "openai":
+            from forebay_inference.engine.openai import OpenAIModel
+
+            return OpenAIModel(settings)
         case served:
             try:
                 from forebay_inference.engine.served.dialects import DIALECTS

@@ -10,8 +10,8 @@ from forebay_inference.models.store import ensure_gguf, ensure_model
 def fetch() -> None:
     """Fetch what the worker would."""
     settings = load(InferenceSettings)
-    if settings.inference_engine == "simulated":
-        print("the simulated engine has no model")
+    if settings.inference_engine in ("simulated", "openai"):
+        print(f"the {settings.inference_engine} engine has no model")
         return
     ensure = ensure_gguf if settings.inference_engine == "llamacpp" else ensure_model
     place = ensure(settings.default_model, settings.data_dir, lambda line: print(line, flush=True), settings.hf_token)

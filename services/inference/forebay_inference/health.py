@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from forebay_inference.engine.text.model import TextModel
+from forebay_inference.engine.model import Model
 
 CHECK_INTERVAL_S: Final = 1.0
 """Time between two checks of the engine."""
@@ -34,7 +34,7 @@ class EngineWatch:
     It counts calls and not seconds: while the whole process is stopped, the engine cannot make a step.
     """
 
-    def __init__(self, engine: TextModel, stall_timeout_s: float) -> None:
+    def __init__(self, engine: Model, stall_timeout_s: float) -> None:
         self._engine = engine
         self._stall_timeout_s = stall_timeout_s
         self._steps = -1

@@ -24,8 +24,8 @@ from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
 from forebay_inference.attempt.endings import End, Ended, abandoned, not_wanted
 from forebay_inference.attempt.runner import AttemptRunner
+from forebay_inference.engine.model import Model, ModelFacts
 from forebay_inference.engine.protocol import LoadedModel
-from forebay_inference.engine.text.model import TextModel
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
 from forebay_inference.worker_metrics import watch
 
@@ -43,7 +43,7 @@ class Worker:
         worker_id: str,
         settings: InferenceSettings,
         connection: Connection,
-        engine: TextModel,
+        engine: Model,
         deliveries: Deliveries,
         runner: AttemptRunner,
         apis: Presence[ApiInfo],
@@ -61,7 +61,7 @@ class Worker:
         self._started_at = time.time()
         self._status = WorkerStatus.LOADING
         self._progress: str | None = None
-        self._model: LoadedModel | None = None
+        self._model: LoadedModel | ModelFacts | None = None
         self._broken = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Final
 from prometheus_client import Counter, Gauge
 
 from forebay_contracts.telemetry.metrics import REGISTRY, TOKEN_S, WAIT_S, Histogram, bound
-from forebay_inference.engine.text.model import TextModel
+from forebay_inference.engine.model import Model
 
 QUEUE_WAIT: Final = Histogram(
     "forebay_queue_wait_seconds",
@@ -60,7 +60,7 @@ class WorkerMetrics:
         self.redeliveries: Any = bound(REDELIVERIES, model)
 
 
-def watch(slots: int, busy: Callable[[], int], engine: TextModel) -> None:
+def watch(slots: int, busy: Callable[[], int], engine: Model) -> None:
     """Let each scrape ask the worker for the values of the gauges."""
 
     def cache_usage() -> float:

@@ -43,7 +43,8 @@ async def up(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="transformers, llamacpp, embedding, simulated (INFERENCE_ENGINE).", show_default="transformers"
+            help="transformers, llamacpp, vllm, sglang, openai, embedding, simulated (INFERENCE_ENGINE).",
+            show_default="transformers",
         ),
     ] = None,
     data_dir: Annotated[

@@ -31,9 +31,9 @@ from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import EndedBefore, Ownership, patiently
 from forebay_inference.attempt.reply import Reply
 from forebay_inference.attempt.unreadable import end_unreadable
-from forebay_inference.engine.events import Accepted, Finished, Tokens, Vector
+from forebay_inference.engine.events import Accepted, Finished, Tokens, Used, Vector
+from forebay_inference.engine.model import Model
 from forebay_inference.engine.protocol import reason_of
-from forebay_inference.engine.text.model import TextModel
 from forebay_inference.worker_metrics import WorkerMetrics
 
 _LOGGED: Final = {
@@ -56,7 +56,7 @@ class AttemptRunner:
         *,
         worker: str,
         states: StateStore,
-        engine: TextModel,
+        engine: Model,
         channel: Callable[[str, float], ReplyChannel],
         api_alive: Callable[[str], bool],
         connected_for_s: Callable[[], float],
@@ -207,6 +207,7 @@ class AttemptRunner:
         resumed = any(resume.values())
         prompt_tokens = returned = cached_tokens = reasoning_tokens = 0
         finished: dict[int, Finished] = {}
+        usage: Usage | None = None
         measured.generating()
         try:
             async with aclosing(self._engine.generate(request, resume)) as events:
@@ -227,7 +228,9 @@ class AttemptRunner:
                             measured.accepted(prompt_tokens)
                             if attempt.number == 1:
                                 await reply.announce()
-            usage = Usage(
+                        case Used():
+                            usage = event.usage
+            usage = usage or Usage(
                 prompt_tokens=prompt_tokens,
                 completion_tokens=reply.token_count - returned,
                 cached_tokens=cached_tokens,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forebay_contracts.wire.frames import TokenLogprob
+from forebay_contracts.wire.state import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,14 @@ class Finished:
     stop_string: str | None = None
 
 
-Event = Accepted | Tokens | Vector | Finished
+@dataclass(frozen=True, slots=True)
+class Used:
+    """At most once, where the server of the model counts tokens: what the whole answer took."""
+
+    usage: Usage
+
+
+Event = Accepted | Tokens | Vector | Finished | Used
 
 ResumeTokens = Mapping[int, Sequence[int]]
 """For a choice's index, the tokens that its client already has from an earlier attempt."""

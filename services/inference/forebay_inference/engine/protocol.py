@@ -76,7 +76,8 @@ class Capabilities:
     cannot. `grammars` are those of llguidance, in its Lark dialect or GBNF: each answer follows its grammar
     (`enforced`), none needs to (`ignored`, for tests alone), or a request with one is refused (`no`). With
     `prompt_logprobs`, it is a Scorer. Without `resumes_grammars`, it cannot go on with an answer that has a grammar.
-    `refused` are the fields of Sampling that it takes at their defaults alone.
+    `refused` are the fields of Sampling that it takes at their defaults alone. `restarts` are those whose effect begins
+    anew behind the tokens of an earlier attempt: it cannot go on with an answer that has one.
     """
 
     resumes: Literal["exact", "greedy", "no"]
@@ -85,6 +86,7 @@ class Capabilities:
     prompt_logprobs: bool = False
     resumes_grammars: bool = True
     refused: tuple[str, ...] = ()
+    restarts: tuple[str, ...] = ()
 
 
 class TokenRequest(NamedTuple):

@@ -2,11 +2,14 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.protocol import Capabilities, Step, Tokenizer, TokenLogprob, TokenRequest
 from forebay_inference.engine.served.http import Http
+
+PROBE: Final = "The quick brown fox: 3,14 né 漢字 🙂\n\n  def f(x):\n\treturn x"
+"""A text that tokenizers of different models cut differently."""
 
 
 class NotReady(Exception):

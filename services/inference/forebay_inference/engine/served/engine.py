@@ -6,6 +6,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -132,12 +133,19 @@ class ServedEngine:
         settings = self._settings
         given = settings.engine_command
         command = self._dialect.command(settings) if given is None else shlex.split(given)
-        values = {"model": model, "name": settings.served_model, "port": port, "slots": settings.slots}
+        values = {
+            "python": settings.engine_python or sys.executable,
+            "model": model,
+            "name": settings.served_model,
+            "port": port,
+            "slots": settings.slots,
+        }
+        command = filled(command, values)
         if shutil.which(command[0]) is None:
-            raise ConfigurationError(f"ENGINE_COMMAND: there is no program {command[0]}")
+            raise ConfigurationError(f"{settings.inference_engine}: there is no program {command[0]}")
         self._process = ServerProcess(self._dialect.name)
         progress(f"starting {self._dialect.name}")
-        await self._process.start(filled(command, values), dict.fromkeys(_KEY_VARIABLES, key))
+        await self._process.start(command, dict.fromkeys(_KEY_VARIABLES, key))
 
     async def _until_served(self, http: Http, tokenizer: Tokenizer, progress: Callable[[str], None]) -> Served:
         started = told = time.monotonic()

@@ -1,7 +1,6 @@
 """llama.cpp's server: `llama-server`, or the same from the wheel `xllamacpp`."""
 
 import hashlib
-import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -17,16 +16,13 @@ from forebay_inference.engine.protocol import (
     TokenLogprob,
     TokenRequest,
 )
-from forebay_inference.engine.served.dialect import Load, NotReady, Served
+from forebay_inference.engine.served.dialect import PROBE, Load, NotReady, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
 
 MAX_SLOTS: Final = 256
 """Sequences that llama.cpp computes at once (LLAMA_MAX_SEQ)."""
 
 _PATH: Final = "/completion"
-_PROBE: Final = "The quick brown fox: 3,14 né 漢字 🙂\n\n  def f(x):\n\treturn x"
-"""A text that tokenizers of different models cut differently."""
-
 _LLGUIDANCE: Final = "%llguidance {}\n"
 # Ours, in our order. llama.cpp has others, which are off.
 _SAMPLERS: Final = ("penalties", "temperature", "top_k", "top_p", "min_p")
@@ -61,7 +57,7 @@ class LlamaCpp:
         if settings.model_quantization != "auto":
             wanted = settings.model_quantization
             raise ConfigurationError(f"MODEL_QUANTIZATION={wanted}: a GGUF file has its own quantization; use auto")
-        server = [sys.executable, "-m", "forebay_inference.engine.served.llama_server"]
+        server = ["{python}", "-m", "forebay_inference.engine.served.llama_server"]
         return [*server, "{model}", "--port={port}", "--slots={slots}", f"--batch={settings.llm_batch_size}"]
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
@@ -71,8 +67,8 @@ class LlamaCpp:
             await http.get("/health")
             props = await http.json("/props")
             (model,) = (await http.json("/v1/models"))["data"]
-            cut = await http.json("/tokenize", {"content": _PROBE, "add_special": False, "parse_special": False})
-            if cut["tokens"] != tokenizer.encode(_PROBE, special_tokens=False):
+            cut = await http.json("/tokenize", {"content": PROBE, "add_special": False, "parse_special": False})
+            if cut["tokens"] != tokenizer.encode(PROBE, special_tokens=False):
                 raise ConfigurationError(f"the server at {http.url} serves a model with another tokenizer")
             await self.load(http)
             return Served(

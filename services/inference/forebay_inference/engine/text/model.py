@@ -11,6 +11,7 @@ from forebay_contracts.wire.errors import InferenceFailed, UnsupportedByModel
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Vector
 from forebay_inference.engine.protocol import (
+    Capabilities,
     Embedder,
     Engine,
     EngineFault,
@@ -26,7 +27,7 @@ from forebay_inference.engine.text.detokenizer import Decoder
 from forebay_inference.engine.text.embeddings import added_tokens, encode_inputs
 from forebay_inference.engine.text.harmony import EFFORTS, Harmony, HarmonyParser, harmony_of
 from forebay_inference.engine.text.merged import merged
-from forebay_inference.engine.text.prepare import Prepared, prepare
+from forebay_inference.engine.text.prepare import Prepared, given, prepare
 from forebay_inference.engine.text.reasoning import AnswerParser, Thinking, ThinkingParser, thinking_of
 from forebay_inference.engine.text.returned import returned
 from forebay_inference.engine.text.templates import Chat
@@ -84,7 +85,7 @@ class TextModel:
             raise UnsupportedByModel(request.model, request.completion_type, self.completion_types)
         can = engine.capabilities
         ranked = can.logprobs and not request.stream and (request.best_of or 0) > request.n
-        if any(resume.values()) and (can.resumes == "no" or (ranked and can.resumes != "exact")):
+        if any(resume.values()) and not _can_go_on(request, can, ranked=ranked):
             raise InferenceFailed(_CANNOT_RESUME)
         if ranked:
             return best(self._choices(engine, widened(request), {}), request, resume)
@@ -245,6 +246,15 @@ class _Serving:
             context=prompt.context,
             tells_end=request.completion_type is CompletionType.COMPLETION,
         )
+
+
+def _can_go_on(request: InferenceRequest, can: Capabilities, *, ranked: bool) -> bool:
+    """Whether an engine that `can` so much goes on with the tokens of an earlier attempt at `request`."""
+    sampling = request.sampling
+    # Whoever gives a seed wants its draws.
+    drawn = sampling.seed is not None and sampling.temperature > 0
+    limited = ranked or drawn or bool(given(sampling, can.restarts))
+    return can.resumes == "exact" or (can.resumes == "greedy" and not limited)
 
 
 def _length(request: InferenceRequest) -> int:

@@ -1,9 +1,10 @@
 """A request made ready for an engine: its prompts, its limits, its grammar. Everything that may refuse it."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from forebay_contracts.wire.errors import InvalidRequest
-from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
 from forebay_inference.engine.protocol import Capabilities, LoadedModel, Tokenizer
 from forebay_inference.engine.text.detokenizer import Context, Decoder
 from forebay_inference.engine.text.grammars import Compiler, FaultOf, function_grammars, grammar_of
@@ -125,11 +126,15 @@ def _refuse_what_is_not_served(request: InferenceRequest, tokenizer: Tokenizer, 
         raise InvalidRequest(f"best_of greater than n {why}.", param="best_of")
     if sampling.logprobs is not None and not can.logprobs:
         raise InvalidRequest("This model's engine reports no log probabilities.", param="logprobs")
-    for name in can.refused:
-        if getattr(sampling, name) != type(sampling).model_fields[name].default:
-            raise InvalidRequest(f"This model's engine does not support {name}.", param=name)
+    for name in given(sampling, can.refused):
+        raise InvalidRequest(f"This model's engine does not support {name}.", param=name)
     require_known(sampling.logit_bias, tokenizer.vocabulary_size, "logit_bias")
     require_known(sampling.stop_token_ids, tokenizer.vocabulary_size, "stop_token_ids")
+
+
+def given(sampling: Sampling, names: Iterable[str]) -> list[str]:
+    """Those of the fields `names` that are not at their default."""
+    return [name for name in names if getattr(sampling, name) != Sampling.model_fields[name].default]
 
 
 def _prompt(request: InferenceRequest, index: int, tokens: list[int], context_length: int, decoder: Decoder) -> Prompt:

@@ -1,0 +1,28 @@
+"""The real vLLM on the CPU, serving the default model."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from forebay_contracts.settings import InferenceSettings
+from forebay_inference.engine.served.engine import ServedEngine
+from forebay_inference.engine.served.vllm import VLLM
+
+# Read before the settings of the machine are hidden from the tests.
+DATA_DIR = Path(os.environ.get("DATA_DIR") or Path.home() / ".cache" / "forebay")
+PYTHON = os.environ.get("VLLM_PYTHON", "")
+START_S = 400
+"""Most seconds until it serves: 45 on two cores of their own, without compiling."""
+
+
+def settings(*arguments: str, **fields: Any) -> dict[str, Any]:
+    """The settings of a worker with a vLLM of its own, which gets `arguments` too."""
+    given = {"inference_engine": "vllm", "data_dir": DATA_DIR, "engine_python": PYTHON, **fields}
+    command = VLLM().command(InferenceSettings(_env_file=None, **given))
+    return {**given, "engine_command": shlex.join([*command, "--enforce-eager", *arguments])}
+
+
+def vllm_engine(*arguments: str, **fields: Any) -> ServedEngine:
+    """An engine that has not started, with a vLLM of its own."""
+    return ServedEngine(InferenceSettings(_env_file=None, **settings(*arguments, **fields)), VLLM())
