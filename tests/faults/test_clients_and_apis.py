@@ -16,8 +16,8 @@ from support.stack import MODEL, Stack, running
 ENDED = (RequestStatus.CANCELLED, RequestStatus.COMPLETED)
 
 
-def body(order: str, *, stream: bool) -> dict[str, object]:
-    return {"model": MODEL, "stream": stream, "messages": [{"role": "user", "content": order}]}
+def body(order: str, *, stream: bool, **fields: object) -> dict[str, object]:
+    return {"model": MODEL, "stream": stream, "messages": [{"role": "user", "content": order}], **fields}
 
 
 async def request_ids(stack: Stack) -> list[str]:
@@ -136,7 +136,9 @@ async def test_stopping_api_finishes_its_streams(nats_server: NatsServer) -> Non
 async def test_slow_reader_holds_nobody_up(nats_server: NatsServer) -> None:
     async with running(nats_server, max_concurrent_requests=2) as stack:
         url = f"{stack.apis[0].url}/v1/chat/completions"
-        async with stack.http.stream("POST", url, json=body("[[tokens=200000]]", stream=True)) as slow:
+        # With log probabilities a token is more than the buffers of a connection hold.
+        asked = body("[[tokens=60000]]", stream=True, logprobs=True, top_logprobs=3)
+        async with stack.http.stream("POST", url, json=asked) as slow:
             assert slow.status_code == 200
             # It reads nothing more; what it does not read is bounded, then it is given up.
             await stack.reaches(slow.headers["x-request-id"], RequestStatus.CANCELLED)

@@ -105,7 +105,7 @@ async def test_chat_streamed_with_usage(client: openai.AsyncOpenAI) -> None:
     *body, last = await chunks(stream)
     assert [chunk.usage for chunk in body] == [None] * 5
     assert last.choices == []
-    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (3, 3, 6)
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (4, 3, 7)
 
 
 async def test_chat_stream_helper(client: openai.AsyncOpenAI) -> None:
@@ -214,7 +214,7 @@ async def test_completion_streamed_with_usage(client: openai.AsyncOpenAI) -> Non
     assert [chunk.choices[0].finish_reason for chunk in body] == [None, None, None, "stop"]
     assert len({chunk.id for chunk in [*body, last]}) == 1
     assert last.choices == []
-    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (1, 3, 4)
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (2, 3, 5)
 
 
 async def test_completion_of_several_prompts(client: openai.AsyncOpenAI) -> None:

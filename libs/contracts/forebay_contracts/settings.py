@@ -286,7 +286,8 @@ class InferenceSettings(Settings):
     engine_command: str | None = Field(
         None,
         min_length=1,
-        description="Command that starts the inference server; {python}, {model}, {name}, {port} and {slots} are filled in",
+        description="Command that starts the inference server; "
+        "{python}, {model}, {name}, {port} and {slots} are filled in",
     )
     engine_python: str | None = Field(
         None,
