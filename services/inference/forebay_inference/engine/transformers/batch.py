@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 from forebay_inference.engine.protocol import EngineFault, EngineStatus, Fault, Step, TokenRequest, as_fault
-from forebay_inference.engine.transformers import attention, longrope, masked_attention
+from forebay_inference.engine.transformers import attention, longrope, masked_attention, waiting
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.memory import CachePlan
@@ -104,6 +104,7 @@ class Batch:
             self._manager.batch_processor = processor
             self._watch_prefixes(processor.cache)
             watch_passes(processor, self._scored)
+            waiting.watch(processor)
             if self._attends:
                 attention.watch_steps(processor)
             else:
