@@ -5,6 +5,9 @@ from typing import Final
 
 # torch's threads wait for each other hundreds of times in a pass. libgomp reads this once, when torch is loaded: they
 # spin some 0.2 ms, and not at all while `waiting` makes them yield. Its default spins 6 ms and more.
-SPINS_BY_DEMAND: Final = not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-if SPINS_BY_DEMAND:
-    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="10000")
+_WAITS: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+if not _WAITS.keys() & os.environ.keys():
+    os.environ.update(_WAITS)
+
+SPINS_BY_DEMAND: Final = _WAITS.items() <= os.environ.items()
+"""False where the user has set how threads wait."""

@@ -30,7 +30,9 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden`: [..., in_features]; returns [..., out_features]."""
-        packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(hidden, self._packed, self._bias, "none", [], "")
+        packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            hidden, self._packed, self._bias, "none", [], ""
+        )
         return packed
 
 
@@ -59,7 +61,7 @@ def pack_linears(model: Any) -> None:
 
 
 def kernel_of_4bit(linear: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What `linear`, a `bitsandbytes.nn.Linear4bit`, computes, by its kernel for CPUs with AVX-512 BF16; None elsewhere.
+    """What a `bitsandbytes.nn.Linear4bit` computes, by its kernel for CPUs with AVX-512 BF16; None on other CPUs.
 
     Raises:
         AssertionError: its width is no multiple of 32.

@@ -54,7 +54,9 @@ def watch(processor: Any) -> None:
         processor.prepare_next_batch = prepared
 
 
-def _every_interval(yielding: Callable[[bool], None], times: Callable[[], tuple[int, int] | None]) -> Callable[[], None]:
+def _every_interval(
+    yielding: Callable[[bool], None], times: Callable[[], tuple[int, int] | None]
+) -> Callable[[], None]:
     """A function that calls `yielding` at most once an interval, by how `times` have grown since."""
     before, last, calm = times(), time.monotonic(), 0
 
