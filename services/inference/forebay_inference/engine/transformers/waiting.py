@@ -42,10 +42,10 @@ def _sleep_in_team(released: threading.Event) -> None:
     released.wait()
 
 
-def watch(processor: Any) -> None:
-    """Have the library's batch processor look before its passes whether the threads are to spin or to yield."""
+def watch(processor: Any, team: SecondTeam) -> None:
+    """Have the library's batch processor look before its passes whether threads are to yield, and hold `team` then."""
     if SPINS_BY_DEMAND and torch.get_num_threads() > 1:
-        prepare, look = processor.prepare_next_batch, _every_interval(SecondTeam().hold, cpu_times)
+        prepare, look = processor.prepare_next_batch, _every_interval(team.hold, cpu_times)
 
         def prepared() -> Any:
             look()
