@@ -86,7 +86,7 @@ def load(
     if (actual := _actual_quantization(model, resolved)) != resolved:
         progress(f"bitsandbytes does not quantize all of this model: {actual}")
     if device.type == "cpu":
-        with torch.inference_mode(), _in_one_sentence(f"{folder} cannot be served in {actual}"):
+        with torch.inference_mode():
             pack_linears(model)
     give_back_memory()
     progress(f"loaded the weights in {time.monotonic() - started:.1f} s")

@@ -61,13 +61,13 @@ def pack_linears(model: Any) -> None:
 
 
 def kernel_of_4bit(linear: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What a `bitsandbytes.nn.Linear4bit` computes, by its kernel for CPUs with AVX-512 BF16; None on other CPUs.
-
-    Raises:
-        AssertionError: its width is no multiple of 32.
-    """
+    """What a `bitsandbytes.nn.Linear4bit` computes, by its kernel for CPUs with AVX-512 BF16; None on other CPUs, and
+    for widths that the kernel cannot compute."""
     from bitsandbytes.cextension import lib  # the embedding engine and models in bf16 do without it
 
+    state = linear.weight.quant_state
+    if state.shape[0] % 32 or state.shape[1] % state.blocksize:
+        return None
     linear(torch.zeros(1, linear.in_features, dtype=torch.bfloat16))  # the first call lays the weight out anew
     weight, state = linear.weight.data, linear.weight.quant_state
     kernel = getattr(lib, f"gemv_4bit_inference_cpu_{state.quant_type}_bf16", None)
