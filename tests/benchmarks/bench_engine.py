@@ -1,17 +1,25 @@
 """Tokens a second and time to first token of the real engine, beside the library's own continuous batching.
 
-    python tests/benchmarks/bench_engine.py [--quantization none nf4] [--clients 1 8] [--tokens 48] [--rounds 3]
+    python tests/benchmarks/bench_engine.py [--quantization none nf4] [--clients 1 8 16] [--busy 0 2] [--tokens 48]
 
-The two take turns in one process, so that whatever else the machine does hits both. The library runs as
-`transformers serve --continuous-batching` would have it, less its HTTP: same model, same prompts, greedy.
+They take turns, each in a process of its own, alone and beside busy processes. The library runs as `transformers serve
+--continuous-batching` would have it, less its HTTP: same model, same prompts, greedy. It runs twice: with threads that
+yield, and, where nothing else is busy, with threads as shipped, which spin: beside two busy processes they gave 2
+tokens a second. A ratio is of the two turns of one round.
 """
 
 import argparse
 import asyncio
+import contextlib
+import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import time
 import uuid
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -102,44 +110,118 @@ def start_library(folder: Path, quantization: str) -> tuple[Any, Any]:
     return manager, AutoTokenizer.from_pretrained(folder)
 
 
-async def measure(arguments: argparse.Namespace, quantization: str) -> None:
-    """Print one line a number of clients."""
-    settings = InferenceSettings(
-        model_quantization=quantization, max_concurrent_requests=max(arguments.clients), data_dir=arguments.data_dir
-    )
-    engine = TextModel(TransformersEngine(settings))
-    await engine.start(lambda line: None)
-    folder = ensure_model(settings.default_model, settings.data_dir, lambda line: None)
-    manager, tokenizer = await asyncio.to_thread(start_library, folder, quantization)
-    for clients in arguments.clients:
-        rows = []
-        for turn in range(arguments.rounds + 1):
-            mine = await ours(engine, clients, arguments.tokens, turn)
-            theirs = await asyncio.to_thread(library, manager, tokenizer, clients, arguments.tokens, turn)
-            rows.append((*mine, *theirs))
-        speed, wait, their_speed, their_wait = (statistics.median(column) for column in zip(*rows[1:], strict=True))
-        print(
-            f"{quantization:5} {clients:2} clients: {speed:6.1f} tokens/s, first {wait:5.0f} ms; "
-            f"library {their_speed:6.1f} tokens/s, first {their_wait:5.0f} ms; "
-            f"ratio {speed / their_speed:.2f} tokens/s, {wait / their_wait:.2f} first"
+def serve_ours(pipe: Connection, quantization: str, slots: int, data_dir: Path) -> None:
+    """A process with the engine: it answers the arguments of `ours` with its result, until None."""
+
+    async def serve() -> None:
+        settings = InferenceSettings(
+            _env_file=None, model_quantization=quantization, max_concurrent_requests=slots, data_dir=data_dir
         )
-    await asyncio.to_thread(manager.stop)
-    await engine.close()
+        engine = TextModel(TransformersEngine(settings))
+        await engine.start(lambda line: None)
+        pipe.send("ready")
+        while (asked := await asyncio.to_thread(pipe.recv)) is not None:
+            pipe.send(await ours(engine, *asked))
+        await engine.close()
+
+    asyncio.run(serve())
+
+
+def serve_library(pipe: Connection, quantization: str, slots: int, data_dir: Path) -> None:
+    """The same with the library alone."""
+    settings = InferenceSettings(_env_file=None)
+    manager, tokenizer = start_library(ensure_model(settings.default_model, data_dir, lambda line: None), quantization)
+    pipe.send("ready")
+    while (asked := pipe.recv()) is not None:
+        pipe.send(library(manager, tokenizer, *asked))
+    manager.stop()
+
+
+SIDES: dict[str, tuple[Any, dict[str, str]]] = {
+    "forebay": (serve_ours, {}),
+    "library": (serve_library, {"GOMP_SPINCOUNT": "300000"}),  # what libgomp does with neither variable
+    "library, threads yield": (serve_library, {"OMP_WAIT_POLICY": "PASSIVE"}),
+}
+
+
+@contextlib.contextmanager
+def sides(quantization: str, slots: int, data_dir: Path) -> Iterator[dict[str, Connection]]:
+    """A process for each of SIDES, ready."""
+    spawn, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    before = dict(os.environ)
+    for name, (serve, env) in SIDES.items():
+        pipes[name], theirs = spawn.Pipe()
+        # How threads wait is read when torch is loaded. This process has set it for itself.
+        for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+            os.environ.pop(variable, None)
+        os.environ |= env
+        processes.append(spawn.Process(target=serve, args=(theirs, quantization, slots, data_dir)))
+        processes[-1].start()
+        os.environ |= before
+    try:
+        for pipe in pipes.values():
+            pipe.recv()
+        yield pipes
+    finally:
+        for pipe, process in zip(pipes.values(), processes, strict=True):
+            pipe.send(None)
+            process.join(30)
+            process.kill()
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """`count` processes that want a CPU each."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure(arguments: argparse.Namespace, quantization: str) -> None:
+    """Print one line for each side, number of clients and number of busy processes."""
+    number = 0
+    with sides(quantization, max(arguments.clients), arguments.data_dir) as pipes:
+        for busy in arguments.busy:
+            for clients in arguments.clients:
+                rows: dict[str, list[tuple[float, float]]] = {
+                    name: [] for name in pipes if not busy or name != "library"
+                }
+                with busy_processes(busy):
+                    for _ in range(arguments.rounds + 1):
+                        number += 1
+                        for name, turns in rows.items():
+                            pipes[name].send((clients, arguments.tokens, number))
+                            turns.append(pipes[name].recv())
+                for name, turns in rows.items():
+                    speeds, waits = zip(*turns[1:], strict=True)
+                    ratio = [mine[0] / theirs[0] for mine, theirs in zip(rows["forebay"][1:], turns[1:], strict=True)]
+                    print(
+                        f"{quantization:5} {busy} busy {clients:2} clients {name:22} "
+                        f"{statistics.median(speeds):6.1f} ({min(speeds):.1f} to {max(speeds):.1f}) tokens/s, "
+                        f"first {statistics.median(waits):5.0f} ms; Forebay's tokens/s ÷ "
+                        f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})",
+                        flush=True,
+                    )
 
 
 def main() -> None:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quantization", nargs="+", default=["none", "nf4"])
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--busy", nargs="+", type=int, default=[0, 2])
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR") or Path.home() / ".cache" / "forebay")
     )
     arguments = parser.parse_args()
     for quantization in arguments.quantization:
-        asyncio.run(measure(arguments, quantization))
+        measure(arguments, quantization)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ Streams of prompts that no other turn has, greedy, in turns; whoever has no turn
 serve` run the same weights, in bf16 or with `--quantization nf4` in NF4 (the peer quantizes its constants once more),
 llama-cpp-python the GGUF that they were converted from (Q4_1), which has less to read for a token. Tokens are counted
 by the usage of an answer, where a server sends none by its pieces of text. Threads of `transformers serve` are made to
-yield as Forebay's do; as shipped they spin, and it is slower beside anything else that runs.
+yield; as shipped they spin, and it is slower beside anything else that runs. `bench_engine.py` compares with both.
 """
 
 import asyncio
 import contextlib
 import json
-import os
 import statistics
 import sys
 import time
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the worker has it, before torch is loaded
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import httpx
@@ -111,7 +109,8 @@ def serve(folder: Path, *options: str) -> tuple[Background, Server]:
     port = free_port()
     binary = str(Path(sys.executable).parent / "transformers")
     command = [binary, "serve", str(folder), "--dtype", "bfloat16", "--device", "cpu", "--host", "127.0.0.1"]
-    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     background = Background("transformers serve", [*command, "--port", str(port), *options], env)
     return background, Server(f"http://127.0.0.1:{port}", str(folder))
 

@@ -48,3 +48,26 @@ def test_a_prompt_at_once_is_attended_as_by_torch() -> None:
 @pytest.mark.parametrize("cuts", [(32,), (256,), (1,), (299,), (40, 41, 200), (17, 64, 250)])
 def test_parts_make_no_difference(cuts: tuple[int, ...]) -> None:
     assert torch.equal(computed_in(*cuts), computed_in())
+
+
+def test_a_decoding_sequence_gets_the_same_numbers_in_any_batch() -> None:
+    query, key, value = prompt()
+    caches = (key[0].transpose(0, 1).contiguous(), value[0].transpose(0, 1).contiguous())
+    lengths = (40, 150, 60, 300)  # the first and the third are padded to one length, but are not adjacent
+
+    def attended(*totals: int) -> torch.Tensor:
+        states = [SimpleNamespace(position_offset=total, generated_tokens=[1]) for total in totals]
+        requests = [SimpleNamespace(query_length=1, state=state) for state in states]
+        read = torch.cat([torch.arange(total) for total in totals])
+        last = torch.tensor([total - 1 for total in totals])
+        new = [tensor[:, :, last] for tensor in (query, key, value)]
+        attention._pass.step = attention._plan(requests, {"read_index": [read], "write_index": [last]}, [caches])
+        attention._pass.written = new[1:]
+        return attention._attend(SimpleNamespace(layer_idx=0), *new, None)[0]
+
+    together = attended(*lengths)
+    for row, total in enumerate(lengths):
+        assert torch.equal(together[:, row : row + 1], attended(total))
+        seen = [tensor[:, :, :total] for tensor in (key, value)]
+        expected = scaled_dot_product_attention(query[:, :, total - 1 : total], *seen, enable_gqa=True).transpose(1, 2)
+        torch.testing.assert_close(together[:, row : row + 1], expected, rtol=0.02, atol=0.01)

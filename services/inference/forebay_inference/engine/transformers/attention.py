@@ -30,12 +30,11 @@ _pass: Final = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class _Decoding:
-    """Sequences with one new token each. `rows`: their places in the pass; `keys`: [sequences * length] places
-    in the cache; `mask`: [sequences, 1, 1, length], added to the scores."""
+    """Sequences with one new token each. `rows`: their places in the pass, a slice where they are adjacent; `keys`:
+    [sequences, length] places in the cache; `mask`: [sequences, 1, 1, length], added to the scores."""
 
-    rows: torch.Tensor
+    rows: slice | torch.Tensor
     keys: torch.Tensor
-    length: int
     mask: torch.Tensor
 
 
@@ -161,7 +160,9 @@ def _padded(group: Sequence[tuple[int, torch.Tensor]], length: int) -> _Decoding
     for index, (_, keys) in enumerate(group):
         places[index, : keys.numel()] = keys
         mask[index, ..., keys.numel() :] = -math.inf
-    return _Decoding(torch.tensor([row for row, _ in group]), places.view(-1), length, mask)
+    rows = [row for row, _ in group]
+    adjacent = rows[-1] - rows[0] == len(rows) - 1
+    return _Decoding(slice(rows[0], rows[-1] + 1) if adjacent else torch.tensor(rows), places, mask)
 
 
 def _attend(
@@ -188,12 +189,12 @@ def _attend(
     out = query.new_empty(1, new, heads, size)
     by_token = query[0].transpose(0, 1)
     for group in step.decoding:
-        count = group.rows.numel()
-        shape = (count, group.length, key_heads, size)
-        keys = key_cache.index_select(0, group.keys).view(shape).transpose(1, 2)
-        values = value_cache.index_select(0, group.keys).view(shape).transpose(1, 2)
+        count, length = group.keys.shape
+        places, shape = group.keys.view(-1), (count, length, key_heads, size)
+        keys = key_cache.index_select(0, places).view(shape).transpose(1, 2)
+        values = value_cache.index_select(0, places).view(shape).transpose(1, 2)
         # The heads that share a key head are its queries: no copy of the keys for each of them.
-        queries = by_token[group.rows].view(count, key_heads, heads // key_heads, size)
+        queries = by_token[group.rows].reshape(count, key_heads, heads // key_heads, size)
         mask = group.mask.to(query.dtype)
         if softcap is None and s_aux is None:
             attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)

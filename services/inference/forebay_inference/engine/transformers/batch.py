@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 from forebay_inference.engine.protocol import EngineFault, EngineStatus, Fault, Step, TokenRequest, as_fault
-from forebay_inference.engine.transformers import attention, longrope, masked_attention
+from forebay_inference.engine.transformers import attention, longrope, masked_attention, waiting
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.memory import CachePlan
@@ -59,6 +59,7 @@ class Batch:
         self._sequences: dict[str, SequenceInBatch] = {}
         self._scored: dict[str, Scored] = {}
         self.scoring = Room(SCORED_TOKENS)
+        self._second_team = waiting.SecondTeam()
         self._loop = loop
         self._shape = shape
         self._original_context = longrope.install(model)
@@ -104,6 +105,8 @@ class Batch:
             self._manager.batch_processor = processor
             self._watch_prefixes(processor.cache)
             watch_passes(processor, self._scored)
+            if self._device.type == "cpu":
+                waiting.watch(processor, self._second_team)
             if self._attends:
                 attention.watch_steps(processor)
             else:
@@ -165,6 +168,7 @@ class Batch:
         """Stop the thread, failing what still runs; blocks for a step at most."""
         self._manager.stop(block=True, timeout=_STOP_TIMEOUT_S, hard_stop=True)
         self._manager.destroy()
+        self._second_team.hold(False)
 
     def deliver(self, outputs: Sequence[Any]) -> None:
         """Hand the outputs of one step to the event loop; called by the generation thread."""

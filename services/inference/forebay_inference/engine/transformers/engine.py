@@ -21,7 +21,7 @@ from forebay_inference.engine.transformers.architectures import TESTED
 from forebay_inference.engine.transformers.batch import Batch
 from forebay_inference.engine.transformers.cache_shape import measure
 from forebay_inference.engine.transformers.guided import Grammars
-from forebay_inference.engine.transformers.loading import give_back_memory, load
+from forebay_inference.engine.transformers.loading import load
 from forebay_inference.engine.transformers.memory import plan_cache
 from forebay_inference.engine.transformers.scoring import SCORED_PART, Scored
 from forebay_inference.engine.transformers.self_check import PlainModel, check_itself
@@ -56,8 +56,6 @@ class TransformersEngine:
                 await check_itself(self, self._plain, loaded.context_length, self._settings.llm_batch_size, progress)
         except EngineFault as exc:
             raise ConfigurationError(f"{self._settings.default_model} cannot be served: {exc}") from exc
-        # bitsandbytes lays 4-bit weights out anew in the first pass.
-        give_back_memory()
         return loaded
 
     def _load(self, loop: asyncio.AbstractEventLoop, progress: Callable[[str], None]) -> LoadedModel:

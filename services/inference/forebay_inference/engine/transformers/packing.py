@@ -1,9 +1,11 @@
-"""Linear layers with their weights in the layout that oneDNN's kernels read, for decoding on a CPU.
+"""Linear layers prepared for decoding on a CPU, where a pass has few tokens. The numbers stay the same.
 
-With the weights as the checkpoint has them, oneDNN reads them at a fraction of the memory's speed when a pass
-has few tokens, as decoding does. Packed once, the same kernels give the same numbers in about half the time.
+With the weights as the checkpoint has them, oneDNN reads them at a fraction of the memory's speed. Packed once, the
+same kernels take about half the time. Of a 4-bit layer, most of the time is what bitsandbytes does around its kernel.
 """
 
+import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +30,9 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden`: [..., in_features]; returns [..., out_features]."""
-        packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self._bias, "none", [], "")
+        packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            hidden, self._packed, self._bias, "none", [], ""
+        )
         return packed
 
 
@@ -41,16 +45,45 @@ def can_pack(dtype: torch.dtype) -> bool:
     return bool(dtype == torch.float32)
 
 
-def pack_linears(model: Any) -> int:
-    """Replace every plain linear layer of `model` by a packed one, letting go of its weight; returns how many.
+def pack_linears(model: Any) -> None:
+    """Replace every plain linear layer of `model` by a packed one, letting go of its weight, and shorten the way to the
+    kernel of every 4-bit one.
 
-    Layers that bitsandbytes has quantized are of other classes and stay. A weight that is tied to the embedding
-    is packed as well, which costs its size once more: the embedding is still read row by row.
+    A weight that is tied to the embedding is packed as well, which costs its size once more: the embedding is still
+    read row by row.
     """
-    count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and can_pack(child.weight.dtype):
                 setattr(parent, name, PackedLinear(child))
-                count += 1
-    return count
+            elif type(child).__name__ == "Linear4bit" and (forward := kernel_of_4bit(child)) is not None:
+                child.forward = forward
+
+
+def kernel_of_4bit(linear: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What a `bitsandbytes.nn.Linear4bit` computes, by its kernel for CPUs with AVX-512 BF16; None on other CPUs, and
+    for widths that the kernel cannot compute."""
+    from bitsandbytes.cextension import lib  # the embedding engine and models in bf16 do without it
+
+    state = linear.weight.quant_state
+    if state.shape[0] % 32 or state.shape[1] % state.blocksize:
+        return None
+    linear(torch.zeros(1, linear.in_features, dtype=torch.bfloat16))  # the first call lays the weight out anew
+    weight, state = linear.weight.data, linear.weight.quant_state
+    kernel = getattr(lib, f"gemv_4bit_inference_cpu_{state.quant_type}_bf16", None)
+    if kernel is None or not getattr(state, "packing_format_for_cpu", False):
+        return None
+    absmax, bias = state.absmax, None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
+    outputs, inputs, block = (ctypes.c_int64(size) for size in (*state.shape, state.blocksize))
+    weight_at, absmax_at = ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(absmax.data_ptr())
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        given = hidden.to(torch.bfloat16).contiguous()
+        found = given.new_empty(*given.shape[:-1], weight.shape[0])
+        rows = given.numel() // given.shape[-1]
+        at = ctypes.c_void_p(given.data_ptr()), weight_at, absmax_at, ctypes.c_void_p(found.data_ptr())
+        if rows:  # the kernel divides by their number
+            kernel(ctypes.c_int64(rows), outputs, inputs, *at, block, inputs, outputs)
+        return (found if bias is None else found.add_(bias)).to(hidden.dtype)
+
+    return forward
