@@ -38,7 +38,8 @@ from forebay_contracts.sizing.gpu_memory import (
 from forebay_contracts.sizing.model_shape import of_config, of_folder, of_params, parse_params, parse_size
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.transformers.cache_shape import CacheShape
-from forebay_inference.engine.transformers.memory import CachePlan, blocks_on_gpu, plan_cache, settings_on_gpu
+from forebay_inference.engine.transformers.gpu import blocks_on_gpu, settings_on_gpu
+from forebay_inference.engine.transformers.memory import CachePlan, plan_cache
 from forebay_inference.models.store import ensure_model
 from support.stack import data_dir
 
@@ -184,7 +185,7 @@ class Card:
         device, helper = torch.device("cuda", 0), DistributedHelper(None, None)
         options = settings_on_gpu(batch, config.max_position_embeddings, flash=flash)
         # What the library decides only where it finds a GPU and its kernels.
-        options |= {"max_blocks_per_request": 0, "use_async_batching": flash, "use_cuda_graph": False}
+        options |= {"max_blocks_per_request": 0, "use_cuda_graph": False}
         settings = resolve_continuous_batching_config(config, ContinuousBatchingConfig(**options), None, False, device)
         settings.max_blocks_per_request = blocks_of(config.max_position_embeddings) if flash else 0
         affordable = blocks_on_gpu(config, settings, torch.bfloat16, helper, slices_logits=True)

@@ -1,6 +1,7 @@
 """`forebay plan`: settings that fit a model into a GPU's memory."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
@@ -113,8 +114,8 @@ def fit_all(
     if quantization is not None and quantization not in (*known, *(("fp4",) if "nf4" in known else ())):
         raise ConfigurationError(f"--quantization {quantization}: {engine} has {', '.join(known)}")
     candidates = ("auto",) if shape.carried is not None else (quantization,) if quantization else known
-    options = {"requests_per_slot": requests_per_slot, "max_slots": MAX_SLOTS, "engine": engine, "flash": flash}
-    return [fit(shape, gpu_bytes, one, context, **options) for one in candidates]
+    of_one = partial(fit, requests_per_slot=requests_per_slot, max_slots=MAX_SLOTS, engine=engine, flash=flash)
+    return [of_one(shape, gpu_bytes, one, context) for one in candidates]
 
 
 def settings_of(best: Fit, engine: str) -> dict[str, str]:

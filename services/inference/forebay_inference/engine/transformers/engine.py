@@ -21,7 +21,6 @@ from forebay_inference.engine.transformers.batch import Batch
 from forebay_inference.engine.transformers.cache_shape import measure
 from forebay_inference.engine.transformers.guided import Grammars
 from forebay_inference.engine.transformers.loading import give_back_memory, load
-from forebay_inference.engine.transformers.memory import plan_cache
 from forebay_inference.engine.transformers.scoring import SCORED_PART, Scored
 from forebay_inference.engine.transformers.self_check import PlainModel, check_itself
 from forebay_inference.engine.transformers.tokenizer import LibraryTokenizer
@@ -74,10 +73,12 @@ class TransformersEngine:
         if loaded.model.config.model_type not in TESTED:
             self._plain = PlainModel(loaded.model)
         shape = measure(loaded.model)
-        cache = plan_cache(shape, loaded.model.dtype, loaded.device, settings.slots, loaded.context_length)
-        progress(f"KV cache for {cache.tokens} tokens, context of {cache.context_length}")
         grammars = Grammars(loaded.tokenizer, config.vocab_size, loaded.end_tokens)
-        batch = Batch(loaded.model, grammars, settings.llm_batch_size, cache, shape, loop)
+        batch = Batch(
+            loaded.model, grammars, settings.llm_batch_size, shape, settings.slots, loaded.context_length, loop
+        )
+        cache = batch.cache
+        progress(f"KV cache for {cache.tokens} tokens, context of {cache.context_length}")
         batch.start()
         self._batch = batch
         return LoadedModel(

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psutil
 import torch
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from forebay_contracts.sizing.gpu_memory import CACHE_SHARE, MAX_ROWS, PAGE_TOKENS, blocks_of
+from forebay_contracts.sizing.gpu_memory import PAGE_TOKENS
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 
@@ -35,22 +34,6 @@ class CachePlan:
 def page_tokens(device: torch.device) -> int:
     """Tokens in a page of the KV cache."""
     return _CPU_PAGE_TOKENS if device.type == "cpu" else PAGE_TOKENS
-
-
-def settings_on_gpu(max_batch_tokens: int, context_length: int, *, flash: bool) -> dict[str, Any]:
-    """What the library's ContinuousBatchingConfig must say on a GPU, besides the number of blocks.
-
-    It decides itself on CUDA graphs and on preparing a pass while the one before is computed: both where there is
-    flash attention, and none where a mask would have to be padded and copied.
-    """
-    return {
-        "page_size": PAGE_TOKENS,
-        "max_batch_tokens": max_batch_tokens,
-        "max_requests_per_batch": min(max_batch_tokens, MAX_ROWS),
-        "max_memory_percent": CACHE_SHARE,
-        # Its default, 32, would take passes with a sequence of more than 8192 tokens off the fast path for decoding.
-        "max_blocks_per_request": blocks_of(context_length) if flash else 0,
-    }
 
 
 def plan_cache(
@@ -93,31 +76,6 @@ def bytes_per_token(shape: CacheShape, dtype: torch.dtype) -> int:
 def cache_budget(device: torch.device) -> int:
     """Bytes that the KV cache may take on a CPU, the weights being loaded already."""
     return min(_CPU_LIMIT_BYTES, int(available_memory() * _CPU_SHARE))
-
-
-def blocks_on_gpu(config: Any, settings: Any, dtype: torch.dtype, helper: Any, *, slices_logits: bool) -> int:
-    """The most blocks of cache for which the library finds room on a GPU, beside the weights and what its passes need.
-
-    The attention mask of a pass without flash attention grows with the cache and with LLM_BATCH_SIZE. The library
-    raises MemoryError for a cache that leaves no room for it. So the library itself is asked: a cache on the device
-    `meta`, which takes no memory, with as many blocks as fit.
-
-    `config` is the text model's, `settings` the library's resolved ContinuousBatchingConfig without `num_blocks`.
-
-    Raises:
-        ConfigurationError: there is no room for a cache.
-    """
-    try:
-        cache = PagedAttentionCache(config, settings, torch.device("meta"), helper, dtype, slices_logits)
-    except (MemoryError, ValueError) as exc:
-        free, total = (size / (1 << 30) for size in torch.cuda.mem_get_info())
-        raise ConfigurationError(
-            f"no memory for the KV cache: {free:.1f} of the GPU's {total:.1f} GiB are free beside the weights, "
-            f"{CACHE_SHARE:.0%} of it may be used, and a pass of LLM_BATCH_SIZE={settings.max_batch_tokens} tokens "
-            "needs that; lower LLM_BATCH_SIZE, set MODEL_QUANTIZATION=nf4, or use a larger GPU (`forebay plan` "
-            "computes what fits)"
-        ) from exc
-    return int(cache.num_blocks)
 
 
 def available_memory() -> int:
