@@ -90,11 +90,12 @@ async def test_out_of_memory_fails_the_sequences_of_its_pass_alone(tmp_path: Pat
     engine, loaded = await tiny_engine(tmp_path, two_passes=two_passes)
     try:
         assert engine._batch is not None
-        runner = engine._batch._manager.batch_processor.model_runner
-        compute, passes = runner.compute_batch, iter(range(100))
+        processor = engine._batch._manager.batch_processor
+        runner, active = processor.model_runner, processor.scheduler.active_requests
+        compute = runner.compute_batch
 
         def run_out(*arguments: Any) -> None:
-            if next(passes) == 3:
+            if [bool(state.generated_tokens) for state in active.values()] == [True, True]:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             compute(*arguments)
 
