@@ -1,6 +1,7 @@
 """`forebay plan`: its arithmetic against real models, the engine's own numbers, and the tables in the docs."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from pydantic import SecretStr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, ContinuousBatchingConfig
@@ -17,10 +20,13 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 from transformers.generation.continuous_batching.initialization import resolve_continuous_batching_config
 
-from forebay_cli.commands.plan import fit_all
+from forebay_cli.commands.plan import fit_all, options_of, settings_of
+from forebay_cli.hub import config_of_hub
 from forebay_contracts.settings import Settings
 from forebay_contracts.sizing.gpu_memory import (
     BATCH_SIZES,
+    ENGINES,
+    GGUF_BYTES,
     MAX_SLOTS,
     PAGE_TOKENS,
     QUANTIZATIONS,
@@ -41,6 +47,7 @@ from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.engine.transformers.gpu import blocks_on_gpu, settings_on_gpu
 from forebay_inference.engine.transformers.memory import CachePlan, plan_cache
 from forebay_inference.models.store import ensure_model
+from support.hub import Hub
 from support.stack import data_dir
 
 GIB = 1 << 30
@@ -361,9 +368,52 @@ def test_the_most_precise_that_serves_enough() -> None:
     assert best(24, quantization="fp4") == "fp4"
 
 
+def test_a_hub_is_asked_for_the_config_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"config.json": json.dumps(LLAMA_8B).encode(), "model.safetensors": b"weights"}
+    hub = Hub({"org/open": files, "org/gated": files}, gated={"org/gated"})
+    with hub.running() as url:
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        assert of_config("org/open", config_of_hub("org/open", None)).params == 8_030_261_248
+        with pytest.raises(ConfigurationError, match="does not give it without an HF_TOKEN"):
+            config_of_hub("org/gated", None)
+        assert config_of_hub("org/gated", SecretStr(hub.token)) == LLAMA_8B
+        assert hub.fetched == ["config.json"] * 2
+        with pytest.raises(ConfigurationError, match="the model hub answers 404"):
+            config_of_hub("org/none", SecretStr(hub.token))
+    with pytest.raises(ConfigurationError, match="cannot be reached"):
+        config_of_hub("org/open", None)
+
+
+@pytest.mark.parametrize(
+    ("engine", "quantization", "options"),
+    [
+        ("transformers", "none", ""),
+        ("vllm", "none", "--max-num-seqs 5 --max-num-batched-tokens 1024 --max-model-len 8192"),
+        ("sglang", "none", "--max-running-requests 5 --chunked-prefill-size 512 --context-length 8192"),
+        ("llamacpp", "BF16", "--parallel 8 --ctx-size 65536 --ubatch-size 256 (with a GGUF in BF16)"),
+    ],
+)
+def test_each_engine_is_planned_for(engine: str, quantization: str, options: str) -> None:
+    fits = fit_all(of_params("8B", 8_000_000_000), 24 * GIB, 8192, None, requests_per_slot=50, engine=engine)
+    assert [one.quantization for one in fits] == list(ENGINES[engine].quantizations)
+    best = recommended(fits, 4, 8192)
+    assert best is not None
+    assert (best.quantization, options_of(best, engine)) == (quantization, options)
+    assert settings_of(best, engine)["MAX_CONCURRENT_REQUESTS"] == str(best.slots)
+    with pytest.raises(ConfigurationError, match=f"--quantization Q9: {engine} has "):
+        fit_all(of_params("8B", 8_000_000_000), 24 * GIB, 8192, "Q9", requests_per_slot=50, engine=engine)
+
+
+@pytest.mark.parametrize("name", ["BF16", "Q8_0", "Q6_K", "Q4_1", "Q4_0"])
+def test_bytes_of_gguf_quantizations(name: str) -> None:
+    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    assert pytest.approx(size / weights, rel=1e-3) == GGUF_BYTES[name]
+
+
 def forebay_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "forebay_cli", "plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # no hub
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -387,7 +437,7 @@ def test_the_command(tmp_path: Path) -> None:
     [
         (("4GiB", "8B"), "8B does not fit into 4.00 GiB: its weights take 5.60 GiB with nf4"),
         (("lots", "8B"), "'lots' is no amount of memory"),
-        (("8GiB", "org/nowhere"), "org/nowhere is not on this machine"),
+        (("8GiB", "org/no where"), "org/no where is not on this machine, and the model hub"),
     ],
 )
 def test_what_cannot_be_planned(arguments: tuple[str, str], sentence: str) -> None:

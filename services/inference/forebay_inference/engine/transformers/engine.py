@@ -67,6 +67,7 @@ class TransformersEngine:
             settings.model_quantization,
             settings.model_device,
             progress,
+            slots=settings.slots,
             allow_untested=settings.allow_untested_models,
         )
         config = loaded.model.config.get_text_config()
