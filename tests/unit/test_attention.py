@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from forebay_inference.engine.transformers import attention
+from forebay_inference.engine.transformers import attention, attention_variants
 
 HEADS, KEY_HEADS, SIZE, LENGTH = 9, 3, 64, 300
 
@@ -48,3 +48,12 @@ def test_a_prompt_at_once_is_attended_as_by_torch() -> None:
 @pytest.mark.parametrize("cuts", [(32,), (256,), (1,), (299,), (40, 41, 200), (17, 64, 250)])
 def test_parts_make_no_difference(cuts: tuple[int, ...]) -> None:
     assert torch.equal(computed_in(*cuts), computed_in())
+
+
+def test_scores_that_would_fill_the_memory_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (tensor.float() for tensor in prompt())
+    mask = torch.full((1, 1, LENGTH, LENGTH), -torch.inf).triu_(1)
+    arguments = query, key, value, mask, None, 30.0, torch.randn(HEADS)
+    whole = attention_variants.attend_capped(*arguments)
+    monkeypatch.setattr(attention_variants, "_SCORES_AT_ONCE", HEADS * LENGTH * 70)
+    torch.testing.assert_close(attention_variants.attend_capped(*arguments), whole)

@@ -56,6 +56,7 @@ def test_with_flash_attention_passes_overlap_and_are_recorded(caplog: pytest.Log
         ({"_supports_flash_attn": False}, "m does not support the usual kernels"),
         ({"_compatible_flash_implementations": ["a/b"]}, "m does not support the usual kernels"),
         ({"capability": (7, 5)}, "the GPU is older than Ampere"),
+        ({"size": 512}, "heads of 256 numbers at most"),
         ({"plain": False}, "keep keys and values of different sizes"),
         ({"kernels": False}, "install forebay[gpu]"),
     ],
@@ -67,7 +68,7 @@ def test_without_it_the_worker_warns_and_goes_on(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: change.get("capability", (9, 0)))
     monkeypatch.setattr(gpu, "is_flash_attn_2_available", lambda **_: change.get("kernels", True))
     fields = {name: value for name, value in change.items() if name.startswith("_")}
-    shape = CacheShape(2, 2, 64, plain=change.get("plain", True))
+    shape = CacheShape(2, 2, change.get("size", 64), plain=change.get("plain", True))
     assert settings(model(**fields), shape) == (False, False, False)
     assert "without flash attention" in caplog.text
     assert reason in caplog.text

@@ -19,6 +19,7 @@ from forebay_inference.engine.transformers.memory import page_tokens
 
 _log = logging.getLogger(__name__)
 
+_LARGEST_HEAD: Final = 256
 _AMPERE: Final = (8, 0)
 """The compute capability that flash attention needs."""
 
@@ -61,6 +62,8 @@ def why_no_flash(model: Any, shape: CacheShape) -> str | None:
         return "the layers of this model keep keys and values of different sizes"
     if not model._supports_flash_attn or model._compatible_flash_implementations:
         return f"{model.config.model_type} does not support the usual kernels"
+    if shape.size > _LARGEST_HEAD:
+        return f"its kernels take heads of {_LARGEST_HEAD} numbers at most"
     if torch.cuda.get_device_capability(model.device) < _AMPERE:
         return "the GPU is older than Ampere"
     if is_flash_attn_3_available(kernels_fallback_ok=True) or is_flash_attn_2_available(kernels_fallback_ok=True):

@@ -70,6 +70,9 @@ def load(
     started = time.monotonic()
     device = resolve_device(device_name)
     use_cpus(device)
+    if device.type == "cuda":
+        # Of this thread, which makes the batch too: the library measures the memory of the current device.
+        torch.cuda.set_device(device)
     config = _read_config(folder)
     architectures.check(config, allow_untested=allow_untested)
     if quantization == "auto" and device.type == "cuda" and getattr(config, "quantization_config", None) is None:
