@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from forebay_inference.engine.transformers import gpu
+from forebay_contracts.settings import InferenceSettings
+from forebay_inference.engine.protocol import EngineFault
+from forebay_inference.engine.transformers import engine, gpu
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.engine.transformers.loading import quantization_that_fits
 
@@ -101,3 +104,19 @@ def test_auto_is_nf4_where_nobody_knows(tmp_path: Path) -> None:
     chosen, reason = quantization_that_fits(tmp_path, 79 * GIB, 1)
     assert chosen == "nf4"
     assert "it is not known how much memory bf16 takes" in reason
+
+
+@pytest.mark.parametrize("tested", [True, False])
+async def test_a_card_that_computes_otherwise_is_reported(
+    tested: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def differs(*_: Any) -> None:
+        raise EngineFault("its answers differ by 0.90 nats")
+
+    monkeypatch.setattr(engine, "check_itself", differs)
+    made = engine.TransformersEngine(InferenceSettings(_env_file=None))
+    made._tested = tested
+    plain: Any = SimpleNamespace(device="cuda:0")
+    with nullcontext() if tested else pytest.raises(EngineFault):
+        await made._check(plain, 8192, lambda line: None)
+    assert ("on cuda:0: its answers differ by 0.90 nats" in caplog.text) == tested
