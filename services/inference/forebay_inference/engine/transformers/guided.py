@@ -14,7 +14,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import EngineFault, Fault, GrammarError
 from forebay_inference.engine.threads import on_deep_stack
-from forebay_inference.engine.transformers.devices import part
+from forebay_inference.engine.transformers.transfers import part
 
 _SCHEMA_REASON = re.compile(r"failed to compile JSON schema: (.*?)(?:\n +\d+ \| .*)?\Z", re.DOTALL)
 # An error at a place in a client's own grammar or regular expression.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from forebay_inference.engine.transformers.devices import part, to_device
+from forebay_inference.engine.transformers.transfers import part, to_device
 
 if TYPE_CHECKING:
     from forebay_inference.engine.transformers.sampling import Row, TokenChooser

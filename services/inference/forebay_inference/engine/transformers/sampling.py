@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from forebay_inference.engine.protocol import Fault, TokenLogprob, TokenRequest, as_fault
-from forebay_inference.engine.transformers.devices import Fetched, part, to_device
 from forebay_inference.engine.transformers.guided import Guide, forbid
 from forebay_inference.engine.transformers.penalties import Histories, add_biases, postpone_ends
+from forebay_inference.engine.transformers.transfers import Fetched, part, to_device
 
 _TEMPERATURE_FLOOR = 1e-5
 _NUCLEUS_GUESS = 512
