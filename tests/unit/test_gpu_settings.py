@@ -38,7 +38,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(model: Any, shape: CacheShape = PLAIN, *, by_sequence: bool = False) -> tuple[bool, bool, bool]:
     found = gpu.batch_settings(model, shape, 256, 8192, by_sequence=by_sequence)
-    assert found["max_blocks_per_request"] == (33 if found["auto_switch_to_flash"] else 0)
+    assert found["max_blocks_per_request"] == (34 if found["auto_switch_to_flash"] else 0)
     return found["auto_switch_to_flash"], found["use_async_batching"], found["use_cuda_graph"]
 
 

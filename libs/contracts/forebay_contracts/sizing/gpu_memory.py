@@ -188,8 +188,9 @@ def bytes_per_cached_token(shape: ModelShape, batch_tokens: int, *, flash: bool)
 
 
 def blocks_of(context: int) -> int:
-    """The most blocks that a sequence may have in a pass that only decodes."""
-    return context // PAGE_TOKENS + 1
+    """The most blocks that a sequence may have in a pass that only decodes; even, as the library makes it."""
+    blocks = context // PAGE_TOKENS + 1
+    return blocks + blocks % 2
 
 
 def cache_tokens(
