@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 TOOLS := build/tools
 
-.PHONY: install run test test-clients test-vllm test-containers images check bench bench-prepare bench-report soak audit sbom check-kubernetes clean
+.PHONY: install run test test-clients test-vllm test-gpu test-containers images check bench bench-prepare bench-report soak audit sbom check-kubernetes clean
 
 install: $(STAMP)
 
@@ -52,6 +52,15 @@ images: $(STAMP)
 test-containers: $(STAMP)
 	scripts/with_docker.sh sh -ec '$(MAKE) images; $(BIN)/python -m pytest -m containers $(ARGS) tests/containers; \
 		$(BIN)/python -m pytest -n 2 --dist loadfile --nats container -m "nats and not model" tests/integration'
+
+# On a machine with an NVIDIA GPU, in less than ten minutes: answers, speed and memory (tests/gpu/run.py). It needs this
+# repository, and with WHEELS=DIR no network: fill DIR elsewhere by
+#   pip download -d DIR ".[gpu,api]" openai "setuptools>=80" "setuptools-scm>=9"
+# ARGS="--device cpu" runs it on a CPU.
+test-gpu:
+	test -x build/gpu/bin/python || $(PYTHON) -m venv build/gpu
+	build/gpu/bin/python -m pip install -q $(if $(WHEELS),--no-index --find-links $(WHEELS)) -e ".[gpu,api]" openai
+	build/gpu/bin/python tests/gpu/run.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

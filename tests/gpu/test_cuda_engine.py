@@ -47,8 +47,8 @@ async def test_the_engine_answers_on_cuda(quantization: str) -> None:
         await engine.close()
 
 
-async def test_auto_finds_the_gpu_and_quantizes_to_nf4() -> None:
+async def test_auto_finds_the_gpu_and_quantizes_nothing_that_fits() -> None:
     engine = TextModel(TransformersEngine(InferenceSettings(_env_file=None, data_dir=DATA_DIR)))
     info = await engine.start(lambda line: None)
     await engine.close()
-    assert (info.device, info.quantization) == ("cuda:0", "nf4")
+    assert (info.device, info.quantization) == ("cuda:0", "none")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from forebay_inference.engine.transformers import attention
+from forebay_inference.engine.transformers import attention, attention_variants
 
 HEADS, KEY_HEADS, SIZE, LENGTH = 9, 3, 64, 300
 
@@ -71,3 +71,12 @@ def test_a_decoding_sequence_gets_the_same_numbers_in_any_batch() -> None:
         seen = [tensor[:, :, :total] for tensor in (key, value)]
         expected = scaled_dot_product_attention(query[:, :, total - 1 : total], *seen, enable_gqa=True).transpose(1, 2)
         torch.testing.assert_close(together[:, row : row + 1], expected, rtol=0.02, atol=0.01)
+
+
+def test_scores_that_would_fill_the_memory_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (tensor.float() for tensor in prompt())
+    mask = torch.full((1, 1, LENGTH, LENGTH), -torch.inf).triu_(1)
+    arguments = query, key, value, mask, None, 30.0, torch.randn(HEADS)
+    whole = attention_variants.attend_capped(*arguments)
+    monkeypatch.setattr(attention_variants, "_SCORES_AT_ONCE", HEADS * LENGTH * 70)
+    torch.testing.assert_close(attention_variants.attend_capped(*arguments), whole)

@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import pytest_asyncio
 
-from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import (
     Engine,
@@ -22,10 +22,8 @@ from forebay_inference.engine.protocol import (
     TokenRequest,
 )
 from forebay_inference.engine.simulated import SimulatedEngine
-from forebay_inference.engine.transformers import loading
-from forebay_inference.engine.transformers.engine import TransformersEngine
-from support.checkpoint import write_tiny_checkpoint
 from support.gguf import write_tiny_gguf
+from support.overlapped import tiny_engine
 from support.served import kill_server, llama_cpp_engine
 from support.vllm import vllm_engine
 
@@ -67,20 +65,8 @@ async def simulated(folder: Path) -> Subject:
     return Subject(engine, loaded, "[[random tokens=1000]]", lambda: "[[tokens=1 fail]]")
 
 
-async def transformers(folder: Path) -> Subject:
-    # float32, so that no rounding decides between two tokens.
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loading, "_dtype", lambda device: loading.torch.float32)
-        settings = InferenceSettings(
-            _env_file=None,
-            default_model=str(write_tiny_checkpoint(folder)),
-            model_quantization="none",
-            model_device="cpu",
-            max_concurrent_requests=4,
-            llm_batch_size=64,
-        )
-        engine = TransformersEngine(settings)
-        loaded = await engine.start(lambda line: None)
+async def transformers(folder: Path, *, two_passes: bool = False) -> Subject:
+    engine, loaded = await tiny_engine(folder, two_passes=two_passes)
 
     def break_down() -> str:
         assert engine._batch is not None
@@ -116,6 +102,7 @@ async def vllm(folder: Path) -> Subject:
 SUBJECTS: dict[str, Callable[[Path], Awaitable[Subject]]] = {
     "simulated": simulated,
     "transformers": transformers,
+    "transformers, two passes at once": partial(transformers, two_passes=True),
     "llamacpp": llamacpp,
 }
 # Only `make test-vllm` has it. It starts for a minute, so no test breaks it here; those of tests/vllm do.

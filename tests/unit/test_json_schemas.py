@@ -16,7 +16,8 @@ from forebay_inference.engine.text.grammars import MAX_FUNCTIONS, Compiler, gram
 from forebay_inference.engine.text.schemas import FORMATS, MAX_MULTIPLES, MAX_PATTERN_CHARACTERS, MAX_SUBSCHEMAS
 from forebay_inference.engine.text.tool_formats import HERMES, LLAMA, MISTRAL, ToolFormat, ToolUse, tool_use
 from forebay_inference.engine.transformers.guided import Grammars
-from forebay_inference.engine.transformers.sampling import TokenChooser, choose
+from forebay_inference.engine.transformers.penalties import Histories
+from forebay_inference.engine.transformers.sampling import Row, TokenChooser, choose
 from support.checkpoint import END, byte_tokenizer
 from support.engine import chat
 
@@ -419,9 +420,9 @@ def test_a_grammar_that_grows_too_large_ends_the_request_and_not_the_engine() ->
         guide.accept(TOKENIZER.encode('"' + "ab" * 400))
     assert "abab" not in told.value.message
     # In the batch, it is the fault of this sequence alone, and no fault of the engine.
-    chooser = TokenChooser(TokenRequest("r", (), 1, Sampling()), GRAMMARS.size, torch.device("cpu"), guide)
-    choose([(0, chooser)], torch.zeros(1, GRAMMARS.size))
-    assert isinstance(chooser.fault, InvalidRequest)
+    chooser, device = TokenChooser(TokenRequest("r", (), 1, Sampling()), guide), torch.device("cpu")
+    choose([Row(0, chooser, 0)], torch.zeros(1, GRAMMARS.size), Histories(GRAMMARS.size, device))
+    assert isinstance(chooser.outcome(0), InvalidRequest)
 
 
 def test_the_limits_are_in_the_docs() -> None:

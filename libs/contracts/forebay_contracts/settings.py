@@ -269,7 +269,8 @@ class InferenceSettings(Settings):
         256, ge=1, le=1_000_000, description="Most tokens in one forward pass of the continuous batch"
     )
     model_quantization: Literal["auto", "none", "int8", "nf4", "fp4"] = Field(
-        "auto", description="bitsandbytes quantization; auto: the checkpoint's own, else nf4"
+        "auto",
+        description="bitsandbytes quantization; auto: the checkpoint's own, else nf4, on a GPU none where that fits",
     )
     hf_token: SecretStr | None = Field(None, description="Token for private and gated models of the hub")
     model_device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")

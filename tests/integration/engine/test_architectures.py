@@ -18,7 +18,6 @@ from forebay_inference.engine.transformers import loading
 from forebay_inference.engine.transformers.architectures import TESTED
 from forebay_inference.engine.transformers.batch import Batch
 from forebay_inference.engine.transformers.cache_shape import measure
-from forebay_inference.engine.transformers.memory import CachePlan
 from support.architectures import ORIGINAL_CONTEXT, VARIANTS, WINDOW, write_checkpoint
 
 PASS_TOKENS, PAGE, ANSWER = 32, 32, 6
@@ -55,8 +54,8 @@ def prompts() -> list[list[int]]:
 async def served(model: Any) -> list[tuple[list[int], list[int], list[float]]]:
     """Prompts, answers and their log probabilities: three together, then one whose beginning is in the cache."""
     size = model.config.get_text_config().vocab_size
-    plan, shape = CachePlan(blocks=24, page_size=PAGE, context_length=512), measure(model)
-    batch = Batch(model, SimpleNamespace(size=size), PASS_TOKENS, plan, shape, asyncio.get_running_loop())
+    grammars, shape = SimpleNamespace(size=size), measure(model)
+    batch = Batch(model, grammars, PASS_TOKENS, shape, 1, 24 * PAGE, asyncio.get_running_loop())
     batch.start()
 
     async def answer(prompt: Sequence[int]) -> tuple[list[int], list[int], list[float]]:

@@ -17,7 +17,8 @@ from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import EngineFault, TokenRequest
 from forebay_inference.engine.text.grammars import Compiler, grammar_of
 from forebay_inference.engine.transformers.guided import Grammar, Grammars
-from forebay_inference.engine.transformers.sampling import TokenChooser, choose
+from forebay_inference.engine.transformers.penalties import Histories
+from forebay_inference.engine.transformers.sampling import Row, TokenChooser, choose
 from forebay_inference.models.store import ensure_model
 from support.schemas import schema
 
@@ -44,7 +45,8 @@ def written_at_random(tokenizer: Any, grammars: Grammars, wanted: dict[str, Any]
     grammar = compiled(grammars, wanted)
     guide = grammar.guide()
     size = len(tokenizer)
-    chooser = TokenChooser(TokenRequest("r", (), 1, Sampling(), str(seed)), size, torch.device("cpu"), guide)
+    chooser = TokenChooser(TokenRequest("r", (), 1, Sampling(), str(seed)), guide)
+    histories = Histories(size, torch.device("cpu"))
     tokens: list[int] = []
     scores = torch.zeros(1, size)
     # What ends something is made likely where it is allowed, or a random writer hardly finds it.
@@ -53,9 +55,8 @@ def written_at_random(tokenizer: Any, grammars: Grammars, wanted: dict[str, Any]
         scores.zero_()
         scores[0, END] = 20.0
         scores[0, closing] = 10.0
-        choose([(0, chooser)], scores)
-        assert chooser.fault is None
-        token = int(scores[0].argmax())
+        token = int(choose([Row(0, chooser, len(tokens))], scores, histories))
+        assert not chooser.outcomes
         if token == END:
             return str(tokenizer.decode(tokens))
         tokens.append(token)

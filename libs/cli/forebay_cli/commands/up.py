@@ -15,6 +15,7 @@ import typer
 from forebay_cli import console
 from forebay_cli.declarations import synchronous
 from forebay_cli.local import addresses, nats_server
+from forebay_cli.local.cards import card_of_worker, visible_cards
 from forebay_cli.local.supervisor import Child, ChildDied, Supervisor
 from forebay_contracts.nats import connection, presence, topology
 from forebay_contracts.nats.connection import Connection
@@ -67,7 +68,7 @@ class Deployment:
 
     def __init__(self, given: Mapping[str, Any], workers: int, *, verbose: bool) -> None:
         self.api = load(ApiSettings, **given)
-        load(InferenceSettings, **given)  # Wrong settings of a worker stop the start here.
+        self.worker = load(InferenceSettings, **given)  # Wrong settings of a worker stop the start here.
         if self.api.nats_url is None and (self.api.nats_credentials or self.api.nats_nkey_seed):
             raise ConfigurationError(
                 "NATS_CREDENTIALS and NATS_NKEY_SEED need NATS_URL: the server of `forebay up` has a user of its own"
@@ -122,10 +123,13 @@ class Deployment:
         # On the NATS of NATS_URL, workers of other machines may be alive already. Ours are the ones that come.
         others = {worker.id for worker in workers.alive()}
         start, python = self.supervisor.start, [sys.executable, "-m"]
+        # A worker alone may use all cards, for an engine that spreads a model over them.
+        chosen = self.worker.model_device in ("auto", "cuda") and self.workers > 1
+        cards = await asyncio.to_thread(visible_cards, self.env) if chosen else []
         for number in range(1, self.workers + 1):
             # `forebay drain` may end a worker. The others go on; with none left, requests wait.
-            command = [*python, "forebay_inference"]
-            await start(f"worker {number}", command, self.env, stage=WORKER_STAGE, may_leave=True)
+            command, env = [*python, "forebay_inference"], self.env | card_of_worker(number, cards)
+            await start(f"worker {number}", command, env, stage=WORKER_STAGE, may_leave=True)
         await start("api", [*python, "forebay_api"], self.env, stage=API_STAGE)
         try:
             await self._until_ready(workers, others)

@@ -19,6 +19,9 @@ _KNOWN: Final = frozenset(PagedAttentionArgs.__annotations__) | {
 }
 """Arguments that change nothing, or that the library's cache and mask obey already."""
 
+_SCORES_AT_ONCE: Final = 1 << 26
+"""Scores in memory at once, 256 MiB in float32: on a GPU a pass may ask for a thousand times as many."""
+
 
 def refuse_unknown(arguments: Mapping[str, Any]) -> None:
     """Raise EngineFault where `arguments` hold one, not None, that no attention function here obeys."""
@@ -41,6 +44,14 @@ def attend_capped(
     `query`: [sequences, heads, queries, size]; `key`, `value`: [sequences, key heads, keys, size]; `mask` is added to
     the scores; `sinks`: [heads]. Returns [sequences, heads, queries, size of a value].
     """
+    sequences, heads, queries, _ = query.shape
+    at_once = max(1, _SCORES_AT_ONCE // (sequences * heads * key.shape[2]))
+    if queries > at_once:
+        parts = [slice(first, first + at_once) for first in range(0, queries, at_once)]
+        rest = key, value
+        return torch.cat(
+            [attend_capped(query[:, :, at], *rest, mask[..., at, :], scaling, cap, sinks) for at in parts], dim=2
+        )
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
     scores = (query @ key.repeat_interleave(groups, 1).transpose(2, 3)).mul_(scaling)

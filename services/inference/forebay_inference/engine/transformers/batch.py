@@ -3,29 +3,33 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
-from forebay_inference.engine.protocol import EngineFault, EngineStatus, Fault, Step, TokenRequest, as_fault
-from forebay_inference.engine.transformers import attention, longrope, masked_attention, waiting
+from forebay_inference.engine.protocol import (
+    EngineFault,
+    EngineStatus,
+    Fault,
+    Step,
+    TokenLogprob,
+    TokenRequest,
+    as_fault,
+)
+from forebay_inference.engine.transformers import attention, gpu, longrope, masked_attention, waiting
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.engine.transformers.guided import Grammars
-from forebay_inference.engine.transformers.memory import CachePlan
-from forebay_inference.engine.transformers.sampling import TokenChooser, choose
+from forebay_inference.engine.transformers.memory import plan_cache
+from forebay_inference.engine.transformers.passes import Passes, survive_out_of_memory
+from forebay_inference.engine.transformers.sampling import TokenChooser
 from forebay_inference.engine.transformers.scoring import SCORED_TOKENS, Room, Scored, watch_passes
 
 _log = logging.getLogger(__name__)
-_MAX_ROWS = 1024
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -50,12 +54,12 @@ class Batch:
         model: Any,
         grammars: Grammars,
         max_batch_tokens: int,
-        cache: CachePlan,
         shape: CacheShape,
+        slots: int,
+        context_length: int,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.grammars = grammars
-        self._device = model.device
         self._sequences: dict[str, SequenceInBatch] = {}
         self._scored: dict[str, Scored] = {}
         self.scoring = Room(SCORED_TOKENS)
@@ -66,30 +70,27 @@ class Batch:
         self._attends = attention.can_attend(model, shape)
         self._manager = ContinuousBatchingManager(
             model=model,
-            # Greedy and without an end token: the chooser makes the token each sequence gets the best of its row,
-            # and every sequence brings its own end tokens.
+            # Without an end token, since every sequence brings its own; `Passes` chooses the tokens.
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
-                page_size=cache.page_size,
-                num_blocks=cache.blocks,
-                max_batch_tokens=max_batch_tokens,
-                max_requests_per_batch=min(max_batch_tokens, _MAX_ROWS),
                 allow_block_sharing=True,
-                # Its kernels want keys and values of one size, as the model wrote them.
-                auto_switch_to_flash=shape.plain,
-                # Sampling reads state on the host between two steps, which a recorded graph or a step started
-                # ahead of its predecessor's tokens could not.
-                use_async_batching=False,
-                use_cuda_graph=False,
+                **gpu.batch_settings(
+                    model,
+                    shape,
+                    max_batch_tokens,
+                    context_length,
+                    by_sequence=self._original_context is not None,
+                ),
             ),
         )
         if self._attends:
             attention.install(model)
         elif masked_attention.can_attend(model):
             masked_attention.install(model)
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Chooser(self._sequences)]))
-        processors.tensors_required = 1
-        self._manager.logit_processor = processors
+        affordable = gpu.affordable_blocks(self._manager, shape) if model.device.type == "cuda" else None
+        self.cache = plan_cache(shape, model.dtype, model.device, slots, context_length, affordable=affordable)
+        self._manager.continuous_batching_config.num_blocks = self.cache.blocks
+        survive_out_of_memory(self._manager)
         router = OutputRouter()
         # All outputs of a step at once, so that a step costs one wake-up of the event loop.
         router.deliver_batch = self.deliver
@@ -105,14 +106,19 @@ class Batch:
             self._manager.batch_processor = processor
             self._watch_prefixes(processor.cache)
             watch_passes(processor, self._scored)
-            if self._device.type == "cpu":
+            if self._manager.model.device.type == "cpu":
                 waiting.watch(processor, self._second_team)
+            Passes(processor, self._sequences, self.grammars.size)
             if self._attends:
                 attention.watch_steps(processor)
+            elif gpu.has_flash(self._manager.model):
+                gpu.watch_flash(processor)
             else:
                 masked_attention.fit_cache(processor, self._shape)
             if self._original_context is not None:
                 longrope.watch(processor, self._original_context)
+            # Records its CUDA graphs, where it uses them.
+            processor.warmup(self._manager.model)
             self._manager.start()
 
     def submit(self, request: TokenRequest, scored: Scored | None = None) -> SequenceInBatch:
@@ -122,7 +128,7 @@ class Batch:
             EngineFault: the batch takes no more, or the grammar does not allow the tokens so far.
         """
         guide = None if request.grammar is None else request.grammar.guide()
-        chooser = TokenChooser(request, self.grammars.size, self._device, guide)
+        chooser = TokenChooser(request, guide)
         # Not the request's id alone: an earlier attempt may still be leaving the batch.
         sequence = SequenceInBatch(f"{request.id}/{uuid.uuid4().hex[:8]}", request.end_tokens, chooser)
         self._sequences[sequence.id] = sequence
@@ -180,7 +186,9 @@ class Batch:
             tokens = tuple(output.generated_tokens[sequence.delivered :])
             sequence.delivered += len(tokens)
             ended = output.is_finished()
-            fault = sequence.chooser.fault or self._accept(sequence, tokens, ended)
+            # Known before the chooser is told of the token: its position is that of the first one after the known.
+            outcome = sequence.chooser.outcome(len(sequence.chooser.tokens)) if tokens else None
+            fault = outcome if isinstance(outcome, Exception) else self._accept(sequence, tokens, ended)
             if output.error is not None:
                 # The library tells an error's text alone, which may be empty.
                 fault = EngineFault(output.error or "the forward pass failed")
@@ -188,7 +196,7 @@ class Batch:
                 self._forget(sequence.id)
             elif fault is not None:
                 self.cancel(sequence.id)
-            steps.append((sequence, _step(sequence, tokens, ended) if fault is None else fault))
+            steps.append((sequence, _step(sequence, tokens, outcome, ended) if fault is None else fault))
         if not steps:
             return
         try:
@@ -224,43 +232,16 @@ class Batch:
         cache.search_prefix_match = search_and_note
 
 
-def _step(sequence: SequenceInBatch, tokens: tuple[int, ...], ended: bool) -> Step:
-    logprob = sequence.chooser.logprob
+def _step(
+    sequence: SequenceInBatch, tokens: tuple[int, ...], outcome: Fault | TokenLogprob | None, ended: bool
+) -> Step:
+    logprobs = (outcome,) if isinstance(outcome, TokenLogprob) else ()
     finish: Literal["stop", "length"] | None = None
     if ended:
         finish = "stop" if tokens and tokens[-1] in sequence.end_tokens else "length"
-    return Step(tokens, (logprob,) if tokens and logprob is not None else (), finish, sequence.cached_tokens)
+    return Step(tokens, logprobs, finish, sequence.cached_tokens)
 
 
 def _dispatch(steps: Sequence[tuple[SequenceInBatch, Step | Fault]]) -> None:
     for sequence, step in steps:
         sequence.steps.put_nowait(step)
-
-
-class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
-    """Lets every sequence choose its token in the library's forward pass.
-
-    The library asks for the arguments of the rows just before it calls with their scores, on the same thread.
-    """
-
-    supported_kwargs: dict[str, type] = {}  # noqa: RUF012
-    ignored_kwargs: tuple[str, ...] = ()
-
-    def __init__(self, sequences: Mapping[str, SequenceInBatch]) -> None:
-        self._sequences = sequences
-        self._rows: list[tuple[int, TokenChooser]] = []
-
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
-        self._rows = []
-        for row, request in enumerate(requests_with_new_token):
-            sequence = self._sequences.get(request.state.request_id)
-            if sequence is not None:
-                self._rows.append((row, sequence.chooser))
-        return torch.empty(0, dtype=torch.int32)
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        choose(self._rows, scores)
-        return scores

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
+from forebay_contracts.sizing.gpu_memory import MAX_SLOTS, RESERVE_BYTES, USUAL_CONTEXT, fit, weights_bytes
+from forebay_contracts.sizing.model_shape import of_folder
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.transformers import architectures
 from forebay_inference.engine.transformers.devices import resolve_device, use_cpus
@@ -56,9 +58,10 @@ def load(
     device_name: str,
     progress: Callable[[str], None],
     *,
+    slots: int = 1,
     allow_untested: bool = False,
 ) -> Loaded:
-    """Load the checkpoint in `folder`; blocks.
+    """Load the checkpoint in `folder`; blocks. `auto` quantizes on a GPU only where `slots` requests need that.
 
     Raises:
         ConfigurationError: the checkpoint is broken or of an architecture that is not served, or the device or the
@@ -67,8 +70,15 @@ def load(
     started = time.monotonic()
     device = resolve_device(device_name)
     use_cpus(device)
+    if device.type == "cuda":
+        # Of this thread, which makes the batch too: the library measures the memory of the current device.
+        torch.cuda.set_device(device)
     config = _read_config(folder)
     architectures.check(config, allow_untested=allow_untested)
+    if quantization == "auto" and device.type == "cuda" and getattr(config, "quantization_config", None) is None:
+        free, _ = torch.cuda.mem_get_info(device)
+        quantization, reason = quantization_that_fits(folder, free, slots)
+        progress(f"MODEL_QUANTIZATION=auto: {quantization}, since {reason}")
     resolved, settings = _resolve_quantization(quantization, config, device)
     progress(f"loading the weights ({resolved}, {device})")
     with _in_one_sentence(f"{folder} holds no tokenizer that can be read"):
@@ -193,6 +203,22 @@ def _resolve_quantization(wanted: str, config: Any, device: torch.device) -> tup
                 bnb_4bit_quant_type=resolved,
                 bnb_4bit_compute_dtype=_dtype(device),
             )
+
+
+def quantization_that_fits(folder: Path, free_bytes: int, slots: int) -> tuple[str, str]:
+    """`none` (bf16) if the weights in `folder` and a cache for `slots` requests of USUAL_CONTEXT fit into `free_bytes`
+    of a GPU by the arithmetic of `forebay plan`, else `nf4`; and why."""
+    try:
+        shape = of_folder(folder.name, folder)
+    except ConfigurationError as exc:
+        return "nf4", f"it is not known how much memory bf16 takes ({exc})"
+    context = min(USUAL_CONTEXT, shape.context_length)
+    # What is free already is without CUDA's own part.
+    plan = fit(shape, free_bytes + RESERVE_BYTES, "none", context, requests_per_slot=1, max_slots=slots, flash=False)
+    enough = plan.slots >= min(slots, MAX_SLOTS) and plan.context >= context
+    needed, free = weights_bytes(shape, "none") / (1 << 30), free_bytes / (1 << 30)
+    what = f"{needed:.1f} GiB of weights in bf16 and a cache for {slots} requests of {context} tokens"
+    return ("none" if enough else "nf4"), f"{what} {'fit' if enough else 'do not fit'} into {free:.1f} GiB"
 
 
 def _carried_name(carried: dict[str, Any]) -> str:

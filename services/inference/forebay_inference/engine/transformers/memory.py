@@ -7,13 +7,14 @@ from typing import Final
 import psutil
 import torch
 
+from forebay_contracts.sizing.gpu_memory import PAGE_TOKENS
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 
 # On a CPU the cache shares its memory with everything else on the machine; on a GPU it is what the memory is for.
 _CPU_SHARE: Final = 0.4
 _CPU_LIMIT_BYTES: Final = 1 << 30
-_CUDA_SHARE: Final = 0.8
+_CPU_PAGE_TOKENS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,28 +31,40 @@ class CachePlan:
         return self.blocks * self.page_size
 
 
+def page_tokens(device: torch.device) -> int:
+    """Tokens in a page of the KV cache."""
+    return _CPU_PAGE_TOKENS if device.type == "cpu" else PAGE_TOKENS
+
+
 def plan_cache(
-    shape: CacheShape, dtype: torch.dtype, device: torch.device, slots: int, context_length: int
+    shape: CacheShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    slots: int,
+    context_length: int,
+    *,
+    affordable: int | None = None,
 ) -> CachePlan:
     """Size the cache for `slots` sequences of `context_length` tokens, or for what the free memory holds of that.
 
-    The context is cut where not even one sequence fits, so that a request that is accepted can always be run.
+    `affordable` is the most blocks that fit, where it is known. The context is cut where not even one sequence fits,
+    so that a request that is accepted can always be run.
 
     Raises:
         ConfigurationError: not even a short sequence fits.
     """
-    page_size = 32 if device.type == "cpu" else 256
-    per_block = bytes_per_token(shape, dtype) * page_size
+    page_size = page_tokens(device)
     wanted = slots * -(-context_length // page_size)
-    budget = cache_budget(device)
-    # The library keeps two blocks of its own besides.
-    affordable = budget // per_block - 2
+    if affordable is None:
+        per_block, budget = bytes_per_token(shape, dtype) * page_size, cache_budget(device)
+        # The library keeps two blocks of its own besides.
+        affordable = budget // per_block - 2
+        if affordable < 1:
+            raise ConfigurationError(
+                f"no memory for the KV cache on {device}: {budget >> 20} MiB may be used for it, "
+                f"and {page_size} tokens take {per_block >> 10} KiB"
+            )
     blocks = min(wanted, affordable)
-    if blocks < 1:
-        raise ConfigurationError(
-            f"no memory for the KV cache on {device}: {budget >> 20} MiB may be used for it, "
-            f"and {page_size} tokens take {per_block >> 10} KiB"
-        )
     return CachePlan(blocks, page_size, min(context_length, blocks * page_size))
 
 
@@ -61,10 +74,7 @@ def bytes_per_token(shape: CacheShape, dtype: torch.dtype) -> int:
 
 
 def cache_budget(device: torch.device) -> int:
-    """Bytes that the KV cache may take on `device`, the weights being loaded already."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _CUDA_SHARE)
+    """Bytes that the KV cache may take on a CPU, the weights being loaded already."""
     return min(_CPU_LIMIT_BYTES, int(available_memory() * _CPU_SHARE))
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from forebay_inference.engine.protocol import TokenLogprob
+from forebay_inference.engine.transformers.passes import requests_of
 
 SCORED_TOKENS: Final = 512
 """Most tokens of prompts that are scored in one pass. It bounds the memory: as many scores of the whole vocabulary."""
@@ -78,11 +79,17 @@ def watch_passes(processor: Any, scored: Mapping[str, Scored]) -> None:
     compute = runner.compute_batch
 
     def compute_and_note(model: Any, batch: dict[str, Any]) -> None:
-        rows = _rows(requests.requests_in_batch, scored) if scored else []
-        if rows:
-            runner.supports_logits_to_keep(model)  # it remembers, and does not ask what stands for the model
-            model = _Noting(model, rows)
-        compute(model, batch)
+        rows = _rows(requests_of(requests), scored) if scored else []
+        if not rows:
+            compute(model, batch)
+            return
+        runner.supports_logits_to_keep(model)  # it remembers, and does not ask what stands for the model
+        # A recorded pass does not know which scores to keep.
+        recorded, runner.use_cuda_graph_varlen = runner.use_cuda_graph_varlen, False
+        try:
+            compute(_Noting(model, rows), batch)
+        finally:
+            runner.use_cuda_graph_varlen = recorded
 
     runner.compute_batch = compute_and_note
 

@@ -1,4 +1,4 @@
-"""A check at start, for a model that no test has compared: what the batch generates against plain forward passes."""
+"""A check at start, on a GPU and for a model that no test has compared: the batch against plain forward passes."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ class PlainModel:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.device = model.device
         self._attention = model.config._attn_implementation
         text = model.config.get_text_config()
         self.vocabulary: int = text.vocab_size

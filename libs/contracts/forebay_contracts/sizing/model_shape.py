@@ -4,12 +4,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from forebay_cli.sizing.gpu_memory import ModelShape
+from forebay_contracts.sizing.gpu_memory import BF16_BYTES, ModelShape
 from forebay_contracts.wire.errors import ConfigurationError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
@@ -17,6 +17,7 @@ _PARAMS = re.compile(r"(\d+(?:\.\d+)?)\s*([MB])", re.IGNORECASE)
 _POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 _CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _EXPERT_FIELDS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_BITS_OF_METHOD: Final = {"fp8": 8, "awq": 4, "mxfp4": 4}
 _MAX_HEADER_BYTES: Final = 100_000_000
 
 # The usual model of a number of parameters:
@@ -65,6 +66,7 @@ def of_params(
     return ModelShape(
         name=name,
         layers=layers,
+        heads=hidden // (head_dim or usual[2]),
         kv_heads=kv_heads or usual[1],
         head_dim=head_dim or usual[2],
         hidden=hidden,
@@ -85,19 +87,37 @@ def of_folder(name: str, folder: Path) -> ModelShape:
     """
     try:
         config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as exc:
+        raise ConfigurationError(f"{folder / 'config.json'} cannot be read: {exc}") from exc
+    files = sorted(folder.glob("*.safetensors"))
+    return of_config(name, config, files)
+
+
+def of_config(name: str, config: dict[str, Any], files: Sequence[Path] = ()) -> ModelShape:
+    """The model of `config`, the content of its `config.json`, and of its weight `files`.
+
+    Raises:
+        ConfigurationError: it lacks a field.
+    """
+    try:
         shape = _of_config(name, config.get("text_config") or config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (KeyError, TypeError, AttributeError, StopIteration) as exc:
         raise ConfigurationError(
-            f"{folder / 'config.json'} does not say how large the model is ({exc!r}): give its size, as --model 8B "
+            f"the config.json of {name} does not say how large the model is ({exc!r}): give its size, as --model 8B "
             "with --layers, --kv-heads and --head-dim"
         ) from exc
-    files = sorted(folder.glob("*.safetensors"))
-    if (carried := config.get("quantization_config")) is not None:
-        if not files:
-            raise ConfigurationError(f"{name} is quantized already, and its weight files are missing")
-        stored = sum(file.stat().st_size for file in files)
-        return replace(shape, carried=str(carried.get("quant_method", "quantized")), stored_bytes=stored)
-    return _with_weights(shape, files) if files else shape
+    carried = config.get("quantization_config")
+    if carried is None:
+        return _with_weights(shape, files) if files else shape
+    method = str(carried.get("quant_method", "quantized"))
+    if files:
+        return replace(shape, carried=method, stored_bytes=sum(file.stat().st_size for file in files))
+    bits = carried.get("bits") or _BITS_OF_METHOD.get(method) or (4 if carried.get("load_in_4bit") else None)
+    if bits is None:
+        raise ConfigurationError(f"{name} is quantized already ({method}), and its weight files are missing")
+    # A scale of 16 bits, and of 4-bit weights a zero point, for each 128 weights.
+    stored = int(shape.linear_params * (bits / 8 + 0.02)) + shape.other_params * BF16_BYTES
+    return replace(shape, carried=method, stored_bytes=stored)
 
 
 def find_folder(model: str, data_dir: Path) -> Path | None:
@@ -132,6 +152,7 @@ def _of_config(name: str, config: dict[str, Any]) -> ModelShape:
     return ModelShape(
         name=name,
         layers=layers,
+        heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden=hidden,
@@ -145,7 +166,7 @@ def _of_config(name: str, config: dict[str, Any]) -> ModelShape:
     )
 
 
-def _with_weights(shape: ModelShape, files: list[Path]) -> ModelShape:
+def _with_weights(shape: ModelShape, files: Sequence[Path]) -> ModelShape:
     """`shape` with its parameters counted from the headers of the weight files."""
     linear = rows = other = experts = 0
     for name, tensor in _tensors(files):
@@ -158,7 +179,7 @@ def _with_weights(shape: ModelShape, files: list[Path]) -> ModelShape:
     return replace(shape, linear_params=linear, linear_rows=rows, other_params=other, expert_params=experts)
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[str, list[int]]]:
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, list[int]]]:
     # A file starts with 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors).
     for file in files:
         with file.open("rb") as opened:
