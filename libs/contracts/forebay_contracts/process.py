@@ -10,14 +10,14 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent process `parent` ends, in whatever way.
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process `number` when its parent process `parent` ends, in whatever way.
 
     This works on Linux only (prctl(2), PR_SET_PDEATHSIG). It lasts over an exec. Children of this process must call it
     themselves.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     # If the parent died before the call above, no signal comes.
     if os.getppid() != parent:
         sys.exit(1)

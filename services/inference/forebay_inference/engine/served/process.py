@@ -39,7 +39,8 @@ def filled(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
 
 
 class ServerProcess:
-    """A server that `start` has started, in a session of its own. The kernel kills it when this process dies.
+    """A server that `start` has started, in a session of its own. The kernel kills it when this process dies,
+    and with it what it started.
 
     `name` goes before its log lines. Warnings and errors are logged as such, other lines at DEBUG.
     """
@@ -55,7 +56,7 @@ class ServerProcess:
     async def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start `command`, with `environment` beside this process's own."""
         self._process = await asyncio.create_subprocess_exec(
-            *[sys.executable, "-m", "forebay_contracts.parent_death", str(os.getpid()), *command],
+            *[sys.executable, "-m", "forebay_inference.engine.served.group", str(os.getpid()), *command],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
