@@ -245,7 +245,7 @@ async def test_own_fault_is_not_tried_twice(nats_server: NatsServer) -> None:
 
 async def test_stream_that_breaks_ends_with_an_error(nats_server: NatsServer) -> None:
     async with running(nats_server, max_deliveries=1) as stack:
-        response = await stack.chat("[[tokens=3 fail]]", stream=True)
+        response = await stack.chat("[[tokens=3 delay_ms=20 fail]]", stream=True)
         assert response.status_code == 200
         events = [json.loads(event.removeprefix("data: ")) for event in response.text.strip().split("\n\n")]
         assert [event["choices"][0]["delta"]["content"] for event in events[:-1]] == ["", "t0", " t1", " t2"]

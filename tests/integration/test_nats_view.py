@@ -264,7 +264,8 @@ async def test_frames_of_a_chat(nats_server: NatsServer, stream: bool) -> None:
     """`nats sub 'inference.>'` while one chat is answered."""
     async with running(nats_server) as stack:
         listener = await Listener(stack).listen("inference.>")
-        response = await stack.chat("[[tokens=4]]", stream=stream)
+        # Tokens that come within 5 ms travel together.
+        response = await stack.chat("[[tokens=4 delay_ms=20]]" if stream else "[[tokens=4]]", stream=stream)
         request_id = response.headers["x-request-id"]
         await listener.until("counters.completed", b"")
         reply_to = f"inference.replies.{stack.apis[0].id}.{request_id}"
@@ -279,7 +280,7 @@ async def test_frames_of_a_chat(nats_server: NatsServer, stream: bool) -> None:
         frames = [json.loads(msg.data) for msg in listener.on("inference.replies.")]
         assert {frame["attempt"] for frame in frames} == {1}
         assert time.time() - 60 < frames[-1].pop("at") < time.time() + 1
-        usage = {"prompt_tokens": 1, "completion_tokens": 4}
+        usage = {"prompt_tokens": 1 + stream, "completion_tokens": 4}
         completed = {
             "type": "completed",
             "attempt": 1,

@@ -21,7 +21,8 @@ async def test_up_answers_and_names_a_server_that_was_killed(tmp_path: Path) -> 
         refused = await running.chat("hi", presence_penalty=1)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "presence_penalty"
-        (server,) = [child for child in running.children("llama_server") if "forebay_inference" in child.cmdline()[2]]
+        # The process that guards the server's group has the command of the server at its end.
+        (server,) = [one for one in running.children("llama_server") if one.cmdline()[2].endswith(".llama_server")]
         server.kill()
         ended = await running.ended()
     assert ended.code == 1

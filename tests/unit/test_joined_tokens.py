@@ -1,0 +1,94 @@
+"""A stream's tokens that come within JOIN_S of a frame go into the next frame of their choice."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from forebay_contracts.wire.errors import InferenceFailed
+from forebay_contracts.wire.frames import Delta, Resume, decode_frame
+from forebay_contracts.wire.state import Usage
+from forebay_inference.attempt import reply as reply_module
+from forebay_inference.attempt.reply import Reply
+from forebay_inference.engine.events import Finished, Tokens
+from support.twins import request
+
+LONG_S = 60.0
+
+
+class Channel:
+    """Keeps the frames that are sent."""
+
+    lossless = False
+
+    def __init__(self) -> None:
+        self.frames: list[Any] = []
+        self.sent = asyncio.Event()
+
+    async def send(self, frame: bytes) -> None:
+        self.frames.append(decode_frame(frame))
+        self.sent.set()
+
+    async def ask(self, frame: bytes) -> Resume:
+        self.frames.append(decode_frame(frame))
+        return Resume(wanted=False)
+
+    def deltas(self) -> list[tuple[int, int, tuple[int, ...], str]]:
+        return [(one.index, one.offset, one.tokens, one.text) for one in self.frames if isinstance(one, Delta)]
+
+
+@pytest.fixture
+def channel(monkeypatch: pytest.MonkeyPatch) -> Channel:
+    monkeypatch.setattr(reply_module, "JOIN_S", LONG_S)
+    return Channel()
+
+
+def streamed(channel: Channel) -> Reply:
+    return Reply(channel, request("tokens=1"), "w1")
+
+
+def token(number: int, *, index: int = 0, **fields: Any) -> Tokens:
+    return Tokens(index, (number,), fields.pop("text", f" t{number}"), **fields)
+
+
+async def test_the_first_token_of_each_choice_does_not_wait(channel: Channel) -> None:
+    reply = streamed(channel)
+    for index in (0, 1):
+        await reply.send(token(0, index=index))
+        await reply.send(token(1, index=index))
+    assert channel.deltas() == [(0, 0, (0,), " t0"), (1, 0, (0,), " t0")]
+    reply.finish({index: Finished(index, "stop") for index in (0, 1)}, Usage())
+    await reply.complete()
+    assert [(one.index, one.offset, one.tokens) for one in channel.frames[-1].deltas] == [(0, 1, (1,)), (1, 1, (1,))]
+
+
+async def test_the_next_ones_come_together_in_time(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reply_module, "JOIN_S", 0.02)
+    reply = streamed(channel)
+    await reply.send(token(0))
+    channel.sent.clear()
+    for number in (1, 2, 3):
+        await reply.send(token(number))
+    async with asyncio.timeout(5):
+        await channel.sent.wait()
+    assert channel.deltas() == [(0, 0, (0,), " t0"), (0, 1, (1, 2, 3), " t1 t2 t3")]
+
+
+async def test_reasoning_text_and_calls_keep_their_order(channel: Channel) -> None:
+    reply = streamed(channel)
+    await reply.send(token(0, text="", reasoning="Hm"))
+    await reply.send(token(1, text="", reasoning="."))
+    await reply.send(token(2))
+    await reply.send(token(3, text="", tool_calls=({"index": 0},)))
+    await reply.send(token(4))
+    reply.close()
+    texts = [(one.tokens, one.reasoning, one.text, len(one.tool_calls)) for one in channel.frames]
+    assert texts == [((0,), "Hm", "", 0), ((1,), ".", "", 0), ((2,), "", " t2", 0), ((3,), "", "", 1)]
+
+
+async def test_an_error_comes_after_the_tokens_before_it(channel: Channel) -> None:
+    reply = streamed(channel)
+    await reply.send(token(0))
+    await reply.send(token(1))
+    await reply.fail(InferenceFailed("broken"), final=False)
+    assert [type(one).__name__ for one in channel.frames] == ["Delta", "Delta", "Failed"]
