@@ -45,7 +45,7 @@ test-vllm: $(STAMP) $(VLLM)/.installed
 # Of the engine that DOCKER_HOST names. WHEELHOUSE=1 where builds have no network.
 images: $(STAMP)
 	PYTHON=$(BIN)/python deploy/images/bases.sh
-	PYTHON=$(BIN)/python deploy/images/build.sh api cpu
+	PYTHON=$(BIN)/python deploy/images/build.sh api cpu served
 
 # With an engine of its own where none answers. What runs against NATS in a container as well is all of
 # tests/integration that takes its NATS from the fixtures, but for the models: these ask the same of NATS, and take long.
@@ -87,7 +87,7 @@ $(TOOLS)/bin/python:
 	$(TOOLS)/bin/python -m pip install -q "pip-audit>=2.9,<3" "cyclonedx-bom>=7,<8"
 
 audit: $(TOOLS)/bin/python
-	for lock in api inference-cpu; do \
+	for lock in api inference-cpu inference-served; do \
 	    $(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r constraints/$$lock.lock || exit 1; done
 
 sbom: $(STAMP) $(TOOLS)/bin/python
