@@ -100,7 +100,9 @@ clean:
 # In an environment of its own: checkov pins what others use too.
 check-kubernetes: $(STAMP)
 	test -x build/checkov/bin/checkov || { $(PYTHON) -m venv build/checkov && build/checkov/bin/python -m pip install -q 'checkov>=3.3,<4'; }
-	for overlay in single-node production; do \
-		$(BIN)/kubectl kustomize deploy/kubernetes/overlays/$$overlay > build/checkov/$$overlay.yaml && \
-		build/checkov/bin/checkov --config-file deploy/kubernetes/.checkov.yaml -f build/checkov/$$overlay.yaml || exit 1; \
+	rm -rf build/checkov/deploy && cp -r deploy build/checkov/deploy
+	sed -i 's|components/gpu|components/vllm|' build/checkov/deploy/kubernetes/overlays/production/kustomization.yaml
+	for folder in deploy/kubernetes/overlays/* build/checkov/deploy/kubernetes/overlays/production; do \
+		$(BIN)/kubectl kustomize $$folder > build/checkov/rendered.yaml && \
+		build/checkov/bin/checkov --config-file deploy/kubernetes/.checkov.yaml -f build/checkov/rendered.yaml || exit 1; \
 	done
