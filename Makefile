@@ -45,7 +45,7 @@ test-vllm: $(STAMP) $(VLLM)/.installed
 # Of the engine that DOCKER_HOST names. WHEELHOUSE=1 where builds have no network.
 images: $(STAMP)
 	PYTHON=$(BIN)/python deploy/images/bases.sh
-	PYTHON=$(BIN)/python deploy/images/build.sh api cpu
+	PYTHON=$(BIN)/python deploy/images/build.sh api cpu served
 
 # With an engine of its own where none answers. What runs against NATS in a container as well is all of
 # tests/integration that takes its NATS from the fixtures, but for the models: these ask the same of NATS, and take long.
@@ -87,7 +87,7 @@ $(TOOLS)/bin/python:
 	$(TOOLS)/bin/python -m pip install -q "pip-audit>=2.9,<3" "cyclonedx-bom>=7,<8"
 
 audit: $(TOOLS)/bin/python
-	for lock in api inference-cpu; do \
+	for lock in api inference-cpu inference-served; do \
 	    $(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r constraints/$$lock.lock || exit 1; done
 
 sbom: $(STAMP) $(TOOLS)/bin/python
@@ -100,7 +100,9 @@ clean:
 # In an environment of its own: checkov pins what others use too.
 check-kubernetes: $(STAMP)
 	test -x build/checkov/bin/checkov || { $(PYTHON) -m venv build/checkov && build/checkov/bin/python -m pip install -q 'checkov>=3.3,<4'; }
-	for overlay in single-node production; do \
-		$(BIN)/kubectl kustomize deploy/kubernetes/overlays/$$overlay > build/checkov/$$overlay.yaml && \
-		build/checkov/bin/checkov --config-file deploy/kubernetes/.checkov.yaml -f build/checkov/$$overlay.yaml || exit 1; \
+	rm -rf build/checkov/deploy && cp -r deploy build/checkov/deploy
+	sed -i 's|components/gpu|components/vllm|' build/checkov/deploy/kubernetes/overlays/production/kustomization.yaml
+	for folder in deploy/kubernetes/overlays/* build/checkov/deploy/kubernetes/overlays/production; do \
+		$(BIN)/kubectl kustomize $$folder > build/checkov/rendered.yaml && \
+		build/checkov/bin/checkov --config-file deploy/kubernetes/.checkov.yaml -f build/checkov/rendered.yaml || exit 1; \
 	done

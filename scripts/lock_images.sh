@@ -19,3 +19,4 @@ lock build.lock "" - <<< $'setuptools>=80\nsetuptools-scm>=9'  # as in pyproject
 lock api.lock "" pyproject.toml --extra api --extra tracing
 lock inference-cpu.lock "torch==$torch+cpu" pyproject.toml --extra embeddings --extra tracing --find-links "$wheels"
 lock inference-cuda.lock "torch==$torch" pyproject.toml --extra embeddings --extra tracing
+lock inference-served.lock "" pyproject.toml --extra served --extra tracing

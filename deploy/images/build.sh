@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build our images: deploy/images/build.sh [api] [cpu] [cuda]. The default is api and cpu.
+# Build our images: deploy/images/build.sh [api] [cpu] [cuda] [served]. The default is api and cpu.
 #
 #   WHEELHOUSE=1   fetch the packages with this machine's pip and its configuration, and build without a network
 #   PYTHON         the Python 3.11 whose pip that is (default .venv/bin/python)
@@ -39,8 +39,9 @@ for image in "${@:-api cpu}"; do
     for variant in $image; do
         case $variant in
             api) build forebay-api:latest api api ;;
-            cpu | cuda) build "forebay-inference:$variant" inference "inference-$variant" --build-arg "VARIANT=$variant" ;;
-            *) echo "no image of ours: $variant (api, cpu, cuda)" >&2; exit 2 ;;
+            cpu | cuda | served)
+                build "forebay-inference:$variant" inference "inference-$variant" --build-arg "VARIANT=$variant" ;;
+            *) echo "no image of ours: $variant (api, cpu, cuda, served)" >&2; exit 2 ;;
         esac
     done
 done

@@ -1,6 +1,8 @@
 # A worker. Run in the root of the repository:
 #   docker build -f deploy/images/inference.Dockerfile -t forebay-inference:cpu .
 #   docker build -f deploy/images/inference.Dockerfile -t forebay-inference:cuda --build-arg VARIANT=cuda .
+#   docker build -f deploy/images/inference.Dockerfile -t forebay-inference:served --build-arg VARIANT=served .
+# The served variant has no PyTorch. It asks an inference server in another container.
 # The wheels of the cuda variant contain the CUDA libraries. The machine needs the driver (NVIDIA Container Toolkit).
 
 ARG BASE=python:3.11-slim-bookworm
@@ -12,7 +14,7 @@ FROM ${WHEELS} AS wheels
 FROM ${BASE} AS build
 RUN python -m venv /build && python -m venv --without-pip /opt/forebay
 COPY --from=wheels . /wheels/
-# cpu or cuda selects the lock file. Only the builds of PyTorch without CUDA are not on the package index.
+# cpu, cuda or served selects the lock file. Only the builds of PyTorch without CUDA are not on the package index.
 ARG VARIANT=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY constraints/build.lock constraints/inference-${VARIANT}.lock /locks/

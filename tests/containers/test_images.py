@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.containers, pytest.mark.timeout(180)]
 
 API = "forebay-api:latest"
 INFERENCE = "forebay-inference:cpu"
+SERVED = "forebay-inference:served"
 BASE = "python:3.11-slim-bookworm"
 MB = 1_000_000
 MOST_OVER_BASE_BYTES = 200 * MB
@@ -58,9 +59,9 @@ def api(network: str) -> Iterator[str]:
     yield from created(API, network, "--publish", "127.0.0.1::8091")
 
 
-@pytest.fixture
-def worker(network: str) -> Iterator[str]:
-    yield from created(INFERENCE, network, "--env", "INFERENCE_ENGINE=simulated")
+@pytest.fixture(params=[INFERENCE, SERVED])
+def worker(request: pytest.FixtureRequest, network: str) -> Iterator[str]:
+    yield from created(request.param, network, "--env", "INFERENCE_ENGINE=simulated")
 
 
 def assert_ends_well(container: str, module: str) -> None:
@@ -78,11 +79,18 @@ def test_the_api_image_holds_what_runs_and_no_more(capsys: pytest.CaptureFixture
     assert 0 < size - base < MOST_OVER_BASE_BYTES
 
 
-def test_the_inference_image_holds_no_build_tools(capsys: pytest.CaptureFixture[str]) -> None:
-    found = docker("run", "--rm", "--network", "none", "--entrypoint", "python", INFERENCE, "-c", FOUND)
-    assert set(found.split()) <= {"torch", "transformers", "setuptools"}, found  # torch itself needs setuptools
+@pytest.mark.parametrize(
+    ("image", "holds"),
+    # torch itself needs setuptools.
+    [(INFERENCE, {"torch", "transformers", "setuptools"}), (SERVED, {"transformers"})],
+)
+def test_an_inference_image_holds_no_build_tools(
+    image: str, holds: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = docker("run", "--rm", "--network", "none", "--entrypoint", "python", image, "-c", FOUND)
+    assert set(found.split()) <= holds, found
     with capsys.disabled():
-        print(f"\n{INFERENCE}: {inspect(INFERENCE)['Size'] / MB:.0f} MB")
+        print(f"\n{image}: {inspect(image)['Size'] / MB:.0f} MB")
 
 
 def seconds_until_ready(api: str) -> float:

@@ -47,10 +47,10 @@ class Workload(NamedTuple):
 class Manifests:
     """What one overlay renders to."""
 
-    def __init__(self, overlay: str) -> None:
+    def __init__(self, overlay: str, deploy: Path = DEPLOY) -> None:
         self.overlay = overlay
         done = subprocess.run(
-            [kubectl(), "kustomize", str(DEPLOY / "overlays" / overlay)],
+            [kubectl(), "kustomize", str(deploy / "overlays" / overlay)],
             capture_output=True,
             text=True,
             timeout=60,

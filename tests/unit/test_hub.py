@@ -149,16 +149,19 @@ def test_a_folder_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> N
     assert f"{tmp_path}/file" in refusal(tmp_path / "file")
 
 
-def test_the_command_takes_the_token_of_its_env_file(hub: Hub, tmp_path: Path) -> None:
+def test_the_command_takes_the_token_of_its_env_file_and_links_the_model(hub: Hub, tmp_path: Path) -> None:
     hub.private.add("org/model")
     (tmp_path / ".env").write_text(f"HF_TOKEN={hub.token}\nDEFAULT_MODEL=org/model\n")
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "DATA_DIR": str(tmp_path / "data")}
-    command = [sys.executable, "-m", "forebay_cli", "fetch"]
+    link = tmp_path / "data" / "served"
+    command = [sys.executable, "-m", "forebay_cli", "fetch", "--link", str(link)]
     ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines()[-1].startswith(f"org/model is in {tmp_path}/data/hub/")
     assert hub.tokens == {hub.token}
     assert hub.token not in ended.stdout
+    (tmp_path / "data").rename(tmp_path / "mounted elsewhere")
+    assert (tmp_path / "mounted elsewhere" / "served" / "config.json").read_text() == "config.json"
 
 
 def test_the_gguf_file_that_is_named_is_fetched_with_its_parts(hub: Hub, tmp_path: Path) -> None:
@@ -182,3 +185,10 @@ def test_a_gguf_file_that_is_not_named_or_not_there_is_refused(hub: Hub, tmp_pat
     for model in ("./missing.gguf", "missing.gguf"):
         with pytest.raises(ConfigurationError, match="there is no such GGUF file"):
             ensure_gguf(model, tmp_path, lambda line: None)
+
+
+def test_the_default_model_is_taken_from_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    made = tmp_path / "models" / "SmolLM2-135M-Instruct.Q4_1-whole.gguf"
+    made.with_name(made.name + ".lock").mkdir(parents=True)  # no lock can be taken
+    made.touch()
+    assert ensure_gguf("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path, lambda line: None) == made

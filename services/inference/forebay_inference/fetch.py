@@ -1,22 +1,31 @@
-"""`python -m forebay_inference.fetch`: fetch and convert the model into DATA_DIR, and end; for an init container."""
+"""`python -m forebay_inference.fetch [LINK]`: fetch and convert the model into DATA_DIR; for an init container."""
 
+import os
 import sys
+from pathlib import Path
 
 from forebay_contracts import program
 from forebay_contracts.settings import InferenceSettings, load
 from forebay_inference.models.store import ensure_gguf, ensure_model
 
 
-def fetch() -> None:
-    """Fetch what the worker would."""
+def fetch(link: Path | None = None) -> None:
+    """Fetch what the worker would, and make `link` a symbolic link to it, relative so that it holds in other mounts."""
     settings = load(InferenceSettings)
     if settings.inference_engine in ("simulated", "openai"):
         print(f"the {settings.inference_engine} engine has no model")
         return
     ensure = ensure_gguf if settings.inference_engine == "llamacpp" else ensure_model
     place = ensure(settings.default_model, settings.data_dir, lambda line: print(line, flush=True), settings.hf_token)
+    if link is not None and link.resolve() != place.resolve():
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(place, link.parent))
     print(f"{settings.served_model} is in {place}")
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(fetch, lambda text: print(f"forebay fetch: {text}", file=sys.stderr)))
+    sys.exit(
+        program.run(
+            lambda: fetch(*map(Path, sys.argv[1:])), lambda text: print(f"forebay fetch: {text}", file=sys.stderr)
+        )
+    )

@@ -2,6 +2,10 @@
 
 import os
 import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 
 def api() -> None:
@@ -14,14 +18,16 @@ def inference() -> None:
     _become("forebay_inference", _embedded_nats())
 
 
-def fetch() -> None:
+def fetch(
+    link: Annotated[Path | None, typer.Option(help="Make this a symbolic link to it, for a server beside.")] = None,
+) -> None:
     """Fetch and convert the model into DATA_DIR, then exit. Run it before the first worker or in an init container."""
-    _become("forebay_inference.fetch", {})
+    _become("forebay_inference.fetch", {}, *([] if link is None else [str(link)]))
 
 
-def _become(module: str, settings: dict[str, str]) -> None:
+def _become(module: str, settings: dict[str, str], *arguments: str) -> None:
     # The service replaces this process: its signals, output and exit code are the container's.
-    os.execve(sys.executable, [sys.executable, "-m", module], os.environ | settings)
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], os.environ | settings)
 
 
 def _embedded_nats() -> dict[str, str]:

