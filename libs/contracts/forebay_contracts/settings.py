@@ -16,6 +16,7 @@ from forebay_contracts.wire.errors import ConfigurationError
 _URL = re.compile(r"^(nats|tls|ws|wss)://\S+$")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+")
 _HOST_NAME = re.compile(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.I)
+_ADAPTER_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def _default_data_dir() -> Path:
@@ -272,6 +273,10 @@ class InferenceSettings(Settings):
         "auto",
         description="bitsandbytes quantization; auto: the checkpoint's own, else nf4, on a GPU none where that fits",
     )
+    model_adapters: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict,
+        description="LoRA adapters, as NAME=PLACE, comma-separated; clients ask for MODEL:NAME (docs/engines.md)",
+    )
     hf_token: SecretStr | None = Field(None, description="Token for private and gated models of the hub")
     model_device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
     allow_untested_models: bool = Field(
@@ -323,6 +328,19 @@ class InferenceSettings(Settings):
         description="Port of a worker's /metrics and /health, different for each worker of a machine; empty: none",
     )
     metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of a worker's /metrics and /health")
+
+    @field_validator("model_adapters", mode="before")
+    @classmethod
+    def _adapters_have_names(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+        for name, _, place in pairs:
+            if not _ADAPTER_NAME.fullmatch(name) or not place:
+                raise ValueError("an adapter is like NAME=PLACE, with a name of letters, digits, `.`, `_` and `-`")
+        if len(found := {name: place for name, _, place in pairs}) < len(pairs):
+            raise ValueError("two adapters have one name")
+        return found
 
     @property
     def slots(self) -> int:

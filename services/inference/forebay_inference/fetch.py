@@ -4,6 +4,7 @@ import sys
 
 from forebay_contracts import program
 from forebay_contracts.settings import InferenceSettings, load
+from forebay_inference.models.adapters import Kind, ensure_adapters
 from forebay_inference.models.store import ensure_gguf, ensure_model
 
 
@@ -14,8 +15,15 @@ def fetch() -> None:
         print(f"the {settings.inference_engine} engine has no model")
         return
     ensure = ensure_gguf if settings.inference_engine == "llamacpp" else ensure_model
-    place = ensure(settings.default_model, settings.data_dir, lambda line: print(line, flush=True), settings.hf_token)
+    place = ensure(settings.default_model, settings.data_dir, _tell, settings.hf_token)
     print(f"{settings.served_model} is in {place}")
+    kind: Kind = "gguf" if settings.inference_engine == "llamacpp" else "checkpoint"
+    for name, adapter in ensure_adapters(settings, kind, _tell).items():
+        print(f"{settings.served_model}:{name} is in {adapter}")
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -231,6 +231,7 @@ class Worker:
             heartbeat_at=time.time(),
             model=self._settings.served_model,
             aliases=self._settings.served_aliases,
+            adapters=tuple(self._settings.model_adapters),
             status=self._status,
             progress=self._progress,
             slots=self._settings.slots,

@@ -46,6 +46,11 @@ def model_token(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", model).strip("-") or "model"
 
 
+def adapter_model(model: str, adapter: str | None) -> str:
+    """How clients name a model that answers with `adapter`."""
+    return model if adapter is None else f"{model}:{adapter}"
+
+
 def request_subject(model: str, completion_type: str) -> str:
     """Where a request for `model` is published."""
     return f"inference.requests.{model_token(model)}.{completion_type}"
