@@ -60,8 +60,8 @@ def _server(given: argparse.Namespace) -> Any:
     params.n_batch = max(given.batch, given.slots)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
     params.endpoint_metrics = True
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(file, 1.0) for file in given.lora]
-    params.lora_init_without_apply = given.lora_init_without_apply
+    scale = 0.0 if given.lora_init_without_apply else 1.0
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(file, scale) for file in given.lora]
     if key := os.environ.get("LLAMA_API_KEY"):
         params.api_keys = [key]
     params.verbosity = _ERRORS
