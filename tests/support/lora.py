@@ -21,6 +21,6 @@ def write_lora(folder: Path, seed: int) -> Path:
     for layer in range(_LAYERS):
         name = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
         for part, shape in (("lora_A", (RANK, _WIDTH)), ("lora_B", (_WIDTH, RANK))):
-            weights[f"{name}.{part}.weight"] = random.normal(0, 0.05, shape).astype(np.float32)
+            weights[f"{name}.{part}.weight"] = random.normal(0, 0.15, shape).astype(np.float32)
     save_file(weights, folder / "adapter_model.safetensors")
     return folder

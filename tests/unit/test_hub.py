@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.models.adapters import ensure_adapters
 from forebay_inference.models.hub import checkpoint_files, download_from_hub
 from forebay_inference.models.store import ensure_gguf
 from support.hub import Hub
@@ -182,3 +184,16 @@ def test_a_gguf_file_that_is_not_named_or_not_there_is_refused(hub: Hub, tmp_pat
     for model in ("./missing.gguf", "missing.gguf"):
         with pytest.raises(ConfigurationError, match="there is no such GGUF file"):
             ensure_gguf(model, tmp_path, lambda line: None)
+
+
+def test_an_adapter_is_two_files(hub: Hub, tmp_path: Path) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    hub.repositories["org/adapter"] = files | {"README.md": b"", "adapter_model.bin": b"", "tokenizer.json": b""}
+
+    def ensured(place: str) -> Path:
+        settings = InferenceSettings(_env_file=None, data_dir=tmp_path, model_adapters={"red": place})
+        return ensure_adapters(settings, "checkpoint", lambda line: None)["red"]
+
+    assert {path.name: path.read_bytes() for path in ensured("org/adapter").iterdir()} == files
+    with pytest.raises(ConfigurationError, match=r"^MODEL_ADAPTERS: red=org/model: no LoRA adapter of PEFT"):
+        ensured("org/model")

@@ -337,7 +337,7 @@ class InferenceSettings(Settings):
         pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
         for name, _, place in pairs:
             if not _ADAPTER_NAME.fullmatch(name) or not place:
-                raise ValueError("an adapter is like NAME=PLACE, with a name of letters, digits, `.`, `_` and `-`")
+                raise ValueError("an adapter is like NAME=PLACE, its name of letters, digits, `.`, `_` and `-`")
         if len(found := {name: place for name, _, place in pairs}) < len(pairs):
             raise ValueError("two adapters have one name")
         return found
