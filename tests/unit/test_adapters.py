@@ -113,19 +113,22 @@ async def http(server: InferenceServer) -> AsyncIterator[Http]:
 
 
 def test_vllm_gets_room_for_the_largest_rank(tmp_path: Path) -> None:
-    folders = {name: write_lora(tmp_path / name, 0) for name in ("red", "blue")}
-    words = VLLM().adapter_arguments(folders)
-    assert " ".join(words[:7]) == "--enable-lora --max-lora-rank 8 --max-loras 2 --max-cpu-loras 2"
+    folders, on_cpu = (
+        {name: write_lora(tmp_path / name, 0) for name in ("red", "blue")},
+        settings({}, model_device="cpu"),
+    )
+    words = VLLM().adapter_arguments(on_cpu, folders)
+    assert " ".join(words[:7]) == "--enable-lora --max-lora-rank 8 --max-loras 3 --max-cpu-loras 3"
     assert words[7:] == ["--lora-modules", *(f"{name}={folder}" for name, folder in folders.items())]
     config = folders["blue"] / "adapter_config.json"
     config.write_text(json.dumps({"r": RANK, "rank_pattern": {"a": 40}}))
-    assert "64" in VLLM().adapter_arguments(folders)
+    assert "64" in VLLM().adapter_arguments(on_cpu, folders)
     config.write_text(json.dumps({"r": 1000}))
     with pytest.raises(ConfigurationError, match="rank 512 at most, and one has 1000"):
-        VLLM().adapter_arguments(folders)
+        VLLM().adapter_arguments(on_cpu, folders)
     config.write_text("{}")
     with pytest.raises(ConfigurationError, match="tells no rank"):
-        VLLM().adapter_arguments(folders)
+        VLLM().adapter_arguments(on_cpu, folders)
 
 
 async def test_vllm_s_adapters_have_a_parent(server: InferenceServer, http: Http) -> None:

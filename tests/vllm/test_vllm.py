@@ -18,6 +18,7 @@ from forebay_inference.engine.text.model import TextModel
 from forebay_inference.engine.transformers.engine import TransformersEngine
 from support import vllm
 from support.engine import answer, chat
+from support.lora import write_lora
 from support.nats import NatsServer
 from support.near_ties import Step, same_or_near_tie
 from support.stack import MODEL, Stack, running
@@ -27,6 +28,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(lo
 QUESTIONS = ("What is the capital of France?", "Write three sentences about the sea.", "Count from one to ten.")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 40, "logprobs": True, "top_logprobs": 5}
 SLOTS = 8
+FULL_NAME = f"HuggingFaceTB/{MODEL}"
+ADAPTERS = ("red", "blue")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -34,8 +37,10 @@ async def stack(
     start_nats: Callable[[Path], AbstractContextManager[NatsServer]], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stack]:
     """An api, and a worker that has started a vLLM with bf16 weights."""
+    folder = tmp_path_factory.mktemp("lora")
+    adapters = ",".join(f"{name}={write_lora(folder / name, seed)}" for seed, name in enumerate(ADAPTERS))
     with start_nats(tmp_path_factory.mktemp("nats")) as nats:
-        settings = vllm.settings("--dtype=bfloat16", max_concurrent_requests=SLOTS)
+        settings = vllm.settings("--dtype=bfloat16", model_adapters=adapters, max_concurrent_requests=SLOTS)
         async with running(nats, workers=0, request_timeout=600, **settings) as started:
             await started.worker(within_s=vllm.START_S)
             await started.knows_workers()
@@ -71,6 +76,25 @@ async def test_a_greedy_answer_is_vllm_s_own(stack: Stack, question: str) -> Non
     assert same_or_near_tie(steps(through["choices"][0]), own)
     assert through["usage"]["prompt_tokens"] == direct["usage"]["prompt_tokens"]
     assert len(through["choices"][0]["logprobs"]["content"]) > 3
+
+
+async def test_an_adapter_s_answer_is_vllm_s_own(stack: Stack) -> None:
+    server = server_of(stack)
+    key = {"Authorization": f"Bearer {server.environ()['VLLM_API_KEY']}"}
+    asked = [f"{MODEL}:{name}" for name in ADAPTERS] + [MODEL]
+    together = [
+        one.json() for one in await asyncio.gather(*(stack.chat(QUESTIONS[0], model=name, **GREEDY) for name in asked))
+    ]
+    own = {}
+    for name in (*ADAPTERS, FULL_NAME):
+        body = {"model": name, "messages": [{"role": "user", "content": QUESTIONS[0]}], **GREEDY}
+        direct = await stack.http.post(f"{url_of(server)}/v1/chat/completions", json=body, headers=key)
+        own[name] = steps(direct.json()["choices"][0])
+    for through, (name, direct) in zip(together, own.items(), strict=True):
+        assert through["model"] == (f"{FULL_NAME}:{name}" if name in ADAPTERS else FULL_NAME)
+        assert same_or_near_tie(steps(through["choices"][0]), direct)
+    assert len({tuple(step.token for step in found) for found in own.values()}) == len(own)
+    assert (await stack.chat(QUESTIONS[0], model=f"{MODEL}:green")).status_code == 404
 
 
 async def test_a_greedy_answer_is_the_transformers_engine_s(stack: Stack) -> None:

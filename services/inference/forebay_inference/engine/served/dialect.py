@@ -93,7 +93,7 @@ class ScoringDialect(Protocol):
 class AdapterDialect(Protocol):
     """A dialect with the capability `adapters`."""
 
-    def adapter_arguments(self, adapters: Mapping[str, Path]) -> Sequence[str]:
+    def adapter_arguments(self, settings: InferenceSettings, adapters: Mapping[str, Path]) -> Sequence[str]:
         """What the command that starts the server needs to load `adapters`.
 
         Raises:

@@ -5,7 +5,6 @@ import logging
 import secrets
 import shlex
 import shutil
-import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from forebay_inference.engine.protocol import (
 )
 from forebay_inference.engine.served.dialect import AdapterDialect, Dialect, Load, NotReady, ScoringDialect, Served
 from forebay_inference.engine.served.http import Http, ServerFailed, ServerGone
-from forebay_inference.engine.served.process import ServerProcess, filled
+from forebay_inference.engine.served.process import ServerProcess, filled, free_port
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.models.adapters import ensure_adapters
@@ -84,8 +83,8 @@ class ServedEngine:
                 served = await self._until_served(http, read.tokenizer, progress)
                 self._check(served, read.vocabulary_size)
                 if adapters:
-                    dialect = cast(AdapterDialect, self._dialect)
-                    fields = await dialect.adapters(http, adapters, started=self._process is not None)
+                    adapting = cast(AdapterDialect, self._dialect)
+                    fields = await adapting.adapters(http, adapters, started=self._process is not None)
                     served = replace(served, adapters=fields)
                 self._served = served
                 progress("warming up")
@@ -95,7 +94,7 @@ class ServedEngine:
             raise ConfigurationError(
                 f"{name} did not serve within {settings.engine_start_timeout:g} s: {self._told}"
             ) from exc
-        except EngineFault as exc:
+        except (EngineFault, ServerFailed) as exc:
             raise ConfigurationError(f"{name} cannot serve {settings.default_model}: {exc}") from exc
         self._watching = asyncio.create_task(self._watch(http))
         return LoadedModel(
@@ -114,7 +113,7 @@ class ServedEngine:
         url, key = self._settings.engine_url, self._settings.engine_api_key
         if url is not None:
             return Http(url, None if key is None else key.get_secret_value())
-        port = _free_port()
+        port = free_port()
         # Other users of this machine may reach the port.
         own_key = secrets.token_hex(16) if key is None else key.get_secret_value()
         await self._start_server(model, adapters, port, own_key, progress)
@@ -155,7 +154,7 @@ class ServedEngine:
         }
         command = filled(command, values)
         if adapters:
-            command += cast(AdapterDialect, self._dialect).adapter_arguments(adapters)
+            command += cast(AdapterDialect, self._dialect).adapter_arguments(settings, adapters)
         if shutil.which(command[0]) is None:
             raise ConfigurationError(f"{settings.inference_engine}: there is no program {command[0]}")
         self._process = ServerProcess(self._dialect.name)
@@ -293,9 +292,3 @@ def _cut(step: Step, ends: frozenset[int]) -> Step:
     """`step` up to its first end token."""
     count = next(place for place, token in enumerate(step.tokens, 1) if token in ends)
     return Step(step.tokens[:count], step.logprobs[:count], "stop", step.cached_tokens)
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])

@@ -19,6 +19,7 @@ from forebay_inference.engine.protocol import (
 )
 from forebay_inference.engine.served.dialect import PROBE, Load, NotReady, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
+from forebay_inference.engine.served.llama_lora import lora_fields
 
 MAX_SLOTS: Final = 256
 """Sequences that llama.cpp computes at once (LLAMA_MAX_SEQ)."""
@@ -111,7 +112,7 @@ class LlamaCpp:
     def _short(self, count: int) -> dict[str, Any]:
         return {"prompt": self._tokenizer.encode("The"), "n_predict": count}
 
-    def adapter_arguments(self, adapters: Mapping[str, Path]) -> Sequence[str]:
+    def adapter_arguments(self, settings: InferenceSettings, adapters: Mapping[str, Path]) -> Sequence[str]:
         """See `AdapterDialect.adapter_arguments`.
 
         The cache of earlier prompts does not tell adapters apart: one would go on with what another has computed.
@@ -122,22 +123,8 @@ class LlamaCpp:
     async def adapters(
         self, http: Http, adapters: Mapping[str, Path], *, started: bool
     ) -> Mapping[str, Mapping[str, Any]]:
-        """See `AdapterDialect.adapters`. A server tells the files; one that runs elsewhere has other folders."""
-        loaded = await http.json("/lora-adapters")
-        # A server applies those that a request leaves out as it was started.
-        scales = {"": {one["id"]: 0.0 for one in loaded}}
-        for name, path in adapters.items():
-            same = [one for one in loaded if one["path"] == str(path)]
-            found = same or [one for one in loaded if Path(one["path"]).name == path.name]
-            if len(found) != 1:
-                raise ConfigurationError(f"the server at {http.url} has {len(found)} LoRA adapters {path.name}")
-            scales[name] = scales[""] | {found[0]["id"]: 1.0}
-        # It may run with the cache of earlier prompts.
-        kept = {} if started else {"cache_prompt": False}
-        return {
-            name: {"lora": [{"id": id, "scale": scale} for id, scale in given.items()], **kept}
-            for name, given in scales.items()
-        }
+        """See `AdapterDialect.adapters`."""
+        return lora_fields(http.url, await http.json("/lora-adapters"), adapters, started=started)
 
     async def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
         """See `Dialect.generate`."""

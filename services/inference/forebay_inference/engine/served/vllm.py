@@ -62,7 +62,6 @@ class VLLM:
         made = {"auto": (), "none": (), "nf4": ("--quantization", "bitsandbytes")}
         if (wanted := settings.model_quantization) not in made:
             raise ConfigurationError(f"MODEL_QUANTIZATION={wanted} cannot be had from vLLM: use auto, none or nf4")
-        on_cpu = settings.model_device == "cpu" or not any(map(glob, _ACCELERATORS))
         return [
             *("{python}", "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", "{model}", "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"),
@@ -70,7 +69,11 @@ class VLLM:
             *("--structured-outputs-config.backend", "guidance"),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
             *made[wanted],
-            *(("--kv-cache-memory-bytes", str(psutil.virtual_memory().available // _CACHE_PART)) if on_cpu else ()),
+            *(
+                ("--kv-cache-memory-bytes", str(psutil.virtual_memory().available // _CACHE_PART))
+                if _on_cpu(settings)
+                else ()
+            ),
         ]
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
@@ -92,14 +95,16 @@ class VLLM:
         await _refuse_other_grammars(http, tokenizer)
         return served
 
-    def adapter_arguments(self, adapters: Mapping[str, Path]) -> Sequence[str]:
+    def adapter_arguments(self, settings: InferenceSettings, adapters: Mapping[str, Path]) -> Sequence[str]:
         """See `AdapterDialect.adapter_arguments`."""
+        # On a CPU, what has no adapter is computed with the one in the last place, which so stays empty.
+        places = len(adapters) + 1 if _on_cpu(settings) else min(len(adapters), _MAX_LORAS)
         rank = max(map(rank_of, adapters.values()))
         if rank > _RANKS[-1]:
             raise ConfigurationError(f"vLLM loads adapters of rank {_RANKS[-1]} at most, and one has {rank}")
         return [
             *("--enable-lora", "--max-lora-rank", str(next(one for one in _RANKS if one >= rank))),
-            *("--max-loras", str(min(len(adapters), _MAX_LORAS)), "--max-cpu-loras", str(len(adapters))),
+            *("--max-loras", str(places), "--max-cpu-loras", str(max(places, len(adapters)))),
             *("--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())),
         ]
 
@@ -146,6 +151,10 @@ class VLLM:
         found = samples(await http.get("/metrics"), ("vllm:iteration_tokens_total_count", "vllm:kv_cache_usage_perc"))
         usage = found["vllm:kv_cache_usage_perc"]
         return Load(int(sum(found["vllm:iteration_tokens_total_count"])), max(usage) if usage else None)
+
+
+def _on_cpu(settings: InferenceSettings) -> bool:
+    return settings.model_device == "cpu" or not any(map(glob, _ACCELERATORS))
 
 
 async def _refuse_other_grammars(http: Http, tokenizer: Tokenizer) -> None:
