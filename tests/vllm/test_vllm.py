@@ -28,7 +28,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(lo
 QUESTIONS = ("What is the capital of France?", "Write three sentences about the sea.", "Count from one to ten.")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 40, "logprobs": True, "top_logprobs": 5}
 SLOTS = 8
-FULL_NAME = f"HuggingFaceTB/{MODEL}"
 ADAPTERS = ("red", "blue")
 
 
@@ -63,37 +62,36 @@ def steps(choice: Any) -> list[Step]:
     return [Step(one["token"], {top["token"]: top["logprob"] for top in one["top_logprobs"]}) for one in content]
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-async def test_a_greedy_answer_is_vllm_s_own(stack: Stack, question: str) -> None:
-    through = (await stack.chat(question, **GREEDY)).json()
-    body = {"messages": [{"role": "user", "content": question}], **GREEDY}
+async def own(stack: Stack, question: str, **fields: Any) -> tuple[list[Step], int]:
+    """What vLLM answers itself, and how many tokens its prompt has."""
+    body = {"messages": [{"role": "user", "content": question}], **GREEDY, **fields}
     server = server_of(stack)
     key = {"Authorization": f"Bearer {server.environ()['VLLM_API_KEY']}"}
     direct = (await stack.http.post(f"{url_of(server)}/v1/chat/completions", json=body, headers=key)).json()
     (choice,) = direct["choices"]
-    # vLLM tells of the end token too.
-    own = steps(choice)[:-1] if choice["finish_reason"] == "stop" else steps(choice)
-    assert same_or_near_tie(steps(through["choices"][0]), own)
-    assert through["usage"]["prompt_tokens"] == direct["usage"]["prompt_tokens"]
+    # It tells of the end token too.
+    found = steps(choice)[:-1] if choice["finish_reason"] == "stop" else steps(choice)
+    return found, direct["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+async def test_a_greedy_answer_is_vllm_s_own(stack: Stack, question: str) -> None:
+    through = (await stack.chat(question, **GREEDY)).json()
+    found, prompt_tokens = await own(stack, question)
+    assert same_or_near_tie(steps(through["choices"][0]), found)
+    assert through["usage"]["prompt_tokens"] == prompt_tokens
     assert len(through["choices"][0]["logprobs"]["content"]) > 3
 
 
 async def test_an_adapter_s_answer_is_vllm_s_own(stack: Stack) -> None:
-    server = server_of(stack)
-    key = {"Authorization": f"Bearer {server.environ()['VLLM_API_KEY']}"}
-    asked = [f"{MODEL}:{name}" for name in ADAPTERS] + [MODEL]
-    together = [
-        one.json() for one in await asyncio.gather(*(stack.chat(QUESTIONS[0], model=name, **GREEDY) for name in asked))
-    ]
-    own = {}
-    for name in (*ADAPTERS, FULL_NAME):
-        body = {"model": name, "messages": [{"role": "user", "content": QUESTIONS[0]}], **GREEDY}
-        direct = await stack.http.post(f"{url_of(server)}/v1/chat/completions", json=body, headers=key)
-        own[name] = steps(direct.json()["choices"][0])
-    for through, (name, direct) in zip(together, own.items(), strict=True):
-        assert through["model"] == (f"{FULL_NAME}:{name}" if name in ADAPTERS else FULL_NAME)
-        assert same_or_near_tie(steps(through["choices"][0]), direct)
-    assert len({tuple(step.token for step in found) for found in own.values()}) == len(own)
+    names = [MODEL, *(f"{MODEL}:{name}" for name in ADAPTERS)]
+    together = await asyncio.gather(*(stack.chat(QUESTIONS[0], model=name, **GREEDY) for name in names))
+    alone = [(await own(stack, QUESTIONS[0], **fields))[0] for fields in ({}, *({"model": name} for name in ADAPTERS))]
+    for answer_of, name, found in zip(together, names, alone, strict=True):
+        through = answer_of.json()
+        assert through["model"] == f"HuggingFaceTB/{name}"
+        assert same_or_near_tie(steps(through["choices"][0]), found)
+    assert len({tuple(step.token for step in found) for found in alone}) == len(names)
     assert (await stack.chat(QUESTIONS[0], model=f"{MODEL}:green")).status_code == 404
 
 
@@ -174,7 +172,12 @@ async def test_a_killed_vllm_ends_its_worker_and_another_engine_takes_over(stack
     assert any("SIGKILL" in line for line in stack.workers[0].log)
 
     await stack.worker(
-        inference_engine="transformers", engine_command="", engine_python="", model_quantization="none", within_s=120
+        inference_engine="transformers",
+        engine_command="",
+        engine_python="",
+        model_adapters="",
+        model_quantization="none",
+        within_s=120,
     )
     # The engine of Transformers goes on with what vLLM would not, by draws of its own.
     await _tokens(greedy, 120, found)

@@ -113,10 +113,8 @@ class LlamaCpp:
         return {"prompt": self._tokenizer.encode("The"), "n_predict": count}
 
     def adapter_arguments(self, settings: InferenceSettings, adapters: Mapping[str, Path]) -> Sequence[str]:
-        """See `AdapterDialect.adapter_arguments`.
-
-        The cache of earlier prompts does not tell adapters apart: one would go on with what another has computed.
-        """
+        """See `AdapterDialect.adapter_arguments`."""
+        # The cache of earlier prompts does not tell adapters apart: one would go on with what another has computed.
         files = [word for file in adapters.values() for word in ("--lora", str(file))]
         return [*files, "--lora-init-without-apply", "--cache-ram", "0"]
 
