@@ -144,7 +144,8 @@ async def test_a_name_counts_before_an_alias(nats_server: NatsServer) -> None:
 
 async def test_a_request_waits_for_a_worker_of_a_known_model(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0) as stack:
-        worker = await stack.worker(model_name="org/passing", model_aliases="moment")
+        adapters = {"model_adapters": "red=any"}
+        worker = await stack.worker(model_name="org/passing", model_aliases="moment", **adapters)
         await sees(stack, lambda found: "org/passing" in found)
         assert await worker.stop() == 0
         await sees(stack, lambda found: "org/passing" not in found)
@@ -154,14 +155,14 @@ async def test_a_request_waits_for_a_worker_of_a_known_model(nats_server: NatsSe
         await stack.api()
         waiting = [
             asyncio.create_task(stack.chat("[[tokens=2]]", api=api, model=name))
-            for api, name in enumerate(("org/passing", "moment"))
+            for api, name in enumerate(("org/passing", "moment:red"))
         ]
         async with asyncio.timeout(60):
             while (await stack.status())["queue_size"] < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
-        await stack.worker(model_name="org/passing")
-        for response in await asyncio.gather(*waiting):
-            assert (response.status_code, response.json()["model"]) == (200, "org/passing")
+        await stack.worker(model_name="org/passing", **adapters)
+        answers = [response.json()["model"] for response in await asyncio.gather(*waiting)]
+        assert answers == ["org/passing", "org/passing:red"]
 
 
 async def test_a_request_that_no_worker_comes_for_times_out(nats_server: NatsServer) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from forebay_api.watching.served_models import Asked, Models
+from forebay_contracts.nats.consumers import KnownModel
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.errors import AdapterNotFound, ModelNotFound, ModelUnavailable
 from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
@@ -19,8 +20,8 @@ def worker(*adapters: str, **fields: Any) -> WorkerInfo:
     return WorkerInfo(**given | fields)
 
 
-def models(*workers: WorkerInfo, known: Mapping[str, tuple[str, ...]] | None = None) -> Models:
-    async def asked() -> Mapping[str, tuple[str, ...]]:
+def models(*workers: WorkerInfo, known: Mapping[str, KnownModel] | None = None) -> Models:
+    async def asked() -> Mapping[str, KnownModel]:
         return known or {}
 
     return Models(ApiSettings(default_model="m", _env_file=None), lambda: workers, asked)
@@ -55,10 +56,16 @@ async def test_an_adapter_that_some_worker_lacks_is_not_admitted() -> None:
     assert await admitted(models(worker("red"), worker(status=WorkerStatus.DRAINING)), "base:red")
 
 
-async def test_without_a_worker_nobody_knows_the_adapters() -> None:
-    for workers in ((), (worker("red", status=WorkerStatus.DRAINING),)):
-        with pytest.raises(ModelUnavailable, match="has no worker"):
-            await admitted(models(*workers, known={"org/base": ("base",)}), "base:red")
+async def test_without_a_worker_the_newest_one_s_adapters_count() -> None:
+    known = {"org/base": KnownModel(("base",), ("red",))}
+    for workers in ((), (worker("blue", status=WorkerStatus.DRAINING),)):
+        found = models(*workers, known=known)
+        assert await admitted(found, "base:red") == Asked("org/base", "red")
+        with pytest.raises(AdapterNotFound):
+            await admitted(found, "base:blue")
+        assert found.adapters("org/base") == []
+    with pytest.raises(AdapterNotFound):
+        await admitted(models(), "m:red")
 
 
 async def test_a_name_counts_before_an_adapter() -> None:

@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Further names for the model, comma-separated"
     )
+    model_adapters: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict,
+        description="LoRA adapters, as NAME=PLACE, comma-separated; clients ask for MODEL:NAME (docs/engines.md)",
+    )
     max_deliveries: int = Field(3, ge=1, le=100, description="Attempts at one request before it fails with 500")
     ack_wait: float = Field(
         5,
@@ -118,6 +122,19 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("model_adapters", mode="before")
+    @classmethod
+    def _adapters_have_names(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+        for name, _, place in pairs:
+            if not _ADAPTER_NAME.fullmatch(name) or not place:
+                raise ValueError("an adapter is like NAME=PLACE, its name of letters, digits, `.`, `_` and `-`")
+        if len(found := {name: place for name, _, place in pairs}) < len(pairs):
+            raise ValueError("two adapters have one name")
+        return found
 
     @field_validator("data_dir")
     @classmethod
@@ -273,10 +290,6 @@ class InferenceSettings(Settings):
         "auto",
         description="bitsandbytes quantization; auto: the checkpoint's own, else nf4, on a GPU none where that fits",
     )
-    model_adapters: Annotated[dict[str, str], NoDecode] = Field(
-        default_factory=dict,
-        description="LoRA adapters, as NAME=PLACE, comma-separated; clients ask for MODEL:NAME (docs/engines.md)",
-    )
     hf_token: SecretStr | None = Field(None, description="Token for private and gated models of the hub")
     model_device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
     allow_untested_models: bool = Field(
@@ -328,19 +341,6 @@ class InferenceSettings(Settings):
         description="Port of a worker's /metrics and /health, different for each worker of a machine; empty: none",
     )
     metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of a worker's /metrics and /health")
-
-    @field_validator("model_adapters", mode="before")
-    @classmethod
-    def _adapters_have_names(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
-        for name, _, place in pairs:
-            if not _ADAPTER_NAME.fullmatch(name) or not place:
-                raise ValueError("an adapter is like NAME=PLACE, its name of letters, digits, `.`, `_` and `-`")
-        if len(found := {name: place for name, _, place in pairs}) < len(pairs):
-            raise ValueError("two adapters have one name")
-        return found
 
     @property
     def slots(self) -> int:

@@ -40,6 +40,9 @@ MODEL_METADATA: Final = "forebay.model"
 ALIASES_METADATA: Final = "forebay.aliases"
 """Metadata key of a consumer: the other names of its model, comma-separated, from its newest worker."""
 
+ADAPTERS_METADATA: Final = "forebay.adapters"
+"""The same for the names of its LoRA adapters."""
+
 
 def model_token(model: str) -> str:
     """A model's name as one subject token and consumer name: `org/Model-1.5` becomes `org-Model-1-5`."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from forebay_contracts.nats.consumers import KnownModel
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.errors import AdapterNotFound, ModelNotFound, ModelUnavailable, UnsupportedByModel
 from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
@@ -30,18 +31,18 @@ class Asked(NamedTuple):
 
 
 class Models:
-    """Names and aliases of models. `known` asks NATS for the models that have a consumer, with their aliases."""
+    """Names and aliases of models. `known` asks NATS for the models that have a consumer."""
 
     def __init__(
         self,
         settings: ApiSettings,
         workers: Callable[[], Iterable[WorkerInfo]],
-        known: Callable[[], Awaitable[Mapping[str, tuple[str, ...]]]],
+        known: Callable[[], Awaitable[Mapping[str, KnownModel]]],
     ) -> None:
         self._settings = settings
         self._workers = workers
         self._ask_known = known
-        self._known: Mapping[str, tuple[str, ...]] = {}
+        self._known: Mapping[str, KnownModel] = {}
         self._known_at = -float("inf")
         self._asking = asyncio.Lock()
 
@@ -50,8 +51,8 @@ class Models:
 
         Raises:
             ModelNotFound: no model has this name or alias.
-            AdapterNotFound: no worker of the model has the adapter.
-            ModelUnavailable: not all of its workers have it, or none lives.
+            AdapterNotFound: no worker of the model has the adapter; without a worker, its newest one had none.
+            ModelUnavailable: not all of its workers have it.
             QueueUnavailable: no live worker serves it, and NATS does not answer.
         """
         if name == self._settings.served_model:
@@ -61,14 +62,14 @@ class Models:
         base, _, adapter = name.rpartition(":")  # see `names.adapter_model`
         if not base or (model := await self._found(base)) is None:
             raise ModelNotFound(f"The model `{name}` does not exist or is not served here.", param="model")
-        taking = self._taking(model)
-        if taking and not any(adapter in worker.adapters for worker in taking):
+        having = {adapter in worker.adapters for worker in self._taking(model)}
+        if not having and model in (known := await self._known_models()):
+            having = {adapter in known[model].adapters}
+        if True not in having:
             raise AdapterNotFound(model, adapter)
-        if adapter not in self.adapters(model):
-            where = "is not on every worker" if taking else "has no worker"
-            raise ModelUnavailable(
-                f"The adapter `{adapter}` of `{model}` {where} at the moment, try again later.", param="model"
-            )
+        if False in having:
+            where = "is not on every worker at the moment, try again later"
+            raise ModelUnavailable(f"The adapter `{adapter}` of `{model}` {where}.", param="model")
         return Asked(model, adapter)
 
     def adapters(self, model: str) -> list[str]:
@@ -84,7 +85,8 @@ class Models:
         served = {settings.served_model: settings.served_aliases}
         for worker in self._workers():
             served[worker.model] = served.get(worker.model, ()) + worker.aliases
-        return _meant(name, served) or _meant(name, await self._known_models())
+        found = _meant(name, served)
+        return found or _meant(name, {model: known.aliases for model, known in (await self._known_models()).items()})
 
     async def admit(self, name: str, completion_type: CompletionType) -> Asked:
         """The model that a request of `completion_type` for `name` is queued for, and its adapter.
@@ -116,7 +118,7 @@ class Models:
             by_model.setdefault(worker.model, []).append(worker)
         return by_model
 
-    async def _known_models(self) -> Mapping[str, tuple[str, ...]]:
+    async def _known_models(self) -> Mapping[str, KnownModel]:
         async with self._asking:
             if time.monotonic() - self._known_at > KNOWN_MODELS_AGE_S:
                 self._known = await self._ask_known()
