@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from nats.aio.msg import Msg
@@ -29,6 +29,8 @@ KINDS: dict[str, type[BaseModel]] = {
     "apis": ApiInfo,
     "resumes": Resume,
 }
+NEWER = 99
+"""A schema that no service knows yet."""
 SUBJECT = f"inference.requests.HuggingFaceTB-{MODEL}."
 
 
@@ -76,7 +78,25 @@ def test_fields_of_a_newer_version_are_ignored(kind: str) -> None:
 def test_a_newer_schema_is_refused(kind: str) -> None:
     for message in recorded(f"v{SCHEMA_VERSION}", kind):
         with pytest.raises(ValidationError, match="schema_version"):
-            KINDS[kind].model_validate(message | {"schema_version": SCHEMA_VERSION + 1})
+            KINDS[kind].model_validate(message | {"schema_version": NEWER})
+
+
+class RequestOfSchema1(InferenceRequest):
+    """As a service reads it that knows no adapters."""
+
+    schema_version: Literal[1] = 1  # type: ignore[assignment]
+
+
+def test_a_request_with_an_adapter_is_not_read_without_it() -> None:
+    message = recorded("v1", "requests")[0]
+    plain = InferenceRequest.model_validate(message)
+    assert RequestOfSchema1.model_validate_json(plain.encode()).id == plain.id
+    adapted = plain.model_copy(update={"adapter": "red"})
+    read = InferenceRequest.model_validate_json(adapted.encode())
+    assert (read.adapter, read.named_model) == ("red", f"{plain.model}:red")
+    assert read.encode() == adapted.encode()
+    with pytest.raises(ValidationError, match="schema_version"):
+        RequestOfSchema1.model_validate_json(adapted.encode())
 
 
 def contains(whole: Any, part: Any) -> bool:
@@ -142,7 +162,7 @@ def json_of(message: dict[str, Any]) -> bytes:
 
 async def test_a_request_of_a_newer_schema_is_removed(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
-        message = recorded(f"v{SCHEMA_VERSION}", "requests")[0] | {"schema_version": SCHEMA_VERSION + 1}
+        message = recorded(f"v{SCHEMA_VERSION}", "requests")[0] | {"schema_version": NEWER}
         request_id = str(uuid.uuid4())
         reply_to = names.reply_subject("api-of-tomorrow", request_id)
         replies = await stack.connection.client.subscribe(reply_to)

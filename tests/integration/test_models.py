@@ -74,7 +74,9 @@ async def answered_by(stack: Stack, model: str, worker: Service, full_name: str)
 
 async def test_each_name_reaches_its_worker(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0) as stack:
-        small = await stack.worker(model_name="org/small", model_aliases="little, both")
+        small = await stack.worker(
+            model_name="org/small", model_aliases="little, both", model_adapters="red=any, blue=any"
+        )
         large = await stack.worker(model_name="org/large", model_aliases="small, both")
         await sees(stack, lambda found: {"org/small", "org/large"} <= found.keys())
         for name in ("org/small", "little"):
@@ -84,7 +86,11 @@ async def test_each_name_reaches_its_worker(nats_server: NatsServer) -> None:
         # A name of two models means the same one each time.
         assert len({(await stack.chat("hi", model="both")).json()["model"] for _ in range(4)}) == 1
         found = await models(stack)
-        assert list(found) == [DEFAULT, "org/large", "org/small"]
+        assert list(found) == [DEFAULT, "org/large", "org/small", "org/small:red", "org/small:blue"]
+        assert {name: model["parent"] for name, model in found.items() if model["parent"]} == {
+            "org/small:red": "org/small",
+            "org/small:blue": "org/small",
+        }
         assert found["org/small"]["aliases"] == ["little", "both", "small"]
         assert found["org/small"]["workers"] == {"loading": 0, "ready": 1, "draining": 0}
         assert found[DEFAULT] | {"aliases": []} == {
@@ -92,6 +98,7 @@ async def test_each_name_reaches_its_worker(nats_server: NatsServer) -> None:
             "object": "model",
             "created": 0,
             "owned_by": "forebay",
+            "parent": None,
             "status": "no_worker",
             "progress": None,
             "workers": {"loading": 0, "ready": 0, "draining": 0},
@@ -100,6 +107,31 @@ async def test_each_name_reaches_its_worker(nats_server: NatsServer) -> None:
             "context_length": None,
             "quantization": None,
         }
+
+        await adapters_answer(stack)
+
+
+async def adapters_answer(stack: Stack) -> None:
+    """The simulated engine draws `random` tokens by the adapter too."""
+    texts = set()
+    for name, full_name in (
+        ("little", "org/small"),
+        ("little:red", "org/small:red"),
+        ("org/small:blue", "org/small:blue"),
+    ):
+        answer = await stack.chat("[[random]]", model=name, seed=1)
+        assert (answer.status_code, answer.json()["model"]) == (200, full_name)
+        # The queue, the states and the metrics know models alone.
+        state = await stack.reaches(answer.headers["x-request-id"], RequestStatus.COMPLETED)
+        assert state.model == "org/small"
+        texts.add(answer.json()["choices"][0]["message"]["content"])
+    assert len(texts) == 3
+    assert (await stack.openai().models.retrieve("little:red")).id == "org/small:red"
+    for name in ("little:green", "large:red"):
+        refused = await stack.chat("hi", model=name)
+        assert summary(refused)[:3] == (404, "invalid_request_error", "model_not_found")
+    stored = await stack.openai().responses.create(model="little:red", input="hi")
+    assert (await stack.openai().responses.retrieve(stored.id)).model == stored.model == "org/small:red"
 
 
 async def test_a_name_counts_before_an_alias(nats_server: NatsServer) -> None:
@@ -112,7 +144,8 @@ async def test_a_name_counts_before_an_alias(nats_server: NatsServer) -> None:
 
 async def test_a_request_waits_for_a_worker_of_a_known_model(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0) as stack:
-        worker = await stack.worker(model_name="org/passing", model_aliases="moment")
+        adapters = {"model_adapters": "red=any"}
+        worker = await stack.worker(model_name="org/passing", model_aliases="moment", **adapters)
         await sees(stack, lambda found: "org/passing" in found)
         assert await worker.stop() == 0
         await sees(stack, lambda found: "org/passing" not in found)
@@ -122,14 +155,14 @@ async def test_a_request_waits_for_a_worker_of_a_known_model(nats_server: NatsSe
         await stack.api()
         waiting = [
             asyncio.create_task(stack.chat("[[tokens=2]]", api=api, model=name))
-            for api, name in enumerate(("org/passing", "moment"))
+            for api, name in enumerate(("org/passing", "moment:red"))
         ]
         async with asyncio.timeout(60):
             while (await stack.status())["queue_size"] < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
-        await stack.worker(model_name="org/passing")
-        for response in await asyncio.gather(*waiting):
-            assert (response.status_code, response.json()["model"]) == (200, "org/passing")
+        await stack.worker(model_name="org/passing", **adapters)
+        answers = [response.json()["model"] for response in await asyncio.gather(*waiting)]
+        assert answers == ["org/passing", "org/passing:red"]
 
 
 async def test_a_request_that_no_worker_comes_for_times_out(nats_server: NatsServer) -> None:

@@ -221,6 +221,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "id": worker_id,
             "model": f"HuggingFaceTB/{MODEL}",
             "aliases": [MODEL],
+            "adapters": [],
             "status": "ready",
             "progress": None,
             "slots": 3,

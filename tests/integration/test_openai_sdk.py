@@ -249,6 +249,7 @@ async def test_models(client: openai.AsyncOpenAI) -> None:
     assert (model.id, model.object, model.owned_by) == (FULL_NAME, "model", "forebay")
     assert 0 <= time.time() - model.created < 600
     assert model.model_extra == {
+        "parent": None,
         "status": "ready",
         "progress": None,
         "workers": {"loading": 0, "ready": 1, "draining": 0},

@@ -10,6 +10,7 @@ from forebay_api.clients.keys import ApiKeys
 from forebay_api.context import Context
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.served_models import Models
+from forebay_contracts.nats.consumers import KnownModel
 from forebay_contracts.settings import ApiSettings
 from support.twins import MODEL, Twins
 
@@ -17,7 +18,7 @@ NONE: Any = None
 """Stands for what these routes do not use."""
 
 
-async def nobody_else() -> dict[str, tuple[str, ...]]:
+async def nobody_else() -> dict[str, KnownModel]:
     return {}
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFType, GGUFWriter, Keys, TokenType
 from tokenizers import pre_tokenizers
 
 END = "<|end|>"
@@ -44,6 +44,24 @@ def write_tiny_gguf(path: Path) -> Path:
         # Multiples of 1/128 below 2 are the same in bf16, to which the store converts.
         weights = np.clip(np.round(weights * 128) / 128, -1.0, 1.0)
         writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_tiny_lora(path: Path, seed: int) -> Path:
+    """Write a LoRA adapter of the tiny model to `path`, other weights for each `seed`. Returns the path."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, 8.0)
+    random = np.random.default_rng(seed)
+    for layer in range(_LAYERS):
+        for part, shape in (("lora_a", (4, _WIDTH)), ("lora_b", (_WIDTH, 4))):
+            weights = random.normal(0, 0.5, shape).astype(np.float32)
+            writer.add_tensor(f"blk.{layer}.attn_output.weight.{part}", weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

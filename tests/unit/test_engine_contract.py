@@ -22,7 +22,8 @@ from forebay_inference.engine.protocol import (
     TokenRequest,
 )
 from forebay_inference.engine.simulated import SimulatedEngine
-from support.gguf import write_tiny_gguf
+from support.gguf import write_tiny_gguf, write_tiny_lora
+from support.lora import write_lora
 from support.overlapped import tiny_engine
 from support.served import kill_server, llama_cpp_engine
 from support.vllm import vllm_engine
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 GREEDY = Sampling(temperature=0)
 # An engine may draw otherwise where the client gives no seed.
 SEEDED = Sampling(seed=1)
+ADAPTERS = ("red", "blue")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Subject:
 
 
 async def simulated(folder: Path) -> Subject:
-    engine = SimulatedEngine()
+    engine = SimulatedEngine(ADAPTERS)
     loaded = await engine.start(lambda line: None)
     return Subject(engine, loaded, "[[random tokens=1000]]", lambda: "[[tokens=1 fail]]")
 
@@ -82,7 +84,8 @@ async def transformers(folder: Path, *, two_passes: bool = False) -> Subject:
 
 
 async def llamacpp(folder: Path) -> Subject:
-    engine = llama_cpp_engine(write_tiny_gguf(folder / "tiny.gguf"), slots=6)
+    adapters = {name: str(write_tiny_lora(folder / f"{name}.gguf", seed)) for seed, name in enumerate(ADAPTERS)}
+    engine = llama_cpp_engine(write_tiny_gguf(folder / "tiny.gguf"), slots=6, model_adapters=adapters)
     loaded = await engine.start(lambda line: None)
 
     def break_down() -> str:
@@ -94,7 +97,8 @@ async def llamacpp(folder: Path) -> Subject:
 
 async def vllm(folder: Path) -> Subject:
     # float32, so that no rounding decides between two tokens.
-    engine = vllm_engine("--dtype=float32", max_concurrent_requests=8)
+    adapters = {name: str(write_lora(folder / name, seed)) for seed, name in enumerate(ADAPTERS)}
+    engine = vllm_engine("--dtype=float32", max_concurrent_requests=8, model_adapters=adapters)
     loaded = await engine.start(lambda line: None)
     return Subject(engine, loaded, "Once upon a time", lambda: "")
 
@@ -228,6 +232,23 @@ async def test_a_grammar_is_followed_where_declared(subject: Subject) -> None:
     if subject.engine.capabilities.resumes_grammars:
         rest = await subject.tokens(**asked, generated=tokens[:1])
         assert tokens[:1] + rest == tokens
+
+
+async def test_an_adapter_s_answers_are_its_own(subject: Subject) -> None:
+    if not subject.engine.capabilities.adapters:
+        assert subject.loaded.adapters == frozenset()
+        return
+    assert subject.loaded.adapters == set(ADAPTERS)
+    names = ("", *ADAPTERS)
+    alone = {name: await subject.tokens(sampling=GREEDY, adapter=name) for name in names}
+    assert len({tuple(tokens) for tokens in alone.values()}) == len(names)
+    # Nor does one go on with what another has computed of the same prompt, beside it or before it.
+    mixed = [name for _ in range(3) for name in names]
+    together = await asyncio.gather(*(subject.tokens(sampling=GREEDY, adapter=name) for name in mixed))
+    assert together == [alone[name] for name in mixed]
+    for name in (*reversed(names), *names):
+        rest = await subject.tokens(sampling=GREEDY, adapter=name, generated=alone[name][:5], max_new_tokens=7)
+        assert alone[name][:5] + rest == alone[name]
 
 
 async def test_closing_a_generator_takes_its_sequence_out(subject: Subject) -> None:

@@ -36,6 +36,7 @@ def described(can: Capabilities) -> list[str]:
         "yes" if can.grammars == "enforced" else "no",
         "yes" if can.logprobs else "no",
         "yes" if can.prompt_logprobs else "no",
+        "yes" if can.adapters else "no",
         ", ".join(f"`{name}`" for name in can.refused),
     ]
 

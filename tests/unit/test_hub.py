@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.models.adapters import ensure_adapters
 from forebay_inference.models.hub import checkpoint_files, download_from_hub
 from forebay_inference.models.store import ensure_gguf
 from support.hub import Hub
@@ -192,3 +194,16 @@ def test_the_default_model_is_taken_from_a_folder_that_cannot_be_written(tmp_pat
     made.with_name(made.name + ".lock").mkdir(parents=True)  # no lock can be taken
     made.touch()
     assert ensure_gguf("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path, lambda line: None) == made
+
+
+def test_an_adapter_is_two_files(hub: Hub, tmp_path: Path) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    hub.repositories["org/adapter"] = files | {"README.md": b"", "adapter_model.bin": b"", "tokenizer.json": b""}
+
+    def ensured(place: str) -> Path:
+        settings = InferenceSettings(_env_file=None, data_dir=tmp_path, model_adapters={"red": place})
+        return ensure_adapters(settings, "checkpoint", lambda line: None)["red"]
+
+    assert {path.name: path.read_bytes() for path in ensured("org/adapter").iterdir()} == files
+    with pytest.raises(ConfigurationError, match=r"^MODEL_ADAPTERS: red=org/model: no LoRA adapter of PEFT"):
+        ensured("org/model")

@@ -125,7 +125,7 @@ async def test_vllm_s_logprobs_are_of_the_chosen_and_the_best(server: InferenceS
 async def test_vllm_scores_a_prompt(server: InferenceServer, http: Http) -> None:
     told = [None, {"3": {"logprob": -3.0, "rank": 7}, "9": {"logprob": -1.0, "rank": 1}}]
     server.answers[COMPLETIONS] = {"choices": [{"prompt_logprobs": told}]}
-    found = [part async for part in VLLM().score(http, "r", (1, 3), 1, SERVED)]
+    found = [part async for part in VLLM().score(http, "r", (1, 3), 1, "", SERVED)]
     assert found == [(TokenLogprob(3, -3.0, ((9, -1.0),), 7),)]
 
 

@@ -94,6 +94,12 @@ def test_the_three_set_ups_can_hold(
         ),
         (Settings, {"MAX_QUEUE_SIZE": "0"}, "MAX_QUEUE_SIZE='0': Input should be greater than or equal to 1"),
         (Settings, {"NATS_REPLICAS": "2"}, "NATS_REPLICAS=2: Input should be 1, 3 or 5"),
+        (
+            InferenceSettings,
+            {"MODEL_ADAPTERS": "a:b=/place"},
+            "MODEL_ADAPTERS='a:b=/place': an adapter is like NAME=PLACE, its name of letters, digits, `.`, `_` and `-`",
+        ),
+        (InferenceSettings, {"MODEL_ADAPTERS": "a=x,a=y"}, "MODEL_ADAPTERS='a=x,a=y': two adapters have one name"),
         (ApiSettings, {"API_PORT": "70000"}, "API_PORT='70000': Input should be less than or equal to 65535"),
         (
             InferenceSettings,
@@ -135,6 +141,11 @@ def test_the_names_of_the_model(
         monkeypatch.setenv(name, value)
     settings = load(Settings)
     assert (settings.served_model, settings.served_aliases) == (served, aliases)
+
+
+def test_adapters_have_names_and_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_ADAPTERS", "red=/a=b/red, blue-1.0=org/blue,")
+    assert load(InferenceSettings).model_adapters == {"red": "/a=b/red", "blue-1.0": "org/blue"}
 
 
 def test_the_environment_is_stronger_than_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

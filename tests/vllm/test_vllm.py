@@ -18,6 +18,7 @@ from forebay_inference.engine.text.model import TextModel
 from forebay_inference.engine.transformers.engine import TransformersEngine
 from support import vllm
 from support.engine import answer, chat
+from support.lora import write_lora
 from support.nats import NatsServer
 from support.near_ties import Step, same_or_near_tie
 from support.stack import MODEL, Stack, running
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(lo
 QUESTIONS = ("What is the capital of France?", "Write three sentences about the sea.", "Count from one to ten.")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 40, "logprobs": True, "top_logprobs": 5}
 SLOTS = 8
+ADAPTERS = ("red", "blue")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -34,8 +36,10 @@ async def stack(
     start_nats: Callable[[Path], AbstractContextManager[NatsServer]], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stack]:
     """An api, and a worker that has started a vLLM with bf16 weights."""
+    folder = tmp_path_factory.mktemp("lora")
+    adapters = ",".join(f"{name}={write_lora(folder / name, seed)}" for seed, name in enumerate(ADAPTERS))
     with start_nats(tmp_path_factory.mktemp("nats")) as nats:
-        settings = vllm.settings("--dtype=bfloat16", max_concurrent_requests=SLOTS)
+        settings = vllm.settings("--dtype=bfloat16", model_adapters=adapters, max_concurrent_requests=SLOTS)
         async with running(nats, workers=0, request_timeout=600, **settings) as started:
             await started.worker(within_s=vllm.START_S)
             await started.knows_workers()
@@ -58,19 +62,37 @@ def steps(choice: Any) -> list[Step]:
     return [Step(one["token"], {top["token"]: top["logprob"] for top in one["top_logprobs"]}) for one in content]
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-async def test_a_greedy_answer_is_vllm_s_own(stack: Stack, question: str) -> None:
-    through = (await stack.chat(question, **GREEDY)).json()
-    body = {"messages": [{"role": "user", "content": question}], **GREEDY}
+async def own(stack: Stack, question: str, **fields: Any) -> tuple[list[Step], int]:
+    """What vLLM answers itself, and how many tokens its prompt has."""
+    body = {"messages": [{"role": "user", "content": question}], **GREEDY, **fields}
     server = server_of(stack)
     key = {"Authorization": f"Bearer {server.environ()['VLLM_API_KEY']}"}
     direct = (await stack.http.post(f"{url_of(server)}/v1/chat/completions", json=body, headers=key)).json()
     (choice,) = direct["choices"]
-    # vLLM tells of the end token too.
-    own = steps(choice)[:-1] if choice["finish_reason"] == "stop" else steps(choice)
-    assert same_or_near_tie(steps(through["choices"][0]), own)
-    assert through["usage"]["prompt_tokens"] == direct["usage"]["prompt_tokens"]
+    # It tells of the end token too.
+    found = steps(choice)[:-1] if choice["finish_reason"] == "stop" else steps(choice)
+    return found, direct["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+async def test_a_greedy_answer_is_vllm_s_own(stack: Stack, question: str) -> None:
+    through = (await stack.chat(question, **GREEDY)).json()
+    found, prompt_tokens = await own(stack, question)
+    assert same_or_near_tie(steps(through["choices"][0]), found)
+    assert through["usage"]["prompt_tokens"] == prompt_tokens
     assert len(through["choices"][0]["logprobs"]["content"]) > 3
+
+
+async def test_an_adapter_s_answer_is_vllm_s_own(stack: Stack) -> None:
+    names = [MODEL, *(f"{MODEL}:{name}" for name in ADAPTERS)]
+    together = await asyncio.gather(*(stack.chat(QUESTIONS[0], model=name, **GREEDY) for name in names))
+    alone = [(await own(stack, QUESTIONS[0], **fields))[0] for fields in ({}, *({"model": name} for name in ADAPTERS))]
+    for answer_of, name, found in zip(together, names, alone, strict=True):
+        through = answer_of.json()
+        assert through["model"] == f"HuggingFaceTB/{name}"
+        assert same_or_near_tie(steps(through["choices"][0]), found)
+    assert len({tuple(step.token for step in found) for found in alone}) == len(names)
+    assert (await stack.chat(QUESTIONS[0], model=f"{MODEL}:green")).status_code == 404
 
 
 async def test_a_greedy_answer_is_the_transformers_engine_s(stack: Stack) -> None:
@@ -150,7 +172,12 @@ async def test_a_killed_vllm_ends_its_worker_and_another_engine_takes_over(stack
     assert any("SIGKILL" in line for line in stack.workers[0].log)
 
     await stack.worker(
-        inference_engine="transformers", engine_command="", engine_python="", model_quantization="none", within_s=120
+        inference_engine="transformers",
+        engine_command="",
+        engine_python="",
+        model_adapters="",
+        model_quantization="none",
+        within_s=120,
     )
     # The engine of Transformers goes on with what vLLM would not, by draws of its own.
     await _tokens(greedy, 120, found)

@@ -16,6 +16,7 @@ from forebay_contracts.wire.errors import ConfigurationError
 _URL = re.compile(r"^(nats|tls|ws|wss)://\S+$")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+")
 _HOST_NAME = re.compile(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.I)
+_ADAPTER_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def _default_data_dir() -> Path:
@@ -64,6 +65,10 @@ class Settings(BaseSettings):
     )
     model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Further names for the model, comma-separated"
+    )
+    model_adapters: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict,
+        description="LoRA adapters, as NAME=PLACE, comma-separated; clients ask for MODEL:NAME (docs/engines.md)",
     )
     max_deliveries: int = Field(3, ge=1, le=100, description="Attempts at one request before it fails with 500")
     ack_wait: float = Field(
@@ -117,6 +122,19 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("model_adapters", mode="before")
+    @classmethod
+    def _adapters_have_names(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+        for name, _, place in pairs:
+            if not _ADAPTER_NAME.fullmatch(name) or not place:
+                raise ValueError("an adapter is like NAME=PLACE, its name of letters, digits, `.`, `_` and `-`")
+        if len(found := {name: place for name, _, place in pairs}) < len(pairs):
+            raise ValueError("two adapters have one name")
+        return found
 
     @field_validator("data_dir")
     @classmethod

@@ -79,20 +79,22 @@ class Create:
         client = request.state.client = context.keys.check(request)
         data = await read_body(request, context.settings.max_request_bytes)
         body = await off_loop(len(data), validated, endpoint.body, data)
-        model = await context.models.admit(body.model, endpoint.completion_type)
+        asked = await context.models.admit(body.model, endpoint.completion_type)
         request_id = request.state.request_id
         log.info(
             "%s %s received for %s%s",
             endpoint.log_prefix,
             request_id,
-            model,
+            asked.model,
             f" from {client.name}" if client.name else "",
-            extra=fields(request_id=request_id, model=model, type=endpoint.completion_type.value, key=client.name),
+            extra=fields(
+                request_id=request_id, model=asked.model, type=endpoint.completion_type.value, key=client.name
+            ),
         )
         if context.settings.log_prompts:
             log.info("%s %s asks %s", endpoint.log_prefix, request_id, body.model_dump_json(exclude_unset=True))
         return Accepted(
-            body, len(data), request_id, client, request.headers, endpoint.completion_type, model, clock.now()
+            body, len(data), request_id, client, request.headers, endpoint.completion_type, asked, clock.now()
         )
 
     async def _whole(self, answer: LiveAnswer, answer_format: Format) -> bytes:

@@ -12,6 +12,7 @@ from forebay_api.http.bodies import off_loop
 from forebay_api.in_flight.idempotency import HEADER, scoped_key
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.openai.format import Format
+from forebay_api.watching.served_models import Asked
 from forebay_contracts.wire import names
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 
@@ -25,7 +26,7 @@ class Accepted(NamedTuple):
     client: Client
     headers: Headers
     completion_type: CompletionType
-    model: str
+    asked: Asked
     created_at: float
 
     @property
@@ -43,7 +44,8 @@ class Accepted(NamedTuple):
             *args,
             id=self.id,
             completion_type=self.completion_type,
-            model=self.model,
+            model=self.asked.model,
+            adapter=self.asked.adapter,
             created_at=self.created_at,
             deadline=self.created_at + timeout_s,
             reply_to=reply_to,

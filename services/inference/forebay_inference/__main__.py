@@ -37,7 +37,7 @@ def build_model(settings: InferenceSettings) -> Model:
     # Imported here, since they take seconds, and each needs libraries that others do without.
     match settings.inference_engine:
         case "simulated":
-            return TextModel(SimulatedEngine())
+            return TextModel(SimulatedEngine(settings.model_adapters))
         case "embedding":
             from forebay_inference.engine.embedding.engine import EmbeddingEngine
 
@@ -66,6 +66,8 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
     """A worker on NATS."""
     worker_id = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
     model = build_model(settings)
+    if settings.model_adapters and not model.adapters:
+        raise ConfigurationError(f"MODEL_ADAPTERS: INFERENCE_ENGINE={settings.inference_engine} has no LoRA adapters")
     apis = Presence(connection, names.APIS_BUCKET, ApiInfo, asked=names.connected_subject)
 
     answers = JetStreamAnswerLog(connection)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from forebay_contracts import program
 from forebay_contracts.settings import InferenceSettings, load
+from forebay_inference.models.adapters import Kind, ensure_adapters
 from forebay_inference.models.store import ensure_gguf, ensure_model
 
 
@@ -16,11 +17,18 @@ def fetch(link: Path | None = None) -> None:
         print(f"the {settings.inference_engine} engine has no model")
         return
     ensure = ensure_gguf if settings.inference_engine == "llamacpp" else ensure_model
-    place = ensure(settings.default_model, settings.data_dir, lambda line: print(line, flush=True), settings.hf_token)
+    place = ensure(settings.default_model, settings.data_dir, _tell, settings.hf_token)
     if link is not None and link.resolve() != place.resolve():
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(place, link.parent))
     print(f"{settings.served_model} is in {place}")
+    kind: Kind = "gguf" if settings.inference_engine == "llamacpp" else "checkpoint"
+    for name, adapter in ensure_adapters(settings, kind, _tell).items():
+        print(f"{settings.served_model}:{name} is in {adapter}")
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

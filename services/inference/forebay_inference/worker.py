@@ -71,7 +71,9 @@ class Worker:
             ForebayError: it could not start, or its engine or a task of its own broke. Another should be started.
         """
         settings = self._settings
-        await topology.ensure(self._connection, settings, settings.served_model, settings.served_aliases)
+        await topology.ensure(
+            self._connection, settings, settings.served_model, settings.served_aliases, settings.model_adapters
+        )
         await clock.measure(self._connection.requests)
         await self._apis.start()
         await self._heartbeat.start()
@@ -231,6 +233,7 @@ class Worker:
             heartbeat_at=time.time(),
             model=self._settings.served_model,
             aliases=self._settings.served_aliases,
+            adapters=tuple(self._settings.model_adapters),
             status=self._status,
             progress=self._progress,
             slots=self._settings.slots,

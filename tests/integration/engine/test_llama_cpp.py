@@ -1,6 +1,7 @@
 """llama.cpp itself, with a tiny model of random weights, whose answers are mostly no UTF-8."""
 
 import asyncio
+import random
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -22,7 +23,7 @@ from forebay_inference.engine.served.process import ServerProcess
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.engine.transformers.convert import convert
 from support.engine import answer, chat
-from support.gguf import write_tiny_gguf
+from support.gguf import write_tiny_gguf, write_tiny_lora
 from support.served import llama_cpp_engine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -33,7 +34,9 @@ PROMPTS = [[7, 8, 9], list(range(30, 90)), [200, 201], [65]]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ServedEngine]:
-    engine = llama_cpp_engine(write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf"), slots=2)
+    folder = tmp_path_factory.mktemp("gguf")
+    adapters = {name: str(write_tiny_lora(folder / f"{name}.gguf", seed)) for seed, name in enumerate(("red", "blue"))}
+    engine = llama_cpp_engine(write_tiny_gguf(folder / "tiny.gguf"), slots=2, model_adapters=adapters)
     model = TextModel(engine)
     await model.start(lambda line: None)
     engine.text = model  # type: ignore[attr-defined]
@@ -81,6 +84,23 @@ async def test_transformers_gives_the_same_tokens_with_the_same_weights(engine: 
         assert await tokens(engine, prompt, end_tokens=frozenset({END})) == whole[0, len(prompt) :].tolist()
 
 
+async def test_what_one_adapter_has_computed_serves_no_other(engine: ServedEngine) -> None:
+    loaded = await asked(engine, "/lora-adapters")
+    assert len(loaded) == 2
+    own = {}
+    for place, name in enumerate(("red", "blue", "")):
+        scales = [{"id": one["id"], "scale": float(one["id"] == place)} for one in loaded]
+        body = {"prompt": PROMPTS[1], "n_predict": 12, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+        answer = await asked(engine, "/completion", body | {"cache_prompt": False, "lora": scales})
+        own[name] = answer["tokens"]
+    draw = random.Random(1)
+    for _ in range(30):
+        # Other prompts push this one out of its slot, into the cache of earlier prompts if there is one.
+        name, prompt = draw.choice(list(own)), draw.choice([PROMPTS[1], list(range(100, 180)), [5] * 70])
+        found = await tokens(engine, prompt, 12, adapter=name)
+        assert prompt != PROMPTS[1] or found == own[name]
+
+
 async def test_a_repetition_penalty_goes_on_after_a_resume(engine: ServedEngine) -> None:
     sampling = Sampling(temperature=0, repetition_penalty=1.4)
     whole = await tokens(engine, PROMPTS[0], sampling=sampling)
@@ -108,9 +128,11 @@ async def test_an_answer_follows_its_schema(engine: ServedEngine) -> None:
     assert found.finish_reason == "stop"
 
 
-async def test_the_probability_of_a_part_of_a_character_is_told_too(engine: ServedEngine) -> None:
+@pytest.mark.parametrize("adapter", ["", "red"])
+async def test_the_probability_of_a_part_of_a_character_is_told_too(engine: ServedEngine, adapter: str) -> None:
     sampling = Sampling(temperature=0, logprobs=2)
-    steps = [step async for step in engine.generate(TokenRequest("r", PROMPTS[1], 24, sampling))]
+    asking = engine.generate(TokenRequest("r", PROMPTS[1], 24, sampling, adapter=adapter))
+    steps = [step async for step in asking]
     assert any(len(step.tokens) > 1 for step in steps)
     for step in steps:
         assert [entry.token for entry in step.logprobs] == list(step.tokens)

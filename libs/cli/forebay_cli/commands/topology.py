@@ -52,8 +52,9 @@ async def apply(
     read = load_settings()
     is_named = model is not None or not {"default_model", "model_name"}.isdisjoint(read.model_fields_set)
     model = model or read.served_model
-    # The settings have the aliases of their own model only. Another model keeps those that its workers wrote.
-    aliases = read.served_aliases if model == read.served_model else None
+    # The settings have the names of their own model only. Another model keeps those that its workers wrote.
+    own = model == read.served_model
+    aliases, adapters = (read.served_aliases, read.model_adapters) if own else (None, None)
     async with connected(read) as link:
         if not dry_run and not await may_change(link):
             raise NotPermitted(
@@ -62,7 +63,7 @@ async def apply(
             )
         if not is_named:
             await _require_known(link, model)
-        changes = await (drift if dry_run else ensure)(link, read, model, aliases)
+        changes = await (drift if dry_run else ensure)(link, read, model, aliases, adapters)
         workers: list[WorkerInfo] = []
         # A cluster that has just made the bucket may not answer for it yet. The changes are made all the same.
         with contextlib.suppress(QueueUnavailable):

@@ -1,6 +1,7 @@
 """What the live consumers tell: which models have one, and where a message stands."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nats.errors import Error as NatsError
 from nats.js.api import ConsumerInfo
@@ -33,17 +34,28 @@ def model_of(consumer: ConsumerInfo) -> str:
 
 def aliases_of(consumer: ConsumerInfo) -> tuple[str, ...]:
     """The other names of a consumer's model."""
-    return tuple(filter(None, (consumer.config.metadata or {}).get(names.ALIASES_METADATA, "").split(",")))
+    return _listed(consumer, names.ALIASES_METADATA)
 
 
-async def known_models(connection: Connection) -> dict[str, tuple[str, ...]]:
-    """Each model that has a consumer, with its aliases. Requests can wait for it even if no worker serves it now.
+def _listed(consumer: ConsumerInfo, key: str) -> tuple[str, ...]:
+    return tuple(filter(None, (consumer.config.metadata or {}).get(key, "").split(",")))
+
+
+class KnownModel(NamedTuple):
+    """The other names of a model, and the names of its LoRA adapters, from its newest worker."""
+
+    aliases: tuple[str, ...]
+    adapters: tuple[str, ...] = ()
+
+
+async def known_models(connection: Connection) -> dict[str, KnownModel]:
+    """Each model that has a consumer. Requests can wait for it even if no worker serves it now.
 
     Raises:
         QueueUnavailable: NATS does not answer.
     """
     return {
-        model_of(consumer): aliases_of(consumer)
+        model_of(consumer): KnownModel(aliases_of(consumer), _listed(consumer, names.ADAPTERS_METADATA))
         for consumer in await consumers(connection)
         if names.MODEL_METADATA in (consumer.config.metadata or {})
     }

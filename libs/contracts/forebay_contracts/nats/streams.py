@@ -1,7 +1,7 @@
 """The streams, buckets and consumers of Forebay, as the settings want them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RePublish, RetentionPolicy, StorageType, StreamConfig
 
@@ -85,9 +85,14 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
     ]
 
 
-def consumer_config(settings: Settings, model: str, aliases: Sequence[str] | None = None) -> ConsumerConfig:
-    """The durable consumer that all workers of `model` share. Its metadata keep the model's name and `aliases`."""
+def consumer_config(
+    settings: Settings, model: str, aliases: Sequence[str] | None = None, adapters: Iterable[str] | None = None
+) -> ConsumerConfig:
+    """The durable consumer that all workers of `model` share. Its metadata keep the model's name, `aliases` and
+    `adapters`."""
     metadata = {names.MODEL_METADATA: model}
+    if adapters is not None:
+        metadata[names.ADAPTERS_METADATA] = ",".join(adapters)
     if aliases is not None:
         metadata[names.ALIASES_METADATA] = ",".join(aliases)
     return ConsumerConfig(

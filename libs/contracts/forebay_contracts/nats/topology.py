@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -38,27 +38,31 @@ another service has just made it with other settings."""
 _ADVICE = {10047: ": give it more storage, or lower ANSWER_LOG_BYTES"}
 """What helps, by the server's error code. Insufficient storage: it reserves the answer log's bytes."""
 
-_ZERO = (None, False, 0, -1)
+_ZERO = (None, False, 0, -1, "")
 """Different ways to write "none"."""
 
 log = logging.getLogger(__name__)
 
 
 async def ensure(
-    connection: Connection, settings: Settings, model: str, aliases: Sequence[str] | None = None
+    connection: Connection,
+    settings: Settings,
+    model: str,
+    aliases: Sequence[str] | None = None,
+    adapters: Iterable[str] | None = None,
 ) -> list[str]:
     """Make streams, buckets and the consumer of `model` as `settings` want them; returns what was changed.
 
-    Any number of services may call it at once. A service that serves the model gives its `aliases`; without them, the
-    stored ones stay. A user that may not change the topology waits START_PATIENCE_S for missing parts. It only logs
-    differences, since the limits of the server are the ones that apply.
+    Any number of services may call it at once. A service that serves the model gives its `aliases` and `adapters`;
+    without them, the stored ones stay. A user that may not change the topology waits START_PATIENCE_S for missing
+    parts. It only logs differences, since the limits of the server are the ones that apply.
 
     Raises:
         ConfigurationError: another model has the same token, the server refuses the configuration, or a part is
             missing that this user may not make.
         QueueUnavailable: NATS does not answer.
     """
-    consumer = consumer_config(settings, model, aliases)
+    consumer = consumer_config(settings, model, aliases, adapters)
     if not await may_change(connection):
         await _wait_for_topology(connection, settings, consumer)
         return []
@@ -115,7 +119,11 @@ async def _wait_for_topology(connection: Connection, settings: Settings, consume
 
 
 async def drift(
-    connection: Connection, settings: Settings, model: str, aliases: Sequence[str] | None = None
+    connection: Connection,
+    settings: Settings,
+    model: str,
+    aliases: Sequence[str] | None = None,
+    adapters: Iterable[str] | None = None,
 ) -> list[str]:
     """What `ensure` would change: each missing or different part in a few words. Changes nothing.
 
@@ -124,7 +132,8 @@ async def drift(
         QueueUnavailable: NATS does not answer.
     """
     try:
-        missing, different = await _compare(connection, settings, consumer_config(settings, model, aliases))
+        wanted = consumer_config(settings, model, aliases, adapters)
+        missing, different = await _compare(connection, settings, wanted)
     except (NatsError, TimeoutError, OSError) as exc:
         raise QueueUnavailable(f"the topology cannot be read: {exc!r}") from exc
     return missing + different

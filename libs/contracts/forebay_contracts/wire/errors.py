@@ -15,6 +15,7 @@ ForebayError
     │   └── UnsupportedByModel    400 model_not_supported
     ├── InvalidApiKey             401
     ├── ModelNotFound             404
+    │   └── AdapterNotFound       404
     ├── RequestNotFound           404
     ├── RequestTimeout            408
     ├── RequestTooLarge           413
@@ -79,7 +80,8 @@ class QueueUnavailable(QueueError):
 
 
 class ModelUnavailable(QueueError):
-    """No worker serves the model now, and NO_WORKER_POLICY is `refuse`. Nothing was accepted."""
+    """No worker serves the model now, and NO_WORKER_POLICY is `refuse`; or not all serve the adapter. Nothing was
+    accepted."""
 
     code = "model_unavailable"
 
@@ -141,6 +143,13 @@ class ModelNotFound(RequestError):
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
+
+
+class AdapterNotFound(ModelNotFound):
+    """The model is served here, but has no adapter of that name."""
+
+    def __init__(self, model: str, adapter: str) -> None:
+        super().__init__(f"The model `{model}` has no adapter `{adapter}`.", param="model")
 
 
 class RequestNotFound(RequestError):

@@ -45,6 +45,7 @@ class WorkerInfo(ServiceInfo):
 
     model: str
     aliases: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     status: WorkerStatus
     progress: str | None = None
     slots: int

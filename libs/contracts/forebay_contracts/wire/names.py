@@ -40,10 +40,18 @@ MODEL_METADATA: Final = "forebay.model"
 ALIASES_METADATA: Final = "forebay.aliases"
 """Metadata key of a consumer: the other names of its model, comma-separated, from its newest worker."""
 
+ADAPTERS_METADATA: Final = "forebay.adapters"
+"""The same for the names of its LoRA adapters."""
+
 
 def model_token(model: str) -> str:
     """A model's name as one subject token and consumer name: `org/Model-1.5` becomes `org-Model-1-5`."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", model).strip("-") or "model"
+
+
+def adapter_model(model: str, adapter: str | None) -> str:
+    """How clients name a model that answers with `adapter`."""
+    return model if adapter is None else f"{model}:{adapter}"
 
 
 def request_subject(model: str, completion_type: str) -> str:

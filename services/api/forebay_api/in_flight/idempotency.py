@@ -179,4 +179,4 @@ def _translated() -> Iterator[None]:
 
 def _body_hash(request: InferenceRequest) -> str:
     own = {"id", "created_at", "deadline", "reply_to"}
-    return hashlib.sha256(request.model_dump_json(exclude=own).encode()).hexdigest()
+    return hashlib.sha256(request.model_dump_json(exclude=own, exclude_defaults=True).encode()).hexdigest()

@@ -182,7 +182,7 @@ class StreamFormat(ABC):
             "id": f"{self._prefix}-{self._request.id}",
             "object": self._chunk_object,
             "created": int(self._request.created_at),
-            "model": self._request.model,
+            "model": self._request.named_model,
         }
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:

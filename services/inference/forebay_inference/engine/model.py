@@ -19,9 +19,11 @@ class ModelFacts:
 
 
 class Model(Protocol):
-    """Answers requests. `completion_types` is what it serves, known before it has started."""
+    """Answers requests. `completion_types` is what it serves, and `adapters` whether it loads LoRA adapters. Both are
+    known before it has started."""
 
     completion_types: tuple[CompletionType, ...]
+    adapters: bool
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel | ModelFacts:
         """Load and warm up; calls `progress` (from any thread) with one readable line a step.

@@ -12,7 +12,7 @@ from typing import Any, Final
 import orjson
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.errors import ConfigurationError, InferenceFailed, InvalidRequest
+from forebay_contracts.wire.errors import AdapterNotFound, ConfigurationError, InferenceFailed, InvalidRequest
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_contracts.wire.state import Usage
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Used
@@ -36,6 +36,7 @@ class OpenAIModel:
     """Asks the server at ENGINE_URL. Construct, `start`, `generate`, `close`."""
 
     completion_types: tuple[CompletionType, ...] = GENERATION
+    adapters = False
 
     def __init__(self, settings: InferenceSettings) -> None:
         self._settings = settings
@@ -74,6 +75,8 @@ class OpenAIModel:
 
     async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[Event, None]:
         """See `Model.generate`. Each piece of text counts as one token; `Used` says how many there were."""
+        if request.adapter is not None:
+            raise AdapterNotFound(request.model, request.adapter)
         if any(resume.values()):
             raise InferenceFailed(
                 "the generation failed, and this model's engine cannot go on with the part of the answer that was sent"

@@ -77,7 +77,8 @@ class Capabilities:
     (`enforced`), none needs to (`ignored`, for tests alone), or a request with one is refused (`no`). With
     `prompt_logprobs`, it is a Scorer. Without `resumes_grammars`, it cannot go on with an answer that has a grammar.
     `refused` are the fields of Sampling that it takes at their defaults alone. `restarts` are those whose effect begins
-    anew behind the tokens of an earlier attempt: it cannot go on with an answer that has one.
+    anew behind the tokens of an earlier attempt: it cannot go on with an answer that has one. With `adapters`, it can
+    load LoRA adapters.
     """
 
     resumes: Literal["exact", "greedy", "no"]
@@ -87,6 +88,7 @@ class Capabilities:
     resumes_grammars: bool = True
     refused: tuple[str, ...] = ()
     restarts: tuple[str, ...] = ()
+    adapters: bool = False
 
 
 class TokenRequest(NamedTuple):
@@ -96,7 +98,7 @@ class TokenRequest(NamedTuple):
     The engine draws random numbers from `seed`. The tokens follow `grammar`, made by `LoadedModel.compile`, where there
     is one. `generated` are the tokens after `prompt` that an earlier attempt generated: they count for penalties,
     grammar and draws, and not for `max_new_tokens`. A token of `end_tokens` ends the sequence, but is not among the
-    first `min_tokens` of `sampling`. `id` is for logs.
+    first `min_tokens` of `sampling`. `adapter` is one of `LoadedModel.adapters`, or empty. `id` is for logs.
     """
 
     id: str
@@ -107,6 +109,7 @@ class TokenRequest(NamedTuple):
     grammar: Any = None
     generated: Sequence[int] = ()
     end_tokens: frozenset[int] = frozenset()
+    adapter: str = ""
 
 
 class TokenLogprob(NamedTuple):
@@ -155,7 +158,8 @@ class LoadedModel:
     `recommended` is what the model recommends of `forebay_contracts.wire.request.RECOMMENDABLE`. `compile` makes
     of a grammar's text what one TokenRequest or more, of one request, take; it may take seconds, on any thread, and
     raises GrammarError. A prompt shorter than `quick_length` may be tokenized on the event loop. An embedding model's
-    vectors have `dimensions` numbers (None: a request may choose), and `prefix` goes before each text.
+    vectors have `dimensions` numbers (None: a request may choose), and `prefix` goes before each text. `adapters` are
+    the names of its LoRA adapters.
     """
 
     tokenizer: Tokenizer
@@ -168,6 +172,7 @@ class LoadedModel:
     quick_length: int = 0
     dimensions: int | None = None
     prefix: str = ""
+    adapters: frozenset[str] = frozenset()
 
 
 class Runtime(Protocol):
@@ -205,9 +210,12 @@ class Engine(Runtime, Protocol):
 class Scorer(Protocol):
     """Tells how likely the tokens of a prompt are. An engine with the capability `prompt_logprobs` is one."""
 
-    def score(self, id: str, prompt: Sequence[int], top: int) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
+    def score(
+        self, id: str, prompt: Sequence[int], top: int, adapter: str = ""
+    ) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
         """For each token of `prompt` but the first, in order and in parts: its log probability after those before it,
-        with the `top` best alternatives. Closing the generator stops within one step. `id` is for logs."""
+        with the `top` best alternatives. Closing the generator stops within one step. `id` is for logs. For `adapter`
+        see `TokenRequest`."""
 
 
 @runtime_checkable

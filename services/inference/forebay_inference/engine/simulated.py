@@ -6,7 +6,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -123,13 +123,14 @@ class SimulatedTokenizer:
 class SimulatedEngine:
     """Obeys orders in the prompt; a lost or doubled token shows in its text. One engine, any concurrency.
 
-    Sampling has no effect but for the seed of `random`; a grammar has none. An embedding is a function of its input
-    alone, a unit vector.
+    Sampling has no effect but for the seed of `random`, which an adapter changes; a grammar has none. An embedding is a
+    function of its input alone, a unit vector.
     """
 
-    capabilities = Capabilities(resumes="exact", grammars="ignored", logprobs=True, prompt_logprobs=True)
+    capabilities = Capabilities(resumes="exact", grammars="ignored", logprobs=True, prompt_logprobs=True, adapters=True)
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: Iterable[str] = ()) -> None:
+        self._adapters = frozenset(adapters)
         self._tokenizer = SimulatedTokenizer()
         self._running = 0
         self._steps = 0
@@ -138,13 +139,15 @@ class SimulatedEngine:
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Nothing to load."""
         progress("simulated engine: nothing to load")
-        return LoadedModel(self._tokenizer, _CONTEXT_LENGTH, "none", "none", quick_length=_QUICK_LENGTH)
+        return LoadedModel(
+            self._tokenizer, _CONTEXT_LENGTH, "none", "none", quick_length=_QUICK_LENGTH, adapters=self._adapters
+        )
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[Step, None]:
         """`t0 t1 …`, as ordered."""
         text = await self._text(request.prompt)
         orders, sampling = orders_in(text), request.sampling
-        answer = orders.answer(text, request.seed if sampling.temperature else "")
+        answer = orders.answer(text, (request.seed if sampling.temperature else "") + request.adapter)
         first, ends, count = len(request.generated), request.end_tokens, sampling.logprobs
         delay_s = orders.delay_ms / 1000
         self._running += 1
@@ -165,11 +168,13 @@ class SimulatedEngine:
         finally:
             self._running -= 1
 
-    async def score(self, id: str, prompt: Sequence[int], top: int) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
+    async def score(
+        self, id: str, prompt: Sequence[int], top: int, adapter: str = ""
+    ) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
         """A function of the tokens and their places."""
         for place, token in enumerate(prompt[1:], 1):
             await asyncio.sleep(0)
-            yield (_logprobs("", place, token, top)[0]._replace(rank=1),)
+            yield (_logprobs(adapter, place, token, top)[0]._replace(rank=1),)
 
     async def embed(
         self, inputs: Mapping[int, Sequence[int]], dimensions: int | None

@@ -99,7 +99,7 @@ class MessagesFormat:
             "id": f"msg_{self._request.id.replace('-', '')}",
             "type": "message",
             "role": "assistant",
-            "model": self._request.model,
+            "model": self._request.named_model,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,

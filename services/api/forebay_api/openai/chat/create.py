@@ -29,7 +29,7 @@ async def complete(context: Context, accepted: Accepted) -> Prepared:
             key=request.key,
             created_at=request.created_at,
             deadline=request.deadline,
-            model=request.model,
+            model=request.named_model,
             messages=request.messages,
             logprobs=request.sampling.logprobs,
             return_prompt=request.return_prompt,

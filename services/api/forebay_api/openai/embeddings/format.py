@@ -20,7 +20,7 @@ class EmbeddingFormat:
     """A list of vectors: each a list of numbers, or base64 as it came from the worker."""
 
     def __init__(self, request: InferenceRequest, body: EmbeddingBody) -> None:
-        self._model = request.model
+        self._model = request.named_model
         self._base64 = body.encoding_format == "base64"
 
     def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:

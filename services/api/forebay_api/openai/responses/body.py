@@ -243,7 +243,7 @@ class ResponseBody(PromptBody):
             key=queued.key,
             created_at=queued.created_at,
             deadline=queued.deadline,
-            model=queued.model,
+            model=queued.named_model,
             input=items,
             previous_response_id=self.previous_response_id,
             conversation=self.conversation_id,

@@ -1,8 +1,9 @@
 """What the served engine needs to know of a kind of inference server."""
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_inference.engine.protocol import Capabilities, Step, Tokenizer, TokenLogprob, TokenRequest
@@ -22,7 +23,8 @@ class Served:
 
     `context_length` in tokens is that of one sequence. `end_tokens` are those at which the server itself ends a
     sequence, empty where it does not tell them. `capabilities` replace those of the dialect, where this server has
-    fewer. It computes `slots` sequences at once, None where it does not tell.
+    fewer. It computes `slots` sequences at once, None where it does not tell. `adapters` are the fields of a request to
+    the server by which it answers with an adapter, for each by its name, and for none.
     """
 
     version: str
@@ -32,6 +34,7 @@ class Served:
     end_tokens: frozenset[int] = frozenset()
     capabilities: Capabilities | None = None
     slots: int | None = None
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
 
 
 class Load(NamedTuple):
@@ -82,6 +85,26 @@ class ScoringDialect(Protocol):
     """A dialect with the capability `prompt_logprobs`."""
 
     def score(
-        self, http: Http, id: str, prompt: Sequence[int], top: int, served: Served
+        self, http: Http, id: str, prompt: Sequence[int], top: int, adapter: str, served: Served
     ) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
         """See `Scorer.score`."""
+
+
+class AdapterDialect(Protocol):
+    """A dialect with the capability `adapters`."""
+
+    def adapter_arguments(self, settings: InferenceSettings, adapters: Mapping[str, Path]) -> Sequence[str]:
+        """What the command that starts the server needs to load `adapters`.
+
+        Raises:
+            ConfigurationError: one cannot be loaded.
+        """
+
+    async def adapters(
+        self, http: Http, adapters: Mapping[str, Path], *, started: bool
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """See `Served.adapters`. With `started`, the server got `adapter_arguments`.
+
+        Raises:
+            ConfigurationError: the server has not loaded one of `adapters`.
+        """

@@ -5,11 +5,11 @@ import logging
 import secrets
 import shlex
 import shutil
-import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast
 
@@ -25,11 +25,12 @@ from forebay_inference.engine.protocol import (
     TokenLogprob,
     TokenRequest,
 )
-from forebay_inference.engine.served.dialect import Dialect, Load, NotReady, ScoringDialect, Served
+from forebay_inference.engine.served.dialect import AdapterDialect, Dialect, Load, NotReady, ScoringDialect, Served
 from forebay_inference.engine.served.http import Http, ServerFailed, ServerGone
-from forebay_inference.engine.served.process import ServerProcess, filled
+from forebay_inference.engine.served.process import ServerProcess, filled, free_port
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
+from forebay_inference.models.adapters import ensure_adapters
 from forebay_inference.models.store import ensure_gguf, ensure_model, recommended_sampling
 
 log = logging.getLogger(__name__)
@@ -73,14 +74,18 @@ class ServedEngine:
             ConfigurationError: the server ended, took longer than ENGINE_START_TIMEOUT, or serves something else.
         """
         settings, name = self._settings, self._dialect.name
-        model = await in_daemon_thread(lambda: self._fetch(progress))
+        model, adapters = await in_daemon_thread(lambda: self._fetch(progress))
         progress("reading the tokenizer")
         read = await in_daemon_thread(lambda: read_tokenizer(model))
-        self._http = http = await self._server(model, progress)
+        self._http = http = await self._server(model, adapters, progress)
         try:
             async with asyncio.timeout(settings.engine_start_timeout):
                 served = await self._until_served(http, read.tokenizer, progress)
                 self._check(served, read.vocabulary_size)
+                if adapters:
+                    adapting = cast(AdapterDialect, self._dialect)
+                    fields = await adapting.adapters(http, adapters, started=self._process is not None)
+                    served = replace(served, adapters=fields)
                 self._served = served
                 progress("warming up")
                 async for _ in self.generate(TokenRequest("warm-up", read.tokenizer.encode("The"), 2, _GREEDY)):
@@ -89,7 +94,7 @@ class ServedEngine:
             raise ConfigurationError(
                 f"{name} did not serve within {settings.engine_start_timeout:g} s: {self._told}"
             ) from exc
-        except EngineFault as exc:
+        except (EngineFault, ServerFailed) as exc:
             raise ConfigurationError(f"{name} cannot serve {settings.default_model}: {exc}") from exc
         self._watching = asyncio.create_task(self._watch(http))
         return LoadedModel(
@@ -100,17 +105,18 @@ class ServedEngine:
             read.end_tokens | served.end_tokens,
             recommended_sampling(settings.default_model, model),
             read.compile,
+            adapters=frozenset(adapters),
         )
 
-    async def _server(self, model: Path, progress: Callable[[str], None]) -> Http:
+    async def _server(self, model: Path, adapters: Mapping[str, Path], progress: Callable[[str], None]) -> Http:
         """The server of ENGINE_URL, or one that is started now."""
         url, key = self._settings.engine_url, self._settings.engine_api_key
         if url is not None:
             return Http(url, None if key is None else key.get_secret_value())
-        port = _free_port()
+        port = free_port()
         # Other users of this machine may reach the port.
         own_key = secrets.token_hex(16) if key is None else key.get_secret_value()
-        await self._start_server(model, port, own_key, progress)
+        await self._start_server(model, adapters, port, own_key, progress)
         return Http(f"http://127.0.0.1:{port}", own_key)
 
     def _check(self, served: Served, vocabulary_size: int) -> None:
@@ -124,12 +130,18 @@ class ServedEngine:
         if served.slots is not None and served.slots < (slots := self._settings.slots):
             log.warning("[%s] has %d slots, and the worker has %d", self._dialect.name, served.slots, slots)
 
-    def _fetch(self, progress: Callable[[str], None]) -> Path:
+    def _fetch(self, progress: Callable[[str], None]) -> tuple[Path, dict[str, Path]]:
+        """The model, and the adapters as the server knows them."""
         settings = self._settings
         ensure = ensure_gguf if self._dialect.weights == "gguf" else ensure_model
-        return ensure(settings.default_model, settings.data_dir, progress, settings.hf_token)
+        model = ensure(settings.default_model, settings.data_dir, progress, settings.hf_token)
+        if settings.engine_url is not None:
+            return model, {name: Path(place) for name, place in settings.model_adapters.items()}
+        return model, ensure_adapters(settings, self._dialect.weights, progress)
 
-    async def _start_server(self, model: Path, port: int, key: str, progress: Callable[[str], None]) -> None:
+    async def _start_server(
+        self, model: Path, adapters: Mapping[str, Path], port: int, key: str, progress: Callable[[str], None]
+    ) -> None:
         settings = self._settings
         given = settings.engine_command
         command = self._dialect.command(settings) if given is None else shlex.split(given)
@@ -141,6 +153,8 @@ class ServedEngine:
             "slots": settings.slots,
         }
         command = filled(command, values)
+        if adapters:
+            command += cast(AdapterDialect, self._dialect).adapter_arguments(settings, adapters)
         if shutil.which(command[0]) is None:
             raise ConfigurationError(f"{settings.inference_engine}: there is no program {command[0]}")
         self._process = ServerProcess(self._dialect.name)
@@ -197,13 +211,15 @@ class ServedEngine:
         finally:
             self._sequences -= 1
 
-    async def score(self, id: str, prompt: Sequence[int], top: int) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
+    async def score(
+        self, id: str, prompt: Sequence[int], top: int, adapter: str = ""
+    ) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
         """See `Scorer.score`."""
         http, served = self._serving()
         dialect = cast(ScoringDialect, self._dialect)
         self._sequences += 1
         try:
-            async with aclosing(dialect.score(http, id, prompt, top, served)) as parts:
+            async with aclosing(dialect.score(http, id, prompt, top, adapter, served)) as parts:
                 async for part in parts:
                     self._steps += 1
                     yield part
@@ -276,9 +292,3 @@ def _cut(step: Step, ends: frozenset[int]) -> Step:
     """`step` up to its first end token."""
     count = next(place for place, token in enumerate(step.tokens, 1) if token in ends)
     return Step(step.tokens[:count], step.logprobs[:count], "stop", step.cached_tokens)
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])

@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=0, help="tokens of a slot; 0: the model's, if memory suffices")
     parser.add_argument("--batch", type=int, default=512, help="tokens in one forward pass")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="threads of a forward pass")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE", help="a LoRA adapter; may be repeated")
+    parser.add_argument("--lora-init-without-apply", action="store_true", help="apply no adapter by itself")
+    parser.add_argument("--cache-ram", type=int, metavar="MIB", help="memory for earlier prompts")
     given = parser.parse_args()
     ends = {signal.SIGTERM, signal.SIGINT}
     # Before the server starts its threads, which inherit the mask.
@@ -57,13 +60,15 @@ def _server(given: argparse.Namespace) -> Any:
     params.n_batch = max(given.batch, given.slots)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
     params.endpoint_metrics = True
+    scale = 0.0 if given.lora_init_without_apply else 1.0
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(file, scale) for file in given.lora]
     if key := os.environ.get("LLAMA_API_KEY"):
         params.api_keys = [key]
     params.verbosity = _ERRORS
     memory = psutil.virtual_memory()
     free = int(memory.available * _MEMORY_SHARE)
     # Beside the cache of the slots, the prompts that were in them before.
-    params.cache_ram_mib = min(params.cache_ram_mib, free // 4 >> 20)
+    params.cache_ram_mib = min(params.cache_ram_mib, free // 4 >> 20) if given.cache_ram is None else given.cache_ram
     if len(xllamacpp.get_device_info()) == 1:
         # On a CPU, llama.cpp compares with all memory of the machine and leaves so much of it free.
         params.fit_params_target = [memory.total - free]

@@ -1,9 +1,10 @@
 """llama.cpp's server: `llama-server`, or the same from the wheel `xllamacpp`."""
 
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from forebay_contracts.settings import InferenceSettings
@@ -18,6 +19,7 @@ from forebay_inference.engine.protocol import (
 )
 from forebay_inference.engine.served.dialect import PROBE, Load, NotReady, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
+from forebay_inference.engine.served.llama_lora import lora_fields
 
 MAX_SLOTS: Final = 256
 """Sequences that llama.cpp computes at once (LLAMA_MAX_SEQ)."""
@@ -45,6 +47,7 @@ class LlamaCpp:
         logprobs=True,
         resumes_grammars=False,
         refused=("presence_penalty", "frequency_penalty", "min_tokens"),
+        adapters=True,
     )
 
     def __init__(self) -> None:
@@ -109,10 +112,22 @@ class LlamaCpp:
     def _short(self, count: int) -> dict[str, Any]:
         return {"prompt": self._tokenizer.encode("The"), "n_predict": count}
 
+    def adapter_arguments(self, settings: InferenceSettings, adapters: Mapping[str, Path]) -> Sequence[str]:
+        """See `AdapterDialect.adapter_arguments`."""
+        # The cache of earlier prompts does not tell adapters apart: one would go on with what another has computed.
+        files = [word for file in adapters.values() for word in ("--lora", str(file))]
+        return [*files, "--lora-init-without-apply", "--cache-ram", "0"]
+
+    async def adapters(
+        self, http: Http, adapters: Mapping[str, Path], *, started: bool
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """See `AdapterDialect.adapters`."""
+        return lora_fields(http.url, await http.json("/lora-adapters"), adapters, started=started)
+
     async def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
         """See `Dialect.generate`."""
         matcher = None if request.grammar is None else request.grammar.matcher.deep_copy()
-        answer = _Answer(request, self._tokenizer)
+        answer = _Answer(request, self._tokenizer, served.adapters[request.adapter])
         while True:
             untold, last = 0, None
             async with aclosing(http.events(_PATH, _body(answer.rest(), served))) as events:
@@ -150,22 +165,20 @@ class LlamaCpp:
         known = [*answer.request.prompt, *answer.tokens[: -len(step.tokens)]]
         found = []
         for token in step.tokens:
-            found.append(
-                told.get(token) or await self._logprob(http, known, token, answer.request.sampling.logprobs or 0)
-            )
+            found.append(told.get(token) or await self._logprob(http, answer, known, token))
             known.append(token)
         return tuple(found)
 
-    async def _logprob(self, http: Http, known: Sequence[int], token: int, top: int) -> TokenLogprob:
+    async def _logprob(self, http: Http, answer: "_Answer", known: Sequence[int], token: int) -> TokenLogprob:
         """That of `token` after `known`: whatever the server chooses there, it tells the likeliest ones."""
         (told,) = self._tokenizer.encode("a", special_tokens=False)[:1]
         for count in (100, self._tokenizer.vocabulary_size):
             body = {"prompt": known, "n_predict": 1, "n_probs": count, "logit_bias": [[told, _CERTAIN]]}
-            answer = await http.json(_PATH, body | {"response_fields": ["completion_probabilities"]}, None)
-            (place,) = answer["completion_probabilities"]
+            body |= {"response_fields": ["completion_probabilities"], **answer.adapter}
+            (place,) = (await http.json(_PATH, body, None))["completion_probabilities"]
             best = [(one["id"], one["logprob"]) for one in place["top_logprobs"]]
             if (logprob := dict(best).get(token)) is not None:
-                return TokenLogprob(token, logprob, tuple(best[:top]))
+                return TokenLogprob(token, logprob, tuple(best[: answer.request.sampling.logprobs or 0]))
         raise ServerFailed("the server tells no log probability of a token")
 
     async def load(self, http: Http) -> Load:
@@ -183,14 +196,16 @@ class LlamaCpp:
 
 
 class _Answer:
-    """Follows one sequence. `tokens` are those that were told, with the ones of an earlier attempt.
+    """Follows one sequence. `tokens` are those that were told, with the ones of an earlier attempt. For `adapter` see
+    `Served.adapters`.
 
     The server streams an event a token. But it leaves out a token after which a character is incomplete, and tells its
     text and its count with the next one.
     """
 
-    def __init__(self, request: TokenRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: TokenRequest, tokenizer: Tokenizer, adapter: Mapping[str, Any]) -> None:
         self.request = request
+        self.adapter = adapter
         self.tokens = list(request.generated)
         self._tokenizer = tokenizer
         self._streamed = 0
@@ -271,6 +286,7 @@ def _body(request: TokenRequest, served: Served) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
         "ignore_eos": served.end_tokens.isdisjoint(request.end_tokens),
+        **served.adapters[request.adapter],
     }
     if sampling.repetition_penalty != 1.0:
         body |= {"repeat_penalty": sampling.repetition_penalty, "repeat_last_n": served.context_length}

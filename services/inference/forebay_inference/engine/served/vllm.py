@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from glob import glob
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import psutil
@@ -17,6 +18,7 @@ from forebay_inference.engine.protocol import Capabilities, Step, Tokenizer, Tok
 from forebay_inference.engine.served.dialect import PROBE, Load, NotReady, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
 from forebay_inference.engine.served.metrics import samples
+from forebay_inference.models.adapters import rank_of
 
 _PATH: Final = "/v1/completions"
 OLDEST: Final = (0, 12)
@@ -25,6 +27,11 @@ OLDEST: Final = (0, 12)
 _ACCELERATORS: Final = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
 _CACHE_PART: Final = 4
 """On a CPU, one in so many of the bytes free. vLLM itself takes nine tenths of the machine's memory there."""
+
+_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of --max-lora-rank."""
+_MAX_LORAS: Final = 8
+"""Adapters in one batch; each takes memory of the GPU. Others wait for a place, and are kept in the main memory."""
 
 _SCORING_S: Final = 600.0
 _GRAMMAR: Final = '%llguidance {}\nstart: %json {"enum": [1]}'
@@ -43,6 +50,7 @@ class VLLM:
         prompt_logprobs=True,
         resumes_grammars=False,
         restarts=("presence_penalty", "frequency_penalty"),
+        adapters=True,
     )
 
     def command(self, settings: InferenceSettings) -> Sequence[str]:
@@ -54,7 +62,6 @@ class VLLM:
         made = {"auto": (), "none": (), "nf4": ("--quantization", "bitsandbytes")}
         if (wanted := settings.model_quantization) not in made:
             raise ConfigurationError(f"MODEL_QUANTIZATION={wanted} cannot be had from vLLM: use auto, none or nf4")
-        on_cpu = settings.model_device == "cpu" or not any(map(glob, _ACCELERATORS))
         return [
             *("{python}", "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", "{model}", "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"),
@@ -62,7 +69,11 @@ class VLLM:
             *("--structured-outputs-config.backend", "guidance"),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
             *made[wanted],
-            *(("--kv-cache-memory-bytes", str(psutil.virtual_memory().available // _CACHE_PART)) if on_cpu else ()),
+            *(
+                ("--kv-cache-memory-bytes", str(psutil.virtual_memory().available // _CACHE_PART))
+                if _on_cpu(settings)
+                else ()
+            ),
         ]
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
@@ -84,11 +95,36 @@ class VLLM:
         await _refuse_other_grammars(http, tokenizer)
         return served
 
+    def adapter_arguments(self, settings: InferenceSettings, adapters: Mapping[str, Path]) -> Sequence[str]:
+        """See `AdapterDialect.adapter_arguments`."""
+        # On a CPU, what has no adapter is computed with the one in the last place, which so stays empty.
+        places = len(adapters) + 1 if _on_cpu(settings) else min(len(adapters), _MAX_LORAS)
+        rank = max(map(rank_of, adapters.values()))
+        if rank > _RANKS[-1]:
+            raise ConfigurationError(f"vLLM loads adapters of rank {_RANKS[-1]} at most, and one has {rank}")
+        return [
+            *("--enable-lora", "--max-lora-rank", str(next(one for one in _RANKS if one >= rank))),
+            *("--max-loras", str(places), "--max-cpu-loras", str(max(places, len(adapters)))),
+            *("--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())),
+        ]
+
+    async def adapters(
+        self, http: Http, adapters: Mapping[str, Path], *, started: bool
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """See `AdapterDialect.adapters`. The server's own names of them are those of `adapters`."""
+        models = (await http.json("/v1/models"))["data"]
+        loaded = {one["id"] for one in models if one.get("parent")} - {
+            one["id"] for one in models if not one.get("parent")
+        }
+        if missing := sorted(adapters.keys() - loaded):
+            raise ConfigurationError(f"the server at {http.url} has no LoRA adapter {', '.join(missing)}")
+        return {"": {}} | {name: {"model": name} for name in adapters}
+
     async def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
         """See `Dialect.generate`."""
         last: Step | None = None
         cached = 0
-        async with aclosing(http.events(_PATH, _body(request))) as events:
+        async with aclosing(http.events(_PATH, {**_body(request), **served.adapters[request.adapter]})) as events:
             async for event in events:
                 if "error" in event:
                     raise _failed(event["error"])
@@ -102,11 +138,11 @@ class VLLM:
             yield last._replace(cached_tokens=cached)
 
     async def score(
-        self, http: Http, id: str, prompt: Sequence[int], top: int, served: Served
+        self, http: Http, id: str, prompt: Sequence[int], top: int, adapter: str, served: Served
     ) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
         """See `ScoringDialect.score`. The server tells all of it at once."""
         body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
-        answer = await http.json(_PATH, body, _SCORING_S)
+        answer = await http.json(_PATH, {**body, **served.adapters[adapter]}, _SCORING_S)
         entries = answer["choices"][0]["prompt_logprobs"]
         yield tuple(_scored(token, told, top) for token, told in zip(prompt[1:], entries[1:], strict=True))
 
@@ -115,6 +151,10 @@ class VLLM:
         found = samples(await http.get("/metrics"), ("vllm:iteration_tokens_total_count", "vllm:kv_cache_usage_perc"))
         usage = found["vllm:kv_cache_usage_perc"]
         return Load(int(sum(found["vllm:iteration_tokens_total_count"])), max(usage) if usage else None)
+
+
+def _on_cpu(settings: InferenceSettings) -> bool:
+    return settings.model_device == "cpu" or not any(map(glob, _ACCELERATORS))
 
 
 async def _refuse_other_grammars(http: Http, tokenizer: Tokenizer) -> None:

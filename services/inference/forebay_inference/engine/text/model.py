@@ -7,7 +7,7 @@ from contextlib import aclosing
 from functools import cached_property, partial
 from typing import TypeVar, cast
 
-from forebay_contracts.wire.errors import InferenceFailed, UnsupportedByModel
+from forebay_contracts.wire.errors import AdapterNotFound, InferenceFailed, UnsupportedByModel
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Vector
 from forebay_inference.engine.protocol import (
@@ -43,7 +43,7 @@ _CANNOT_RESUME = "the generation failed, and this model's engine cannot go on wi
 class TextModel:
     """Answers chats and completions from an Engine, and embeddings from an Embedder; `engine` may be both.
 
-    `completion_types` is what it serves, known before it has started. `closed_schemas` is the setting of that name.
+    For `completion_types` and `adapters` see `Model`. `closed_schemas` is the setting of that name.
     """
 
     def __init__(self, engine: Engine | Embedder, *, closed_schemas: bool = True) -> None:
@@ -54,6 +54,7 @@ class TextModel:
             *(GENERATION if self._generator is not None else ()),
             *((CompletionType.EMBEDDING,) if self._embedder is not None else ()),
         )
+        self.adapters = self._generator is not None and self._generator.capabilities.adapters
         self._serving: _Serving | None = None
         self._closed_schemas = closed_schemas
         # To tokenize a long prompt or to compile a grammar takes long, which is done beside the event loop. A grammar
@@ -77,6 +78,8 @@ class TextModel:
                 before Accepted.
             EngineFault: the engine failed, at any point.
         """
+        if request.adapter is not None and request.adapter not in self._ready().loaded.adapters:
+            raise AdapterNotFound(request.model, request.adapter)
         embedding = request.completion_type is CompletionType.EMBEDDING
         if embedding and self._embedder is not None:
             return self._vectors(self._embedder, request, resume)
@@ -280,6 +283,7 @@ def _sequence(request: InferenceRequest, prepared: Prepared, choice: Choice) -> 
         prepared.grammar,
         tuple(choice.tokens),
         prepared.end_tokens,
+        request.adapter or "",
     )
 
 

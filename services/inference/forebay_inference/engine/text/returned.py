@@ -59,7 +59,7 @@ async def _parts(
     literal = given if isinstance(given, str) else ""
     part: list[frames.TokenLogprob] = []
     begun = False
-    async with aclosing(_scored(scorer, f"{request.id}/{place}", prompt, request.prompt_logprobs)) as scored:
+    async with aclosing(_scored(scorer, request, place, prompt, request.prompt_logprobs)) as scored:
         async for one in scored:
             part.append(with_text(one, decoder, bytes_of, first=not begun, given=literal))
             begun = begun or bool(decoder.piece(one.token))
@@ -70,9 +70,12 @@ async def _parts(
         yield tuple(entry.token for entry in part), tuple(part)
 
 
-async def _scored(scorer: Scorer, id: str, prompt: Prompt, top: int) -> AsyncGenerator[TokenLogprob, None]:
+async def _scored(
+    scorer: Scorer, request: InferenceRequest, place: int, prompt: Prompt, top: int
+) -> AsyncGenerator[TokenLogprob, None]:
     yield TokenLogprob(prompt.tokens[0], None)
-    async with aclosing(scorer.score(id, prompt.tokens, top)) as parts:
+    scores = scorer.score(f"{request.id}/{place}", prompt.tokens, top, request.adapter or "")
+    async with aclosing(scores) as parts:
         async for part in parts:
             for one in part:
                 yield one

@@ -120,7 +120,9 @@ class TransformersEngine:
         finally:
             batch.cancel(sequence.id)
 
-    async def score(self, id: str, prompt: Sequence[int], top: int) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
+    async def score(
+        self, id: str, prompt: Sequence[int], top: int, adapter: str = ""
+    ) -> AsyncGenerator[tuple[TokenLogprob, ...], None]:
         """See `Scorer.score`."""
         batch = self._started()
         for start in range(0, len(prompt) - 1, SCORED_PART):
