@@ -48,15 +48,16 @@ class Create:
         """Serve one request. Raises the ApiError that the client gets instead of an answer."""
         context, request = self._context, Request(scope, receive)
         prepared = await self._endpoint.prepare(context, await self._accepted(request))
-        queued = request.state.queued = prepared.request
+        queued, answered, begins_after_s = prepared.request, prepared.answered, prepared.begins_after_s
+        request.state.queued = queued
         early = request.headers.get(EARLY_HEADER) == "early"
-        del request  # It may wait for long: only what it needs is kept.
-        async with prepared.answered as answer:
+        async with answered as answer:
             # With an Idempotency-Key it may be the answer of an earlier request, which has another id.
             scope["state"]["request_id"] = answer.request.id
-            writer = prepared.format(answer.request)
-            if prepared.at_once is not None:
-                whole = prepared.at_once()
+            writer, at_once = prepared.format(answer.request), prepared.at_once
+            del request, prepared  # It may wait for long: only what it needs is kept.
+            if at_once is not None:
+                whole = at_once()
             else:
                 peer = Peer.of(scope)
                 peer.watch(answer.leave)
@@ -65,7 +66,7 @@ class Create:
                         if early:
                             await context.dispatcher.registered(queued.id)
                         else:
-                            early = not await _started(answer, prepared.begins_after_s)
+                            early = not await _started(answer, begins_after_s)
                         await self._stream(answer, cast(StreamWriter, writer), send, early=early)
                         return
                     whole = await self._whole(answer, writer)
