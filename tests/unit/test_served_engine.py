@@ -257,6 +257,11 @@ async def test_a_server_that_answers_nothing_any_more_is_a_fault(server: FakeLla
         await steps(engine)
 
 
+async def test_metrics_that_make_no_sense_are_no_answer(server: FakeLlama, engine: ServedEngine) -> None:
+    server.steps = "many"
+    await comes(lambda: "llama.cpp has not answered for 1 s" in str(engine.status().fault))
+
+
 async def test_a_server_that_is_gone_is_a_fault_at_once(model: Path) -> None:
     async with FakeLlama(read_tokenizer(model).tokenizer).running() as server:
         engine = engine_at(server.url, model)

@@ -270,7 +270,7 @@ class ServedEngine:
                 async with asyncio.timeout(answer_s):
                     self._load = await self._dialect.load(http)
                 silent_s = 0.0
-            except (ServerFailed, TimeoutError) as exc:
+            except Exception as exc:  # an answer may be wrong in any way
                 # While this process is stopped, the server cannot answer it.
                 silent_s += min(loop.time() - asked, answer_s) + _LOOK_S
                 if silent_s >= (min(_GONE_S, patience_s) if isinstance(exc, ServerGone) else patience_s):
