@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import errno
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
@@ -260,6 +263,22 @@ async def test_a_server_that_answers_nothing_any_more_is_a_fault(server: FakeLla
 async def test_metrics_that_make_no_sense_are_no_answer(server: FakeLlama, engine: ServedEngine) -> None:
     server.steps = "many"
     await comes(lambda: "llama.cpp has not answered for 1 s" in str(engine.status().fault))
+
+
+async def test_a_process_without_files_left_does_not_take_its_server_for_gone(
+    engine: ServedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http = engine._http
+    assert http is not None
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        key: Any = SimpleNamespace(host="h", port=1, ssl=True)
+        raise aiohttp.ClientConnectorError(key, OSError(errno.EMFILE, "too many open files"))
+
+    monkeypatch.setattr(http._kept, "request", refuse)
+    with pytest.raises(EngineFault, match="too many connections"):
+        await steps(engine)
+    assert engine.status().fault is None
 
 
 async def test_a_server_that_is_gone_is_a_fault_at_once(model: Path) -> None:

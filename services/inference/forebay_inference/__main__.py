@@ -6,12 +6,14 @@ import signal
 import socket
 import sys
 import uuid
+from typing import Final
 
 import uvloop
 
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.presence import Presence
+from forebay_contracts.process import raise_file_limit
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
@@ -30,6 +32,11 @@ from forebay_inference.engine.text.model import TextModel
 from forebay_inference.exposition import serve as expose
 from forebay_inference.worker import Worker
 from forebay_inference.worker_metrics import WorkerMetrics
+
+FILES_PER_SLOT: Final = 128
+"""A request may have 128 choices, and each may be a connection to an inference server."""
+
+SPARE_FILES: Final = 256
 
 
 def build_model(settings: InferenceSettings) -> Model:
@@ -93,6 +100,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
 
 async def serve(settings: InferenceSettings) -> None:
     """Connect, work, drain."""
+    raise_file_limit(settings.slots * FILES_PER_SLOT + SPARE_FILES)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for ending in (signal.SIGTERM, signal.SIGINT):

@@ -1,6 +1,7 @@
 """HTTP to one inference server."""
 
 import asyncio
+import errno
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
@@ -118,6 +119,8 @@ class Http:
             try:
                 return await session.request(method, self.url + path, **options)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+                if exc.errno in (errno.EMFILE, errno.ENFILE):
+                    raise ServerFailed("this process has too many connections") from exc
                 raise ServerGone(f"nothing answers at {self.url}") from exc
             except (aiohttp.ClientError, OSError) as exc:
                 if session is self._fresh:
