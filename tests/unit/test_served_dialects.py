@@ -208,6 +208,11 @@ async def test_a_server_is_identified(
     [
         (VLLM(), vllm_answers(**{"/version": {"version": "0.9.2"}}), "vLLM 0.9.2 is too old"),
         (VLLM(), vllm_answers(**{"/v1/models": {}}), "does not answer like vLLM"),
+        (VLLM(), vllm_answers(**{"/v1/models": lambda _: web.Response(status=401)}), "ENGINE_API_KEY is not its key"),
+        (VLLM(), vllm_answers(**{"/version": lambda _: web.Response(status=404)}), "/version was answered with"),
+        (VLLM(), vllm_answers(**{"/tokenize": {}}), "does not answer like vLLM"),
+        (SGLang(), sglang_answers(**{"/tokenize": {}}), "does not answer like SGLang"),
+        (SGLang(), sglang_answers(**{"/get_server_info": b"[]"}), "does not answer like SGLang"),
         (VLLM(), vllm_answers(**{COMPLETIONS: lambda _: web.Response(status=400)}), "--structured-outputs-config"),
         (SGLang(), sglang_answers(**{"/get_server_info": {"grammar_backend": "xgrammar"}}), "--grammar-backend"),
         (SGLang(), sglang_answers(**{"/metrics": lambda _: web.Response(status=404)}), "--enable-metrics"),

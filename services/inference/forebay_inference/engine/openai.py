@@ -18,6 +18,7 @@ from forebay_contracts.wire.state import Usage
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Used
 from forebay_inference.engine.model import ModelFacts
 from forebay_inference.engine.protocol import EngineFault, EngineStatus
+from forebay_inference.engine.served.dialect import MESSAGE_LENGTH
 from forebay_inference.engine.served.http import Http, ServerFailed
 
 _LOOK_S: Final = 5.0
@@ -28,7 +29,6 @@ _PATHS: Final = {
 _REFUSALS: Final = frozenset({400, 404, 413, 422})
 """The answers that say that a request is at fault. 404 is an endpoint that the server has not."""
 _FORMS: Final = ("text", "json_object", "json_schema")
-_MESSAGE_LENGTH: Final = 2000
 _NO_TOKEN: Final = (0,)
 """Stands for the tokens of one piece of text: what is sent is counted, to find repetitions and holes."""
 
@@ -66,7 +66,7 @@ class OpenAIModel:
                 break
             except ServerFailed as exc:
                 if exc.status in (401, 403):
-                    raise ConfigurationError(f"{url} refuses ENGINE_API_KEY (status {exc.status})") from exc
+                    raise ConfigurationError(f"the server at {url}: {exc}") from exc
                 if time.monotonic() - started > settings.engine_start_timeout:
                     raise ConfigurationError(f"no answer within {settings.engine_start_timeout:g} s: {exc}") from exc
                 progress(f"waiting for {url}: {exc}")
@@ -260,7 +260,7 @@ def _event_fault(error: Any) -> EngineFault | InvalidRequest:
 def _refusal(error: Mapping[str, Any]) -> InvalidRequest:
     param, code = error.get("param"), error.get("code")
     return InvalidRequest(
-        str(error.get("message") or "The server refuses the request.")[:_MESSAGE_LENGTH],
+        str(error.get("message") or "The server refuses the request.")[:MESSAGE_LENGTH],
         param=param if isinstance(param, str) else None,
         code=code if isinstance(code, str) else None,
     )

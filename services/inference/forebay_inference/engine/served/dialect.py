@@ -13,6 +13,10 @@ PROBE: Final = "The quick brown fox: 3,14 né 漢字 🙂\n\n  def f(x):\n\tretu
 """A text that tokenizers of different models cut differently."""
 
 
+MESSAGE_LENGTH: Final = 2000
+"""Characters of a server's message that a client gets."""
+
+
 class NotReady(Exception):
     """The server is not there yet, or still loads; the message says which, in a few words."""
 

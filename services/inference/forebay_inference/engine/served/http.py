@@ -138,7 +138,8 @@ class Http:
 async def _check(response: aiohttp.ClientResponse, path: str) -> None:
     if response.status >= 400:
         detail = (await response.content.read(2000)).decode(errors="replace")
-        raise ServerFailed(f"{path} was answered with status {response.status}", response.status, detail)
+        hint = ": ENGINE_API_KEY is not its key" if response.status in (401, 403) else ""
+        raise ServerFailed(f"{path} was answered with status {response.status}{hint}", response.status, detail)
 
 
 async def _read(response: aiohttp.ClientResponse, path: str) -> bytes:
