@@ -53,20 +53,26 @@ def build_model(settings: InferenceSettings) -> Model:
             from forebay_inference.engine.transformers.engine import TransformersEngine
 
             return TextModel(TransformersEngine(settings), closed_schemas=settings.closed_schemas)
-        case "openai":
-            from forebay_inference.engine.openai import OpenAIModel
-
-            return OpenAIModel(settings)
         case served:
             try:
-                from forebay_inference.engine.served.dialects import DIALECTS
-                from forebay_inference.engine.served.engine import ServedEngine
+                return _served_model(settings, served)
             except ModuleNotFoundError as exc:
+                extra = served if served in ("llamacpp", "vllm") else "served"
                 raise ConfigurationError(
-                    f"INFERENCE_ENGINE={served} needs {exc.name}: pip install 'forebay[{served}]'"
+                    f"INFERENCE_ENGINE={served} needs {exc.name}: pip install 'forebay[{extra}]'"
                 ) from exc
 
-            return TextModel(ServedEngine(settings, DIALECTS[served]()), closed_schemas=settings.closed_schemas)
+
+def _served_model(settings: InferenceSettings, engine: str) -> Model:
+    """A model in an inference server beside the worker."""
+    if engine == "openai":
+        from forebay_inference.engine.openai import OpenAIModel
+
+        return OpenAIModel(settings)
+    from forebay_inference.engine.served.dialects import DIALECTS
+    from forebay_inference.engine.served.engine import ServedEngine
+
+    return TextModel(ServedEngine(settings, DIALECTS[engine]()), closed_schemas=settings.closed_schemas)
 
 
 def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:

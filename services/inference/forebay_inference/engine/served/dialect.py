@@ -52,10 +52,12 @@ class Load(NamedTuple):
 class Dialect(Protocol):
     """How one kind of server is started and asked. It keeps no state of a request between calls.
 
-    `name` is the server's, for messages. `weights` is what the server loads: one GGUF file, or a checkpoint's folder.
+    `name` is the server's, for messages. `package` is the Python package that its `command` runs. `weights` is what the
+    server loads: one GGUF file, or a checkpoint's folder.
     """
 
     name: str
+    package: str
     weights: Literal["gguf", "checkpoint"]
     capabilities: Capabilities
 

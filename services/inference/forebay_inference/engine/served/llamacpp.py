@@ -40,6 +40,7 @@ class LlamaCpp:
     """
 
     name = "llama.cpp"
+    package = "xllamacpp"
     weights: Literal["gguf", "checkpoint"] = "gguf"
     capabilities = Capabilities(
         resumes="greedy",

@@ -26,6 +26,7 @@ class SGLang:
     """See `Dialect`. Its log probabilities are those after penalties and temperature, so none are offered."""
 
     name = "SGLang"
+    package = "sglang"
     weights: Literal["gguf", "checkpoint"] = "checkpoint"
     capabilities = Capabilities(
         resumes="greedy",

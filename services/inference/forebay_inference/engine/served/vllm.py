@@ -42,6 +42,7 @@ class VLLM:
     """See `Dialect`. The repetition penalty counts the tokens of the prompt, so it goes on with them."""
 
     name = "vLLM"
+    package = "vllm"
     weights: Literal["gguf", "checkpoint"] = "checkpoint"
     capabilities = Capabilities(
         resumes="greedy",
