@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.settings import InferenceSettings, load
 from forebay_contracts.wire.errors import ApiError, ConfigurationError, InvalidRequest
 from forebay_contracts.wire.request import InferenceRequest, Sampling
 from forebay_contracts.wire.state import RequestStatus
@@ -387,9 +387,31 @@ def test_settings_that_llama_cpp_cannot_have_are_refused(settings: dict[str, Any
         LlamaCpp().command(InferenceSettings(_env_file=None, **settings))
 
 
-def test_a_command_and_a_url_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="give one of them"):
-        InferenceSettings(_env_file=None, engine_command="x", engine_url="http://h")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine_command": "x", "engine_url": "http://h"}, "give one of them"),
+        ({"engine_command": "x 'y"}, "ENGINE_COMMAND cannot be split into words: No closing quotation"),
+        ({"engine_command": " "}, "ENGINE_COMMAND has no words"),
+        ({"engine_url": "http://me:secret@h"}, "takes no user or password"),
+    ],
+)
+def test_a_command_or_an_address_that_cannot_be_used_is_refused(settings: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as found:
+        load(InferenceSettings, **settings)
+    assert "secret" not in str(found.value)
+
+
+async def test_the_key_of_a_server_is_in_no_line(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    given = {"engine_command": "sh -c 'echo $LLAMA_API_KEY k3y; exit 1' --api-key k3y", "engine_api_key": "k3y"}
+    engine = ServedEngine(InferenceSettings(_env_file=None, default_model=str(model), **given), LlamaCpp())
+    with pytest.raises(ConfigurationError) as found:
+        await engine.start(lambda line: None)
+    await engine.close()
+    assert "*** ***" in str(found.value)
+    assert "--api-key ***" in caplog.text
+    assert "k3y" not in caplog.text + str(found.value)
 
 
 async def test_a_command_that_is_missing_or_ends_is_told_with_its_last_lines(model: Path) -> None:

@@ -169,7 +169,7 @@ class ServedEngine:
             command += cast(AdapterDialect, self._dialect).adapter_arguments(settings, adapters)
         if shutil.which(command[0]) is None:
             raise ConfigurationError(f"{settings.inference_engine}: there is no program {command[0]}")
-        self._process = ServerProcess(self._dialect.name)
+        self._process = ServerProcess(self._dialect.name, key)
         progress(f"starting {self._dialect.name}")
         await self._process.start(command, dict.fromkeys(_KEY_VARIABLES, key))
 
