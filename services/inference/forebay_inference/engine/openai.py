@@ -16,7 +16,7 @@ from forebay_contracts.wire.errors import AdapterNotFound, ConfigurationError, I
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_contracts.wire.state import Usage
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Used
-from forebay_inference.engine.model import ModelFacts
+from forebay_inference.engine.model import CANNOT_RESUME, ModelFacts
 from forebay_inference.engine.protocol import EngineFault, EngineStatus
 from forebay_inference.engine.served.dialect import MESSAGE_LENGTH
 from forebay_inference.engine.served.http import Http, ServerFailed
@@ -79,9 +79,7 @@ class OpenAIModel:
         if request.adapter is not None:
             raise AdapterNotFound(request.model, request.adapter)
         if any(resume.values()):
-            raise InferenceFailed(
-                "the generation failed, and this model's engine cannot go on with the part of the answer that was sent"
-            )
+            raise InferenceFailed(CANNOT_RESUME)
         if self._http is None or self._fault is not None:
             raise EngineFault(self._fault or "the engine is not started, or closed")
         body = _body(request, self._name)

@@ -66,7 +66,7 @@ class SGLang:
                 hint = "; start it with --enable-metrics" if "/metrics" in str(exc) else ""
                 raise ConfigurationError(f"the server at {http.url}: {exc}{hint}") from exc
             raise NotReady(str(exc)) from exc
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as exc:
+        except (LookupError, TypeError, ValueError, AttributeError) as exc:
             raise ConfigurationError(f"the server at {http.url} does not answer like SGLang: {exc!r}") from exc
         if backend not in (None, "llguidance"):
             raise ConfigurationError(

@@ -90,7 +90,7 @@ class VLLM:
             if exc.status is not None and exc.status < 500:
                 raise ConfigurationError(f"the server at {http.url}: {exc}") from exc
             raise NotReady(str(exc)) from exc
-        except (KeyError, TypeError, ValueError, IndexError) as exc:
+        except (LookupError, TypeError, ValueError, AttributeError) as exc:
             raise ConfigurationError(f"the server at {http.url} does not answer like vLLM: {exc!r}") from exc
         if _numbers(version) < OLDEST:
             raise ConfigurationError(f"vLLM {version} is too old: Forebay needs {'.'.join(map(str, OLDEST))} or newer")
