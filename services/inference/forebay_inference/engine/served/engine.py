@@ -1,7 +1,6 @@
 """The engine that asks an inference server beside the worker, in tokens."""
 
 import asyncio
-import importlib.util
 import logging
 import secrets
 import shlex
@@ -28,7 +27,7 @@ from forebay_inference.engine.protocol import (
 )
 from forebay_inference.engine.served.dialect import AdapterDialect, Dialect, Load, NotReady, ScoringDialect, Served
 from forebay_inference.engine.served.http import Http, ServerFailed, ServerGone
-from forebay_inference.engine.served.process import ServerProcess, filled, free_port
+from forebay_inference.engine.served.process import ServerProcess, filled, free_port, require
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.models.adapters import ensure_adapters
@@ -75,7 +74,7 @@ class ServedEngine:
             ConfigurationError: the server ended, took longer than ENGINE_START_TIMEOUT, or serves something else.
         """
         settings, name = self._settings, self._dialect.name
-        self._refuse_missing_package()
+        require(self._dialect.package, settings)
         model, adapters = await in_daemon_thread(lambda: self._fetch(progress))
         progress("reading the tokenizer")
         read = await in_daemon_thread(lambda: read_tokenizer(model))
@@ -109,16 +108,6 @@ class ServedEngine:
             read.compile,
             adapters=frozenset(adapters),
         )
-
-    def _refuse_missing_package(self) -> None:
-        settings, package = self._settings, self._dialect.package
-        if settings.engine_url or settings.engine_command or settings.engine_python:
-            return
-        if importlib.util.find_spec(package) is None:
-            raise ConfigurationError(
-                f"INFERENCE_ENGINE={settings.inference_engine} needs the package {package} (pip install {package}), "
-                "or ENGINE_PYTHON, ENGINE_COMMAND or ENGINE_URL"
-            )
 
     async def _server(self, model: Path, adapters: Mapping[str, Path], progress: Callable[[str], None]) -> Http:
         """The server of ENGINE_URL, or one that is started now."""

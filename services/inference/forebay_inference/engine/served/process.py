@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -12,6 +13,9 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
+
+from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.errors import ConfigurationError
 
 LAST_LINES: Final = 10
 _MAX_LINE_BYTES: Final = 16_384
@@ -29,6 +33,20 @@ _LEVELS: Final = {
 }
 
 log = logging.getLogger(__name__)
+
+
+def require(package: str, settings: InferenceSettings) -> None:
+    """Find out whether the server's `package` is here, if the worker is to start it from its own environment.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    elsewhere = settings.engine_url or settings.engine_command or settings.engine_python
+    if not elsewhere and importlib.util.find_spec(package) is None:
+        raise ConfigurationError(
+            f"INFERENCE_ENGINE={settings.inference_engine} needs the package {package} (pip install {package}), "
+            "or ENGINE_PYTHON, ENGINE_COMMAND or ENGINE_URL"
+        )
 
 
 def filled(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
