@@ -27,7 +27,7 @@ class FakeLlama:
         self.statuses: dict[str, int] = {}
         self.behaviours: list[Behaviour] = []
         self.delay_s = 0.0
-        self.steps: int | None = 0
+        self.steps: int | str | None = 0
         self.requests: list[dict[str, Any]] = []
         self.closed = 0
         self.connections: set[Any] = set()

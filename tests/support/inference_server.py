@@ -13,6 +13,10 @@ Events = Iterable[Any]
 """What is streamed as server-sent events. A number is a pause in seconds; `...` breaks the connection off."""
 
 
+class Raw(bytes):
+    """An event as it stands on the wire."""
+
+
 class InferenceServer:
     """`answers` holds by path a JSON value, a `web.Response`, or a function of the body that returns one of these or
     Events, as a generator or a list. `asked` are the bodies that came, with their paths; `left` is set once a client
@@ -49,6 +53,8 @@ class InferenceServer:
                     assert request.transport is not None
                     request.transport.abort()
                     return response
+                elif isinstance(event, Raw):
+                    await response.write(event)
                 else:
                     await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             await response.write(b"data: [DONE]\n\n")

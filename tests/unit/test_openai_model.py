@@ -83,6 +83,16 @@ async def test_reasoning_and_calls_are_passed_on(server: InferenceServer, model:
     assert (thought.reasoning, called.tool_calls, end) == ("hm", (call,), Finished(0, "tool_calls"))
 
 
+async def test_calls_without_an_index_get_one(server: InferenceServer, model: OpenAIModel) -> None:
+    calls = [{"id": name, "function": {"name": name, "arguments": None}} for name in "ab"]
+    server.answers[CHAT] = lambda body: [said({"tool_calls": calls}, "tool_calls")]
+    _, called, _ = await events(model, chat("hi"))
+    assert isinstance(called, Tokens)
+    assert called.tool_calls == tuple(
+        {"id": name, "index": place, "function": {"name": name}} for place, name in enumerate("ab")
+    )
+
+
 async def test_the_server_gets_what_the_client_gave_and_no_more(server: InferenceServer, model: OpenAIModel) -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     form = {"type": "json_object"}
@@ -134,6 +144,12 @@ async def test_choices_of_several_prompts_keep_their_numbers(server: InferenceSe
         ),
         ([{"error": {"message": "no", "type": "invalid_request_error"}}], InvalidRequest, "no"),
         ([{"choices": [{"delta": {"content": "x"}}]}], EngineFault, "not OpenAI's"),
+        ([said({"content": "x"}, index=1)], EngineFault, "not OpenAI's"),
+        ([said({"content": 5})], EngineFault, "not OpenAI's"),
+        ([said({"tool_calls": [{"function": {"arguments": {}}}]})], EngineFault, "not OpenAI's"),
+        ([{"choices": [{"index": 0, "delta": {}, "finish_reason": 1}]}], EngineFault, "not OpenAI's"),
+        ([{"choices": None, "usage": {"prompt_tokens": "many"}}], EngineFault, "not OpenAI's"),
+        ([[5]], EngineFault, "not OpenAI's"),
     ],
 )
 async def test_errors_have_their_kind(

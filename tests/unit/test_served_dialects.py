@@ -1,7 +1,7 @@
 """vLLM and SGLang, as their sources say that they answer. `tests/vllm` asks the real vLLM."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,13 +12,14 @@ from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import Step, TokenLogprob, TokenRequest
+from forebay_inference.engine.served import http as served_http
 from forebay_inference.engine.served.dialect import Dialect, Load, NotReady, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
 from forebay_inference.engine.served.sglang import SGLang
 from forebay_inference.engine.served.tokenizer import Grammar
 from forebay_inference.engine.served.vllm import VLLM
 from forebay_inference.engine.simulated import SimulatedTokenizer
-from support.inference_server import InferenceServer, inference_server
+from support.inference_server import InferenceServer, Raw, inference_server
 
 COMPLETIONS, GENERATE = "/v1/completions", "/generate"
 SERVED = Served("1", 100, 2048, "none")
@@ -207,6 +208,11 @@ async def test_a_server_is_identified(
     [
         (VLLM(), vllm_answers(**{"/version": {"version": "0.9.2"}}), "vLLM 0.9.2 is too old"),
         (VLLM(), vllm_answers(**{"/v1/models": {}}), "does not answer like vLLM"),
+        (VLLM(), vllm_answers(**{"/v1/models": lambda _: web.Response(status=401)}), "ENGINE_API_KEY is not its key"),
+        (VLLM(), vllm_answers(**{"/version": lambda _: web.Response(status=404)}), "/version was answered with"),
+        (VLLM(), vllm_answers(**{"/tokenize": {}}), "does not answer like vLLM"),
+        (SGLang(), sglang_answers(**{"/tokenize": {}}), "does not answer like SGLang"),
+        (SGLang(), sglang_answers(**{"/get_server_info": b"[]"}), "does not answer like SGLang"),
         (VLLM(), vllm_answers(**{COMPLETIONS: lambda _: web.Response(status=400)}), "--structured-outputs-config"),
         (SGLang(), sglang_answers(**{"/get_server_info": {"grammar_backend": "xgrammar"}}), "--grammar-backend"),
         (SGLang(), sglang_answers(**{"/metrics": lambda _: web.Response(status=404)}), "--enable-metrics"),
@@ -246,3 +252,22 @@ def test_a_quantization_that_it_does_not_make_is_refused(dialect: Dialect) -> No
 def test_vllm_s_cache_is_bounded_on_a_cpu() -> None:
     command = VLLM().command(InferenceSettings(_env_file=None, model_device="cpu"))
     assert int(command[list(command).index("--kv-cache-memory-bytes") + 1]) > 0
+
+
+async def test_what_has_no_end_is_bounded(server: InferenceServer, http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_http, "_END_S", 0.05)
+    monkeypatch.setattr(served_http, "_MAX_ANSWER_BYTES", 1000)
+    server.answers["/endless"] = bytes(1001)
+    with pytest.raises(ServerFailed, match="larger than 1000 bytes"):
+        await http.get("/endless")
+
+    def goes_on(body: Any) -> Iterator[Any]:
+        yield from [text([8], "stop"), Raw(b"data: [DONE]\n\n")]
+        while True:
+            yield 0.001
+            yield text([9])
+
+    server.answers[COMPLETIONS] = goes_on
+    async with asyncio.timeout(2):
+        assert await steps(VLLM(), http, asked()) == [Step((8,), finish="stop")]
+        await server.left.wait()

@@ -2,20 +2,24 @@
 
 import asyncio
 import contextlib
+import errno
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
+import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.settings import InferenceSettings, load
 from forebay_contracts.wire.errors import ApiError, ConfigurationError, InvalidRequest
 from forebay_contracts.wire.request import InferenceRequest, Sampling
 from forebay_contracts.wire.state import RequestStatus
+from forebay_inference.__main__ import build_model
 from forebay_inference.engine.protocol import EngineFault, LoadedModel, Step, TokenRequest
 from forebay_inference.engine.served import engine as served_engine
 from forebay_inference.engine.served.engine import ServedEngine
@@ -257,6 +261,27 @@ async def test_a_server_that_answers_nothing_any_more_is_a_fault(server: FakeLla
         await steps(engine)
 
 
+async def test_metrics_that_make_no_sense_are_no_answer(server: FakeLlama, engine: ServedEngine) -> None:
+    server.steps = "many"
+    await comes(lambda: "llama.cpp has not answered for 1 s" in str(engine.status().fault))
+
+
+async def test_a_process_without_files_left_does_not_take_its_server_for_gone(
+    engine: ServedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http = engine._http
+    assert http is not None
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        key: Any = SimpleNamespace(host="h", port=1, ssl=True)
+        raise aiohttp.ClientConnectorError(key, OSError(errno.EMFILE, "too many open files"))
+
+    monkeypatch.setattr(http._kept, "request", refuse)
+    with pytest.raises(EngineFault, match="too many connections"):
+        await steps(engine)
+    assert engine.status().fault is None
+
+
 async def test_a_server_that_is_gone_is_a_fault_at_once(model: Path) -> None:
     async with FakeLlama(read_tokenizer(model).tokenizer).running() as server:
         engine = engine_at(server.url, model)
@@ -362,9 +387,31 @@ def test_settings_that_llama_cpp_cannot_have_are_refused(settings: dict[str, Any
         LlamaCpp().command(InferenceSettings(_env_file=None, **settings))
 
 
-def test_a_command_and_a_url_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="give one of them"):
-        InferenceSettings(_env_file=None, engine_command="x", engine_url="http://h")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine_command": "x", "engine_url": "http://h"}, "give one of them"),
+        ({"engine_command": "x 'y"}, "ENGINE_COMMAND cannot be split into words: No closing quotation"),
+        ({"engine_command": " "}, "ENGINE_COMMAND has no words"),
+        ({"engine_url": "http://me:secret@h"}, "takes no user or password"),
+    ],
+)
+def test_a_command_or_an_address_that_cannot_be_used_is_refused(settings: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as found:
+        load(InferenceSettings, **settings)
+    assert "secret" not in str(found.value)
+
+
+async def test_the_key_of_a_server_is_in_no_line(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    given = {"engine_command": "sh -c 'echo $LLAMA_API_KEY k3y; exit 1' --api-key k3y", "engine_api_key": "k3y"}
+    engine = ServedEngine(InferenceSettings(_env_file=None, default_model=str(model), **given), LlamaCpp())
+    with pytest.raises(ConfigurationError) as found:
+        await engine.start(lambda line: None)
+    await engine.close()
+    assert "*** ***" in str(found.value)
+    assert "--api-key ***" in caplog.text
+    assert "k3y" not in caplog.text + str(found.value)
 
 
 async def test_a_command_that_is_missing_or_ends_is_told_with_its_last_lines(model: Path) -> None:
@@ -382,6 +429,24 @@ async def test_a_command_that_is_missing_or_ends_is_told_with_its_last_lines(mod
             await engine.start(lambda line: None)
         assert said in str(found.value)
         await engine.close()
+
+
+async def test_a_missing_package_is_told_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaCpp, "package", "no_such_package")
+    engine = ServedEngine(InferenceSettings(_env_file=None, inference_engine="llamacpp"), LlamaCpp())
+    with pytest.raises(ConfigurationError, match="llamacpp needs the package no_such_package"):
+        await engine.start(pytest.fail)
+
+
+@pytest.mark.parametrize(("engine", "extra"), [("llamacpp", "llamacpp"), ("sglang", "served"), ("openai", "served")])
+def test_a_missing_client_is_told_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, engine: Literal["llamacpp", "sglang", "openai"], extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "forebay_inference.engine.served.engine", None)
+    monkeypatch.setitem(sys.modules, "forebay_inference.engine.openai", None)
+    settings = InferenceSettings(_env_file=None, inference_engine=engine, engine_url="http://h")
+    with pytest.raises(ConfigurationError, match=rf"INFERENCE_ENGINE={engine} needs .*'forebay\[{extra}\]'"):
+        build_model(settings)
 
 
 def test_no_torch_is_needed(model: Path) -> None:

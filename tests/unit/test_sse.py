@@ -67,6 +67,19 @@ async def test_none_waits_behind_a_write_that_stalls(connection: Connection) -> 
     assert connection.bodies.empty()
 
 
+async def test_a_write_that_begins_with_a_sign_of_life_is_given_up_too(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with EventStream(connection.send, KEEP_ALIVE_S) as stream:
+        await connection.bodies.get()
+        monkeypatch.setattr(sse, "MAX_WRITE_STALL_S", KEEP_ALIVE_S)
+        connection.has_room.clear()
+        writing = asyncio.create_task(stream.write(b"data"))
+        stream._sign = asyncio.create_task(stream._show_life())
+        with pytest.raises(SlowReader):
+            await writing
+
+
 async def test_it_can_be_switched_off(connection: Connection) -> None:
     async with EventStream(connection.send, 0) as stream:
         stream._look()

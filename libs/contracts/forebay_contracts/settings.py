@@ -4,6 +4,7 @@ Every setting is a field here and a line of `queue-config.env.example`. A test k
 """
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -363,6 +364,14 @@ class InferenceSettings(Settings):
 
     @model_validator(mode="after")
     def _server_is_started_or_found(self) -> Self:
+        if self.engine_url is not None and "@" in self.engine_url:
+            raise ValueError("ENGINE_URL is logged and takes no user or password: give ENGINE_API_KEY")
+        try:
+            words = ["-"] if self.engine_command is None else shlex.split(self.engine_command)
+        except ValueError as exc:
+            raise ValueError(f"ENGINE_COMMAND cannot be split into words: {exc}") from exc
+        if not words:
+            raise ValueError("ENGINE_COMMAND has no words")
         if self.engine_command is not None and self.engine_url is not None:
             raise ValueError("ENGINE_COMMAND starts an inference server and ENGINE_URL names one: give one of them")
         if self.inference_engine == "openai" and self.engine_url is None:

@@ -6,12 +6,14 @@ import signal
 import socket
 import sys
 import uuid
+from typing import Final
 
 import uvloop
 
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.presence import Presence
+from forebay_contracts.process import raise_file_limit
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
@@ -31,6 +33,11 @@ from forebay_inference.exposition import serve as expose
 from forebay_inference.worker import Worker
 from forebay_inference.worker_metrics import WorkerMetrics
 
+FILES_PER_SLOT: Final = 128
+"""A request may have 128 choices, and each may be a connection to an inference server."""
+
+SPARE_FILES: Final = 256
+
 
 def build_model(settings: InferenceSettings) -> Model:
     """The model that a worker serves, on the engine that INFERENCE_ENGINE names."""
@@ -46,20 +53,26 @@ def build_model(settings: InferenceSettings) -> Model:
             from forebay_inference.engine.transformers.engine import TransformersEngine
 
             return TextModel(TransformersEngine(settings), closed_schemas=settings.closed_schemas)
-        case "openai":
-            from forebay_inference.engine.openai import OpenAIModel
-
-            return OpenAIModel(settings)
         case served:
             try:
-                from forebay_inference.engine.served.dialects import DIALECTS
-                from forebay_inference.engine.served.engine import ServedEngine
+                return _served_model(settings, served)
             except ModuleNotFoundError as exc:
+                extra = served if served in ("llamacpp", "vllm") else "served"
                 raise ConfigurationError(
-                    f"INFERENCE_ENGINE={served} needs {exc.name}: pip install 'forebay[{served}]'"
+                    f"INFERENCE_ENGINE={served} needs {exc.name}: pip install 'forebay[{extra}]'"
                 ) from exc
 
-            return TextModel(ServedEngine(settings, DIALECTS[served]()), closed_schemas=settings.closed_schemas)
+
+def _served_model(settings: InferenceSettings, engine: str) -> Model:
+    """A model in an inference server beside the worker."""
+    if engine == "openai":
+        from forebay_inference.engine.openai import OpenAIModel
+
+        return OpenAIModel(settings)
+    from forebay_inference.engine.served.dialects import DIALECTS
+    from forebay_inference.engine.served.engine import ServedEngine
+
+    return TextModel(ServedEngine(settings, DIALECTS[engine]()), closed_schemas=settings.closed_schemas)
 
 
 def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
@@ -93,6 +106,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
 
 async def serve(settings: InferenceSettings) -> None:
     """Connect, work, drain."""
+    raise_file_limit(settings.slots * FILES_PER_SLOT + SPARE_FILES)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for ending in (signal.SIGTERM, signal.SIGINT):

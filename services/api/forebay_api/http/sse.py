@@ -94,5 +94,7 @@ class EventStream:
         self._look_in(limit_s - passed_s)
 
     async def _show_life(self) -> None:
+        if self._writer is not None:
+            return  # since the timer, in the same turn of the event loop
         with contextlib.suppress(SlowReader):  # the next write notices it too
             await self.write(self._keep_alive())

@@ -122,8 +122,9 @@ class Reply:
         if self._flushing is not None:
             self._flushing.cancel()
             self._flushing = None
-        for delta in self._take_held():
-            await self._channel.send(self._kept(delta.index, delta.offset, delta.encode()))
+        # All are kept before one is sent: a send may fail, and what it was is sent again at the end.
+        for frame in [self._kept(delta.index, delta.offset, delta.encode()) for delta in self._take_held()]:
+            await self._channel.send(frame)
 
     async def send_vector(self, vector: Vector) -> None:
         """Send an embedding in a frame of its own: one frame cannot hold all of them."""

@@ -2,11 +2,16 @@
 
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.events import Event, ResumeTokens
 from forebay_inference.engine.protocol import EngineStatus, LoadedModel
+
+CANNOT_RESUME: Final = (
+    "the generation failed, and this model's engine cannot go on with the part of the answer that was sent"
+)
+"""What a client is told whose answer ends there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,8 @@ class Model(Protocol):
         from them. Closing the generator (`aclose`) takes the request out of the batch within one step.
 
         Raises:
-            RequestError: the request's own fault (too long, bad template), before Accepted.
+            RequestError: the request's own fault (too long, bad template), or it cannot go on with `resume`; before
+                Accepted.
             EngineFault: the engine failed, at any point.
         """
 

@@ -16,8 +16,9 @@ from forebay_contracts.wire.errors import AdapterNotFound, ConfigurationError, I
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_contracts.wire.state import Usage
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Used
-from forebay_inference.engine.model import ModelFacts
+from forebay_inference.engine.model import CANNOT_RESUME, ModelFacts
 from forebay_inference.engine.protocol import EngineFault, EngineStatus
+from forebay_inference.engine.served.dialect import MESSAGE_LENGTH
 from forebay_inference.engine.served.http import Http, ServerFailed
 
 _LOOK_S: Final = 5.0
@@ -65,7 +66,7 @@ class OpenAIModel:
                 break
             except ServerFailed as exc:
                 if exc.status in (401, 403):
-                    raise ConfigurationError(f"{url} refuses ENGINE_API_KEY (status {exc.status})") from exc
+                    raise ConfigurationError(f"the server at {url}: {exc}") from exc
                 if time.monotonic() - started > settings.engine_start_timeout:
                     raise ConfigurationError(f"no answer within {settings.engine_start_timeout:g} s: {exc}") from exc
                 progress(f"waiting for {url}: {exc}")
@@ -78,13 +79,12 @@ class OpenAIModel:
         if request.adapter is not None:
             raise AdapterNotFound(request.model, request.adapter)
         if any(resume.values()):
-            raise InferenceFailed(
-                "the generation failed, and this model's engine cannot go on with the part of the answer that was sent"
-            )
+            raise InferenceFailed(CANNOT_RESUME)
         if self._http is None or self._fault is not None:
             raise EngineFault(self._fault or "the engine is not started, or closed")
         body = _body(request, self._name)
-        missing = set(range(max(len(request.prompts), 1) * request.n))
+        choices = range(max(len(request.prompts), 1) * request.n)
+        missing = set(choices)
         accepted = False
         self._sequences += 1
         try:
@@ -96,17 +96,19 @@ class OpenAIModel:
                     if not accepted:
                         accepted = True
                         yield Accepted(0)
-                    for choice in chunk.get("choices", ()):
-                        if (tokens := _tokens(choice)) is not None:
+                    for choice in chunk.get("choices") or ():
+                        if (index := choice["index"]) not in choices:
+                            raise ValueError(index)
+                        if (tokens := _tokens(index, choice)) is not None:
                             yield tokens
-                        if (reason := choice.get("finish_reason")) is not None:
-                            missing.discard(choice["index"])
-                            yield Finished(choice["index"], reason)
+                        if reason := _text(choice.get("finish_reason")):
+                            missing.discard(index)
+                            yield Finished(index, reason)
                     if (usage := chunk.get("usage")) is not None and not chunk.get("choices"):
                         yield Used(_usage(usage))
         except ServerFailed as exc:
             raise _fault(exc) from exc
-        except (KeyError, TypeError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise EngineFault(f"the server's answer is not OpenAI's: {type(exc).__name__}") from exc
         finally:
             self._sequences -= 1
@@ -199,15 +201,30 @@ def _form(wanted: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"response_format": {name: value for name, value in wanted.items() if name != "param"}}
 
 
-def _tokens(choice: Mapping[str, Any]) -> Tokens | None:
-    """The event of one choice of a chunk, None where it brings nothing."""
+def _tokens(index: int, choice: Mapping[str, Any]) -> Tokens | None:
+    """The event of choice `index` of a chunk, None where it brings nothing."""
     delta: Mapping[str, Any] = choice.get("delta") or {"content": choice.get("text")}
-    text = delta.get("content") or ""
-    reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
-    calls = tuple(delta.get("tool_calls") or ())
+    text = _text(delta.get("content"))
+    reasoning = _text(delta.get("reasoning_content") or delta.get("reasoning"))
+    calls = tuple(_call(place, call) for place, call in enumerate(delta.get("tool_calls") or ()))
     if not (text or reasoning or calls):
         return None
-    return Tokens(choice["index"], _NO_TOKEN, text, tool_calls=calls, reasoning=reasoning)
+    return Tokens(index, _NO_TOKEN, text, tool_calls=calls, reasoning=reasoning)
+
+
+def _call(place: int, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A piece of a tool call. Some servers leave its index out, since they send each call whole."""
+    function = call.get("function") or {}
+    told = {name: _text(function[name]) for name in ("name", "arguments") if function.get(name) is not None}
+    number = call.get("index")
+    return {**call, "index": place if number is None else int(number), "function": told}
+
+
+def _text(value: Any) -> str:
+    """`value`, or nothing if it is None; the api drops a frame with anything else."""
+    if not isinstance(value, str | None):
+        raise TypeError
+    return value or ""
 
 
 def _usage(told: Mapping[str, Any]) -> Usage:
@@ -241,7 +258,7 @@ def _event_fault(error: Any) -> EngineFault | InvalidRequest:
 def _refusal(error: Mapping[str, Any]) -> InvalidRequest:
     param, code = error.get("param"), error.get("code")
     return InvalidRequest(
-        str(error.get("message") or "The server refuses the request."),
+        str(error.get("message") or "The server refuses the request.")[:MESSAGE_LENGTH],
         param=param if isinstance(param, str) else None,
         code=code if isinstance(code, str) else None,
     )

@@ -13,6 +13,10 @@ PROBE: Final = "The quick brown fox: 3,14 né 漢字 🙂\n\n  def f(x):\n\tretu
 """A text that tokenizers of different models cut differently."""
 
 
+MESSAGE_LENGTH: Final = 2000
+"""Characters of a server's message that a client gets."""
+
+
 class NotReady(Exception):
     """The server is not there yet, or still loads; the message says which, in a few words."""
 
@@ -48,10 +52,12 @@ class Load(NamedTuple):
 class Dialect(Protocol):
     """How one kind of server is started and asked. It keeps no state of a request between calls.
 
-    `name` is the server's, for messages. `weights` is what the server loads: one GGUF file, or a checkpoint's folder.
+    `name` is the server's, for messages. `package` is the Python package that its `command` runs. `weights` is what the
+    server loads: one GGUF file, or a checkpoint's folder.
     """
 
     name: str
+    package: str
     weights: Literal["gguf", "checkpoint"]
     capabilities: Capabilities
 

@@ -27,7 +27,7 @@ from forebay_inference.engine.protocol import (
 )
 from forebay_inference.engine.served.dialect import AdapterDialect, Dialect, Load, NotReady, ScoringDialect, Served
 from forebay_inference.engine.served.http import Http, ServerFailed, ServerGone
-from forebay_inference.engine.served.process import ServerProcess, filled, free_port
+from forebay_inference.engine.served.process import ServerProcess, filled, free_port, require
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.models.adapters import ensure_adapters
@@ -74,6 +74,7 @@ class ServedEngine:
             ConfigurationError: the server ended, took longer than ENGINE_START_TIMEOUT, or serves something else.
         """
         settings, name = self._settings, self._dialect.name
+        require(self._dialect.package, settings)
         model, adapters = await in_daemon_thread(lambda: self._fetch(progress))
         progress("reading the tokenizer")
         read = await in_daemon_thread(lambda: read_tokenizer(model))
@@ -157,7 +158,7 @@ class ServedEngine:
             command += cast(AdapterDialect, self._dialect).adapter_arguments(settings, adapters)
         if shutil.which(command[0]) is None:
             raise ConfigurationError(f"{settings.inference_engine}: there is no program {command[0]}")
-        self._process = ServerProcess(self._dialect.name)
+        self._process = ServerProcess(self._dialect.name, key)
         progress(f"starting {self._dialect.name}")
         await self._process.start(command, dict.fromkeys(_KEY_VARIABLES, key))
 
@@ -270,7 +271,7 @@ class ServedEngine:
                 async with asyncio.timeout(answer_s):
                     self._load = await self._dialect.load(http)
                 silent_s = 0.0
-            except (ServerFailed, TimeoutError) as exc:
+            except Exception as exc:  # an answer may be wrong in any way
                 # While this process is stopped, the server cannot answer it.
                 silent_s += min(loop.time() - asked, answer_s) + _LOOK_S
                 if silent_s >= (min(_GONE_S, patience_s) if isinstance(exc, ServerGone) else patience_s):

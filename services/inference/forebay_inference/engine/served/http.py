@@ -1,7 +1,9 @@
 """HTTP to one inference server."""
 
 import asyncio
+import errno
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 import aiohttp
@@ -11,7 +13,11 @@ _CONNECT_S: Final = 5.0
 _ANSWER_S: Final = 10.0
 # Shorter than the time after which servers close an idle connection: 5 s with uvicorn and llama.cpp.
 _KEEP_ALIVE_S: Final = 3.0
+_END_S: Final = 1.0
+"""Time between the last event of an answer and its end. After it, the connection is closed."""
 _MAX_EVENT_BYTES: Final = 16 << 20
+_MAX_ANSWER_BYTES: Final = 256 << 20
+"""The log probabilities of a long prompt take tens of megabytes."""
 _BROKEN: Final = (aiohttp.ClientError, OSError, RuntimeError)
 """What the client raises of a connection that ended; the last where this side has closed it."""
 
@@ -51,7 +57,7 @@ class Http:
         self._fresh = aiohttp.ClientSession(connector=fresh, **options)
 
     async def get(self, path: str) -> bytes:
-        """The body of an answer, within 10 s; raises ServerFailed."""
+        """The body of an answer, within 10 s; raises ServerFailed, also for one larger than 256 MiB."""
         return await self._whole("GET", path, None)
 
     async def json(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = _ANSWER_S) -> Any:
@@ -79,7 +85,8 @@ class Http:
                 for line in lines:
                     if line[:5] == b"data:":
                         if (data := line[5:].strip()) == b"[DONE]":
-                            await response.read()
+                            with suppress(TimeoutError):
+                                await asyncio.wait_for(_pass(response), _END_S)
                             return
                         yield orjson.loads(data)
                 if len(rest) > _MAX_EVENT_BYTES:
@@ -103,8 +110,7 @@ class Http:
         try:
             async with asyncio.timeout(timeout_s), await self._send(method, path, body) as response:
                 await _check(response, path)
-                whole: bytes = await response.read()
-                return whole
+                return await _read(response, path)
         except TimeoutError as exc:
             raise ServerFailed(f"no answer to {path} in {timeout_s:g} s") from exc
         except _BROKEN as exc:
@@ -118,6 +124,8 @@ class Http:
             try:
                 return await session.request(method, self.url + path, **options)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+                if exc.errno in (errno.EMFILE, errno.ENFILE):
+                    raise ServerFailed("this process has too many connections") from exc
                 raise ServerGone(f"nothing answers at {self.url}") from exc
             except (aiohttp.ClientError, OSError) as exc:
                 if session is self._fresh:
@@ -130,4 +138,21 @@ class Http:
 async def _check(response: aiohttp.ClientResponse, path: str) -> None:
     if response.status >= 400:
         detail = (await response.content.read(2000)).decode(errors="replace")
-        raise ServerFailed(f"{path} was answered with status {response.status}", response.status, detail)
+        hint = ": ENGINE_API_KEY is not its key" if response.status in (401, 403) else ""
+        raise ServerFailed(f"{path} was answered with status {response.status}{hint}", response.status, detail)
+
+
+async def _read(response: aiohttp.ClientResponse, path: str) -> bytes:
+    """The body."""
+    whole = bytearray()
+    async for part in response.content.iter_any():
+        whole += part
+        if len(whole) > _MAX_ANSWER_BYTES:
+            raise ServerFailed(f"the answer to {path} is larger than {_MAX_ANSWER_BYTES} bytes")
+    return bytes(whole)
+
+
+async def _pass(response: aiohttp.ClientResponse) -> None:
+    """Read what is left of the body, which nobody needs."""
+    async for _ in response.content.iter_any():
+        pass

@@ -40,6 +40,7 @@ class LlamaCpp:
     """
 
     name = "llama.cpp"
+    package = "xllamacpp"
     weights: Literal["gguf", "checkpoint"] = "gguf"
     capabilities = Capabilities(
         resumes="greedy",
@@ -88,7 +89,7 @@ class LlamaCpp:
                 raise NotReady("it loads the model" if exc.status else str(exc)) from exc
             hint = "; start it with --metrics" if "/metrics" in str(exc) else ""
             raise ConfigurationError(f"the server at {http.url}: {exc}{hint}") from exc
-        except (KeyError, TypeError, ValueError) as exc:
+        except (LookupError, TypeError, ValueError, AttributeError) as exc:
             raise ConfigurationError(
                 f"the server at {http.url} does not answer like a llama-server that Forebay knows: {exc!r}"
             ) from exc

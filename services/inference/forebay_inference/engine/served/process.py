@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -12,6 +13,9 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
+
+from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.errors import ConfigurationError
 
 LAST_LINES: Final = 10
 _MAX_LINE_BYTES: Final = 16_384
@@ -29,6 +33,20 @@ _LEVELS: Final = {
 }
 
 log = logging.getLogger(__name__)
+
+
+def require(package: str, settings: InferenceSettings) -> None:
+    """Find out whether the server's `package` is here, if the worker is to start it from its own environment.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    elsewhere = settings.engine_url or settings.engine_command or settings.engine_python
+    if not elsewhere and importlib.util.find_spec(package) is None:
+        raise ConfigurationError(
+            f"INFERENCE_ENGINE={settings.inference_engine} needs the package {package} (pip install {package}), "
+            "or ENGINE_PYTHON, ENGINE_COMMAND or ENGINE_URL"
+        )
 
 
 def filled(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
@@ -50,12 +68,14 @@ class ServerProcess:
     """A server that `start` has started, in a session of its own. The kernel kills it when this process dies,
     and with it what it started.
 
-    `name` goes before its log lines. Warnings and errors are logged as such, other lines at DEBUG.
+    `name` goes before its log lines. Warnings and errors are logged as such, other lines at DEBUG. None shows `key`,
+    which the server may have got as an argument.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, key: str = "") -> None:
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._name = name
+        self._key = key
         self._process: asyncio.subprocess.Process | None = None
         self._listening: asyncio.Task[None] | None = None
         self._level = logging.DEBUG
@@ -71,7 +91,7 @@ class ServerProcess:
             start_new_session=True,
             env={**os.environ, **environment},
         )
-        log.info("[%s] started: %s", self._name, shlex.join(command))
+        log.info("[%s] started: %s", self._name, self._without_key(shlex.join(command)))
         self._listening = asyncio.create_task(self._listen())
 
     @property
@@ -118,7 +138,7 @@ class ServerProcess:
             log.error("%s", fault)
 
     def _line(self, line: bytes) -> None:
-        text = line.decode(errors="replace").rstrip()[:_MAX_LINE_BYTES]
+        text = self._without_key(line.decode(errors="replace").rstrip()[:_MAX_LINE_BYTES])
         if not text:
             return
         if found := _LEVEL.search(text):
@@ -126,3 +146,6 @@ class ServerProcess:
         # A line without a level belongs to the one before it, like a traceback to its error.
         self.last_lines.append(text)
         log.log(self._level, "[%s] %s", self._name, text)
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text

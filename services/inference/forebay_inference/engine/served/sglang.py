@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
 from forebay_inference.engine.protocol import Capabilities, Step, Tokenizer, TokenRequest
-from forebay_inference.engine.served.dialect import PROBE, Load, NotReady, Served
+from forebay_inference.engine.served.dialect import MESSAGE_LENGTH, PROBE, Load, NotReady, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
 from forebay_inference.engine.served.metrics import samples
 
@@ -26,6 +26,7 @@ class SGLang:
     """See `Dialect`. Its log probabilities are those after penalties and temperature, so none are offered."""
 
     name = "SGLang"
+    package = "sglang"
     weights: Literal["gguf", "checkpoint"] = "checkpoint"
     capabilities = Capabilities(
         resumes="greedy",
@@ -58,19 +59,20 @@ class SGLang:
             await http.get("/metrics")
             cut = await http.json("/tokenize", {"prompt": PROBE, "add_special_tokens": False})
             context_length = int(model["max_model_len"])
+            same = cut["tokens"] == tokenizer.encode(PROBE, special_tokens=False)
+            backend = info.get("grammar_backend")
         except ServerFailed as exc:
-            if exc.status == 404:
-                raise ConfigurationError(
-                    f"the SGLang at {http.url} lacks what Forebay asks for ({exc}): start it with --enable-metrics"
-                ) from exc
+            if exc.status is not None and exc.status < 500:
+                hint = "; start it with --enable-metrics" if "/metrics" in str(exc) else ""
+                raise ConfigurationError(f"the server at {http.url}: {exc}{hint}") from exc
             raise NotReady(str(exc)) from exc
-        except (KeyError, TypeError, ValueError, IndexError) as exc:
+        except (LookupError, TypeError, ValueError, AttributeError) as exc:
             raise ConfigurationError(f"the server at {http.url} does not answer like SGLang: {exc!r}") from exc
-        if info.get("grammar_backend") not in (None, "llguidance"):
+        if backend not in (None, "llguidance"):
             raise ConfigurationError(
                 f"the SGLang at {http.url} takes other grammars: start it with --grammar-backend llguidance"
             )
-        if cut["tokens"] != tokenizer.encode(PROBE, special_tokens=False):
+        if not same:
             raise ConfigurationError(f"the server at {http.url} serves a model with another tokenizer")
         quantization = str(info.get("quantization") or "none")
         return Served(str(info.get("version")), tokenizer.vocabulary_size, context_length, quantization)
@@ -82,7 +84,9 @@ class SGLang:
         async with aclosing(http.events(_PATH, _body(request))) as events:
             async for event in events:
                 if "error" in event:
-                    raise InvalidRequest(f"The engine refuses the request: {event['error'].get('message')}")
+                    raise InvalidRequest(
+                        f"The engine refuses the request: {str(event['error'].get('message'))[:MESSAGE_LENGTH]}"
+                    )
                 told = event["meta_info"]
                 # The ids are those since the last event or, without --incremental-streaming-output, all of them.
                 new = int(told["completion_tokens"]) - taken
@@ -136,6 +140,6 @@ def _finish(reason: Mapping[str, Any] | None) -> Literal["stop", "length"] | Non
         case "length":
             return "length"
         case "abort" if reason.get("status_code") == 400:
-            raise InvalidRequest(f"The engine refuses the request: {reason.get('message')}")
+            raise InvalidRequest(f"The engine refuses the request: {str(reason.get('message'))[:MESSAGE_LENGTH]}")
         case other:
             raise ServerFailed(f"the answer ended with {other!r}", reason.get("status_code"))

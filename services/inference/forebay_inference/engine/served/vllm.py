@@ -15,7 +15,7 @@ import psutil
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
 from forebay_inference.engine.protocol import Capabilities, Step, Tokenizer, TokenLogprob, TokenRequest
-from forebay_inference.engine.served.dialect import PROBE, Load, NotReady, Served
+from forebay_inference.engine.served.dialect import MESSAGE_LENGTH, PROBE, Load, NotReady, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
 from forebay_inference.engine.served.metrics import samples
 from forebay_inference.models.adapters import rank_of
@@ -42,6 +42,7 @@ class VLLM:
     """See `Dialect`. The repetition penalty counts the tokens of the prompt, so it goes on with them."""
 
     name = "vLLM"
+    package = "vllm"
     weights: Literal["gguf", "checkpoint"] = "checkpoint"
     capabilities = Capabilities(
         resumes="greedy",
@@ -84,13 +85,16 @@ class VLLM:
             model = (await http.json("/v1/models"))["data"][0]
             cut = await http.json("/tokenize", {"prompt": PROBE, "add_special_tokens": False})
             served = Served(version, tokenizer.vocabulary_size, int(model["max_model_len"]), "vLLM's")
+            same = cut["tokens"] == tokenizer.encode(PROBE, special_tokens=False)
         except ServerFailed as exc:
+            if exc.status is not None and exc.status < 500:
+                raise ConfigurationError(f"the server at {http.url}: {exc}") from exc
             raise NotReady(str(exc)) from exc
-        except (KeyError, TypeError, ValueError, IndexError) as exc:
+        except (LookupError, TypeError, ValueError, AttributeError) as exc:
             raise ConfigurationError(f"the server at {http.url} does not answer like vLLM: {exc!r}") from exc
         if _numbers(version) < OLDEST:
             raise ConfigurationError(f"vLLM {version} is too old: Forebay needs {'.'.join(map(str, OLDEST))} or newer")
-        if cut["tokens"] != tokenizer.encode(PROBE, special_tokens=False):
+        if not same:
             raise ConfigurationError(f"the server at {http.url} serves a model with another tokenizer")
         await _refuse_other_grammars(http, tokenizer)
         return served
@@ -236,7 +240,7 @@ def _cached(event: Mapping[str, Any]) -> int:
 
 def _failed(error: Mapping[str, Any]) -> ServerFailed | InvalidRequest:
     if error.get("code") == 400:
-        return InvalidRequest(f"The engine refuses the request: {error.get('message')}")
+        return InvalidRequest(f"The engine refuses the request: {str(error.get('message'))[:MESSAGE_LENGTH]}")
     return ServerFailed(f"the answer ended with an error ({error.get('type')})", error.get("code"))
 
 
