@@ -95,9 +95,9 @@ async def llamacpp(folder: Path) -> Subject:
     return Subject(engine, loaded, "Once upon a time", break_down)
 
 
-async def vllm(folder: Path) -> Subject:
+async def vllm(folder: Path, *names: str) -> Subject:
     # float32, so that no rounding decides between two tokens.
-    adapters = {name: str(write_lora(folder / name, seed)) for seed, name in enumerate(ADAPTERS)}
+    adapters = {name: str(write_lora(folder / name, seed)) for seed, name in enumerate(names)}
     engine = vllm_engine("--dtype=float32", max_concurrent_requests=8, model_adapters=adapters)
     loaded = await engine.start(lambda line: None)
     return Subject(engine, loaded, "Once upon a time", lambda: "")
@@ -111,12 +111,17 @@ SUBJECTS: dict[str, Callable[[Path], Awaitable[Subject]]] = {
 }
 # Only `make test-vllm` has it. It starts for a minute, so no test breaks it here; those of tests/vllm do.
 VLLM = pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(600)])
+VLLM_WITH_ADAPTERS = pytest.param("vllm, adapters", marks=VLLM.marks)
+REAL: dict[str, Callable[[Path], Awaitable[Subject]]] = {
+    "vllm": vllm,
+    "vllm, adapters": lambda folder: vllm(folder, *ADAPTERS),
+}
 SCORERS = [*(name for name in SUBJECTS if name != "llamacpp"), VLLM]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[*SUBJECTS, VLLM])
 async def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Subject]:
-    started = await {**SUBJECTS, "vllm": vllm}[request.param](tmp_path_factory.mktemp("model"))
+    started = await (SUBJECTS | REAL)[request.param](tmp_path_factory.mktemp("model"))
     yield started
     await started.engine.close()
 
@@ -234,6 +239,7 @@ async def test_a_grammar_is_followed_where_declared(subject: Subject) -> None:
         assert tokens[:1] + rest == tokens
 
 
+@pytest.mark.parametrize("subject", [*SUBJECTS, VLLM_WITH_ADAPTERS], indirect=True)
 async def test_an_adapter_s_answers_are_its_own(subject: Subject) -> None:
     if not subject.engine.capabilities.adapters:
         assert subject.loaded.adapters == frozenset()

@@ -6,6 +6,7 @@ Fields as in https://docs.vllm.ai/en/stable/serving/openai_compatible_server.htm
 import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -82,9 +83,13 @@ class VLLM:
         try:
             await http.get("/health")
             version = str((await http.json("/version"))["version"])
-            model = (await http.json("/v1/models"))["data"][0]
+            models = (await http.json("/v1/models"))["data"]
+            model, has_adapters = models[0], any(one.get("parent") for one in models)
             cut = await http.json("/tokenize", {"prompt": PROBE, "add_special_tokens": False})
             served = Served(version, tokenizer.vocabulary_size, int(model["max_model_len"]), "vLLM's")
+            if has_adapters:
+                # A prompt's log probabilities end vLLM 0.32's CPU build then: its adapters expect a row a sequence.
+                served = replace(served, capabilities=replace(self.capabilities, prompt_logprobs=False))
             same = cut["tokens"] == tokenizer.encode(PROBE, special_tokens=False)
         except ServerFailed as exc:
             if exc.status is not None and exc.status < 500:
