@@ -191,6 +191,16 @@ def sglang_answers(**changed: Any) -> dict[str, Any]:
     }
 
 
+async def test_a_vllm_with_adapters_gives_no_log_probabilities_of_a_prompt(server: InferenceServer, http: Http) -> None:
+    server.answers |= vllm_answers()
+    assert (await VLLM().identify(http, Tokenizer())).capabilities is None
+    models = [{"id": "m", "max_model_len": 2048}, {"id": "sql", "parent": "m"}]
+    server.answers["/v1/models"] = {"data": models}
+    capabilities = (await VLLM().identify(http, Tokenizer())).capabilities
+    assert capabilities is not None
+    assert (capabilities.prompt_logprobs, capabilities.logprobs, capabilities.adapters) == (False, True, True)
+
+
 @pytest.mark.parametrize(("dialect", "answers"), [(VLLM(), vllm_answers), (SGLang(), sglang_answers)])
 async def test_a_server_is_identified(
     server: InferenceServer, http: Http, dialect: Dialect, answers: Callable[..., dict[str, Any]]
