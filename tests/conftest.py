@@ -1,3 +1,4 @@
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,10 @@ from support.service import ForkServer, Service
 # A busy machine may take longer for an example. pytest's own limit ends a test that hangs.
 hypothesis.settings.register_profile("forebay", deadline=None)
 hypothesis.settings.load_profile("forebay")
+
+# A shell starts what runs in the background with SIGINT ignored, which the processes of the tests would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 StartNats = Callable[[Path], AbstractContextManager[NatsServer]]
 
