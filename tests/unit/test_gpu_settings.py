@@ -15,6 +15,7 @@ from forebay_inference.engine.protocol import EngineFault
 from forebay_inference.engine.transformers import engine, gpu
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.engine.transformers.loading import quantization_that_fits
+from support.configs import LLAMA_8B
 
 PLAIN = CacheShape(2, 2, 64)
 GIB = 1 << 30
@@ -81,17 +82,7 @@ def test_without_it_the_worker_warns_and_goes_on(
     ("free_gib", "slots", "chosen"), [(79, 8, "none"), (23, 4, "none"), (23, 6, "nf4"), (15, 1, "nf4")]
 )
 def test_auto_is_bf16_where_it_fits(tmp_path: Path, free_gib: int, slots: int, chosen: str) -> None:
-    config = {
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14_336,
-        "vocab_size": 128_256,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 131_072,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     fits = "fit" if chosen == "none" else "do not fit"
     assert quantization_that_fits(tmp_path, free_gib * GIB, slots) == (
         chosen,

@@ -47,6 +47,7 @@ from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.engine.transformers.gpu import blocks_on_gpu, settings_on_gpu
 from forebay_inference.engine.transformers.memory import CachePlan, plan_cache
 from forebay_inference.models.store import ensure_model
+from support.configs import LLAMA_8B
 from support.hub import Hub
 from support.stack import data_dir
 
@@ -54,17 +55,6 @@ GIB = 1 << 30
 DOCS = Path(__file__).parents[2] / "docs" / "sizing.md"
 DEFAULT_MODEL = Settings.model_fields["default_model"].default
 
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14_336,
-    "vocab_size": 128_256,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 131_072,
-}
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral",
     "num_hidden_layers": 32,
