@@ -17,7 +17,7 @@ from support.nats import NatsServer
 from support.secured import Site
 from support.secured import running as running_secured
 from support.stack import MODEL, running
-from support.view import holds, idle, jetstream
+from support.view import consumer_reaches, holds, idle, jetstream
 
 CONSUMER = f"HuggingFaceTB-{MODEL}"
 ROOT = Path(__file__).parents[2]
@@ -35,8 +35,7 @@ async def test_pause_counter_purge_and_drain(nats_server: NatsServer) -> None:
         assert (await jetstream(stack, pause, {"pause_until": "2099-01-01T00:00:00Z"}))["paused"] is True
         waits = asyncio.create_task(stack.chat("[[tokens=1]]"))
         await holds(stack, 1)
-        info = await jetstream(stack, f"CONSUMER.INFO.INFERENCE.{CONSUMER}")
-        assert (info["num_pending"], info["num_ack_pending"]) == (1, 0)
+        await consumer_reaches(stack, CONSUMER, num_pending=1, num_ack_pending=0)
         purged = await jetstream(stack, "STREAM.PURGE.INFERENCE", {"filter": f"inference.requests.{CONSUMER}.*"})
         assert (purged["success"], purged["purged"]) == (True, 1)
         waits.cancel()

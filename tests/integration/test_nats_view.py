@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
-from support.view import holds, idle, jetstream
+from support.view import consumer_reaches, holds, idle, jetstream
 
 CONSUMER = f"HuggingFaceTB-{MODEL}"
 SECOND_NS = 1_000_000_000
@@ -163,8 +163,7 @@ async def test_request_in_the_stream(nats_server: NatsServer, kind: str) -> None
         assert payload == expected
         state = (await jetstream(stack, "STREAM.INFO.INFERENCE", {"subjects_filter": ">"}))["state"]
         assert (state["messages"], state["subjects"]) == (1, {f"inference.requests.{CONSUMER}.{kind}": 1})
-        consumer = await jetstream(stack, f"CONSUMER.INFO.INFERENCE.{CONSUMER}")
-        assert (consumer["num_pending"], consumer["num_ack_pending"]) == (1, 0)
+        await consumer_reaches(stack, CONSUMER, num_pending=1, num_ack_pending=0)
         task.cancel()
         await holds(stack, 0)
 
@@ -175,12 +174,10 @@ async def test_processing_seen_by_consumer_info(nats_server: NatsServer) -> None
         await stack.begins()
         tasks += [asyncio.create_task(stack.chat("[[tokens=1]]")) for _ in range(2)]
         await holds(stack, 3)
-        consumer = await jetstream(stack, f"CONSUMER.INFO.INFERENCE.{CONSUMER}")
-        assert (consumer["num_pending"], consumer["num_ack_pending"], consumer["num_redelivered"]) == (2, 1, 0)
+        await consumer_reaches(stack, CONSUMER, num_pending=2, num_ack_pending=1, num_redelivered=0)
         assert [(await task).status_code for task in tasks] == [200] * 3
         await idle(stack)
-        consumer = await jetstream(stack, f"CONSUMER.INFO.INFERENCE.{CONSUMER}")
-        assert (consumer["num_pending"], consumer["num_ack_pending"]) == (0, 0)
+        consumer = await consumer_reaches(stack, CONSUMER, num_pending=0, num_ack_pending=0)
         assert consumer["ack_floor"]["stream_seq"] == 3
 
 

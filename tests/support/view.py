@@ -30,6 +30,16 @@ async def holds(stack: Stack, count: int, timeout_s: float = 30) -> None:
             await asyncio.sleep(0.01)
 
 
+async def consumer_reaches(stack: Stack, consumer: str, timeout_s: float = 30, **numbers: int) -> dict[str, Any]:
+    """`nats consumer info`, once it has these numbers: the server counts a stored message a moment after its PubAck."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            info = await jetstream(stack, f"CONSUMER.INFO.INFERENCE.{consumer}")
+            if numbers.items() <= info.items():
+                return info
+            await asyncio.sleep(0.01)
+
+
 async def idle(stack: Stack, api: int = 0) -> dict[str, Any]:
     """Wait until the last request has been acknowledged, which comes after it was counted; the queue's status then.
 
