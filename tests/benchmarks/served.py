@@ -3,7 +3,8 @@
     python tests/benchmarks/served.py [--quick] [--engine vllm]
 
 One server with 16 slots runs all the time; so the ratio is what queue, api and worker cost it, on the cores that they
-share with it here. Both get the same prompts in a turn, greedy; which one is first changes from turn to turn. vLLM is
+share with it here. Greedy; no prompt comes twice, since the server keeps the prefixes it has computed. Which of the two
+is first changes from turn to turn. vLLM is
 that of `make test-vllm` or of VLLM_PYTHON, in bf16, compiled as it ships; llama.cpp is that of the wheel `xllamacpp`,
 on the GGUF that the weights come from (Q4_1).
 """
@@ -58,8 +59,8 @@ async def in_turns(
     rows: dict[str, list[dict[str, float]]] = {"forebay": [], "alone": []}
     for number in range(rounds):
         pair = (("forebay", ours), ("alone", alone))
-        for name, target in pair[:: 1 if number % 2 else -1]:
-            rows[name].append(await turn(http, target, clients, tokens, 1000 * clients + number))
+        for first, (name, target) in enumerate(pair[:: 1 if number % 2 else -1]):
+            rows[name].append(await turn(http, target, clients, tokens, 1000 * clients + 2 * number + first))
     found: dict[str, Any] = {
         name: {key: spread([row[key] for row in turns]) for key in turns[0]} for name, turns in rows.items()
     }
@@ -79,7 +80,8 @@ async def measure(quick: bool, engine: str) -> dict[str, Any]:
         settings = {"inference_engine": engine, "engine_url": url, "max_concurrent_requests": SLOTS}
         async with (
             running(nats, data_dir=data_dir(), request_timeout=300, **settings) as stack,
-            httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as http,
+            # llama.cpp closes kept connections without a word, so none is kept.
+            httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as http,
         ):
             ours, alone = Server(stack.apis[0].url, name), Server(url, name)
             for warm in (ours, alone):
