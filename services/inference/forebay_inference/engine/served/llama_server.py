@@ -6,6 +6,7 @@ An error of the C++ code then ends this process and not the worker.
 import argparse
 import os
 import signal
+import sys
 from typing import Any
 
 import psutil
@@ -41,7 +42,10 @@ def main() -> None:
     ends = {signal.SIGTERM, signal.SIGINT}
     # Before the server starts its threads, which inherit the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    server = _server(given)
+    try:
+        server = _server(given)
+    except RuntimeError as exc:  # llama.cpp has logged why, and a traceback would push that out of the last lines
+        sys.exit(f"{exc}")
     signal.sigwait(ends)
     del server
 

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from functools import cached_property, partial
 from typing import TypeVar, cast
 
-from forebay_contracts.wire.errors import AdapterNotFound, InferenceFailed, UnsupportedByModel
+from forebay_contracts.wire.errors import AdapterNotFound, InferenceFailed, InvalidRequest, UnsupportedByModel
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Vector
 from forebay_inference.engine.model import CANNOT_RESUME
@@ -73,6 +73,8 @@ class TextModel:
             raise AdapterNotFound(request.model, request.adapter)
         embedding = request.completion_type is CompletionType.EMBEDDING
         if embedding and self._embedder is not None:
+            if request.adapter is not None:
+                raise InvalidRequest("Embeddings are not computed with an adapter.", param="model")
             return self._vectors(self._embedder, request, resume)
         engine = self._generator
         if embedding or engine is None:
