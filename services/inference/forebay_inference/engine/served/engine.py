@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
@@ -31,6 +32,7 @@ from forebay_inference.engine.served.process import ServerProcess, filled, free_
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.models.adapters import ensure_adapters
+from forebay_inference.models.hub import files_beside_weights
 from forebay_inference.models.store import ensure_gguf, ensure_model, recommended_sampling
 
 log = logging.getLogger(__name__)
@@ -135,6 +137,8 @@ class ServedEngine:
         """The model, and the adapters as the server knows them."""
         settings = self._settings
         ensure = ensure_gguf if self._dialect.weights == "gguf" else ensure_model
+        if ensure is ensure_model and settings.engine_url is not None:
+            ensure = partial(ensure_model, choose=files_beside_weights)
         model = ensure(settings.default_model, settings.data_dir, progress, settings.hf_token)
         if settings.engine_url is not None:
             return model, {name: Path(place) for name, place in settings.model_adapters.items()}
