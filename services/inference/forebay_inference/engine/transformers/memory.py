@@ -1,7 +1,7 @@
 """How much memory there is, and how large the KV cache is to be."""
 
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import psutil
@@ -9,6 +9,7 @@ import torch
 
 from forebay_contracts.sizing.gpu_memory import PAGE_TOKENS
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.engine.cpus import cgroup_files
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 
 # On a CPU the cache shares its memory with everything else on the machine; on a GPU it is what the memory is for.
@@ -79,13 +80,10 @@ def cache_budget(device: torch.device) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that this process may still take: the machine's, or its cgroup's where that is less."""
+    """Bytes of main memory that this process may still take: the machine's, or its cgroups' where that is less."""
     available = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            available = min(available, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
+    for file in cgroup_files("memory.max"):
+        with suppress(OSError, ValueError):  # ValueError: there is no limit
+            free = int(file.read_text()) - int(file.with_name("memory.current").read_text())
+            available = min(available, max(0, free))
     return available
