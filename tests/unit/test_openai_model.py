@@ -180,6 +180,15 @@ async def test_what_needs_tokens_is_refused_by_name(
     assert len(server.asked) == asked
 
 
+async def test_a_request_that_comes_back_to_its_own_forebay_ends_at_once(
+    server: InferenceServer, model: OpenAIModel
+) -> None:
+    server.answers[CHAT] = web.json_response({"error": {"message": "-"}}, status=508)
+    # No fault of the engine, which further attempts would follow.
+    with pytest.raises(InferenceFailed, match="ENGINE_URL of the worker leads back to this Forebay"):
+        await events(model, chat("hi"))
+
+
 async def test_an_answer_that_was_begun_is_not_resumed(model: OpenAIModel) -> None:
     with pytest.raises(InferenceFailed, match="cannot go on"):
         await anext(model.generate(chat("hi"), {0: [0]}))

@@ -1,6 +1,7 @@
 """vLLM and SGLang, as their sources say that they answer. `tests/vllm` asks the real vLLM."""
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -262,6 +263,19 @@ def test_a_quantization_that_it_does_not_make_is_refused(dialect: Dialect) -> No
 def test_vllm_s_cache_is_bounded_on_a_cpu() -> None:
     command = VLLM().command(InferenceSettings(_env_file=None, model_device="cpu"))
     assert int(command[list(command).index("--kv-cache-memory-bytes") + 1]) > 0
+
+
+async def test_no_other_server_gets_a_prompt(server: InferenceServer, http: Http) -> None:
+    server.answers[COMPLETIONS] = web.Response(status=307, headers={"Location": "/elsewhere"})
+    with pytest.raises(ServerFailed, match=f"{COMPLETIONS} was answered with status 307"):
+        await http.json(COMPLETIONS, {"prompt": [1]})
+    assert [path for path, _ in server.asked] == [COMPLETIONS]
+
+
+async def test_what_is_packed_is_not_unpacked(server: InferenceServer, http: Http) -> None:
+    packed = gzip.compress(bytes(1 << 20))
+    server.answers["/packed"] = web.Response(body=packed, headers={"Content-Encoding": "gzip"})
+    assert await http.get("/packed") == packed
 
 
 async def test_what_has_no_end_is_bounded(server: InferenceServer, http: Http, monkeypatch: pytest.MonkeyPatch) -> None:

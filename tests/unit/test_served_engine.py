@@ -196,7 +196,15 @@ async def fails_inside(response: web.StreamResponse) -> None:
     await response.write(b'data: {"error": {"code": 500, "message": "secret"}}\n\n')
 
 
-@pytest.mark.parametrize("behaviour", [garbage, breaks_off, ends_early, fails_inside])
+async def no_token(response: web.StreamResponse) -> None:
+    await send(response, [1_000_000], 1)
+
+
+async def no_number(response: web.StreamResponse) -> None:
+    await send(response, ["1"], 1)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("behaviour", [garbage, breaks_off, ends_early, fails_inside, no_token, no_number])
 async def test_a_broken_answer_is_a_fault_of_its_request_alone(
     server: FakeLlama, engine: ServedEngine, behaviour: Any
 ) -> None:

@@ -195,6 +195,8 @@ class ServedEngine:
                     if self._http is not http:
                         # What has come already may be read although the connection is closed.
                         raise EngineFault("the engine was closed")
+                    if not all(isinstance(one, int) and 0 <= one < served.vocabulary_size for one in step.tokens):
+                        raise EngineFault(f"{self._dialect.name} answered with a token that its model does not have")
                     if last is not None:
                         yield last._replace(cached_tokens=step.cached_tokens)
                         return

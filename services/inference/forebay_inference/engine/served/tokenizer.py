@@ -36,7 +36,8 @@ def read_tokenizer(model: Path) -> ReadTokenizer:
     """
     try:
         tokenizer, ends = _of_gguf(model) if model.is_file() else _of_checkpoint(model)
-        size = len(tokenizer)
+        # A vocabulary may have gaps.
+        size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
         matchers = Matchers(tokenizer, size, ends)
     except Exception as exc:  # a file can be broken in any number of ways
         reason = " ".join(str(exc).split())[:300] or type(exc).__name__
