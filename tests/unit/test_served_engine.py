@@ -24,6 +24,7 @@ from forebay_inference.engine.protocol import EngineFault, LoadedModel, Step, To
 from forebay_inference.engine.served import engine as served_engine
 from forebay_inference.engine.served.engine import ServedEngine
 from forebay_inference.engine.served.llamacpp import LlamaCpp
+from forebay_inference.engine.served.process import filled
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.health import EngineWatch
@@ -437,6 +438,11 @@ async def test_a_command_that_is_missing_or_ends_is_told_with_its_last_lines(mod
             await engine.start(lambda line: None)
         assert said in str(found.value)
         await engine.close()
+
+
+def test_a_command_is_filled_in_once() -> None:
+    values = {"model": "/a b/{port}", "port": 80}
+    assert filled(["run", "{model}", "--x={port}", "{other}"], values) == ["run", "/a b/{port}", "--x=80", "{other}"]
 
 
 async def test_a_missing_package_is_told_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
