@@ -11,10 +11,9 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import psutil
-
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
+from forebay_inference.engine.machine import available_memory
 from forebay_inference.engine.protocol import Capabilities, Step, Tokenizer, TokenLogprob, TokenRequest
 from forebay_inference.engine.served.dialect import MESSAGE_LENGTH, PROBE, Load, NotReady, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
@@ -71,11 +70,7 @@ class VLLM:
             *("--structured-outputs-config.backend", "guidance"),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
             *made[wanted],
-            *(
-                ("--kv-cache-memory-bytes", str(psutil.virtual_memory().available // _CACHE_PART))
-                if _on_cpu(settings)
-                else ()
-            ),
+            *(("--kv-cache-memory-bytes", str(available_memory() // _CACHE_PART)) if _on_cpu(settings) else ()),
         ]
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:

@@ -3,7 +3,7 @@
 import os
 from typing import Final
 
-from forebay_inference.engine.cpus import allowed_cpus, usable_cpus
+from forebay_inference.engine.machine import allowed_cpus, usable_cpus
 
 # torch's threads wait for each other hundreds of times in a pass. libgomp reads this once, when torch is loaded: they
 # spin some 0.2 ms, and not at all while `waiting` makes them yield. Its default spins 6 ms and more.

@@ -1,15 +1,13 @@
 """How much memory there is, and how large the KV cache is to be."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-import psutil
 import torch
 
 from forebay_contracts.sizing.gpu_memory import PAGE_TOKENS
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_inference.engine.cpus import cgroup_files
+from forebay_inference.engine.machine import available_memory
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 
 # On a CPU the cache shares its memory with everything else on the machine; on a GPU it is what the memory is for.
@@ -77,13 +75,3 @@ def bytes_per_token(shape: CacheShape, dtype: torch.dtype) -> int:
 def cache_budget(device: torch.device) -> int:
     """Bytes that the KV cache may take on a CPU, the weights being loaded already."""
     return min(_CPU_LIMIT_BYTES, int(available_memory() * _CPU_SHARE))
-
-
-def available_memory() -> int:
-    """Bytes of main memory that this process may still take: the machine's, or its cgroups' where that is less."""
-    available = int(psutil.virtual_memory().available)
-    for file in cgroup_files("memory.max"):
-        with suppress(OSError, ValueError):  # ValueError: there is no limit
-            free = int(file.read_text()) - int(file.with_name("memory.current").read_text())
-            available = min(available, max(0, free))
-    return available

@@ -1,10 +1,12 @@
-"""The CPUs that this process may use."""
+"""The CPUs and the memory that this process may use, which its cgroups may bound. Libraries do not look at these."""
 
 import contextlib
 import math
 import os
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUP: Final = Path("/proc/self/cgroup")
@@ -19,7 +21,7 @@ def allowed_cpus() -> int:
 def usable_cpus() -> int:
     """For how many threads: its affinity, the quotas of its cgroups, and OMP_NUM_THREADS."""
     count = allowed_cpus()
-    for file in cgroup_files("cpu.max"):
+    for file in _cgroup_files("cpu.max"):
         with contextlib.suppress(OSError, ValueError):
             quota, period = file.read_text().split()
             if quota != "max":
@@ -30,7 +32,17 @@ def usable_cpus() -> int:
     return max(1, count)
 
 
-def cgroup_files(name: str) -> list[Path]:
+def available_memory() -> int:
+    """Bytes of main memory that it may still take: the machine's, or its cgroups' where that is less."""
+    available = int(psutil.virtual_memory().available)
+    for file in _cgroup_files("memory.max"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: there is no limit
+            free = int(file.read_text()) - int(file.with_name("memory.current").read_text())
+            available = min(available, max(0, free))
+    return available
+
+
+def _cgroup_files(name: str) -> list[Path]:
     """The files `name` of the cgroup (version 2) that this process is in and of those around it: each may limit it."""
     try:
         lines = _OWN_CGROUP.read_text().splitlines()
