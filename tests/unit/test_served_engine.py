@@ -270,6 +270,13 @@ async def test_a_server_that_answers_nothing_any_more_is_a_fault(server: FakeLla
         await steps(engine)
 
 
+async def test_a_server_that_was_started_anew_is_another_one(server: FakeLlama, engine: ServedEngine) -> None:
+    server.steps = 10
+    await comes(lambda: engine.status().steps >= 10)
+    server.steps = 0
+    await comes(lambda: engine.status().fault == "llama.cpp was started anew")
+
+
 async def test_metrics_that_make_no_sense_are_no_answer(server: FakeLlama, engine: ServedEngine) -> None:
     server.steps = "many"
     await comes(lambda: "llama.cpp has not answered for 1 s" in str(engine.status().fault))
