@@ -214,9 +214,17 @@ async def test_the_model_is_the_one_named_or_the_only_one(server: InferenceServe
     await model.close()
 
 
-async def test_a_wrong_key_stops_the_start(server: InferenceServer) -> None:
-    server.answers["/v1/models"] = web.Response(status=401)
-    with pytest.raises(ConfigurationError, match="ENGINE_API_KEY"):
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (web.Response(status=401), "ENGINE_API_KEY"),
+        (web.Response(status=301, headers={"Location": "https://h"}), "it leads elsewhere"),
+        (b"<html>", "the answer to /v1/models is no JSON"),
+    ],
+)
+async def test_what_waiting_does_not_change_stops_the_start(server: InferenceServer, answer: Any, reason: str) -> None:
+    server.answers["/v1/models"] = answer
+    with pytest.raises(ConfigurationError, match=reason):
         await started(server)
 
 

@@ -222,8 +222,10 @@ async def test_a_server_is_identified(
         (VLLM(), vllm_answers(**{"/v1/models": lambda _: web.Response(status=401)}), "ENGINE_API_KEY is not its key"),
         (VLLM(), vllm_answers(**{"/version": lambda _: web.Response(status=404)}), "/version was answered with"),
         (VLLM(), vllm_answers(**{"/tokenize": {}}), "does not answer like vLLM"),
+        (VLLM(), vllm_answers(**{"/version": b"<html>"}), "the answer to /version is no JSON"),
         (SGLang(), sglang_answers(**{"/tokenize": {}}), "does not answer like SGLang"),
         (SGLang(), sglang_answers(**{"/get_server_info": b"[]"}), "does not answer like SGLang"),
+        (SGLang(), sglang_answers(**{"/get_server_info": b"<html>"}), "the answer to /get_server_info is no JSON"),
         (VLLM(), vllm_answers(**{COMPLETIONS: lambda _: web.Response(status=400)}), "--structured-outputs-config"),
         (SGLang(), sglang_answers(**{"/get_server_info": {"grammar_backend": "xgrammar"}}), "--grammar-backend"),
         (SGLang(), sglang_answers(**{"/metrics": lambda _: web.Response(status=404)}), "--enable-metrics"),
@@ -267,7 +269,7 @@ def test_vllm_s_cache_is_bounded_on_a_cpu() -> None:
 
 async def test_no_other_server_gets_a_prompt(server: InferenceServer, http: Http) -> None:
     server.answers[COMPLETIONS] = web.Response(status=307, headers={"Location": "/elsewhere"})
-    with pytest.raises(ServerFailed, match=f"{COMPLETIONS} was answered with status 307"):
+    with pytest.raises(ServerFailed, match=f"{COMPLETIONS} was answered with status 307: it leads elsewhere"):
         await http.json(COMPLETIONS, {"prompt": [1]})
     assert [path for path, _ in server.asked] == [COMPLETIONS]
 

@@ -72,7 +72,7 @@ class OpenAIModel:
                 self._name = _name_of(settings.default_model, await _models(http), url)
                 break
             except ServerFailed as exc:
-                if exc.status in (401, 403):
+                if exc.status is not None and (exc.status < 400 or exc.status in (401, 403)):
                     raise ConfigurationError(f"the server at {url}: {exc}") from exc
                 if time.monotonic() - started > settings.engine_start_timeout:
                     raise ConfigurationError(f"no answer within {settings.engine_start_timeout:g} s: {exc}") from exc

@@ -68,7 +68,7 @@ class Http:
         try:
             return orjson.loads(answer)
         except orjson.JSONDecodeError as exc:
-            raise ServerFailed(f"the answer to {path} is no JSON") from exc
+            raise ServerFailed(f"the answer to {path} is no JSON", 200) from exc
 
     async def events(
         self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
@@ -148,6 +148,8 @@ async def _check(response: aiohttp.ClientResponse, path: str) -> None:
     if response.status >= 300:
         detail = (await response.content.read(2000)).decode(errors="replace")
         hint = ": ENGINE_API_KEY is not its key" if response.status in (401, 403) else ""
+        if response.status < 400:
+            hint = ": it leads elsewhere, which is not followed"
         raise ServerFailed(f"{path} was answered with status {response.status}{hint}", response.status, detail)
 
 
