@@ -20,7 +20,7 @@ def llama_cpp_engine(model: Path, *, slots: int = 4, **settings: Any) -> ServedE
 
 def kill_server(engine: ServedEngine) -> None:
     """Kill the server that `engine` has started."""
-    process = engine._process
+    process = engine._server.process
     assert process is not None
     assert process._process is not None
     process._process.kill()
