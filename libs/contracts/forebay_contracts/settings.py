@@ -303,11 +303,16 @@ class InferenceSettings(Settings):
         "openai (text from any OpenAI-compatible server at ENGINE_URL); "
         "embedding (a sentence-transformers model), or simulated (no model, for tests)",
     )
+    model_task: Literal["auto", "generate", "embed"] = Field(
+        "auto",
+        description="What the model is for; auto: embed with INFERENCE_ENGINE=embedding, else generate. "
+        "embed: with llamacpp, vllm and sglang too",
+    )
     engine_command: str | None = Field(
         None,
         min_length=1,
         description="Command that starts the inference server; "
-        "{python}, {model}, {name}, {port} and {slots} are filled in",
+        "{python}, {model}, {name}, {port}, {slots} and {dtype} are filled in",
     )
     engine_python: str | None = Field(
         None,
@@ -360,6 +365,15 @@ class InferenceSettings(Settings):
                 f"LLM_BATCH_SIZE={self.llm_batch_size} tokens cannot carry {self.slots} slots: "
                 f"each running request takes one token of a forward pass"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_the_task(self) -> Self:
+        engine, task = self.inference_engine, self.model_task
+        if (task == "embed" and engine in ("transformers", "openai")) or (task == "generate" and engine == "embedding"):
+            raise ValueError(f"INFERENCE_ENGINE={engine} cannot {task}: see MODEL_TASK in docs/engines.md")
+        if task == "embed" and self.model_adapters:
+            raise ValueError("MODEL_ADAPTERS are for models that generate, and MODEL_TASK=embed is set")
         return self
 
     @model_validator(mode="after")

@@ -69,6 +69,11 @@ def _served_model(settings: InferenceSettings, engine: str) -> Model:
         from forebay_inference.engine.openai import OpenAIModel
 
         return OpenAIModel(settings)
+    if settings.model_task == "embed":
+        from forebay_inference.engine.served.embedder import ServedEmbedder
+        from forebay_inference.engine.served.pooling import POOLING
+
+        return TextModel(ServedEmbedder(settings, POOLING[engine]()))
     from forebay_inference.engine.served.dialects import DIALECTS
     from forebay_inference.engine.served.engine import ServedEngine
 

@@ -1,6 +1,5 @@
 """The engine that asks an inference server beside the worker, in tokens."""
 
-import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Final, cast
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import (
     EngineFault,
@@ -25,8 +23,6 @@ from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.models.adapters import ensure_adapters
 from forebay_inference.models.store import ensure_gguf, ensure_model, recommended_sampling
-
-log = logging.getLogger(__name__)
 
 _GREEDY: Final = Sampling(temperature=0)
 
@@ -58,7 +54,7 @@ class ServedEngine:
 
         async with server.starting(model, arguments, progress) as http:
             served = await server.identified(http, read.tokenizer, progress)
-            self._check(served, read.vocabulary_size)
+            self.capabilities = served.capabilities or self.capabilities
             if adapters:
                 fields = await adapting.adapters(http, adapters, started=server.process is not None)
                 served = replace(served, adapters=fields)
@@ -76,17 +72,6 @@ class ServedEngine:
             read.compile,
             adapters=frozenset(adapters),
         )
-
-    def _check(self, served: Served, vocabulary_size: int) -> None:
-        """Take what the server can; raise ConfigurationError if its model is another."""
-        if vocabulary_size > served.vocabulary_size:
-            raise ConfigurationError(
-                f"{self._dialect.name} serves a model of {served.vocabulary_size} tokens, and the tokenizer of "
-                f"{self._settings.default_model} has {vocabulary_size}"
-            )
-        self.capabilities = served.capabilities or self.capabilities
-        if served.slots is not None and served.slots < (slots := self._settings.slots):
-            log.warning("[%s] has %d slots, and the worker has %d", self._dialect.name, served.slots, slots)
 
     def _fetch(self, progress: Callable[[str], None]) -> tuple[Path, dict[str, Path]]:
         """The model, and the adapters as the server knows them."""

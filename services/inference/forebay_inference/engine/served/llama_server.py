@@ -21,6 +21,8 @@ _ERRORS = 1
 """The verbosity of llama.cpp that logs errors alone."""
 
 _LEAST_CONTEXT = 512
+_LONGEST_INPUT = 8192
+"""Tokens of a text that a vector is made of."""
 _MEMORY_SHARE = 0.8
 """Of the memory that is free. The context of a slot is made so short that weights and cache fit, as far as they can."""
 
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=1, help="sequences at once")
     parser.add_argument("--context", type=int, default=0, help="tokens of a slot; 0: the model's, if memory suffices")
     parser.add_argument("--batch", type=int, default=512, help="tokens in one forward pass")
+    parser.add_argument("--embedding", action="store_true", help="serve vectors, pooled as the file says")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="threads of a forward pass")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE", help="a LoRA adapter; may be repeated")
     parser.add_argument("--lora-init-without-apply", action="store_true", help="apply no adapter by itself")
@@ -58,6 +61,10 @@ def _server(given: argparse.Namespace) -> Any:
     params.n_parallel = given.slots
     params.n_ctx = given.context * given.slots
     params.n_batch = max(given.batch, given.slots)
+    if given.embedding:
+        params.embedding = True
+        # An input is one piece of a pass, and longer ones are refused. The context bounds it too.
+        params.n_batch = params.n_ubatch = max(given.batch, _LONGEST_INPUT)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
     params.endpoint_metrics = True
     scale = 0.0 if given.lora_init_without_apply else 1.0

@@ -1,6 +1,7 @@
 """The inference server of a worker: started or found, waited for, watched, and known to be dead."""
 
 import asyncio
+import logging
 import secrets
 import shlex
 import shutil
@@ -17,6 +18,9 @@ from forebay_inference.engine.protocol import EngineFault, EngineStatus, Tokeniz
 from forebay_inference.engine.served.dialect import Load, NotReady, Served, ServerDialect
 from forebay_inference.engine.served.http import Http, ServerFailed, ServerGone
 from forebay_inference.engine.served.process import ServerProcess, filled, free_port, require
+from forebay_inference.models.store import precision_of
+
+log = logging.getLogger(__name__)
 
 _KEY_VARIABLES: Final = ("LLAMA_API_KEY", "VLLM_API_KEY")
 """From which servers take the key that their clients must send."""
@@ -106,11 +110,28 @@ class Server:
             "name": settings.served_model,
             "port": port,
             "slots": settings.slots,
+            "dtype": precision_of(model),
         }
         return filled(command, values)
 
     async def identified(self, http: Http, tokenizer: Tokenizer, progress: Callable[[str], None]) -> Served:
-        """What it serves, once it does; see `ServerDialect.identify`."""
+        """What it serves, once it does.
+
+        Raises:
+            ConfigurationError: it has ended, or serves another model; see also `ServerDialect.identify`.
+        """
+        name, settings = self._dialect.name, self._settings
+        served = await self._until_identified(http, tokenizer, progress)
+        if (size := tokenizer.vocabulary_size) > served.vocabulary_size:
+            raise ConfigurationError(
+                f"{name} serves a model of {served.vocabulary_size} tokens, and the tokenizer of "
+                f"{settings.default_model} has {size}"
+            )
+        if served.slots is not None and served.slots < settings.slots:
+            log.warning("[%s] has %d slots, and the worker has %d", name, served.slots, settings.slots)
+        return served
+
+    async def _until_identified(self, http: Http, tokenizer: Tokenizer, progress: Callable[[str], None]) -> Served:
         started = told = time.monotonic()
         while True:
             if self.process is not None and (fault := self.process.fault) is not None:

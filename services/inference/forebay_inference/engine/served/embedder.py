@@ -1,0 +1,166 @@
+"""The engine that asks an inference server beside the worker for vectors."""
+
+import base64
+import binascii
+import json
+import sys
+from array import array
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.errors import InvalidRequest
+from forebay_inference.engine.protocol import EngineStatus, LoadedModel
+from forebay_inference.engine.served.dialect import MESSAGE_LENGTH, ServerDialect
+from forebay_inference.engine.served.http import Http, ServerFailed
+from forebay_inference.engine.served.server import Server
+from forebay_inference.engine.served.tokenizer import bare_tokenizer
+from forebay_inference.engine.threads import in_daemon_thread
+from forebay_inference.models.store import ensure_gguf, ensure_model
+
+_PATH: Final = "/v1/embeddings"
+_PART_INPUTS: Final = 64
+_PART_TOKENS: Final = 16_384
+"""Most of a request that the server gets at once: other requests have their turn in between, and a takeover repeats
+no more than that."""
+
+
+class ServedEmbedder:
+    """Asks one server, which it starts itself unless ENGINE_URL names one. Construct, `start`, `embed`, `close`."""
+
+    def __init__(self, settings: InferenceSettings, dialect: ServerDialect) -> None:
+        self._settings = settings
+        self._dialect = dialect
+        self._server = Server(settings, dialect)
+
+    async def start(self, progress: Callable[[str], None]) -> LoadedModel:
+        """Read the tokenizer, start or find the server, and wait until it serves; see `Engine.start`.
+
+        Raises:
+            ConfigurationError: the server ended, took longer than ENGINE_START_TIMEOUT, or serves something else.
+        """
+        settings, server = self._settings, self._server
+        server.require()
+        ensure = ensure_gguf if self._dialect.weights == "gguf" else ensure_model
+        model = await in_daemon_thread(
+            lambda: ensure(settings.default_model, settings.data_dir, progress, settings.hf_token)
+        )
+        progress("reading the tokenizer")
+        tokenizer = await in_daemon_thread(lambda: bare_tokenizer(model))
+        async with server.starting(model, tuple, progress) as http:
+            served = await server.identified(http, tokenizer, progress)
+            progress("warming up")
+            (vector,) = await _vectors(http, [tokenizer.encode("The")], None)
+        return LoadedModel(
+            tokenizer,
+            served.context_length,
+            served.quantization,
+            self._dialect.name,
+            dimensions=None if _can_be_cut(model) else len(vector) // 4,
+            prefix=_prefix(model),
+        )
+
+    async def embed(
+        self, inputs: Mapping[int, Sequence[int]], dimensions: int | None
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
+        """See `Embedder.embed`.
+
+        Raises:
+            InvalidRequest: the server refuses an input, or the number of dimensions.
+        """
+        server, http = self._server, self._server.serving()
+        server.sequences += len(inputs)
+        left = len(inputs)
+        try:
+            for part in _parts(inputs):
+                vectors = await _vectors(http, [inputs[index] for index in part], dimensions)
+                server.steps += 1
+                for index, values in zip(part, vectors, strict=True):
+                    server.sequences -= 1
+                    left -= 1
+                    yield index, values
+        except ServerFailed as exc:
+            # llama.cpp calls an input longer than its batch an error of its own.
+            if exc.status in (400, 413, 422) or "too large to process" in exc.detail:
+                raise _refused(exc, dimensions) from exc
+            raise await server.failed(exc) from exc
+        finally:
+            server.sequences -= left
+
+    def status(self) -> EngineStatus:
+        """See `Engine.status`."""
+        return self._server.status()
+
+    async def close(self) -> None:
+        """See `Engine.close`."""
+        await self._server.close()
+
+
+def _parts(inputs: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
+    """The indices of `inputs`, in parts of at most _PART_INPUTS and _PART_TOKENS. A longer input is one by itself."""
+    part: list[int] = []
+    tokens = 0
+    for index, given in inputs.items():
+        if part and (len(part) == _PART_INPUTS or tokens + len(given) > _PART_TOKENS):
+            yield part
+            part, tokens = [], 0
+        part.append(index)
+        tokens += len(given)
+    if part:
+        yield part
+
+
+async def _vectors(http: Http, inputs: Sequence[Sequence[int]], dimensions: int | None) -> list[bytes]:
+    """The vector of each of `inputs`, as float32, little-endian; raises ServerFailed."""
+    body: dict[str, Any] = {"input": inputs, "encoding_format": "base64"}
+    if dimensions is not None:
+        body["dimensions"] = dimensions
+    answer = await http.json(_PATH, body, None)
+    try:
+        told = {one["index"]: _vector(one["embedding"]) for one in answer["data"]}
+        vectors = [told[place] for place in range(len(inputs))]
+    except (LookupError, TypeError, ValueError, binascii.Error) as exc:
+        raise ServerFailed(f"{_PATH} was not answered with vectors: {type(exc).__name__}") from exc
+    if not vectors[0] or len({len(vector) for vector in vectors}) > 1:
+        raise ServerFailed(f"{_PATH} was answered with vectors of different dimensions")
+    return vectors
+
+
+def _vector(told: str | Sequence[float]) -> bytes:
+    if isinstance(told, str):
+        return base64.b64decode(told, validate=True)
+    values = array("f", told)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tobytes()
+
+
+def _refused(error: ServerFailed, dimensions: int | None) -> InvalidRequest:
+    try:
+        message = json.loads(error.detail)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        message = str(error)
+    param = "input" if dimensions is None else "dimensions"
+    return InvalidRequest(f"The engine refuses the request: {str(message)[:MESSAGE_LENGTH]}", param=param)
+
+
+def _can_be_cut(model: Path) -> bool:
+    """Whether the vectors of the checkpoint are made to be cut to fewer dimensions, as vLLM and SGLang read it."""
+    config = _read(model / "config.json")
+    return bool(config.get("matryoshka_dimensions") or config.get("is_matryoshka"))
+
+
+def _prefix(model: Path) -> str:
+    """What a checkpoint of sentence-transformers puts before each text by default."""
+    config = _read(model / "config_sentence_transformers.json")
+    return str((config.get("prompts") or {}).get(config.get("default_prompt_name") or "", ""))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, as beside a GGUF file."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
