@@ -20,6 +20,7 @@ from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.models.store import ensure_gguf, ensure_model
 
 _PATH: Final = "/v1/embeddings"
+_FLOAT_BYTES: Final = 4
 _PART_INPUTS: Final = 64
 _PART_TOKENS: Final = 16_384
 """Most of a request that the server gets at once: other requests have their turn in between, and a takeover repeats
@@ -33,6 +34,7 @@ class ServedEmbedder:
         self._settings = settings
         self._dialect = dialect
         self._server = Server(settings, dialect)
+        self._dimensions = 0
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Read the tokenizer, start or find the server, and wait until it serves; see `Engine.start`.
@@ -52,12 +54,15 @@ class ServedEmbedder:
             served = await server.identified(http, tokenizer, progress)
             progress("warming up")
             (vector,) = await _vectors(http, [tokenizer.encode("The")], None)
+            if not vector:
+                raise ServerFailed(f"{_PATH} was answered with an empty vector")
+            self._dimensions = len(vector) // _FLOAT_BYTES
         return LoadedModel(
             tokenizer,
             served.context_length,
             served.quantization,
             self._dialect.name,
-            dimensions=None if _can_be_cut(model) else len(vector) // 4,
+            dimensions=None if _can_be_cut(model) else self._dimensions,
             prefix=_prefix(model),
         )
 
@@ -75,6 +80,8 @@ class ServedEmbedder:
         try:
             for part in _parts(inputs):
                 vectors = await _vectors(http, [inputs[index] for index in part], dimensions)
+                if {len(vector) for vector in vectors} != {(dimensions or self._dimensions) * _FLOAT_BYTES}:
+                    raise ServerFailed(f"{_PATH} was answered with vectors of other dimensions")
                 server.steps += 1
                 for index, values in zip(part, vectors, strict=True):
                     server.sequences -= 1
@@ -119,12 +126,9 @@ async def _vectors(http: Http, inputs: Sequence[Sequence[int]], dimensions: int 
     answer = await http.json(_PATH, body, None)
     try:
         told = {one["index"]: _vector(one["embedding"]) for one in answer["data"]}
-        vectors = [told[place] for place in range(len(inputs))]
+        return [told[place] for place in range(len(inputs))]
     except (LookupError, TypeError, ValueError, binascii.Error) as exc:
         raise ServerFailed(f"{_PATH} was not answered with vectors: {type(exc).__name__}") from exc
-    if not vectors[0] or len({len(vector) for vector in vectors}) > 1:
-        raise ServerFailed(f"{_PATH} was answered with vectors of different dimensions")
-    return vectors
 
 
 def _vector(told: str | Sequence[float]) -> bytes:
