@@ -47,6 +47,7 @@ class FakeLlama:
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/completion", self._completion)
         app.router.add_post("/v1/embeddings", self._embeddings)
+        app.router.add_post("/v1/rerank", self._rerank)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -107,6 +108,22 @@ class FakeLlama:
             await asyncio.sleep(self.delay_s)
             data = [{"index": place, "embedding": [ids[0], len(ids)]} for place, ids in enumerate(body["input"])]
             await response.write(json.dumps({"data": data[::-1]}).encode())
+
+        return await self._respond(request, answer)
+
+    async def _rerank(self, request: web.Request) -> web.StreamResponse:
+        """The length of a document less that of the query is its score; a token a character; the last one first."""
+        body = await request.json()
+        self.requests.append(body)
+
+        async def answer(response: web.StreamResponse) -> None:
+            await asyncio.sleep(self.delay_s)
+            query, documents = body["query"], body["documents"]
+            scored = [
+                {"index": place, "relevance_score": len(text) - len(query)} for place, text in enumerate(documents)
+            ]
+            usage = {"total_tokens": sum(len(query + text) for text in documents)}
+            await response.write(json.dumps({"results": scored[::-1], "usage": usage}).encode())
 
         return await self._respond(request, answer)
 

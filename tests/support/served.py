@@ -9,6 +9,7 @@ from forebay_inference.engine.served.embedder import ServedEmbedder
 from forebay_inference.engine.served.engine import ServedEngine
 from forebay_inference.engine.served.llamacpp import LlamaCpp
 from forebay_inference.engine.served.pooling import LlamaCppPooling
+from forebay_inference.engine.served.reranker import ServedReranker
 
 # Threads of llama.cpp wait for each other without yielding: beside other work, two take many times as long as one.
 SERVER = f"{sys.executable} -m forebay_inference.engine.served.llama_server {{model}} --port={{port}} --threads=1"
@@ -19,9 +20,14 @@ def llama_cpp_engine(model: Path, *, slots: int = 4, **settings: Any) -> ServedE
     return ServedEngine(_settings(model, slots, "", settings), LlamaCpp())
 
 
+def llama_cpp_reranker(model: Path, *, slots: int = 4, **settings: Any) -> ServedReranker:
+    """The same for scores."""
+    return ServedReranker(_settings(model, slots, " --reranking", settings), LlamaCppPooling("rerank"))
+
+
 def llama_cpp_embedder(model: Path, *, slots: int = 4, **settings: Any) -> ServedEmbedder:
     """The same for vectors."""
-    return ServedEmbedder(_settings(model, slots, " --embedding", settings), LlamaCppPooling())
+    return ServedEmbedder(_settings(model, slots, " --embedding", settings), LlamaCppPooling("embed"))
 
 
 def _settings(model: Path, slots: int, options: str, settings: dict[str, Any]) -> InferenceSettings:

@@ -33,5 +33,5 @@ def vllm_engine(*arguments: str, **fields: Any) -> ServedEngine:
 def vllm_embedder(folder: Path, **fields: Any) -> ServedEmbedder:
     """The same for the vectors of the model in `folder`."""
     given = InferenceSettings(_env_file=None, default_model=str(folder), engine_python=PYTHON, **fields)
-    command = shlex.join([*VLLMPooling().command(given), "--enforce-eager"])
-    return ServedEmbedder(given.model_copy(update={"engine_command": command}), VLLMPooling())
+    command = shlex.join([*VLLMPooling("embed").command(given), "--enforce-eager"])
+    return ServedEmbedder(given.model_copy(update={"engine_command": command}), VLLMPooling("embed"))

@@ -43,7 +43,7 @@ async def server(model: Path) -> AsyncIterator[FakeLlama]:
 
 def embedder_at(url: str, model: Path, **settings: Any) -> ServedEmbedder:
     given = {"default_model": str(model), "engine_url": url, "max_concurrent_requests": 4, **settings}
-    return ServedEmbedder(InferenceSettings(_env_file=None, **given), LlamaCppPooling())
+    return ServedEmbedder(InferenceSettings(_env_file=None, **given), LlamaCppPooling("embed"))
 
 
 @pytest_asyncio.fixture
@@ -213,7 +213,7 @@ def test_a_task_decides_what_is_served(engine: Any) -> None:
     given: dict[str, Any] = {"inference_engine": engine, "engine_url": "http://h", "_env_file": None}
     assert build_model(InferenceSettings(**given, model_task="embed")).completion_types == (CompletionType.EMBEDDING,)
     assert CompletionType.EMBEDDING not in build_model(InferenceSettings(**given)).completion_types
-    command = POOLING[engine]().command(InferenceSettings(**given))
+    command = POOLING[engine]("embed").command(InferenceSettings(**given))
     assert {"--embedding", "--runner", "--is-embedding"} & set(command)
 
 

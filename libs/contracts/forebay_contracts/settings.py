@@ -303,10 +303,10 @@ class InferenceSettings(Settings):
         "openai (text from any OpenAI-compatible server at ENGINE_URL); "
         "embedding (a sentence-transformers model), or simulated (no model, for tests)",
     )
-    model_task: Literal["auto", "generate", "embed"] = Field(
+    model_task: Literal["auto", "generate", "embed", "rerank"] = Field(
         "auto",
-        description="What the model is for; auto: embed with INFERENCE_ENGINE=embedding, else generate. "
-        "embed: with llamacpp, vllm and sglang too",
+        description="What the model is for: generate, embed or rerank; auto: embed with INFERENCE_ENGINE=embedding, "
+        "else generate",
     )
     engine_command: str | None = Field(
         None,
@@ -370,10 +370,11 @@ class InferenceSettings(Settings):
     @model_validator(mode="after")
     def _engine_has_the_task(self) -> Self:
         engine, task = self.inference_engine, self.model_task
-        if (task == "embed" and engine in ("transformers", "openai")) or (task == "generate" and engine == "embedding"):
-            raise ValueError(f"INFERENCE_ENGINE={engine} cannot {task}: see MODEL_TASK in docs/engines.md")
-        if task == "embed" and self.model_adapters:
-            raise ValueError("MODEL_ADAPTERS are for models that generate, and MODEL_TASK=embed is set")
+        pools = task in ("embed", "rerank")
+        if (pools and engine in ("transformers", "openai")) or (task == "generate" and engine == "embedding"):
+            raise ValueError(f"MODEL_TASK={task} cannot be had from INFERENCE_ENGINE={engine}")
+        if pools and self.model_adapters:
+            raise ValueError(f"MODEL_ADAPTERS are for models that generate, and MODEL_TASK={task} is set")
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from forebay_inference.engine.served.embedder import ServedEmbedder
 from forebay_inference.engine.text.model import TextModel
 from support.embeddings import TEXTS, embedding, vectors
 from support.gguf import write_tiny_gguf
-from support.minilm import FOLDER, write_minilm_gguf
+from support.minilm import FOLDER, write_gguf
 from support.served import kill_server, llama_cpp_embedder
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_minilm_gguf(tmp_path_factory.mktemp("gguf") / "minilm.gguf")
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "minilm.gguf")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -5,33 +5,26 @@ import binascii
 import json
 import sys
 from array import array
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.protocol import EngineStatus, LoadedModel
-from forebay_inference.engine.served.dialect import MESSAGE_LENGTH, ServerDialect
+from forebay_inference.engine.served.dialect import ServerDialect
 from forebay_inference.engine.served.http import Http, ServerFailed
+from forebay_inference.engine.served.pooling import parts, refused
 from forebay_inference.engine.served.server import Server
-from forebay_inference.engine.served.tokenizer import bare_tokenizer
-from forebay_inference.engine.threads import in_daemon_thread
-from forebay_inference.models.store import ensure_gguf, ensure_model
 
 _PATH: Final = "/v1/embeddings"
 _FLOAT_BYTES: Final = 4
-_PART_INPUTS: Final = 64
 _PART_TOKENS: Final = 16_384
-"""Most of a request that the server gets at once: other requests have their turn in between, and a takeover repeats
-no more than that."""
 
 
 class ServedEmbedder:
     """Asks one server, which it starts itself unless ENGINE_URL names one. Construct, `start`, `embed`, `close`."""
 
     def __init__(self, settings: InferenceSettings, dialect: ServerDialect) -> None:
-        self._settings = settings
         self._dialect = dialect
         self._server = Server(settings, dialect)
         self._dimensions = 0
@@ -42,14 +35,8 @@ class ServedEmbedder:
         Raises:
             ConfigurationError: the server ended, took longer than ENGINE_START_TIMEOUT, or serves something else.
         """
-        settings, server = self._settings, self._server
-        server.require()
-        ensure = ensure_gguf if self._dialect.weights == "gguf" else ensure_model
-        model = await in_daemon_thread(
-            lambda: ensure(settings.default_model, settings.data_dir, progress, settings.hf_token)
-        )
-        progress("reading the tokenizer")
-        tokenizer = await in_daemon_thread(lambda: bare_tokenizer(model))
+        server = self._server
+        model, tokenizer = await server.fetched(progress)
         async with server.starting(model, tuple, progress) as http:
             served = await server.identified(http, tokenizer, progress)
             progress("warming up")
@@ -78,7 +65,7 @@ class ServedEmbedder:
         server.sequences += len(inputs)
         left = len(inputs)
         try:
-            for part in _parts(inputs):
+            for part in parts(inputs, _PART_TOKENS):
                 vectors = await _vectors(http, [inputs[index] for index in part], dimensions)
                 if {len(vector) for vector in vectors} != {(dimensions or self._dimensions) * _FLOAT_BYTES}:
                     raise ServerFailed(f"{_PATH} was answered with vectors of other dimensions")
@@ -88,10 +75,7 @@ class ServedEmbedder:
                     left -= 1
                     yield index, values
         except ServerFailed as exc:
-            # llama.cpp calls an input longer than its batch an error of its own.
-            if exc.status in (400, 413, 422) or "too large to process" in exc.detail:
-                raise _refused(exc, dimensions) from exc
-            raise await server.failed(exc) from exc
+            raise refused(exc, "input" if dimensions is None else "dimensions") or await server.failed(exc) from exc
         finally:
             server.sequences -= left
 
@@ -102,20 +86,6 @@ class ServedEmbedder:
     async def close(self) -> None:
         """See `Engine.close`."""
         await self._server.close()
-
-
-def _parts(inputs: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
-    """The indices of `inputs`, in parts of at most _PART_INPUTS and _PART_TOKENS. A longer input is one by itself."""
-    part: list[int] = []
-    tokens = 0
-    for index, given in inputs.items():
-        if part and (len(part) == _PART_INPUTS or tokens + len(given) > _PART_TOKENS):
-            yield part
-            part, tokens = [], 0
-        part.append(index)
-        tokens += len(given)
-    if part:
-        yield part
 
 
 async def _vectors(http: Http, inputs: Sequence[Sequence[int]], dimensions: int | None) -> list[bytes]:
@@ -138,15 +108,6 @@ def _vector(told: str | Sequence[float]) -> bytes:
     if sys.byteorder == "big":
         values.byteswap()
     return values.tobytes()
-
-
-def _refused(error: ServerFailed, dimensions: int | None) -> InvalidRequest:
-    try:
-        message = json.loads(error.detail)["error"]["message"]
-    except (ValueError, LookupError, TypeError):
-        message = str(error)
-    param = "input" if dimensions is None else "dimensions"
-    return InvalidRequest(f"The engine refuses the request: {str(message)[:MESSAGE_LENGTH]}", param=param)
 
 
 def _can_be_cut(model: Path) -> bool:

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=0, help="tokens of a slot; 0: the model's, if memory suffices")
     parser.add_argument("--batch", type=int, default=512, help="tokens in one forward pass")
     parser.add_argument("--embedding", action="store_true", help="serve vectors, pooled as the file says")
+    parser.add_argument("--reranking", action="store_true", help="serve scores of documents")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="threads of a forward pass")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE", help="a LoRA adapter; may be repeated")
     parser.add_argument("--lora-init-without-apply", action="store_true", help="apply no adapter by itself")
@@ -61,8 +62,10 @@ def _server(given: argparse.Namespace) -> Any:
     params.n_parallel = given.slots
     params.n_ctx = given.context * given.slots
     params.n_batch = max(given.batch, given.slots)
-    if given.embedding:
+    if given.embedding or given.reranking:
         params.embedding = True
+        if given.reranking:
+            params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
         # An input is one piece of a pass, and longer ones are refused. The context bounds it too.
         params.n_batch = params.n_ubatch = max(given.batch, _LONGEST_INPUT)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads

@@ -18,7 +18,10 @@ from forebay_inference.engine.protocol import EngineFault, EngineStatus, Tokeniz
 from forebay_inference.engine.served.dialect import Load, NotReady, Served, ServerDialect
 from forebay_inference.engine.served.http import Http, ServerFailed, ServerGone
 from forebay_inference.engine.served.process import ServerProcess, filled, free_port, require
-from forebay_inference.models.store import precision_of
+from forebay_inference.engine.served.tokenizer import bare_tokenizer
+from forebay_inference.engine.threads import in_daemon_thread
+from forebay_inference.engine.tokenizer import LibraryTokenizer
+from forebay_inference.models.store import ensure_gguf, ensure_model, precision_of
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,17 @@ class Server:
     def require(self) -> None:
         """Find out whether it can be started at all; raises ConfigurationError."""
         require(self._dialect.package, self._settings)
+
+    async def fetched(self, progress: Callable[[str], None]) -> tuple[Path, LibraryTokenizer]:
+        """The model that it is to serve, and its tokenizer, where nothing is generated; raises ConfigurationError."""
+        self.require()
+        settings = self._settings
+        ensure = ensure_gguf if self._dialect.weights == "gguf" else ensure_model
+        model = await in_daemon_thread(
+            lambda: ensure(settings.default_model, settings.data_dir, progress, settings.hf_token)
+        )
+        progress("reading the tokenizer")
+        return model, await in_daemon_thread(lambda: bare_tokenizer(model))
 
     @asynccontextmanager
     async def starting(
