@@ -1,11 +1,11 @@
-"""Embeddings of a model in the test's own process."""
+"""Embeddings and scores of a model in the test's own process."""
 
 from typing import Any
 
 import numpy as np
 
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
-from forebay_inference.engine.events import Accepted, Finished, Vector
+from forebay_inference.engine.events import Accepted, Finished, Used, Vector
 from forebay_inference.engine.text.model import TextModel
 
 NAME = "all-MiniLM-L6-v2"
@@ -37,4 +37,20 @@ async def vectors(engine: TextModel, *inputs: str | tuple[int, ...]) -> tuple[in
                 assert event.finish_reason == "stop"
                 finished.append(event.index)
     assert sorted(finished) == sorted(found) == list(range(len(inputs)))
+    return tokens, found
+
+
+QUERY = "How do cats sleep?"
+
+
+async def scores(model: TextModel, *documents: str) -> tuple[int, Any]:
+    """The tokens that it took, and the score of each document for QUERY."""
+    given = {"id": "r", "model": NAME, "created_at": 0, "deadline": 0, "reply_to": "", "prompts": (QUERY, *documents)}
+    tokens, found = 0, np.full(len(documents), np.nan)
+    async for event in model.generate(InferenceRequest(completion_type=CompletionType.RERANK, **given), {}):
+        match event:
+            case Vector():
+                (found[event.index],) = np.frombuffer(event.values, dtype="<f4")
+            case Used():
+                tokens = event.usage.prompt_tokens
     return tokens, found

