@@ -90,6 +90,7 @@ async def test_every_path_is_protected(stack: Stack) -> None:
         *((method, "/v1/conversations/{conversation_id}/items/{item_id}") for method in ("GET", "DELETE")),
         ("POST", "/v1/messages"),
         ("POST", "/v1/messages/count_tokens"),
+        ("POST", "/v1/rerank"),
         ("GET", "/v1/models"),
         ("GET", "/v1/models/{name}"),
         ("GET", "/v1/queue/status"),

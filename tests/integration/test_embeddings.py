@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings` through the queue: the simulated engine for the way, a real model for the numbers."""
+"""`POST /v1/embeddings` and `POST /v1/rerank` through the queue, with the simulated engine."""
 
 import asyncio
 import base64
@@ -173,3 +173,58 @@ async def test_asked_again_with_the_same_key(stack: Stack) -> None:
     decoded = np.frombuffer(base64.b64decode(as_base64["data"][1]["embedding"]), dtype="<f4").tolist()
     assert decoded == first["data"][1]["embedding"]
     assert (await idle(stack))["total_queued"] == before + 1
+
+
+async def rerank(stack: Stack, headers: dict[str, str] | None = None, **body: Any) -> Any:
+    url = f"{stack.apis[0].url}/v1/rerank"
+    return await stack.http.post(url, json={"model": MODEL, **body}, headers=headers)
+
+
+DOCUMENTS = ["a cat", "a fat cat", "rain", {"text": "fat cat sat", "title": "t"}]
+
+
+async def test_documents_come_back_by_their_relevance(stack: Stack) -> None:
+    answer = await rerank(stack, query="fat cat sat", documents=DOCUMENTS)
+    whole = answer.json()
+    assert [one["index"] for one in whole["results"]] == [3, 1, 0, 2]
+    assert [one["relevance_score"] for one in whole["results"]] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert whole["results"][0]["document"] == {"text": "fat cat sat"}
+    assert (whole["object"], whole["model"]) == ("list", f"HuggingFaceTB/{MODEL}")
+    assert whole["usage"] == {"prompt_tokens": 21, "total_tokens": 21}
+    assert whole["id"] == answer.headers["x-request-id"]
+    state = await stack.reaches(whole["id"], RequestStatus.COMPLETED)
+    assert state.completion_type == "rerank"
+    assert state.usage is not None
+    assert (state.usage.prompt_tokens, state.usage.completion_tokens) == (21, 0)
+
+
+async def test_the_best_alone_without_their_texts(stack: Stack) -> None:
+    given = {"query": "fat cat", "documents": DOCUMENTS, "top_n": 2, "return_documents": False}
+    key = {"idempotency-key": "best-1"}
+    first, again = [(await rerank(stack, key, **given)).json() for _ in range(2)]
+    # Of equal ones, the first comes first.
+    assert first["results"] == [{"index": 1, "relevance_score": 1.0}, {"index": 3, "relevance_score": 1.0}]
+    assert first == again
+    many = await rerank(stack, query="x 7", documents=[f"x {number}" for number in range(2048)], top_n=1)
+    assert many.json()["results"] == [{"index": 7, "relevance_score": 1.0, "document": {"text": "x 7"}}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"documents": ["a"]}, "query", "missing_required_parameter"),
+        ({"query": "", "documents": ["a"]}, "query", "empty_string"),
+        ({"query": "a", "documents": []}, "documents", "empty_array"),
+        ({"query": "a", "documents": ["a"] * 2049}, "documents", "array_above_max_length"),
+        ({"query": "a", "documents": ["a"], "top_n": 0}, "top_n", "integer_below_min_value"),
+        ({"query": "a", "documents": ["a"], "rank_fields": ["text"]}, "rank_fields", "unknown_parameter"),
+    ],
+)
+async def test_what_cannot_be_reranked(stack: Stack, body: dict[str, Any], param: str, code: str) -> None:
+    error = error_of(refused := await rerank(stack, **body))
+    assert (refused.status_code, error["param"], error["code"]) == (400, param, code)
+
+
+async def test_a_failed_rerank_is_definite(stack: Stack) -> None:
+    failed = await rerank(stack, query="a", documents=["fine", "[[fail]]"])
+    assert summary(failed) == (500, "server_error", "inference_failed", "false")

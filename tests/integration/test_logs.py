@@ -47,6 +47,7 @@ def assert_match(lines: list[str], patterns: list[str]) -> None:
         ("completions", "Completions", {"prompt": "[[tokens=3]]"}, r"1 \+ 3"),
         ("completions", "Completions", {"prompt": "[[tokens=3]]", "stream": True}, r"1 \+ 3"),
         ("embeddings", "Embeddings", {"input": "a b c"}, r"3 \+ 0"),
+        ("rerank", "Rerank", {"query": "a", "documents": ["b c"]}, r"3 \+ 0"),
     ],
 )
 async def test_lines_of_a_request(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,8 @@ class FakeLlama:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/completion", self._completion)
+        app.router.add_post("/v1/embeddings", self._embeddings)
+        app.router.add_post("/v1/rerank", self._rerank)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -83,8 +86,9 @@ class FakeLlama:
         return web.Response(text=f"llamacpp:n_decode_total {self.steps}\n")
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        content = (await request.json())["content"]
-        return web.json_response({"tokens": self.tokenizer.encode(content, special_tokens=False)})
+        body = await request.json()
+        tokens = self.tokenizer.encode(body["content"], special_tokens=body["add_special"])
+        return web.json_response({"tokens": tokens})
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -93,13 +97,41 @@ class FakeLlama:
         if "7" in body.get("grammar", ""):
             return web.json_response({"content": "7"})
         self.requests.append(body)
+        return await self._respond(request, lambda response: self._answer(response, body))
+
+    async def _embeddings(self, request: web.Request) -> web.StreamResponse:
+        """Vectors of two numbers: the first token and the count of tokens; the last one first."""
+        body = await request.json()
+        self.requests.append(body)
+
+        async def answer(response: web.StreamResponse) -> None:
+            await asyncio.sleep(self.delay_s)
+            data = [{"index": place, "embedding": [ids[0], len(ids)]} for place, ids in enumerate(body["input"])]
+            await response.write(json.dumps({"data": data[::-1]}).encode())
+
+        return await self._respond(request, answer)
+
+    async def _rerank(self, request: web.Request) -> web.StreamResponse:
+        """The length of a document less that of the query is its score; a token a character; the last one first."""
+        body = await request.json()
+        self.requests.append(body)
+
+        async def answer(response: web.StreamResponse) -> None:
+            await asyncio.sleep(self.delay_s)
+            query, documents = body["query"], body["documents"]
+            scored = [
+                {"index": place, "relevance_score": len(text) - len(query)} for place, text in enumerate(documents)
+            ]
+            usage = {"total_tokens": sum(len(query + text) for text in documents)}
+            await response.write(json.dumps({"results": scored[::-1], "usage": usage}).encode())
+
+        return await self._respond(request, answer)
+
+    async def _respond(self, request: web.Request, answer: Behaviour) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         try:
-            if self.behaviours:
-                await self.behaviours.pop(0)(response)
-            else:
-                await self._answer(response, body)
+            await (self.behaviours.pop(0) if self.behaviours else answer)(response)
         except (asyncio.CancelledError, ConnectionResetError):
             self.closed += 1
             raise

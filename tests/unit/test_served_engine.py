@@ -21,7 +21,7 @@ from forebay_contracts.wire.request import InferenceRequest, Sampling
 from forebay_contracts.wire.state import RequestStatus
 from forebay_inference.__main__ import build_model
 from forebay_inference.engine.protocol import EngineFault, LoadedModel, Step, TokenRequest
-from forebay_inference.engine.served import engine as served_engine
+from forebay_inference.engine.served import server as served_server
 from forebay_inference.engine.served.engine import ServedEngine
 from forebay_inference.engine.served.llamacpp import LlamaCpp
 from forebay_inference.engine.served.process import filled
@@ -54,7 +54,7 @@ def engine_at(url: str, model: Path, **settings: Any) -> ServedEngine:
 @pytest_asyncio.fixture
 async def engine(server: FakeLlama, model: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServedEngine]:
     """An engine that has started, and looks at its server often."""
-    monkeypatch.setattr(served_engine, "_LOOK_S", 0.02)
+    monkeypatch.setattr(served_server, "_LOOK_S", 0.02)
     started = engine_at(server.url, model, engine_stall_timeout=1)
     await started.start(lambda line: None)
     server.requests.clear()
@@ -90,8 +90,8 @@ async def test_an_answer_has_its_tokens_its_end_and_what_was_cached(server: Fake
 
 
 async def test_the_server_loads_meanwhile(server: FakeLlama, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served_engine, "_PROGRESS_S", 0)
-    monkeypatch.setattr(served_engine, "_POLL_S", 0.01)
+    monkeypatch.setattr(served_server, "_PROGRESS_S", 0)
+    monkeypatch.setattr(served_server, "_POLL_S", 0.01)
     server.statuses["/health"] = 503
     lines: list[str] = []
 
@@ -285,7 +285,7 @@ async def test_metrics_that_make_no_sense_are_no_answer(server: FakeLlama, engin
 async def test_a_process_without_files_left_does_not_take_its_server_for_gone(
     engine: ServedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    http = engine._http
+    http = engine._server._http
     assert http is not None
 
     async def refuse(*_: Any, **__: Any) -> None:

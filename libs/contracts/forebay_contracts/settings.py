@@ -303,11 +303,16 @@ class InferenceSettings(Settings):
         "openai (text from any OpenAI-compatible server at ENGINE_URL); "
         "embedding (a sentence-transformers model), or simulated (no model, for tests)",
     )
+    model_task: Literal["auto", "generate", "embed", "rerank"] = Field(
+        "auto",
+        description="What the model is for: generate, embed or rerank; auto: embed with INFERENCE_ENGINE=embedding, "
+        "else generate",
+    )
     engine_command: str | None = Field(
         None,
         min_length=1,
         description="Command that starts the inference server; "
-        "{python}, {model}, {name}, {port} and {slots} are filled in",
+        "{python}, {model}, {name}, {port}, {slots} and {dtype} are filled in",
     )
     engine_python: str | None = Field(
         None,
@@ -361,6 +366,16 @@ class InferenceSettings(Settings):
                 f"LLM_BATCH_SIZE={self.llm_batch_size} tokens cannot carry {self.slots} slots: "
                 f"each running request takes one token of a forward pass"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_the_task(self) -> Self:
+        engine, task = self.inference_engine, self.model_task
+        pools = task in ("embed", "rerank")
+        if (pools and engine in ("transformers", "openai")) or (task == "generate" and engine == "embedding"):
+            raise ValueError(f"MODEL_TASK={task} cannot be had from INFERENCE_ENGINE={engine}")
+        if pools and self.model_adapters:
+            raise ValueError(f"MODEL_ADAPTERS are for models that generate, and MODEL_TASK={task} is set")
         return self
 
     @model_validator(mode="after")

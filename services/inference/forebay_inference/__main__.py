@@ -45,6 +45,10 @@ def build_model(settings: InferenceSettings) -> Model:
     match settings.inference_engine:
         case "simulated":
             return TextModel(SimulatedEngine(settings.model_adapters))
+        case "embedding" if settings.model_task == "rerank":
+            from forebay_inference.engine.embedding.reranker import CrossEncoderEngine
+
+            return TextModel(CrossEncoderEngine(settings))
         case "embedding":
             from forebay_inference.engine.embedding.engine import EmbeddingEngine
 
@@ -69,6 +73,13 @@ def _served_model(settings: InferenceSettings, engine: str) -> Model:
         from forebay_inference.engine.openai import OpenAIModel
 
         return OpenAIModel(settings)
+    if (task := settings.model_task) in ("embed", "rerank"):
+        from forebay_inference.engine.served.embedder import ServedEmbedder
+        from forebay_inference.engine.served.pooling import POOLING
+        from forebay_inference.engine.served.reranker import ServedReranker
+
+        made = ServedEmbedder if task == "embed" else ServedReranker
+        return TextModel(made(settings, POOLING[engine](task)))
     from forebay_inference.engine.served.dialects import DIALECTS
     from forebay_inference.engine.served.engine import ServedEngine
 

@@ -57,8 +57,8 @@ async def tokens(engine: ServedEngine, prompt: list[int], count: int = 24, **fie
 
 
 async def asked(engine: ServedEngine, path: str, body: dict[str, Any] | None = None) -> Any:
-    assert engine._http is not None
-    return await engine._http.json(path, body)
+    assert engine._server._http is not None
+    return await engine._server._http.json(path, body)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
@@ -168,13 +168,13 @@ async def test_a_generator_that_is_closed_frees_its_slot(engine: ServedEngine) -
 
 
 async def made(engine: ServedEngine) -> int:
-    assert engine._http is not None
-    return (await engine._dialect.load(engine._http)).steps
+    assert engine._server._http is not None
+    return (await engine._dialect.load(engine._server._http)).steps
 
 
 async def test_a_key_of_its_own_guards_the_server(engine: ServedEngine) -> None:
-    assert engine._http is not None
-    stranger = Http(engine._http.url)
+    assert engine._server._http is not None
+    stranger = Http(engine._server._http.url)
     with pytest.raises(ServerFailed, match="401"):
         await stranger.json("/completion", {"prompt": [1], "n_predict": 1})
     await stranger.close()

@@ -58,7 +58,8 @@ class Delta(FrameMessage):
     that starts from these tokens continues the text exactly. The `reasoning` of a delta stands before its text. With
     `prompt` set, the tokens are the prompt's: they come before the choice's own, if the request has `return_prompt`.
 
-    An `embedding` is a whole choice: float32 values, little-endian, in base64. Its one token has no meaning. It makes
+    An `embedding` is a whole choice: float32 values, little-endian, in base64; of a document to rerank one, its score.
+    Its one token has no meaning. It makes
     the embedding a delta that is counted, dropped when repeated, and sent again when lost.
     """
 

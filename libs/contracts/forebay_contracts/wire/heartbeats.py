@@ -1,9 +1,9 @@
 """The heartbeats of workers and apis."""
 
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from forebay_contracts.wire.message import SCHEMA_VERSION, Message
 from forebay_contracts.wire.request import GENERATION, CompletionType
@@ -55,3 +55,10 @@ class WorkerInfo(ServiceInfo):
     device: str | None = None
     engine: str
     completion_types: tuple[CompletionType, ...] = GENERATION
+
+    @field_validator("completion_types", mode="before")
+    @classmethod
+    def _those_known_here(cls, value: Any) -> Any:
+        """Without the types that only newer services know."""
+        known = set(CompletionType)
+        return [one for one in value if one in known] if isinstance(value, list) else value

@@ -12,15 +12,19 @@ from forebay_contracts.wire.message import SCHEMA_VERSION, Message
 
 
 class CompletionType(StrEnum):
-    """What kind of answer a request wants."""
+    """What kind of answer a request wants. A worker that does not know a request's type cannot read the request."""
 
     CHAT = "chat"
     COMPLETION = "completion"
     EMBEDDING = "embedding"
+    RERANK = "rerank"
 
 
 GENERATION: Final = (CompletionType.CHAT, CompletionType.COMPLETION)
 """What a model that generates text serves."""
+
+POOLING: Final = (CompletionType.EMBEDDING, CompletionType.RERANK)
+"""What is answered with vectors, and not with tokens."""
 
 ADAPTER_SCHEMA: Final = 2
 """The schema of a request with an adapter. A worker of schema 1 would leave the adapter out, so it must not read it."""
@@ -66,9 +70,10 @@ class InferenceRequest(Message):
 
     Times are seconds since the epoch. A chat has `messages`; a completion has `prompts`, each text or token ids. The
     answer has `len(prompts) * n` choices (`n` for chat), numbered from 0, the choices of one prompt together. For an
-    embedding, `prompts` are the inputs, and the choices are their vectors, cut to `dimensions` if that is set. `key` is
-    the name of the client's key, if the api has keys. With `return_prompt`, the deltas of each choice begin with the
-    tokens of its prompt; `prompt_logprobs` is how many alternatives to report for each of these, as `logprobs` is. With
+    embedding, `prompts` are the inputs, and the choices are their vectors, cut to `dimensions` if that is set. For a
+    rerank, `prompts` are the query and the documents, and the choices are the scores of the documents. `key` is the
+    name of the client's key, if the api has keys. With `return_prompt`, the deltas of each choice begin with the tokens
+    of its prompt; `prompt_logprobs` is how many alternatives to report for each of these, as `logprobs` is. With
     `fit_max_tokens`, `max_tokens` beyond what the context has left is cut to it, and not refused. `adapter` is the name
     of the LoRA adapter that the model answers with.
     """

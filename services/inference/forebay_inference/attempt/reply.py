@@ -19,7 +19,7 @@ from forebay_contracts.wire.frames import (
     encode_delta,
     failed,
 )
-from forebay_contracts.wire.request import CompletionType, InferenceRequest
+from forebay_contracts.wire.request import POOLING, InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
 from forebay_inference.engine.events import Finished, Tokens, Vector
 
@@ -65,9 +65,9 @@ class Reply:
 
     @property
     def token_count(self) -> int:
-        """Tokens of all choices so far, those of earlier attempts and of returned prompts included. Embeddings have
+        """Tokens of all choices so far, those of earlier attempts and of returned prompts included. Vectors have
         none."""
-        return 0 if self._request.completion_type is CompletionType.EMBEDDING else sum(self._lengths.values())
+        return 0 if self._request.completion_type in POOLING else sum(self._lengths.values())
 
     async def resume(self) -> Resume:
         """Announce an attempt that may not be the first; returns what the client has already."""

@@ -230,6 +230,7 @@ class AttemptRunner:
                                 await reply.announce()
                         case Used():
                             usage = event.usage
+                            measured.accepted(usage.prompt_tokens)
             usage = usage or Usage(
                 prompt_tokens=prompt_tokens,
                 completion_tokens=reply.token_count - returned,

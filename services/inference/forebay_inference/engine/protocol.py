@@ -227,3 +227,16 @@ class Embedder(Runtime, Protocol):
     ) -> AsyncGenerator[tuple[int, bytes], None]:
         """The vector of each of `inputs`, by its index, as float32, little-endian, in any order. Closing the generator
         takes out what was not computed yet."""
+
+
+@runtime_checkable
+class Reranker(Runtime, Protocol):
+    """Scores how relevant documents are. It is asked in text: how query and document become tokens is the model's."""
+
+    def rerank(self, query: str, documents: Mapping[int, str]) -> AsyncGenerator[tuple[Mapping[int, float], int], None]:
+        """The relevance of each of `documents` to `query`, by its index, in parts and any order; with each part, the
+        tokens that it took. Closing the generator takes out what was not computed yet.
+
+        Raises:
+            InvalidRequest: the model cannot take one of them, at any point.
+        """

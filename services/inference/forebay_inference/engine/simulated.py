@@ -192,6 +192,22 @@ class SimulatedEngine:
         finally:
             self._running -= len(inputs)
 
+    async def rerank(
+        self, query: str, documents: Mapping[int, str]
+    ) -> AsyncGenerator[tuple[Mapping[int, float], int], None]:
+        """The part of the query's words that a document has. It takes a token a word."""
+        words = set(query.split())
+        self._running += 1
+        try:
+            for index, text in documents.items():
+                orders = orders_in(text)
+                await asyncio.sleep(orders.delay_ms / 1000)
+                self._steps += 1
+                orders.end()
+                yield {index: len(words.intersection(text.split())) / len(words or ".")}, len(f"{query} {text}".split())
+        finally:
+            self._running -= 1
+
     async def _text(self, prompt: Sequence[int]) -> str:
         decode = self._tokenizer.decode
         return decode(prompt) if len(prompt) < _QUICK_LENGTH else await asyncio.to_thread(decode, prompt)

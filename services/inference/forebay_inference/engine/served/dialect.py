@@ -49,8 +49,8 @@ class Load(NamedTuple):
     cache_usage: float | None = None
 
 
-class Dialect(Protocol):
-    """How one kind of server is started and asked. It keeps no state of a request between calls.
+class ServerDialect(Protocol):
+    """How one kind of server is started, identified and watched.
 
     `name` is the server's, for messages. `package` is the Python package that its `command` runs. `weights` is what the
     server loads: one GGUF file, or a checkpoint's folder.
@@ -59,7 +59,6 @@ class Dialect(Protocol):
     name: str
     package: str
     weights: Literal["gguf", "checkpoint"]
-    capabilities: Capabilities
 
     def command(self, settings: InferenceSettings) -> Sequence[str]:
         """The command that starts it, if ENGINE_COMMAND is not set. See `process.filled` for what is filled in."""
@@ -72,6 +71,15 @@ class Dialect(Protocol):
             ConfigurationError: it is of a version that is not known to work, or serves another model.
         """
 
+    async def load(self, http: Http) -> Load:
+        """How much the server has done; raises ServerFailed where it does not answer."""
+
+
+class Dialect(ServerDialect, Protocol):
+    """How a server that generates is asked. It keeps no state of a request between calls."""
+
+    capabilities: Capabilities
+
     def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
         """The steps of a sequence; see `Engine.generate`. An end token need not end it: the engine cuts there.
 
@@ -81,9 +89,6 @@ class Dialect(Protocol):
             ServerFailed: the server failed, or answered with something else.
             InvalidRequest: the server cannot do what `request` asks for.
         """
-
-    async def load(self, http: Http) -> Load:
-        """How much the server has done; raises ServerFailed where it does not answer."""
 
 
 @runtime_checkable

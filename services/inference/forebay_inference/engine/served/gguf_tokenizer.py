@@ -7,6 +7,7 @@ from typing import Any, Final
 from gguf import GGUFReader
 from tokenizers import Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+from transformers.models.bert.tokenization_bert import BertTokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 _CONTROL: Final = 3
@@ -36,6 +37,8 @@ def tokenizer_of(file: Path) -> Any:
         field = reader.get_field(name)
         return None if field is None else field.contents()
 
+    if told("tokenizer.ggml.model") == "bert":
+        return _word_pieces(told("tokenizer.ggml.tokens"))
     found = {name: value for name, key in _FIELDS.items() if (value := told(f"tokenizer.ggml.{key}")) is not None}
     backend, _ = convert_gguf_tokenizer(told("general.architecture"), dict(found))
     tokens = found["tokens"]
@@ -55,6 +58,28 @@ def tokenizer_of(file: Path) -> Any:
     if missing := [tokenizer.convert_ids_to_tokens(place) for place in control if place not in known]:
         tokenizer.add_special_tokens({"extra_special_tokens": missing})
     return tokenizer
+
+
+def architecture_of(file: Path) -> str:
+    """The architecture that the GGUF file names; empty if none."""
+    field = GGUFReader(file).get_field("general.architecture")
+    return "" if field is None else str(field.contents())
+
+
+def _word_pieces(tokens: list[str]) -> BertTokenizer:
+    """BERT's tokenizer, which the library does not read of a GGUF file.
+
+    llama.cpp writes the beginning of a word with U+2581, and a piece that goes on without the ## of BERT. It makes all
+    text lower case.
+    """
+    vocabulary = {_piece(token): place for place, token in enumerate(tokens)}
+    return BertTokenizer(vocab=vocabulary, do_lower_case=True)
+
+
+def _piece(token: str) -> str:
+    if token.startswith("\u2581"):
+        return token[1:]
+    return token if token[:1] == "[" and token[-1:] == "]" else f"##{token}"
 
 
 def _without_further_tokens(backend: Tokenizer, size: int) -> Tokenizer:

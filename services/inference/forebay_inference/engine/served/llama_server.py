@@ -21,7 +21,13 @@ _SPINS = {"GOMP_SPINCOUNT": "1000"}
 _ERRORS = 1
 """The verbosity of llama.cpp that logs errors alone."""
 
+_CHOICES = 128
+"""Those of a request are as many connections. A kept connection has a thread of the server to itself, and a new one
+without a thread now and then waits for seconds."""
+
 _LEAST_CONTEXT = 512
+_LONGEST_INPUT = 8192
+"""Tokens of a text that a vector is made of."""
 _MEMORY_SHARE = 0.8
 """Of the memory that is free. The context of a slot is made so short that weights and cache fit, as far as they can."""
 
@@ -34,6 +40,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=1, help="sequences at once")
     parser.add_argument("--context", type=int, default=0, help="tokens of a slot; 0: the model's, if memory suffices")
     parser.add_argument("--batch", type=int, default=512, help="tokens in one forward pass")
+    parser.add_argument("--embedding", action="store_true", help="serve vectors, pooled as the file says")
+    parser.add_argument("--reranking", action="store_true", help="serve scores of documents")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="threads of a forward pass")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE", help="a LoRA adapter; may be repeated")
     parser.add_argument("--lora-init-without-apply", action="store_true", help="apply no adapter by itself")
@@ -62,7 +70,14 @@ def _server(given: argparse.Namespace) -> Any:
     params.n_parallel = given.slots
     params.n_ctx = given.context * given.slots
     params.n_batch = max(given.batch, given.slots)
+    if given.embedding or given.reranking:
+        params.embedding = True
+        if given.reranking:
+            params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
+        # An input is one piece of a pass, and longer ones are refused. The context bounds it too.
+        params.n_batch = params.n_ubatch = max(given.batch, _LONGEST_INPUT)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
+    params.n_threads_http = given.slots + _CHOICES
     params.endpoint_metrics = True
     scale = 0.0 if given.lora_init_without_apply else 1.0
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(file, scale) for file in given.lora]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.protocol import (
     Capabilities,
     EngineFault,
@@ -17,12 +16,10 @@ from forebay_inference.engine.protocol import (
     TokenLogprob,
     TokenRequest,
 )
-from forebay_inference.engine.served.dialect import PROBE, Load, NotReady, Served
+from forebay_inference.engine.served.dialect import Load, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
+from forebay_inference.engine.served.llama_common import command, explained, facts, load
 from forebay_inference.engine.served.llama_lora import lora_fields
-
-MAX_SLOTS: Final = 256
-"""Sequences that llama.cpp computes at once (LLAMA_MAX_SEQ)."""
 
 _PATH: Final = "/completion"
 _LLGUIDANCE: Final = "%llguidance {}\n"
@@ -56,43 +53,15 @@ class LlamaCpp:
 
     def command(self, settings: InferenceSettings) -> Sequence[str]:
         """The server of the wheel `xllamacpp`, in a process of its own."""
-        if settings.slots > MAX_SLOTS:
-            raise ConfigurationError(f"llama.cpp runs at most {MAX_SLOTS} requests at once: set WORKER_SLOTS")
-        if settings.model_quantization != "auto":
-            wanted = settings.model_quantization
-            raise ConfigurationError(f"MODEL_QUANTIZATION={wanted}: a GGUF file has its own quantization; use auto")
-        server = ["{python}", "-m", "forebay_inference.engine.served.llama_server"]
-        return [*server, "{model}", "--port={port}", "--slots={slots}", f"--batch={settings.llm_batch_size}"]
+        return command(settings)
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
-        """See `Dialect.identify`."""
+        """See `ServerDialect.identify`."""
         self._identified = tokenizer
-        try:
-            await http.get("/health")
-            props = await http.json("/props")
-            (model,) = (await http.json("/v1/models"))["data"]
-            cut = await http.json("/tokenize", {"content": PROBE, "add_special": False, "parse_special": False})
-            if cut["tokens"] != tokenizer.encode(PROBE, special_tokens=False):
-                raise ConfigurationError(f"the server at {http.url} serves a model with another tokenizer")
-            await self.load(http)
-            return Served(
-                props["build_info"],
-                model["meta"]["n_vocab"],
-                props["default_generation_settings"]["n_ctx"],
-                str(props.get("model_ftype") or "gguf").split()[-1],
-                await self._ends(http),
-                replace(self.capabilities, grammars="enforced" if await self._guides(http) else "no"),
-                props["total_slots"],
-            )
-        except ServerFailed as exc:
-            if exc.status in (None, 503):
-                raise NotReady("it loads the model" if exc.status else str(exc)) from exc
-            hint = "; start it with --metrics" if "/metrics" in str(exc) else ""
-            raise ConfigurationError(f"the server at {http.url}: {exc}{hint}") from exc
-        except (LookupError, TypeError, ValueError, AttributeError) as exc:
-            raise ConfigurationError(
-                f"the server at {http.url} does not answer like a llama-server that Forebay knows: {exc!r}"
-            ) from exc
+        async with explained(http):
+            served = await facts(http, tokenizer)
+            can = replace(self.capabilities, grammars="enforced" if await self._guides(http) else "no")
+            return replace(served, end_tokens=await self._ends(http), capabilities=can)
 
     async def _ends(self, http: Http) -> frozenset[int]:
         """The tokens that end an answer: those that `ignore_eos` forbids."""
@@ -183,11 +152,8 @@ class LlamaCpp:
         raise ServerFailed("the server tells no log probability of a token")
 
     async def load(self, http: Http) -> Load:
-        """See `Dialect.load`."""
-        for line in (await http.get("/metrics")).splitlines():
-            if line.startswith(b"llamacpp:n_decode_total "):
-                return Load(int(float(line.split()[1])))
-        raise ServerFailed("/metrics does not tell n_decode_total")
+        """See `ServerDialect.load`."""
+        return await load(http)
 
     @property
     def _tokenizer(self) -> Tokenizer:

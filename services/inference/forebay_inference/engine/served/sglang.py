@@ -42,40 +42,16 @@ class SGLang:
         Raises:
             ConfigurationError: MODEL_QUANTIZATION is one that SGLang does not make.
         """
-        if settings.model_quantization not in ("auto", "none"):
-            wanted = settings.model_quantization
-            raise ConfigurationError(f"MODEL_QUANTIZATION={wanted} cannot be had from SGLang: use auto or none")
-        return [
-            *("{python}", "-m", "sglang.launch_server", "--model-path", "{model}", "--served-model-name", "{name}"),
-            *("--host", "127.0.0.1", "--port", "{port}", "--max-running-requests", "{slots}"),
-            *("--grammar-backend", "llguidance", "--enable-metrics", "--incremental-streaming-output"),
-        ]
+        return [*command(settings), "--grammar-backend", "llguidance", "--incremental-streaming-output"]
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
-        """See `Dialect.identify`."""
-        try:
-            model = (await http.json("/v1/models"))["data"][0]
-            info = await http.json("/get_server_info")
-            await http.get("/metrics")
-            cut = await http.json("/tokenize", {"prompt": PROBE, "add_special_tokens": False})
-            context_length = int(model["max_model_len"])
-            same = cut["tokens"] == tokenizer.encode(PROBE, special_tokens=False)
-            backend = info.get("grammar_backend")
-        except ServerFailed as exc:
-            if exc.status is not None and exc.status < 500:
-                hint = "; start it with --enable-metrics" if "/metrics" in str(exc) else ""
-                raise ConfigurationError(f"the server at {http.url}: {exc}{hint}") from exc
-            raise NotReady(str(exc)) from exc
-        except (LookupError, TypeError, ValueError, AttributeError) as exc:
-            raise ConfigurationError(f"the server at {http.url} does not answer like SGLang: {exc!r}") from exc
+        """See `ServerDialect.identify`."""
+        served, backend = await identified(http, tokenizer)
         if backend not in (None, "llguidance"):
             raise ConfigurationError(
                 f"the SGLang at {http.url} takes other grammars: start it with --grammar-backend llguidance"
             )
-        if not same:
-            raise ConfigurationError(f"the server at {http.url} serves a model with another tokenizer")
-        quantization = str(info.get("quantization") or "none")
-        return Served(str(info.get("version")), tokenizer.vocabulary_size, context_length, quantization)
+        return served
 
     async def generate(self, http: Http, request: TokenRequest, served: Served) -> AsyncGenerator[Step, None]:
         """See `Dialect.generate`."""
@@ -103,6 +79,40 @@ class SGLang:
         """See `Dialect.load`."""
         found = samples(await http.get("/metrics"), (_TOKENS, _USAGE))
         return Load(int(sum(found[_TOKENS])), max(found[_USAGE]) if found[_USAGE] else None)
+
+
+def command(settings: InferenceSettings) -> list[str]:
+    """What starts the server of the package `sglang`; raises ConfigurationError for a quantization it does not make."""
+    if settings.model_quantization not in ("auto", "none"):
+        wanted = settings.model_quantization
+        raise ConfigurationError(f"MODEL_QUANTIZATION={wanted} cannot be had from SGLang: use auto or none")
+    return [
+        *("{python}", "-m", "sglang.launch_server", "--model-path", "{model}", "--served-model-name", "{name}"),
+        *("--host", "127.0.0.1", "--port", "{port}", "--max-running-requests", "{slots}", "--enable-metrics"),
+    ]
+
+
+async def identified(http: Http, tokenizer: Tokenizer, *, special_tokens: bool = False) -> tuple[Served, str | None]:
+    """What the server says that it serves, and its grammar backend; see `ServerDialect.identify`."""
+    try:
+        model = (await http.json("/v1/models"))["data"][0]
+        info = await http.json("/get_server_info")
+        await http.get("/metrics")
+        cut = await http.json("/tokenize", {"prompt": PROBE, "add_special_tokens": special_tokens})
+        context_length = int(model["max_model_len"])
+        same = cut["tokens"] == tokenizer.encode(PROBE, special_tokens=special_tokens)
+        backend = info.get("grammar_backend")
+    except ServerFailed as exc:
+        if exc.status is not None and exc.status < 500:
+            hint = "; start it with --enable-metrics" if "/metrics" in str(exc) else ""
+            raise ConfigurationError(f"the server at {http.url}: {exc}{hint}") from exc
+        raise NotReady(str(exc)) from exc
+    except (LookupError, TypeError, ValueError, AttributeError) as exc:
+        raise ConfigurationError(f"the server at {http.url} does not answer like SGLang: {exc!r}") from exc
+    if not same:
+        raise ConfigurationError(f"the server at {http.url} serves a model with another tokenizer")
+    quantization = str(info.get("quantization") or "none")
+    return Served(str(info.get("version")), tokenizer.vocabulary_size, context_length, quantization), backend
 
 
 def _body(request: TokenRequest) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The tokenizer of a model whose weights another process loads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,16 +35,29 @@ def read_tokenizer(model: Path) -> ReadTokenizer:
     Raises:
         ConfigurationError: there is none that can be read.
     """
-    try:
+    with _told(model):
         tokenizer, ends = _of_gguf(model) if model.is_file() else _of_checkpoint(model)
         # A vocabulary may have gaps.
         size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
         matchers = Matchers(tokenizer, size, ends)
+    library = LibraryTokenizer(tokenizer, size, matchers.vocabulary)
+    return ReadTokenizer(library, size, ends, lambda text: Grammar(lark_of(text), matchers.compile(text)))
+
+
+def bare_tokenizer(model: Path) -> LibraryTokenizer:
+    """The same for a model that generates nothing: without what compiles grammars."""
+    with _told(model):
+        tokenizer, _ = _of_gguf(model) if model.is_file() else _of_checkpoint(model)
+        return LibraryTokenizer(tokenizer)
+
+
+@contextmanager
+def _told(model: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as exc:  # a file can be broken in any number of ways
         reason = " ".join(str(exc).split())[:300] or type(exc).__name__
         raise ConfigurationError(f"{model} holds no tokenizer that can be read: {reason}") from exc
-    library = LibraryTokenizer(tokenizer, size, matchers.vocabulary)
-    return ReadTokenizer(library, size, ends, lambda text: Grammar(lark_of(text), matchers.compile(text)))
 
 
 def _of_checkpoint(folder: Path) -> tuple[Any, frozenset[int]]:

@@ -7,27 +7,18 @@ import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from glob import glob
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
-from forebay_inference.engine.machine import available_memory
 from forebay_inference.engine.protocol import Capabilities, Step, Tokenizer, TokenLogprob, TokenRequest
-from forebay_inference.engine.served.dialect import MESSAGE_LENGTH, PROBE, Load, NotReady, Served
+from forebay_inference.engine.served.dialect import MESSAGE_LENGTH, Load, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
-from forebay_inference.engine.served.metrics import samples
+from forebay_inference.engine.served.vllm_common import command, identified, load, on_cpu
 from forebay_inference.models.adapters import rank_of
 
 _PATH: Final = "/v1/completions"
-OLDEST: Final = (0, 12)
-"""The first version with `structured_outputs`."""
-
-_ACCELERATORS: Final = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
-_CACHE_PART: Final = 4
-"""On a CPU, one in so many of the bytes free. vLLM itself takes nine tenths of the machine's memory there."""
-
 _RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of --max-lora-rank."""
 _MAX_LORAS: Final = 8
@@ -60,49 +51,25 @@ class VLLM:
         Raises:
             ConfigurationError: MODEL_QUANTIZATION is one that vLLM does not make.
         """
-        made = {"auto": (), "none": (), "nf4": ("--quantization", "bitsandbytes")}
-        if (wanted := settings.model_quantization) not in made:
-            raise ConfigurationError(f"MODEL_QUANTIZATION={wanted} cannot be had from vLLM: use auto, none or nf4")
         return [
-            *("{python}", "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", "{model}", "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"),
-            *("--max-num-seqs", "{slots}", "--max-model-len", "auto", "--generation-config", "vllm"),
-            *("--structured-outputs-config.backend", "guidance"),
-            *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
-            *made[wanted],
-            *(("--kv-cache-memory-bytes", str(available_memory() // _CACHE_PART)) if _on_cpu(settings) else ()),
+            *command(settings),
+            *("--generation-config", "vllm", "--structured-outputs-config.backend", "guidance"),
+            "--enable-prompt-tokens-details",
         ]
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
-        """See `Dialect.identify`."""
-        try:
-            await http.get("/health")
-            version = str((await http.json("/version"))["version"])
-            models = (await http.json("/v1/models"))["data"]
-            model, has_adapters = models[0], any(one.get("parent") for one in models)
-            cut = await http.json("/tokenize", {"prompt": PROBE, "add_special_tokens": False})
-            served = Served(version, tokenizer.vocabulary_size, int(model["max_model_len"]), "vLLM's")
-            if has_adapters:
-                # A prompt's log probabilities end vLLM 0.32's CPU build then: its adapters expect a row a sequence.
-                served = replace(served, capabilities=replace(self.capabilities, prompt_logprobs=False))
-            same = cut["tokens"] == tokenizer.encode(PROBE, special_tokens=False)
-        except ServerFailed as exc:
-            if exc.status is not None and exc.status < 500:
-                raise ConfigurationError(f"the server at {http.url}: {exc}") from exc
-            raise NotReady(str(exc)) from exc
-        except (LookupError, TypeError, ValueError, AttributeError) as exc:
-            raise ConfigurationError(f"the server at {http.url} does not answer like vLLM: {exc!r}") from exc
-        if _numbers(version) < OLDEST:
-            raise ConfigurationError(f"vLLM {version} is too old: Forebay needs {'.'.join(map(str, OLDEST))} or newer")
-        if not same:
-            raise ConfigurationError(f"the server at {http.url} serves a model with another tokenizer")
+        """See `ServerDialect.identify`."""
+        served, models = await identified(http, tokenizer)
+        if any(one.get("parent") for one in models):
+            # A prompt's log probabilities end vLLM 0.32's CPU build then: its adapters expect a row a sequence.
+            served = replace(served, capabilities=replace(self.capabilities, prompt_logprobs=False))
         await _refuse_other_grammars(http, tokenizer)
         return served
 
     def adapter_arguments(self, settings: InferenceSettings, adapters: Mapping[str, Path]) -> Sequence[str]:
         """See `AdapterDialect.adapter_arguments`."""
         # On a CPU, what has no adapter is computed with the one in the last place, which so stays empty.
-        places = len(adapters) + 1 if _on_cpu(settings) else min(len(adapters), _MAX_LORAS)
+        places = len(adapters) + 1 if on_cpu(settings) else min(len(adapters), _MAX_LORAS)
         rank = max(map(rank_of, adapters.values()))
         if rank > _RANKS[-1]:
             raise ConfigurationError(f"vLLM loads adapters of rank {_RANKS[-1]} at most, and one has {rank}")
@@ -151,14 +118,8 @@ class VLLM:
         yield tuple(_scored(token, told, top) for token, told in zip(prompt[1:], entries[1:], strict=True))
 
     async def load(self, http: Http) -> Load:
-        """See `Dialect.load`. Several engines of one server count together."""
-        found = samples(await http.get("/metrics"), ("vllm:iteration_tokens_total_count", "vllm:kv_cache_usage_perc"))
-        usage = found["vllm:kv_cache_usage_perc"]
-        return Load(int(sum(found["vllm:iteration_tokens_total_count"])), max(usage) if usage else None)
-
-
-def _on_cpu(settings: InferenceSettings) -> bool:
-    return settings.model_device == "cpu" or not any(map(glob, _ACCELERATORS))
+        """See `ServerDialect.load`."""
+        return await load(http)
 
 
 async def _refuse_other_grammars(http: Http, tokenizer: Tokenizer) -> None:
@@ -242,8 +203,3 @@ def _failed(error: Mapping[str, Any]) -> ServerFailed | InvalidRequest:
     if error.get("code") == 400:
         return InvalidRequest(f"The engine refuses the request: {str(error.get('message'))[:MESSAGE_LENGTH]}")
     return ServerFailed(f"the answer ended with an error ({error.get('type')})", error.get("code"))
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = version.split("+")[0].split(".")
-    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts[:2])

@@ -1,6 +1,7 @@
 """A model that is asked in text: prompts made of requests, and the text of the tokens that an engine generates."""
 
 import asyncio
+import struct
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -8,8 +9,9 @@ from functools import cached_property, partial
 from typing import TypeVar, cast
 
 from forebay_contracts.wire.errors import AdapterNotFound, InferenceFailed, InvalidRequest, UnsupportedByModel
-from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest
-from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Vector
+from forebay_contracts.wire.request import GENERATION, POOLING, CompletionType, InferenceRequest
+from forebay_contracts.wire.state import Usage
+from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Used, Vector
 from forebay_inference.engine.model import CANNOT_RESUME
 from forebay_inference.engine.protocol import (
     Capabilities,
@@ -18,6 +20,7 @@ from forebay_inference.engine.protocol import (
     EngineFault,
     EngineStatus,
     LoadedModel,
+    Reranker,
     Scorer,
     Step,
     TokenRequest,
@@ -41,18 +44,21 @@ _BROKEN_OFF = "the engine stopped in the middle of an answer"
 
 
 class TextModel:
-    """Answers chats and completions from an Engine, and embeddings from an Embedder; `engine` may be both.
+    """Answers chats and completions from an Engine, embeddings from an Embedder, and reranks with a Reranker; `engine`
+    may be each of them.
 
     For `completion_types` and `adapters` see `Model`. `closed_schemas` is the setting of that name.
     """
 
-    def __init__(self, engine: Engine | Embedder, *, closed_schemas: bool = True) -> None:
+    def __init__(self, engine: Engine | Embedder | Reranker, *, closed_schemas: bool = True) -> None:
         self.engine = engine
         self._generator = engine if isinstance(engine, Engine) else None
         self._embedder = engine if isinstance(engine, Embedder) else None
+        self._reranker = engine if isinstance(engine, Reranker) else None
         self.completion_types: tuple[CompletionType, ...] = (
             *(GENERATION if self._generator is not None else ()),
             *((CompletionType.EMBEDDING,) if self._embedder is not None else ()),
+            *((CompletionType.RERANK,) if self._reranker is not None else ()),
         )
         self.adapters = self._generator is not None and self._generator.capabilities.adapters
         self._serving: _Serving | None = None
@@ -71,13 +77,14 @@ class TextModel:
         """See `Model.generate`."""
         if request.adapter is not None and request.adapter not in self._ready().loaded.adapters:
             raise AdapterNotFound(request.model, request.adapter)
-        embedding = request.completion_type is CompletionType.EMBEDDING
-        if embedding and self._embedder is not None:
-            if request.adapter is not None:
-                raise InvalidRequest("Embeddings are not computed with an adapter.", param="model")
+        wanted, engine = request.completion_type, self._generator
+        if wanted in POOLING and request.adapter is not None:
+            raise InvalidRequest("Embeddings and scores are not computed with an adapter.", param="model")
+        if wanted is CompletionType.EMBEDDING and self._embedder is not None:
             return self._vectors(self._embedder, request, resume)
-        engine = self._generator
-        if embedding or engine is None:
+        if wanted is CompletionType.RERANK and self._reranker is not None:
+            return self._scores(self._reranker, request, resume)
+        if wanted in POOLING or engine is None:
             raise UnsupportedByModel(request.model, request.completion_type, self.completion_types)
         can = engine.capabilities
         ranked = can.logprobs and not request.stream and (request.best_of or 0) > request.n
@@ -157,6 +164,23 @@ class TextModel:
             async for index, values in vectors:
                 yield Vector(index, values)
                 yield Finished(index, "stop")
+
+    async def _scores(
+        self, reranker: Reranker, request: InferenceRequest, resume: ResumeTokens
+    ) -> AsyncGenerator[Event, None]:
+        self._ready()
+        yield Accepted(0)
+        # What the client has is computed again, since only that tells its tokens.
+        query, *documents = map(str, request.prompts)
+        tokens = 0
+        async with aclosing(reranker.rerank(query, dict(enumerate(documents)))) as parts:
+            async for scores, taken in parts:
+                tokens += taken
+                for index, score in scores.items():
+                    if index not in resume:
+                        yield Vector(index, struct.pack("<f", score))
+                    yield Finished(index, "stop")
+        yield Used(Usage(prompt_tokens=tokens))
 
     def _ready(self) -> "_Serving":
         if self._serving is None:
