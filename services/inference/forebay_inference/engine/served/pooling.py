@@ -58,7 +58,7 @@ class VLLMPooling:
 
     def command(self, settings: InferenceSettings) -> Sequence[str]:
         """See `ServerDialect.command`."""
-        return [*vllm_common.command(settings), "--runner", "pooling", *_DTYPE]
+        return vllm_common.command(settings, "--runner", "pooling", *_DTYPE)
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
         """See `ServerDialect.identify`."""
@@ -82,7 +82,7 @@ class SGLangPooling:
 
     def command(self, settings: InferenceSettings) -> Sequence[str]:
         """See `ServerDialect.command`."""
-        return [*sglang.command(settings), "--is-embedding", *_DTYPE]
+        return sglang.command(settings, "--enable-metrics", "--is-embedding", *_DTYPE)
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
         """See `ServerDialect.identify`."""

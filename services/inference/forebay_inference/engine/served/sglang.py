@@ -42,7 +42,9 @@ class SGLang:
         Raises:
             ConfigurationError: MODEL_QUANTIZATION is one that SGLang does not make.
         """
-        return [*command(settings), "--grammar-backend", "llguidance", "--incremental-streaming-output"]
+        return command(
+            settings, "--grammar-backend", "llguidance", "--enable-metrics", "--incremental-streaming-output"
+        )
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
         """See `ServerDialect.identify`."""
@@ -81,14 +83,14 @@ class SGLang:
         return Load(int(sum(found[_TOKENS])), max(found[_USAGE]) if found[_USAGE] else None)
 
 
-def command(settings: InferenceSettings) -> list[str]:
+def command(settings: InferenceSettings, *options: str) -> Sequence[str]:
     """What starts the server of the package `sglang`; raises ConfigurationError for a quantization it does not make."""
     if settings.model_quantization not in ("auto", "none"):
         wanted = settings.model_quantization
         raise ConfigurationError(f"MODEL_QUANTIZATION={wanted} cannot be had from SGLang: use auto or none")
     return [
         *("{python}", "-m", "sglang.launch_server", "--model-path", "{model}", "--served-model-name", "{name}"),
-        *("--host", "127.0.0.1", "--port", "{port}", "--max-running-requests", "{slots}", "--enable-metrics"),
+        *("--host", "127.0.0.1", "--port", "{port}", "--max-running-requests", "{slots}", *options),
     ]
 
 

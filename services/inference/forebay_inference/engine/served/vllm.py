@@ -51,11 +51,8 @@ class VLLM:
         Raises:
             ConfigurationError: MODEL_QUANTIZATION is one that vLLM does not make.
         """
-        return [
-            *command(settings),
-            *("--generation-config", "vllm", "--structured-outputs-config.backend", "guidance"),
-            "--enable-prompt-tokens-details",
-        ]
+        grammars = ("--structured-outputs-config.backend", "guidance")
+        return command(settings, "--generation-config", "vllm", *grammars, "--enable-prompt-tokens-details")
 
     async def identify(self, http: Http, tokenizer: Tokenizer) -> Served:
         """See `ServerDialect.identify`."""

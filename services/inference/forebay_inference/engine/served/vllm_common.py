@@ -20,7 +20,7 @@ _CACHE_PART: Final = 4
 """On a CPU, one in so many of the bytes free. vLLM itself takes nine tenths of the machine's memory there."""
 
 
-def command(settings: InferenceSettings) -> Sequence[str]:
+def command(settings: InferenceSettings, *options: str) -> Sequence[str]:
     """What starts the server of the package `vllm`; raises ConfigurationError for a quantization it does not make."""
     made = {"auto": (), "none": (), "nf4": ("--quantization", "bitsandbytes")}
     if (wanted := settings.model_quantization) not in made:
@@ -29,7 +29,7 @@ def command(settings: InferenceSettings) -> Sequence[str]:
     return [
         *("{python}", "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", "{model}", "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"),
-        *("--max-num-seqs", "{slots}", "--max-model-len", "auto", "--disable-uvicorn-access-log"),
+        *("--max-num-seqs", "{slots}", "--max-model-len", "auto", *options, "--disable-uvicorn-access-log"),
         *made[wanted],
         *(cache if on_cpu(settings) else ()),
     ]
