@@ -21,8 +21,11 @@ async def test_models_are_shown_and_offered_as_their_workers_come(nats_server: N
         await heartbeat(stack, "slow", model, WorkerStatus.LOADING)
         await expect(state).to_have_text("1 loading")
         await expect(state).to_have_class("state-loading")
-        await heartbeat(stack, "other", "another/model", WorkerStatus.READY)
-        await expect(window.page.locator("#chat-model option")).to_have_text([model, "another/model"])
+        await heartbeat(stack, "other", "another/model", WorkerStatus.READY, "red", "blue")
+        offered = window.page.locator("#chat-model option")
+        await expect(offered).to_have_text([model, *(f"another/model{adapter}" for adapter in ("", ":red", ":blue"))])
+        await heartbeat(stack, "third", "another/model", WorkerStatus.LOADING, "blue")
+        await expect(offered).to_have_text([model, "another/model", "another/model:blue"])
         assert await window.page.locator("#chat-model").input_value() == model
         assert window.complaints == []
 

@@ -273,7 +273,9 @@ def peers(folder: Path, device: str, vllm: str | None) -> dict[str, Callable[[in
             [*serve, "--continuous-batching", "--host", "127.0.0.1", "--port", str(port)],
             str(folder),
         )
-    python = vllm or (sys.executable if importlib.util.find_spec("vllm") else None)
+    # The folder tests/vllm could be imported as a package without a file.
+    installed = (spec := importlib.util.find_spec("vllm")) is not None and spec.origin is not None
+    python = vllm or (sys.executable if installed else None)
     if python is not None:
         module = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "bfloat16"]
         limits = ["--max-model-len", "4096", "--host", "127.0.0.1"]

@@ -128,6 +128,7 @@ def test_compose_starts_the_same_server(served: Served) -> None:
     (composed,) = service["command"]
     assert composed.replace("$$", "$") == command.replace("/tmp/model", "/data/served").replace("127.0.0.1", "0.0.0.0")
     assert service["healthcheck"]["test"][1:] == served.engine["livenessProbe"]["exec"]["command"]
+    assert (service["tmpfs"], service["read_only"]) == (["/tmp:exec"], True)
     assert service["networks"]["default"]["aliases"] == ["engine"]
     assert worker["environment"]["ENGINE_URL"] == "http://engine:8000"
     assert worker["environment"].keys() <= {name.upper() for name in InferenceSettings.model_fields}

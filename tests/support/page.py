@@ -30,10 +30,9 @@ async def leave(*sent: asyncio.Task[Any]) -> None:
     await asyncio.gather(*sent, return_exceptions=True)
 
 
-async def heartbeat(stack: Stack, worker: str, model: str, status: WorkerStatus) -> None:
+async def heartbeat(stack: Stack, worker: str, model: str, status: WorkerStatus, *adapters: str) -> None:
     """Let the api hear of a worker."""
     now = time.time()
-    info = WorkerInfo(
-        id=worker, version="1", started_at=now, heartbeat_at=now, model=model, status=status, slots=1, engine=HOSTILE
-    )
+    given = {"id": worker, "model": model, "status": status, "adapters": adapters, "engine": HOSTILE}
+    info = WorkerInfo(version="1", started_at=now, heartbeat_at=now, slots=1, **given)
     await (await stack.connection.jetstream.key_value("inference-workers")).put(worker, info.encode())

@@ -9,7 +9,8 @@ import pytest
 import pytest_asyncio
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.errors import AdapterNotFound, ConfigurationError
+from forebay_contracts.wire.errors import AdapterNotFound, ConfigurationError, InvalidRequest
+from forebay_contracts.wire.request import CompletionType
 from forebay_inference.__main__ import build_worker
 from forebay_inference.attempt.endings import End, Ended
 from forebay_inference.engine.openai import OpenAIModel
@@ -43,6 +44,9 @@ async def test_an_adapter_that_the_engine_has_not_is_refused_before_it_answers()
             await answer(model, asked)
     with pytest.raises(AdapterNotFound):
         await answer(simulated_model(), chat("hi", adapter="red"))
+    embedding = completion("hi", adapter="red").model_copy(update={"completion_type": CompletionType.EMBEDDING})
+    with pytest.raises(InvalidRequest, match="not computed with an adapter"):
+        await anext((await adapted()).generate(embedding, {}))
     asked = chat("hi", adapter="red")
     with pytest.raises(AdapterNotFound):
         await anext(OpenAIModel(settings({}, inference_engine="openai", engine_url="http://h")).generate(asked, {}))
@@ -152,6 +156,10 @@ async def test_llama_cpp_s_adapters_are_known_by_their_files(server: InferenceSe
     # It says of each adapter how much, or the server decides.
     off = [{"id": id, "scale": 0.0} for id in range(3)]
     assert fields == {"": {"lora": off}, "red": {"lora": [off[0], {"id": 1, "scale": 1.0}, off[2]]}}
+    server.answers["/lora-adapters"] = json.dumps([loaded[0], {**loaded[0], "id": 3}]).encode()
+    twice = await LlamaCpp().adapters(http, {"red": Path("/a/red.gguf"), "same": Path("/a/red.gguf")}, started=True)
+    assert twice["red"] == twice["same"] == {"lora": [{"id": 0, "scale": 1.0}, {"id": 3, "scale": 0.0}]}
+    server.answers["/lora-adapters"] = json.dumps([*loaded, {"id": 2, "path": "blue.gguf"}]).encode()
     elsewhere = await LlamaCpp().adapters(http, {"blue": Path("org/name/blue.gguf")}, started=False)
     assert elsewhere["blue"] == {"lora": [*off[:2], {"id": 2, "scale": 1.0}], "cache_prompt": False}
     for name, count in (("red.gguf", 2), ("green.gguf", 0)):

@@ -214,3 +214,23 @@ async def test_each_row_of_the_table_is_a_route(system: Twins, endpoint: Any) ->
     operation = document["paths"][endpoint.path][endpoint.method.lower()]
     assert operation["summary"] == endpoint.summary
     assert endpoint.body.__name__ in document["components"]["schemas"]
+
+
+async def test_a_request_that_a_worker_here_passes_on_to_here_is_refused(system: Twins) -> None:
+    first = RawClient(system, body("tokens=1", stream=True), forebay_stream="early")
+    await first.has(2)
+    (outer,) = waiting = dict(system.dispatcher.waiting)
+
+    async def passed_on(outer: str) -> httpx.Response:
+        return await post(system, CHAT, body("tokens=1"), **{"forebay-forwarded": outer})
+
+    answer = await passed_on(outer)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (508, "loop_detected")
+    # Another api of this Forebay knows the request by its state.
+    system.dispatcher.waiting.clear()
+    assert (await passed_on(outer)).status_code == 508
+    system.dispatcher.waiting.update(waiting)
+    system.worker()
+    await first.served
+    for other in (outer, "one of another Forebay"):
+        assert (await passed_on(other)).status_code == 200

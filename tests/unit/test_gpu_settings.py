@@ -1,5 +1,6 @@
 """What a worker decides about a GPU before it has one: flash attention, CUDA graphs, and the quantization `auto`."""
 
+import importlib.metadata
 import json
 import logging
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from forebay_inference.engine.protocol import EngineFault
 from forebay_inference.engine.transformers import engine, gpu
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 from forebay_inference.engine.transformers.loading import quantization_that_fits
+from gpu.run import peers
 from support.configs import LLAMA_8B
 
 PLAIN = CacheShape(2, 2, 64)
@@ -111,3 +113,9 @@ async def test_a_card_that_computes_otherwise_is_reported(
     with nullcontext() if tested else pytest.raises(EngineFault):
         await made._check(plain, 8192, lambda line: None)
     assert ("on cuda:0: its answers differ by 0.90 nats" in caplog.text) == tested
+
+
+def test_a_folder_of_tests_is_no_vllm_to_compare_with() -> None:
+    installed = any("vllm" in names for names in importlib.metadata.packages_distributions().values())
+    assert ("vLLM" in peers(Path("model"), "cpu", None)) == installed
+    assert "vLLM" in peers(Path("model"), "cpu", "/opt/vllm/bin/python")

@@ -12,8 +12,9 @@ from huggingface_hub import constants
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.fetch import fetch as fetched_by_the_command
 from forebay_inference.models.adapters import ensure_adapters
-from forebay_inference.models.hub import checkpoint_files, download_from_hub
+from forebay_inference.models.hub import checkpoint_files, download_from_hub, files_beside_weights
 from forebay_inference.models.store import ensure_gguf
 from support.hub import Hub
 from support.ports import port_of
@@ -47,6 +48,15 @@ def test_the_checkpoint_alone_is_fetched(there: list[str], wanted: list[str]) ->
 def test_a_repository_without_weights_has_no_checkpoint() -> None:
     assert checkpoint_files({*TEXTS, *OTHERS}, lambda _: INDEX) == []
     assert checkpoint_files({"model.safetensors"}, lambda _: INDEX) == []
+
+
+def test_beside_a_server_that_has_the_weights_none_is_fetched() -> None:
+    there = {*TEXTS, *OTHERS, "model.safetensors", "additional_chat_templates/tools.jinja", "1_Pooling/config.json"}
+    found = files_beside_weights(there, lambda _: INDEX)
+    assert found == sorted([*TEXTS, "additional_chat_templates/tools.jinja"])
+    # What ends an answer may be said in the file that is missing here, or it was never there.
+    there.remove("generation_config.json")
+    assert files_beside_weights(there, lambda _: INDEX) == checkpoint_files(there, lambda _: INDEX)
 
 
 @pytest.fixture
@@ -164,6 +174,14 @@ def test_the_command_takes_the_token_of_its_env_file_and_links_the_model(hub: Hu
     assert hub.token not in ended.stdout
     (tmp_path / "data").rename(tmp_path / "mounted elsewhere")
     assert (tmp_path / "mounted elsewhere" / "served" / "config.json").read_text() == "config.json"
+
+
+def test_a_link_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").touch()
+    monkeypatch.setenv("DEFAULT_MODEL", str(tmp_path))
+    for link, reason in ((tmp_path / "none" / "served", "no such file or directory"), (Path("/proc/served"), "")):
+        with pytest.raises(ConfigurationError, match=f"^--link {link} cannot be made: {reason}"):
+            fetched_by_the_command(link)
 
 
 def test_the_gguf_file_that_is_named_is_fetched_with_its_parts(hub: Hub, tmp_path: Path) -> None:

@@ -180,6 +180,15 @@ async def test_what_needs_tokens_is_refused_by_name(
     assert len(server.asked) == asked
 
 
+async def test_a_request_that_comes_back_to_its_own_forebay_ends_at_once(
+    server: InferenceServer, model: OpenAIModel
+) -> None:
+    server.answers[CHAT] = web.json_response({"error": {"message": "-"}}, status=508)
+    # No fault of the engine, which further attempts would follow.
+    with pytest.raises(InferenceFailed, match="ENGINE_URL of the worker leads back to this Forebay"):
+        await events(model, chat("hi"))
+
+
 async def test_an_answer_that_was_begun_is_not_resumed(model: OpenAIModel) -> None:
     with pytest.raises(InferenceFailed, match="cannot go on"):
         await anext(model.generate(chat("hi"), {0: [0]}))
@@ -205,9 +214,17 @@ async def test_the_model_is_the_one_named_or_the_only_one(server: InferenceServe
     await model.close()
 
 
-async def test_a_wrong_key_stops_the_start(server: InferenceServer) -> None:
-    server.answers["/v1/models"] = web.Response(status=401)
-    with pytest.raises(ConfigurationError, match="ENGINE_API_KEY"):
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (web.Response(status=401), "ENGINE_API_KEY"),
+        (web.Response(status=301, headers={"Location": "https://h"}), "it leads elsewhere"),
+        (b"<html>", "the answer to /v1/models is no JSON"),
+    ],
+)
+async def test_what_waiting_does_not_change_stops_the_start(server: InferenceServer, answer: Any, reason: str) -> None:
+    server.answers["/v1/models"] = answer
+    with pytest.raises(ConfigurationError, match=reason):
         await started(server)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import EngineFault, LoadedModel, Step, TokenRequest
 from forebay_inference.engine.transformers import memory
@@ -110,3 +112,16 @@ async def test_out_of_memory_fails_the_sequences_of_its_pass_alone(tmp_path: Pat
         assert len(tokens(await steps(engine, first))) == 12
     finally:
         await engine.close()
+
+
+async def test_memory_that_another_process_has_taken_meanwhile_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(ContinuousBatchingManager, "_create_batch_processor", run_out)
+    with pytest.raises(
+        ConfigurationError, match=r"does another process use cpu\? \(CUDA out of memory. Tried .*GiB.\)$"
+    ):
+        await tiny_engine(tmp_path)

@@ -1,6 +1,7 @@
 """vLLM and SGLang, as their sources say that they answer. `tests/vllm` asks the real vLLM."""
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -221,8 +222,10 @@ async def test_a_server_is_identified(
         (VLLM(), vllm_answers(**{"/v1/models": lambda _: web.Response(status=401)}), "ENGINE_API_KEY is not its key"),
         (VLLM(), vllm_answers(**{"/version": lambda _: web.Response(status=404)}), "/version was answered with"),
         (VLLM(), vllm_answers(**{"/tokenize": {}}), "does not answer like vLLM"),
+        (VLLM(), vllm_answers(**{"/version": b"<html>"}), "the answer to /version is no JSON"),
         (SGLang(), sglang_answers(**{"/tokenize": {}}), "does not answer like SGLang"),
         (SGLang(), sglang_answers(**{"/get_server_info": b"[]"}), "does not answer like SGLang"),
+        (SGLang(), sglang_answers(**{"/get_server_info": b"<html>"}), "the answer to /get_server_info is no JSON"),
         (VLLM(), vllm_answers(**{COMPLETIONS: lambda _: web.Response(status=400)}), "--structured-outputs-config"),
         (SGLang(), sglang_answers(**{"/get_server_info": {"grammar_backend": "xgrammar"}}), "--grammar-backend"),
         (SGLang(), sglang_answers(**{"/metrics": lambda _: web.Response(status=404)}), "--enable-metrics"),
@@ -262,6 +265,19 @@ def test_a_quantization_that_it_does_not_make_is_refused(dialect: Dialect) -> No
 def test_vllm_s_cache_is_bounded_on_a_cpu() -> None:
     command = VLLM().command(InferenceSettings(_env_file=None, model_device="cpu"))
     assert int(command[list(command).index("--kv-cache-memory-bytes") + 1]) > 0
+
+
+async def test_no_other_server_gets_a_prompt(server: InferenceServer, http: Http) -> None:
+    server.answers[COMPLETIONS] = web.Response(status=307, headers={"Location": "/elsewhere"})
+    with pytest.raises(ServerFailed, match=f"{COMPLETIONS} was answered with status 307: it leads elsewhere"):
+        await http.json(COMPLETIONS, {"prompt": [1]})
+    assert [path for path, _ in server.asked] == [COMPLETIONS]
+
+
+async def test_what_is_packed_is_not_unpacked(server: InferenceServer, http: Http) -> None:
+    packed = gzip.compress(bytes(1 << 20))
+    server.answers["/packed"] = web.Response(body=packed, headers={"Content-Encoding": "gzip"})
+    assert await http.get("/packed") == packed
 
 
 async def test_what_has_no_end_is_bounded(server: InferenceServer, http: Http, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from forebay_inference.engine.protocol import EngineFault, LoadedModel, Step, To
 from forebay_inference.engine.served import server as served_server
 from forebay_inference.engine.served.engine import ServedEngine
 from forebay_inference.engine.served.llamacpp import LlamaCpp
+from forebay_inference.engine.served.process import filled
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.health import EngineWatch
@@ -196,7 +197,15 @@ async def fails_inside(response: web.StreamResponse) -> None:
     await response.write(b'data: {"error": {"code": 500, "message": "secret"}}\n\n')
 
 
-@pytest.mark.parametrize("behaviour", [garbage, breaks_off, ends_early, fails_inside])
+async def no_token(response: web.StreamResponse) -> None:
+    await send(response, [1_000_000], 1)
+
+
+async def no_number(response: web.StreamResponse) -> None:
+    await send(response, ["1"], 1)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("behaviour", [garbage, breaks_off, ends_early, fails_inside, no_token, no_number])
 async def test_a_broken_answer_is_a_fault_of_its_request_alone(
     server: FakeLlama, engine: ServedEngine, behaviour: Any
 ) -> None:
@@ -259,6 +268,13 @@ async def test_a_server_that_answers_nothing_any_more_is_a_fault(server: FakeLla
     await comes(lambda: "llama.cpp has not answered for 1 s" in str(engine.status().fault))
     with pytest.raises(EngineFault, match="has not answered"):
         await steps(engine)
+
+
+async def test_a_server_that_was_started_anew_is_another_one(server: FakeLlama, engine: ServedEngine) -> None:
+    server.steps = 10
+    await comes(lambda: engine.status().steps >= 10)
+    server.steps = 0
+    await comes(lambda: engine.status().fault == "llama.cpp was started anew")
 
 
 async def test_metrics_that_make_no_sense_are_no_answer(server: FakeLlama, engine: ServedEngine) -> None:
@@ -429,6 +445,11 @@ async def test_a_command_that_is_missing_or_ends_is_told_with_its_last_lines(mod
             await engine.start(lambda line: None)
         assert said in str(found.value)
         await engine.close()
+
+
+def test_a_command_is_filled_in_once() -> None:
+    values = {"model": "/a b/{port}", "port": 80}
+    assert filled(["run", "{model}", "--x={port}", "{other}"], values) == ["run", "/a b/{port}", "--x=80", "{other}"]
 
 
 async def test_a_missing_package_is_told_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

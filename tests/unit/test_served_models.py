@@ -40,7 +40,7 @@ async def test_an_unknown_adapter_is_no_model() -> None:
     with pytest.raises(AdapterNotFound, match="The model `org/base` has no adapter `green`") as caught:
         await admitted(models(worker("red")), "base:green")
     assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
-    for name in ("other:red", ":red", "base:", "m:red:red"):
+    for name in ("other:red", ":red", "base:", "m:red:red", "m::red"):
         with pytest.raises(ModelNotFound):
             await admitted(models(worker("red")), name)
 

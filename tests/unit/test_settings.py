@@ -118,6 +118,11 @@ def test_what_cannot_hold_is_refused_in_one_sentence(
     assert str(refused.value) == sentence
 
 
+def test_a_server_that_sizes_its_own_passes_takes_any_number_of_slots() -> None:
+    given = {"inference_engine": "vllm", "max_concurrent_requests": 8, "llm_batch_size": 4}
+    assert load(InferenceSettings, _env_file=None, **given).slots == 8
+
+
 def test_two_faults_are_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_QUEUE_SIZE", "none")
     monkeypatch.setenv("LOG_LEVEL", "LOUD")

@@ -360,7 +360,8 @@ class InferenceSettings(Settings):
                 f"WORKER_SLOTS={self.slots} cannot be used with "
                 f"MAX_CONCURRENT_REQUESTS={self.max_concurrent_requests}, which bounds the model over all workers"
             )
-        if self.llm_batch_size < self.slots:
+        sizes_its_own_passes = self.inference_engine in ("vllm", "sglang", "openai")
+        if self.llm_batch_size < self.slots and not sizes_its_own_passes:
             raise ValueError(
                 f"LLM_BATCH_SIZE={self.llm_batch_size} tokens cannot carry {self.slots} slots: "
                 f"each running request takes one token of a forward pass"

@@ -21,7 +21,8 @@ from forebay_api.streaming import write_stream
 from forebay_contracts.nats import clock
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.telemetry.logs import fields
-from forebay_contracts.wire.errors import ApiError
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import ApiError, LoopDetected
 from forebay_contracts.wire.frames import Completed
 from forebay_contracts.wire.state import RequestStatus
 
@@ -78,6 +79,8 @@ class Create:
         """Who asks, and for what. Raises what the client did wrong."""
         endpoint, context = self._endpoint, self._context
         client = request.state.client = context.keys.check(request)
+        if (outer := request.headers.get(names.HTTP_FORWARDED)) is not None:
+            await self._refuse_own(outer)
         data = await read_body(request, context.settings.max_request_bytes)
         body = await off_loop(len(data), validated, endpoint.body, data)
         asked = await context.models.admit(body.model, endpoint.completion_type)
@@ -97,6 +100,15 @@ class Create:
         return Accepted(
             body, len(data), request_id, client, request.headers, endpoint.completion_type, asked, clock.now()
         )
+
+    async def _refuse_own(self, outer: str) -> None:
+        """Refuse what a worker passes on that has it, as `outer`, from this Forebay; raises LoopDetected."""
+        context = self._context
+        if outer not in context.dispatcher.waiting:
+            stored = await context.states.get(outer) if names.is_request_id(outer) else None
+            if stored is None or stored.state.status.final:
+                return
+        raise LoopDetected("ENGINE_URL of a worker here leads back to this Forebay.")
 
     async def _whole(self, answer: LiveAnswer, answer_format: Format) -> bytes:
         """The whole answer, once it is complete."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from forebay_contracts import program
 from forebay_contracts.settings import InferenceSettings, load
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.models.adapters import Kind, ensure_adapters
 from forebay_inference.models.store import ensure_gguf, ensure_model
 
@@ -19,8 +20,11 @@ def fetch(link: Path | None = None) -> None:
     ensure = ensure_gguf if settings.inference_engine == "llamacpp" else ensure_model
     place = ensure(settings.default_model, settings.data_dir, _tell, settings.hf_token)
     if link is not None and link.resolve() != place.resolve():
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(place, link.parent))
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(place, link.parent))
+        except OSError as exc:  # it names the place to which the link would lead
+            raise ConfigurationError(f"--link {link} cannot be made: {(exc.strerror or str(exc)).lower()}") from exc
     print(f"{settings.served_model} is in {place}")
     kind: Kind = "gguf" if settings.inference_engine == "llamacpp" else "checkpoint"
     for name, adapter in ensure_adapters(settings, kind, _tell).items():

@@ -14,6 +14,7 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
 
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import Sampling
 from forebay_inference.engine.protocol import TokenRequest
 from forebay_inference.engine.served import process as server_process
@@ -99,6 +100,20 @@ async def test_what_one_adapter_has_computed_serves_no_other(engine: ServedEngin
         name, prompt = draw.choice(list(own)), draw.choice([PROMPTS[1], list(range(100, 180)), [5] * 70])
         found = await tokens(engine, prompt, 12, adapter=name)
         assert prompt != PROMPTS[1] or found == own[name]
+
+
+async def test_adapters_of_requests_in_one_batch_do_not_mix(engine: ServedEngine) -> None:
+    asked = [(name, prompt) for name in ("red", "blue", "") for prompt in PROMPTS]
+    alone = [await tokens(engine, prompt, 12, adapter=name) for name, prompt in asked]
+    assert await asyncio.gather(*[tokens(engine, prompt, 12, adapter=name) for name, prompt in asked]) == alone
+
+
+async def test_a_file_that_is_no_adapter_is_named(tmp_path: Path) -> None:
+    model = write_tiny_gguf(tmp_path / "tiny.gguf")
+    engine = llama_cpp_engine(model, model_adapters={"red": str(model)})
+    with pytest.raises(ConfigurationError, match=f"failed to load lora adapter '{model}'"):
+        await engine.start(lambda line: None)
+    await engine.close()
 
 
 async def test_a_repetition_penalty_goes_on_after_a_resume(engine: ServedEngine) -> None:

@@ -22,6 +22,7 @@ ForebayError
     ├── KeyLimitReached           429 rate_limit_exceeded
     ├── RequestCancelled          499
     ├── TooManyListeners          503 too_many_listeners
+    ├── LoopDetected              508 loop_detected
     └── InferenceFailed           500
 """
 
@@ -204,6 +205,13 @@ class TooManyListeners(RequestError):
 
     status = 503
     code = "too_many_listeners"
+
+
+class LoopDetected(RequestError):
+    """A worker here has passed on a request that it has from here. It would wait for itself."""
+
+    status = 508
+    code = "loop_detected"
 
 
 class InferenceFailed(RequestError):

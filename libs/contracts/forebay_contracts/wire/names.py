@@ -31,6 +31,9 @@ HEADER_TTL: Final = "Nats-TTL"
 HEADER_CANCEL: Final = "Forebay-Cancel"
 """On a cancel subject: `ask` asks the api that holds the client to cancel. Without it the request is cancelled."""
 
+HTTP_FORWARDED: Final = "forebay-forwarded"
+"""HTTP header: under which id a worker has the request that it passes on to a server that it asks in text."""
+
 RESPONSE_PREFIX: Final = "resp_"
 """What the id of a response begins with."""
 

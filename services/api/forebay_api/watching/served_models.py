@@ -60,7 +60,7 @@ class Models:
         if (model := await self._found(name)) is not None:
             return Asked(model)
         base, _, adapter = name.rpartition(":")  # see `names.adapter_model`
-        if not base or (model := await self._found(base)) is None:
+        if not base or not adapter or (model := await self._found(base)) is None:
             raise ModelNotFound(f"The model `{name}` does not exist or is not served here.", param="model")
         having = {adapter in worker.adapters for worker in self._taking(model)}
         if not having and model in (known := await self._known_models()):

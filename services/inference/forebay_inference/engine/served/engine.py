@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
@@ -22,6 +23,7 @@ from forebay_inference.engine.served.server import Server
 from forebay_inference.engine.served.tokenizer import read_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.models.adapters import ensure_adapters
+from forebay_inference.models.hub import files_beside_weights
 from forebay_inference.models.store import ensure_gguf, ensure_model, recommended_sampling
 
 _GREEDY: Final = Sampling(temperature=0)
@@ -77,6 +79,8 @@ class ServedEngine:
         """The model, and the adapters as the server knows them."""
         settings = self._settings
         ensure = ensure_gguf if self._dialect.weights == "gguf" else ensure_model
+        if ensure is ensure_model and settings.engine_url is not None:
+            ensure = partial(ensure_model, choose=files_beside_weights)
         model = ensure(settings.default_model, settings.data_dir, progress, settings.hf_token)
         if settings.engine_url is not None:
             return model, {name: Path(place) for name, place in settings.model_adapters.items()}
@@ -94,6 +98,8 @@ class ServedEngine:
                     if not server.asks(http):
                         # What has come already may be read although the connection is closed.
                         raise EngineFault("the engine was closed")
+                    if not all(isinstance(one, int) and 0 <= one < served.vocabulary_size for one in step.tokens):
+                        raise EngineFault(f"{self._dialect.name} answered with a token that its model does not have")
                     if last is not None:
                         yield last._replace(cached_tokens=step.cached_tokens)
                         return

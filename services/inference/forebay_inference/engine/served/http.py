@@ -51,6 +51,8 @@ class Http:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
         # Compression would hold tokens back, and a proxy of the environment is not meant for a server on this machine.
         options: dict[str, Any] = {"timeout": timeout, "headers": headers | {"Accept-Encoding": "identity"}}
+        # What was not asked for may be of any size once it is unpacked.
+        options["auto_decompress"] = False
         kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
         fresh = aiohttp.TCPConnector(limit=0, force_close=True)
         self._kept = aiohttp.ClientSession(connector=kept, **options)
@@ -66,9 +68,11 @@ class Http:
         try:
             return orjson.loads(answer)
         except orjson.JSONDecodeError as exc:
-            raise ServerFailed(f"the answer to {path} is no JSON") from exc
+            raise ServerFailed(f"the answer to {path} is no JSON", 200) from exc
 
-    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+    async def events(
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Any, None]:
         """The JSON of each server-sent event that answers a POST, until `[DONE]` or the end of the answer.
 
         Closing the generator closes the connection, if the answer has not ended.
@@ -76,7 +80,7 @@ class Http:
         Raises:
             ServerFailed: also for an event that is no JSON, or larger than 16 MiB.
         """
-        response = await self._send("POST", path, body)
+        response = await self._send("POST", path, body, headers)
         rest = b""
         try:
             await _check(response, path)
@@ -116,10 +120,15 @@ class Http:
         except _BROKEN as exc:
             raise ServerFailed(f"the answer to {path} broke off: {type(exc).__name__}") from exc
 
-    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> aiohttp.ClientResponse:
+    async def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str] | None = None
+    ) -> aiohttp.ClientResponse:
         """The head of the answer."""
         data = None if body is None else orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
-        options: dict[str, Any] = {"data": data, "headers": {"Content-Type": "application/json"}} if data else {}
+        # A redirection would send the prompt to another server than the one that the operator has named.
+        options: dict[str, Any] = {"allow_redirects": False}
+        if data:
+            options |= {"data": data, "headers": {"Content-Type": "application/json", **(headers or {})}}
         for session in (self._kept, self._fresh):
             try:
                 return await session.request(method, self.url + path, **options)
@@ -136,9 +145,11 @@ class Http:
 
 
 async def _check(response: aiohttp.ClientResponse, path: str) -> None:
-    if response.status >= 400:
+    if response.status >= 300:
         detail = (await response.content.read(2000)).decode(errors="replace")
         hint = ": ENGINE_API_KEY is not its key" if response.status in (401, 403) else ""
+        if response.status < 400:
+            hint = ": it leads elsewhere, which is not followed"
         raise ServerFailed(f"{path} was answered with status {response.status}{hint}", response.status, detail)
 
 

@@ -20,7 +20,8 @@ def lora_fields(
     """
     scales = {"": {one["id"]: 0.0 for one in loaded}}
     for name, path in adapters.items():
-        same = [one for one in loaded if one["path"] == str(path)]
+        # Two names may mean one file, which is loaded twice then.
+        same = [one for one in loaded if one["path"] == str(path)][:1]
         # A server that runs elsewhere has other folders.
         found = same or [one for one in loaded if Path(one["path"]).name == path.name]
         if len(found) != 1:

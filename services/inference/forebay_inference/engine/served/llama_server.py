@@ -6,11 +6,12 @@ An error of the C++ code then ends this process and not the worker.
 import argparse
 import os
 import signal
+import sys
 from typing import Any
 
 import psutil
 
-from forebay_inference.engine.cpus import usable_cpus
+from forebay_inference.engine.machine import available_memory, usable_cpus
 
 # llama.cpp's threads (libgomp's) wait for each other hundreds of times in a pass. By default they spin for
 # milliseconds. Beside other work on two cores, with the default model, that gave 1 to 2 tokens/s, and this gives 15 to
@@ -49,7 +50,10 @@ def main() -> None:
     ends = {signal.SIGTERM, signal.SIGINT}
     # Before the server starts its threads, which inherit the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    server = _server(given)
+    try:
+        server = _server(given)
+    except RuntimeError as exc:  # llama.cpp has logged why, and a traceback would push that out of the last lines
+        sys.exit(f"{exc}")
     signal.sigwait(ends)
     del server
 
@@ -80,13 +84,12 @@ def _server(given: argparse.Namespace) -> Any:
     if key := os.environ.get("LLAMA_API_KEY"):
         params.api_keys = [key]
     params.verbosity = _ERRORS
-    memory = psutil.virtual_memory()
-    free = int(memory.available * _MEMORY_SHARE)
+    free = int(available_memory() * _MEMORY_SHARE)
     # Beside the cache of the slots, the prompts that were in them before.
     params.cache_ram_mib = min(params.cache_ram_mib, free // 4 >> 20) if given.cache_ram is None else given.cache_ram
     if len(xllamacpp.get_device_info()) == 1:
         # On a CPU, llama.cpp compares with all memory of the machine and leaves so much of it free.
-        params.fit_params_target = [memory.total - free]
+        params.fit_params_target = [psutil.virtual_memory().total - free]
         params.fit_params_min_ctx = _LEAST_CONTEXT
     return xllamacpp.Server(params)
 

@@ -51,10 +51,7 @@ def require(package: str, settings: InferenceSettings) -> None:
 
 def filled(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
     """`command` with `{port}` and the like replaced in each of its words; other braces stay."""
-    words = list(command)
-    for name, value in values.items():
-        words = [word.replace(f"{{{name}}}", str(value)) for word in words]
-    return words
+    return [re.sub(r"\{(\w+)\}", lambda found: str(values.get(found[1], found[0])), word) for word in command]
 
 
 def free_port() -> int:

@@ -206,8 +206,11 @@ class Server:
             asked = loop.time()
             try:
                 async with asyncio.timeout(answer_s):
-                    self._load = await self._dialect.load(http)
-                silent_s = 0.0
+                    load = await self._dialect.load(http)
+                if load.steps < self._load.steps and self.process is None:
+                    # It may serve another model now, or its adapters under other numbers.
+                    self._fault = f"{self._dialect.name} was started anew"
+                self._load, silent_s = load, 0.0
             except Exception as exc:  # an answer may be wrong in any way
                 # While this process is stopped, the server cannot answer it.
                 silent_s += min(loop.time() - asked, answer_s) + _LOOK_S

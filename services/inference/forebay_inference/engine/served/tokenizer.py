@@ -37,7 +37,8 @@ def read_tokenizer(model: Path) -> ReadTokenizer:
     """
     with _told(model):
         tokenizer, ends = _of_gguf(model) if model.is_file() else _of_checkpoint(model)
-        size = len(tokenizer)
+        # A vocabulary may have gaps.
+        size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
         matchers = Matchers(tokenizer, size, ends)
     library = LibraryTokenizer(tokenizer, size, matchers.vocabulary)
     return ReadTokenizer(library, size, ends, lambda text: Grammar(lark_of(text), matchers.compile(text)))

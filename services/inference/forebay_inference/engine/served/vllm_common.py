@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from glob import glob
 from typing import Any, Final
 
-import psutil
-
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.engine.machine import available_memory
 from forebay_inference.engine.protocol import Tokenizer
 from forebay_inference.engine.served.dialect import PROBE, Load, NotReady, Served
 from forebay_inference.engine.served.http import Http, ServerFailed
@@ -26,7 +25,7 @@ def command(settings: InferenceSettings, *options: str) -> Sequence[str]:
     made = {"auto": (), "none": (), "nf4": ("--quantization", "bitsandbytes")}
     if (wanted := settings.model_quantization) not in made:
         raise ConfigurationError(f"MODEL_QUANTIZATION={wanted} cannot be had from vLLM: use auto, none or nf4")
-    cache = ("--kv-cache-memory-bytes", str(psutil.virtual_memory().available // _CACHE_PART))
+    cache = ("--kv-cache-memory-bytes", str(available_memory() // _CACHE_PART))
     return [
         *("{python}", "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", "{model}", "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"),

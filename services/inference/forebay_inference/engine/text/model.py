@@ -8,7 +8,7 @@ from contextlib import aclosing
 from functools import cached_property, partial
 from typing import TypeVar, cast
 
-from forebay_contracts.wire.errors import AdapterNotFound, InferenceFailed, UnsupportedByModel
+from forebay_contracts.wire.errors import AdapterNotFound, InferenceFailed, InvalidRequest, UnsupportedByModel
 from forebay_contracts.wire.request import GENERATION, POOLING, CompletionType, InferenceRequest
 from forebay_contracts.wire.state import Usage
 from forebay_inference.engine.events import Accepted, Event, Finished, ResumeTokens, Tokens, Used, Vector
@@ -78,6 +78,8 @@ class TextModel:
         if request.adapter is not None and request.adapter not in self._ready().loaded.adapters:
             raise AdapterNotFound(request.model, request.adapter)
         wanted, engine = request.completion_type, self._generator
+        if wanted in POOLING and request.adapter is not None:
+            raise InvalidRequest("Embeddings and scores are not computed with an adapter.", param="model")
         if wanted is CompletionType.EMBEDDING and self._embedder is not None:
             return self._vectors(self._embedder, request, resume)
         if wanted is CompletionType.RERANK and self._reranker is not None:

@@ -12,6 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.protocol import (
     EngineFault,
     EngineStatus,
@@ -98,11 +99,22 @@ class Batch:
         self._manager.output_router = router
 
     def start(self) -> None:
-        """Allocate the cache and start the thread; the thread is a daemon where the caller's is."""
+        """Allocate the cache and start the thread; the thread is a daemon where the caller's is.
+
+        Raises:
+            ConfigurationError: the memory that the cache was planned for is not there.
+        """
         with torch.inference_mode():
             # The thread would do this itself, but a failure here is ours to report.
-            with masked_attention.shaped(self._manager.model.config, self._shape):
-                processor = self._manager._create_batch_processor()
+            try:
+                with masked_attention.shaped(self._manager.model.config, self._shape):
+                    processor = self._manager._create_batch_processor()
+            except (MemoryError, torch.OutOfMemoryError) as exc:
+                device, reason = self._manager.model.device, str(exc).partition("\n")[0]
+                raise ConfigurationError(
+                    f"no memory for a KV cache of {self.cache.tokens} tokens, which was free a moment ago: does "
+                    f"another process use {device}? ({reason})"
+                ) from exc
             self._manager.batch_processor = processor
             self._watch_prefixes(processor.cache)
             watch_passes(processor, self._scored)

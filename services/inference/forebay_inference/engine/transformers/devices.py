@@ -3,7 +3,7 @@
 import torch
 
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_inference.engine.cpus import usable_cpus
+from forebay_inference.engine.machine import usable_cpus
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,14 +1,13 @@
 """How much memory there is, and how large the KV cache is to be."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-import psutil
 import torch
 
 from forebay_contracts.sizing.gpu_memory import PAGE_TOKENS
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_inference.engine.machine import available_memory
 from forebay_inference.engine.transformers.cache_shape import CacheShape
 
 # On a CPU the cache shares its memory with everything else on the machine; on a GPU it is what the memory is for.
@@ -76,16 +75,3 @@ def bytes_per_token(shape: CacheShape, dtype: torch.dtype) -> int:
 def cache_budget(device: torch.device) -> int:
     """Bytes that the KV cache may take on a CPU, the weights being loaded already."""
     return min(_CPU_LIMIT_BYTES, int(available_memory() * _CPU_SHARE))
-
-
-def available_memory() -> int:
-    """Bytes of main memory that this process may still take: the machine's, or its cgroup's where that is less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            available = min(available, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    return available

@@ -7,6 +7,7 @@ at each wait: it does not spin while it counts more threads than CPUs. A second 
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,8 +81,8 @@ def _every_interval(
 def cpu_times() -> tuple[int, int] | None:
     """Nanoseconds for which the threads of this process ran, and for which they were ready and waited for a CPU. None
     where the kernel does not tell."""
-    try:
-        lines = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]
-    except (OSError, ProcessLookupError):
-        return None
+    lines = []
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # this thread has ended
+            lines.append(path.read_text().split())
     return (sum(int(line[0]) for line in lines), sum(int(line[1]) for line in lines)) if lines else None
