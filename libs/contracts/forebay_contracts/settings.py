@@ -98,6 +98,12 @@ class Settings(BaseSettings):
     background_timeout: float = Field(
         86_400, ge=1, le=2_592_000, description="Seconds from arrival until a background response ends as failed"
     )
+    key_max_deferred: int = Field(
+        10_000,
+        ge=1,
+        le=10_000_000,
+        description="Most requests of one key and model in the waiting room, where the tier flex waits",
+    )
     nats_url: str | None = Field(
         None, description="URLs of NATS servers, comma-separated; empty: `forebay up` starts one of its own"
     )
@@ -218,6 +224,9 @@ class ApiSettings(Settings):
         ge=1,
         le=10_000_000,
         description="Most unfinished requests of one key; empty: only MAX_QUEUE_SIZE limits them",
+    )
+    key_overflow: Literal["refuse", "defer"] = Field(
+        "refuse", description="What a key has beyond KEY_MAX_REQUESTS gets 429, or waits in the waiting room"
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins whose pages may call the api from a browser (CORS), comma-separated; empty: none"

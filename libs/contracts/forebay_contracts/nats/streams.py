@@ -26,6 +26,9 @@ QUEUE_SHARE = 0.5
 ANSWER_SHARE = 0.3
 """The part that the answer log may take, if that is less than ANSWER_LOG_BYTES. States and counters have the rest."""
 
+ROOM_SHARE = 0.1
+"""The part that the waiting room may take."""
+
 
 def stream_configs(settings: Settings, storage: float | None = math.inf) -> list[StreamConfig]:
     """All streams of Forebay, those behind its buckets included, as `settings` want them.
@@ -33,9 +36,10 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
     `storage` is how many bytes the account may store for each replica: inf if that is unbounded. None: unknown; then
     the bounds in bytes stay as they are.
     """
-    queue_bytes = answer_bytes = None
+    queue_bytes = answer_bytes = room_bytes = None
     if storage is not None:
         queue_bytes = int(storage * QUEUE_SHARE) if storage < math.inf else None
+        room_bytes = int(storage * ROOM_SHARE) if storage < math.inf else None
         answer_bytes = int(min(settings.answer_log_bytes, storage * ANSWER_SHARE))
     replicas = settings.nats_replicas
     return [
@@ -48,6 +52,21 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
             discard=DiscardPolicy.NEW,
             max_msgs=settings.max_queue_size,
             max_bytes=queue_bytes,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            republish=RePublish(src=names.REQUEST_SUBJECTS, dest=names.ADMITTED_SUBJECTS, headers_only=True),
+            allow_msg_ttl=True,
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        StreamConfig(
+            name=names.DEFERRED,
+            description="Requests that wait until a model has nothing else to do",
+            subjects=[names.DEFERRED_SUBJECTS, names.YIELDED_SUBJECTS],
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            max_msgs_per_subject=settings.key_max_deferred,
+            discard_new_per_subject=True,
+            max_bytes=room_bytes,
             duplicate_window=DUPLICATE_WINDOW_S,
             allow_msg_ttl=True,
             allow_direct=True,

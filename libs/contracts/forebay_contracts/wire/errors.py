@@ -8,12 +8,14 @@ ForebayError
 │   ├── ModelUnavailable          503 model_unavailable
 │   ├── QueueConflict             another write came first
 │   │   └── AnswerTaken           another attempt, or whoever cancelled it, wrote the answer on
-│   └── AnswerLogFull             503 answer_log_full
+│   ├── AnswerLogFull             503 answer_log_full
+│   └── WaitingRoomFull           503 waiting_room_full
 ├── StateUnreadable               500 state_unreadable
 └── RequestError                  ends one request, with an answer for its client
     ├── InvalidRequest            400
     │   └── UnsupportedByModel    400 model_not_supported
     ├── InvalidApiKey             401
+    ├── TierNotAllowed            403 service_tier_not_allowed
     ├── ModelNotFound             404
     │   └── AdapterNotFound       404
     ├── RequestNotFound           404
@@ -103,6 +105,12 @@ class AnswerLogFull(QueueError):
     code = "answer_log_full"
 
 
+class WaitingRoomFull(QueueError):
+    """The waiting room has no place for another request of this key and model. Nothing was accepted."""
+
+    code = "waiting_room_full"
+
+
 class StateUnreadable(ApiError):
     """The stored state of a request is of another version, or of another program."""
 
@@ -136,6 +144,14 @@ class InvalidApiKey(RequestError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class TierNotAllowed(RequestError):
+    """The client's key may not use this service tier."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "service_tier_not_allowed"
 
 
 class ModelNotFound(RequestError):

@@ -17,6 +17,13 @@ ANSWER_SUBJECTS: Final = "inference.answers.*"
 ANSWERED_SUBJECTS: Final = "inference.answered.{{wildcard(1)}}"
 """Where the server publishes again what the answer log has stored, and nothing that it refused."""
 
+DEFERRED: Final = "INFERENCE_DEFERRED"
+DEFERRED_SUBJECTS: Final = "inference.deferred.*.*"
+YIELDED_SUBJECTS: Final = "inference.yielded.*.*"
+REQUEST_SUBJECTS: Final = "inference.requests.*.*"
+ADMITTED_SUBJECTS: Final = "inference.admitted.{{wildcard(1)}}"
+"""Where the server publishes the headers of each message of the stream INFERENCE again."""
+
 REQUESTS_BUCKET: Final = "inference-requests"
 WORKERS_BUCKET: Final = "inference-workers"
 APIS_BUCKET: Final = "inference-apis"
@@ -28,11 +35,17 @@ HEADER_REPLY_TO: Final = "Forebay-Reply-To"
 HEADER_MSG_ID: Final = "Nats-Msg-Id"
 HEADER_INCREMENT: Final = "Nats-Incr"
 HEADER_TTL: Final = "Nats-TTL"
+HEADER_DEFERRED: Final = "Forebay-Deferred"
+"""On a request that waits in the waiting room, or was moved from there: its completion type."""
+
 HEADER_CANCEL: Final = "Forebay-Cancel"
 """On a cancel subject: `ask` asks the api that holds the client to cancel. Without it the request is cancelled."""
 
 HTTP_FORWARDED: Final = "forebay-forwarded"
 """HTTP header: under which id a worker has the request that it passes on to a server that it asks in text."""
+
+NO_KEY: Final = "_"
+"""In subjects of the waiting room: no key. No key has this name."""
 
 RESPONSE_PREFIX: Final = "resp_"
 """What the id of a response begins with."""
@@ -50,6 +63,10 @@ ADAPTERS_METADATA: Final = "forebay.adapters"
 def model_token(model: str) -> str:
     """A model's name as one subject token and consumer name: `org/Model-1.5` becomes `org-Model-1-5`."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", model).strip("-") or "model"
+
+
+def _token(model: str) -> str:
+    return model if model == "*" else model_token(model)
 
 
 def adapter_model(model: str, adapter: str | None) -> str:
@@ -135,6 +152,43 @@ def bucket_subject(bucket: str, key: str) -> str:
 def bucket_stream(bucket: str) -> str:
     """The stream behind a KV bucket (NATS ADR-8)."""
     return f"KV_{bucket}"
+
+
+def deferred_subject(model: str, key: str | None) -> str:
+    """Where a request of the client's key waits in the waiting room; `*` for all keys."""
+    return f"inference.deferred.{model_token(model)}.{key or NO_KEY}"
+
+
+def yielded_subject(model: str, key: str | None) -> str:
+    """Where a request waits that gave way to another, before those of `deferred_subject`."""
+    return f"inference.yielded.{model_token(model)}.{key or NO_KEY}"
+
+
+def key_of_subject(subject: str) -> str | None:
+    """The key in a subject of the waiting room."""
+    key = subject.rsplit(".", 1)[-1]
+    return None if key == NO_KEY else key
+
+
+def admitted_subject(model: str) -> str:
+    """Where the server says that a request for `model` was stored in the stream INFERENCE; `*` for all models."""
+    return f"inference.admitted.{_token(model)}"
+
+
+def idle_subject(model: str) -> str:
+    """Where workers of `model` say that a slot is idle, and what a deferred attempt has used; `*` for all models."""
+    return f"inference.idle.{_token(model)}"
+
+
+def message_id(request_id: str, turn: int) -> str:
+    """The Nats-Msg-Id of a request that has given way `turn` times: its next message is no repetition."""
+    return f"{request_id}.{turn}" if turn else request_id
+
+
+def turn_of(message_id: str) -> tuple[str, int]:
+    """The request id and the turn in a Nats-Msg-Id."""
+    request_id, _, turn = message_id.partition(".")
+    return request_id, int(turn) if turn.isdecimal() else 0
 
 
 def is_request_id(text: str) -> bool:

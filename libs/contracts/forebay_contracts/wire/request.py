@@ -26,6 +26,14 @@ GENERATION: Final = (CompletionType.CHAT, CompletionType.COMPLETION)
 POOLING: Final = (CompletionType.EMBEDDING, CompletionType.RERANK)
 """What is answered with vectors, and not with tokens."""
 
+
+class Tier(StrEnum):
+    """How soon a request is served. Work of the tier `flex` waits until there is nothing else, and gives way."""
+
+    DEFAULT = "default"
+    FLEX = "flex"
+
+
 ADAPTER_SCHEMA: Final = 2
 """The schema of a request with an adapter. A worker of schema 1 would leave the adapter out, so it must not read it."""
 
@@ -75,7 +83,7 @@ class InferenceRequest(Message):
     name of the client's key, if the api has keys. With `return_prompt`, the deltas of each choice begin with the tokens
     of its prompt; `prompt_logprobs` is how many alternatives to report for each of these, as `logprobs` is. With
     `fit_max_tokens`, `max_tokens` beyond what the context has left is cut to it, and not refused. `adapter` is the name
-    of the LoRA adapter that the model answers with.
+    of the LoRA adapter that the model answers with. A request of the `tier` flex waits in the waiting room.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -103,6 +111,7 @@ class InferenceRequest(Message):
     dimensions: int | None = None
     fit_max_tokens: bool = False
     adapter: str | None = None
+    tier: Tier = Tier.DEFAULT
 
     def encode(self) -> bytes:
         """The request as JSON: the schema version, and the fields that differ from their defaults."""

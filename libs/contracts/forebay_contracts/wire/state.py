@@ -37,7 +37,8 @@ class RequestState(Message):
 
     `error` is what the client got. `fault` says to operators why the last failed attempt failed, with its number and
     its worker. It quotes no request. `started_at` is when the first attempt began. `logged`: the answer goes into the
-    answer log, and not to one api.
+    answer log, and not to one api. `sequence` is that of its message in the stream INFERENCE, and `deferred` the one in
+    the waiting room, while it waits there. `turn` is how often it has given way to another request.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -59,6 +60,8 @@ class RequestState(Message):
     usage: Usage | None = None
     key: str | None = None
     logged: bool = False
+    deferred: int | None = None
+    turn: int = 0
 
     def encode(self) -> bytes:
         """The state as JSON with all fields, for people who read it with `nats kv get`."""
