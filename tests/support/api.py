@@ -31,6 +31,7 @@ def app(system: Twins) -> ASGIApp:
             states=system.states,
             dispatcher=system.dispatcher,
             stored=NONE,
+            mover=NONE,
             records=NONE,
             responses=NONE,
             idempotent=NONE,

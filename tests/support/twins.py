@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.mover import Mover
 from forebay_contracts.queueing.cancellation import Cancellation
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
 from forebay_contracts.queueing.memory import (
@@ -18,14 +19,18 @@ from forebay_contracts.queueing.memory import (
     InMemoryReplyChannel,
     InMemoryStateStore,
 )
+from forebay_contracts.queueing.memory_room import InMemoryPrecedence
 from forebay_contracts.queueing.protocols import ReplyChannel
 from forebay_contracts.wire import names
 from forebay_contracts.wire.frames import Delta, Frame, Resume
+from forebay_contracts.wire.heartbeats import Used, WorkerInfo, WorkerStatus
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 from forebay_inference.attempt.endings import End, Ended
+from forebay_inference.attempt.giving_way import GivingWay
 from forebay_inference.attempt.runner import AttemptRunner
 from forebay_inference.engine.text.model import TextModel
+from forebay_inference.idle import IdleSlots
 from forebay_inference.worker_metrics import WorkerMetrics
 from support.engine import simulated_model
 
@@ -51,22 +56,42 @@ def request(orders: str = "", **fields: Any) -> InferenceRequest:
     )
 
 
+def worker_info(worker: str, slots: int) -> WorkerInfo:
+    """The heartbeat of a ready worker."""
+    return WorkerInfo(
+        id=worker,
+        version="1",
+        started_at=0,
+        heartbeat_at=0,
+        model=MODEL,
+        status=WorkerStatus.READY,
+        slots=slots,
+        engine="simulated",
+    )
+
+
 class Twins:
-    """One api and any number of workers.
+    """One api and any number of workers, of which `max_concurrent` requests are out at once.
 
     `alive` says whether the api's heartbeat is heard, and `away` whether it lapsed for the api itself. NATS was not
     away for `connected_for_s`.
     """
 
-    def __init__(self, *, max_queue_size: int = 100, max_deliveries: int = 3) -> None:
-        self.queue = InMemoryQueue(max_queue_size)
+    def __init__(self, *, max_queue_size: int = 100, max_deliveries: int = 3, max_concurrent: int = 10) -> None:
+        self.queue = InMemoryQueue(max_queue_size, max_concurrent)
         self.states = InMemoryStateStore()
         self.notices = InMemoryCancelNotices()
         self.answers = InMemoryAnswerLog()
         self.cancellation = Cancellation(self.states, self.queue, self.notices, self.answers)
         self.dispatcher = Dispatcher(
-            API, self.queue, self.states, self.cancellation, lambda _: contextlib.nullcontext(), lambda: self.away
+            API, self.queue, self.states, self.cancellation, contextlib.nullcontext, lambda: self.away
         )
+        self.weights: dict[str | None, float] = {}
+        self.movers: list[Mover] = []
+        self.used: list[Used] = []
+        self._workers: list[WorkerInfo] = []
+        self.queue.room.on_deferred.append(lambda model: [mover.deferred(model) for mover in self.movers[:1]])
+        self.queue.room.on_idle.append(self._idle)
         self.alive, self.away = True, False
         self.connected_for_s = math.inf
         self.channels: list[InMemoryReplyChannel] = []
@@ -86,6 +111,8 @@ class Twins:
             connected_for_s=lambda: self.connected_for_s,
             max_deliveries=self._max_deliveries,
             metrics=WorkerMetrics(MODEL),
+            put_back=self.queue.put_back,
+            giving_way=GivingWay(InMemoryPrecedence(self.queue, self.queue.room, MODEL)),
         )
 
         async def told(request_id: str, reason: str) -> None:
@@ -98,14 +125,32 @@ class Twins:
     def worker(self, name: str = "w1", slots: int = 4, engine: TextModel | None = None) -> AttemptRunner:
         """A runner whose slots pull."""
         runner = self.runner(name, engine)
+        idle = IdleSlots(InMemoryPrecedence(self.queue, self.queue.room, MODEL).say_idle)
+        self._workers.append(worker_info(name, slots))
 
         async def slot() -> None:
             # A worker whose engine is broken pulls no more.
             while engine is None or engine.status().fault is None:
-                await runner.run(await self.queue.pull())
+                with idle.waits():
+                    delivery = await self.queue.pull()
+                await runner.run(delivery)
 
         self._slots += [asyncio.create_task(slot()) for _ in range(slots)]
         return runner
+
+    def mover(self) -> Mover:
+        """The mover of another api. The first one looks when something is told to one of them."""
+        self.movers.append(
+            Mover(self.queue.room, self.states, lambda: self._workers, lambda key: self.weights.get(key, 1.0))
+        )
+        return self.movers[-1]
+
+    def _idle(self, model: str, used: Used | None) -> None:
+        self.used += [] if used is None else [used]
+        for mover in self.movers:
+            mover.idle(model, used)
+        for mover in self.movers[:1]:
+            mover.look(model)
 
     async def text(self, wanted: InferenceRequest) -> str:
         """Submit, and read the answer to its end."""
@@ -138,6 +183,8 @@ class Twins:
         for slot in self._slots:
             slot.cancel()
         await asyncio.gather(*self._slots, return_exceptions=True)
+        for mover in self.movers:
+            await mover.close()
         await self.dispatcher.close()
 
     def _channel(self, reply_to: str, deadline: float) -> ReplyChannel:

@@ -12,7 +12,7 @@ from forebay_contracts.queueing.memory import InMemoryDelivery
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import StateUnreadable
 from forebay_contracts.wire.frames import Failed
-from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest, Tier
 from forebay_contracts.wire.state import RequestStatus
 from forebay_inference.attempt.endings import ENDINGS, Acknowledge, End, Ended
 from support.twins import Twins, request, twins
@@ -129,6 +129,34 @@ async def handed_over(system: Twins) -> Seen:
     return await stopped(system, request("tokens=2 delay_ms=10000"), Ended(End.HANDED_OVER))
 
 
+async def yielded(system: Twins) -> Seen:
+    system.mover()
+    wanted = request("tokens=2 delay_ms=10000", tier=Tier.FLEX)
+    async with system.dispatcher.submit(wanted) as answer:
+        (waiting,) = system.queue.room.waiting.values()
+        await system.queue.room.move(waiting)
+        runner, delivery = system.runner(), await system.queue.pull()
+        assert isinstance(delivery, InMemoryDelivery)
+        work = asyncio.create_task(runner.run(delivery))
+        await answer.started()
+        runner.running[wanted.id].stop(Ended(End.YIELDED))
+        await work
+        assert [one.headers[names.HEADER_MSG_ID] for one in system.queue.room.waiting.values()] == [f"{wanted.id}.1"]
+        return await seen(system, wanted, delivery)
+
+
+async def moved_on(system: Twins) -> Seen:
+    # The worker died after it had written that the request gives way, and before it put it back.
+    wanted = request(tier=Tier.FLEX)
+    await system.states.write(transitions.gave_way(transitions.claimed(None, wanted, "w0", 1)), 0)
+    system.queue.move(wanted.encode(), {names.HEADER_MSG_ID: wanted.id, names.HEADER_DEFERRED: "chat"})
+    delivery = await system.queue.pull()
+    assert isinstance(delivery, InMemoryDelivery)
+    await system.runner().run(delivery)
+    assert [one.headers[names.HEADER_MSG_ID] for one in system.queue.room.waiting.values()] == [f"{wanted.id}.1"]
+    return await seen(system, wanted, delivery)
+
+
 async def ended_before(system: Twins) -> Seen:
     wanted = request()
     state = transitions.ended(
@@ -170,6 +198,8 @@ ROWS = {
     End.ABANDONED: (abandoned, Seen(["term"], RequestStatus.CANCELLED, 499, 1)),
     End.NOT_WANTED: (not_wanted, Seen(["term"], RequestStatus.CANCELLED, None, 1)),
     End.HANDED_OVER: (handed_over, Seen(["nak"], RequestStatus.QUEUED, None, 0)),
+    End.YIELDED: (yielded, Seen(["term"], RequestStatus.QUEUED, None, 0)),
+    End.MOVED_ON: (moved_on, Seen(["term"], RequestStatus.QUEUED, None, 0)),
     End.ENDED_BEFORE: (ended_before, Seen(["term"], RequestStatus.CANCELLED, 499, 1)),
     End.UNREADABLE: (unreadable, Seen(["term"], None, 500, 1)),
     End.SUPERSEDED: (superseded, Seen([], RequestStatus.PROCESSING, None, 0)),

@@ -3,6 +3,11 @@
     [alice]
     sha256 = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
     max_requests = 20
+    weight = 3
+
+    [nightly]
+    sha256 = "…"
+    tiers = ["flex"]
 
     [dashboard]
     sha256 = ["…", "…"]     # two while a new key replaces the old one
@@ -21,6 +26,7 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from forebay_contracts.wire.errors import ConfigurationError
+from forebay_contracts.wire.request import Tier
 
 MAX_KEYS: Final = 1000
 """A bound, since each name is a label of metrics and costs memory there."""
@@ -39,7 +45,8 @@ class KeyEntry(BaseModel):
     """One name of the file: the hashes of its keys, and what they may do.
 
     `max_requests` bounds its unfinished requests; without it, KEY_MAX_REQUESTS does. An `operator` sees and cancels the
-    requests of all keys, others only their own.
+    requests of all keys, others only their own. Keys that have requests in the waiting room share the tokens by their
+    `weight`. `tiers` are the service tiers that it may use, first the one of requests that ask for none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
@@ -51,6 +58,12 @@ class KeyEntry(BaseModel):
     ]
     max_requests: int | None = Field(None, ge=1)
     operator: bool = False
+    weight: float = Field(1.0, gt=0, le=1_000_000, strict=False)
+    tiers: Annotated[
+        tuple[Tier, ...],
+        BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),
+        Field(min_length=1, strict=False),
+    ] = tuple(Tier)
 
 
 _entries: TypeAdapter[dict[str, KeyEntry]] = TypeAdapter(dict[str, KeyEntry])

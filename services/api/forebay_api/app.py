@@ -22,6 +22,7 @@ from forebay_api.http.routing import Routes
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.listener import Listener
+from forebay_api.in_flight.mover import Mover
 from forebay_api.in_flight.records import Records
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai import models
@@ -42,6 +43,7 @@ from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.cancellation import Cancellation, NatsCancelNotices
+from forebay_contracts.queueing.room import JetStreamRoom
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import QueueStatus, queue_status
 from forebay_contracts.settings import ApiSettings
@@ -99,7 +101,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await clock.measure(connection.requests)
         instance = f"api-{uuid.uuid4().hex[:12]}"
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
-        limits = KeyLimits(keys, lambda: (api for api in apis.alive() if api.id != instance))
+        others = lambda: (api for api in apis.alive() if api.id != instance)  # noqa: E731
+        limits = KeyLimits(keys, others, defers=settings.key_overflow == "defer")
         started_at = time.time()
 
         def describe() -> ApiInfo:
@@ -115,12 +118,14 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         context = _built(settings, connection, instance, keys, limits, heartbeat)
         await context.workers.start()
         await apis.start()
-        await Listener(connection, context.dispatcher, context.stored).start()
+        await Listener(connection, context.dispatcher, context.stored, context.mover).start()
         await heartbeat.start()
+        context.mover.look_at_all()
         log.info("[RequestQueue] api %s takes requests for %s", instance, settings.served_model)
         try:
             yield context
         finally:
+            await context.mover.close()
             await context.stored.close()
             await context.dispatcher.close()
             await context.workers.stop()
@@ -146,6 +151,9 @@ def _built(
     stored = StoredRequests(dispatcher, admission, states, cancellation, answers, records, limits.one_more)
     workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
     rates = Rates()
+    room = JetStreamRoom(connection, admission)
+    mover = Mover(room, states, workers.alive, keys.weight)
+    admission.on_deferred.append(mover.deferred)
 
     async def numbers() -> QueueStatus:
         status = await queue_status(connection, states, settings, workers.alive())
@@ -158,6 +166,7 @@ def _built(
         states=states,
         dispatcher=dispatcher,
         stored=stored,
+        mover=mover,
         records=records,
         responses=Responses(records, stored),
         idempotent=IdempotentRequests(connection, stored),

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from forebay_api.clients.keys import ApiKeys, Client
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.idempotency import IdempotentRequests
+from forebay_api.in_flight.mover import Mover
 from forebay_api.in_flight.records import Records
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai.responses.stored import Responses
@@ -33,6 +34,7 @@ class Context:
     states: StateStore
     dispatcher: Dispatcher
     stored: StoredRequests
+    mover: Mover
     records: Records
     responses: Responses
     idempotent: IdempotentRequests

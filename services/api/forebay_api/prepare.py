@@ -50,6 +50,7 @@ class Accepted(NamedTuple):
             deadline=self.created_at + timeout_s,
             reply_to=reply_to,
             key=self.client.name,
+            tier=self.client.tier(getattr(self.body, "service_tier", None)),
         )
 
 

@@ -14,22 +14,26 @@ from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.presence import Presence
 from forebay_contracts.process import raise_file_limit
+from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
 from forebay_contracts.queueing.protocols import ReplyChannel
 from forebay_contracts.queueing.reply_channel import LiveReplyChannel
+from forebay_contracts.queueing.room import JetStreamPrecedence
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.settings import InferenceSettings, load
 from forebay_contracts.telemetry import logs, metrics, tracing
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, ForebayError
 from forebay_contracts.wire.heartbeats import ApiInfo
+from forebay_inference.attempt.giving_way import GivingWay
 from forebay_inference.attempt.runner import AttemptRunner
 from forebay_inference.engine.model import Model
 from forebay_inference.engine.simulated import SimulatedEngine
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.exposition import serve as expose
+from forebay_inference.idle import IdleSlots
 from forebay_inference.worker import Worker
 from forebay_inference.worker_metrics import WorkerMetrics
 
@@ -95,6 +99,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
     apis = Presence(connection, names.APIS_BUCKET, ApiInfo, asked=names.connected_subject)
 
     answers = JetStreamAnswerLog(connection)
+    precedence = JetStreamPrecedence(connection, settings.served_model)
 
     def channel(reply_to: str, deadline: float) -> ReplyChannel:
         if names.is_logged(reply_to):
@@ -110,9 +115,11 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
         connected_for_s=lambda: connection.age_s,
         max_deliveries=settings.max_deliveries,
         metrics=WorkerMetrics(settings.served_model),
+        put_back=JetStreamAdmission(connection).put_back,
+        giving_way=GivingWay(precedence),
     )
     deliveries = JetStreamDeliveries(connection, settings.served_model)
-    return Worker(worker_id, settings, connection, model, deliveries, runner, apis)
+    return Worker(worker_id, settings, connection, model, deliveries, runner, apis, IdleSlots(precedence.say_idle))
 
 
 async def serve(settings: InferenceSettings) -> None:

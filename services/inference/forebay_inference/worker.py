@@ -27,6 +27,7 @@ from forebay_inference.attempt.runner import AttemptRunner
 from forebay_inference.engine.model import Model, ModelFacts
 from forebay_inference.engine.protocol import LoadedModel
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
+from forebay_inference.idle import IdleSlots
 from forebay_inference.worker_metrics import watch
 
 KEEP_ALIVE_FRACTION = 3
@@ -47,6 +48,7 @@ class Worker:
         deliveries: Deliveries,
         runner: AttemptRunner,
         apis: Presence[ApiInfo],
+        idle: IdleSlots,
     ) -> None:
         self.id = worker_id
         self._settings = settings
@@ -55,6 +57,7 @@ class Worker:
         self._deliveries = deliveries
         self._runner = runner
         self._apis = apis
+        self._idle = idle
         self._heartbeat = Heartbeat(connection, names.WORKERS_BUCKET, self._describe)
         watch(settings.slots, lambda: len(runner.running), engine)
         self._watch = EngineWatch(engine, settings.engine_stall_timeout)
@@ -148,7 +151,8 @@ class Worker:
     async def _slot(self) -> None:
         """Pull one request at a time: a slot asks for work only while it is free."""
         while self._status is WorkerStatus.READY:
-            delivery = await self._deliveries.pull()
+            with self._idle.waits():
+                delivery = await self._deliveries.pull()
             await self._runner.run(delivery)
             if self._engine.status().fault is not None:
                 self._broken.set()

@@ -1,9 +1,10 @@
-"""Admission through the stream `INFERENCE`."""
+"""Admission into the stream `INFERENCE`, or into the waiting room before it."""
 
 import asyncio
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from nats.aio.msg import Msg
@@ -15,8 +16,8 @@ from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import QueueFull, QueueUnavailable, RequestTooLarge
-from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.errors import QueueFull, QueueUnavailable, RequestTooLarge, WaitingRoomFull
+from forebay_contracts.wire.request import InferenceRequest, Tier
 
 TTL_GRACE_S: Final = 30
 """The server drops a message this long after its deadline. By then no worker runs it any more."""
@@ -36,35 +37,52 @@ _NOT_NOW = (409, 429, 503)
 """Codes after which another try may succeed: the cluster is still agreeing on an earlier try (409), its queue of
 proposals is long (429), or JetStream is stopping, not up yet, or no longer the leader (503)."""
 
-_GET = f"$JS.API.DIRECT.GET.{names.STREAM}"
-_DELETE = f"$JS.API.STREAM.MSG.DELETE.{names.STREAM}"
+_GET = "$JS.API.DIRECT.GET."
+_DELETE = "$JS.API.STREAM.MSG.DELETE."
 
 
 class JetStreamAdmission:
-    """See `Admission`. A publish waits up to `patience_s` while NATS is away, restarts or elects a leader."""
+    """See `Admission`. A publish waits up to `patience_s` while NATS is away, restarts or elects a leader.
+
+    `on_deferred` is called with the model of each request that the waiting room has taken.
+    """
 
     def __init__(self, connection: Connection, *, patience_s: float = 0) -> None:
         self._connection = connection
         self._patience_s = patience_s
+        self.on_deferred: list[Callable[[str], None]] = []
 
     async def publish(self, request: InferenceRequest) -> int:
-        """See `Admission.publish`.
+        """See `Admission.publish`."""
+        headers = _headers(request)
+        tracing.inject(headers)
+        if request.tier is not Tier.FLEX:
+            subject = names.request_subject(request.model, request.completion_type)
+            return await self.store(subject, request.encode(), headers, request.deadline)
+        headers[names.HEADER_DEFERRED] = request.completion_type.value
+        subject = names.deferred_subject(request.model, request.key)
+        sequence = await self.store(subject, request.encode(), headers, request.deadline)
+        for listener in self.on_deferred:
+            listener(request.model)
+        return sequence
+
+    async def put_back(self, request: InferenceRequest, turn: int, trace: Mapping[str, str]) -> int:
+        """See `Admission.put_back`."""
+        headers = _headers(request, turn) | {name: trace[name] for name in names.TRACE_HEADERS if name in trace}
+        headers[names.HEADER_DEFERRED] = request.completion_type.value
+        subject = names.yielded_subject(request.model, request.key)
+        return await self.store(subject, request.encode(), headers, request.deadline)
+
+    async def store(self, subject: str, payload: bytes, headers: dict[str, str], deadline: float) -> int:
+        """Publish a message that nobody needs after `deadline`; returns its sequence. Raises as `Admission.publish`.
 
         A publish without an answer (its ack was lost, the stream has no leader, NATS is away) is repeated for
         `patience_s`. It has the same Nats-Msg-Id, so a message that was stored before is not stored twice.
         """
-        subject = names.request_subject(request.model, request.completion_type)
-        headers = {
-            names.HEADER_MSG_ID: request.id,
-            names.HEADER_DEADLINE: f"{request.deadline:.3f}",
-            names.HEADER_REPLY_TO: request.reply_to,
-        }
-        tracing.inject(headers)
-        payload = request.encode()
         # Waiting past the deadline would only end in a timeout.
-        give_up_at = time.monotonic() + min(self._patience_s, request.deadline - clock.now())
+        give_up_at = time.monotonic() + min(self._patience_s, deadline - clock.now())
         while True:
-            ttl_s = math.ceil(request.deadline - clock.now()) + TTL_GRACE_S
+            ttl_s = math.ceil(deadline - clock.now()) + TTL_GRACE_S
             try:
                 headers[names.HEADER_TTL] = str(max(ttl_s, 1))
                 return await self._connection.requests.store(
@@ -78,7 +96,7 @@ class JetStreamAdmission:
             except APIError as exc:
                 # A store that is being closed fails with the same code. Only the text differs.
                 if exc.err_code == _STORE_FAILED and "exceeded" in (exc.description or ""):
-                    raise QueueFull("the queue is full, try again later") from exc
+                    raise _full(subject) from exc
                 if exc.code not in _NOT_NOW or exc.err_code == _NO_RESOURCES:
                     raise QueueUnavailable(f"the queue accepts nothing now: {exc.description}") from exc
                 failure: Exception = exc
@@ -90,19 +108,22 @@ class JetStreamAdmission:
             await self._connection.wait_connected(patience_s)
             await asyncio.sleep(PUBLISH_RETRY_S)
 
-    async def holds(self, request_id: str, sequence: int) -> bool:
+    async def holds(self, request_id: str, sequence: int, *, deferred: bool = False) -> bool:
         """See `Admission.holds`. A store that lost its last records uses their sequences again for other messages."""
-        found = await self._ask(_GET, {"seq": sequence})
-        return (found.headers or {}).get(names.HEADER_MSG_ID) == request_id
+        found = await self._ask(_GET + _stream(deferred), {"seq": sequence})
+        return names.turn_of((found.headers or {}).get(names.HEADER_MSG_ID, ""))[0] == request_id
 
-    async def remove(self, request_id: str, sequence: int) -> bool:
+    async def remove(self, request_id: str, sequence: int, *, deferred: bool = False) -> bool:
         """See `Admission.remove`.
 
         `no_erase` deletes without overwriting on the disk: 0.3 ms instead of 15 ms.
         """
-        if not await self.holds(request_id, sequence):
-            return False
-        return bool(json.loads((await self._ask(_DELETE, {"seq": sequence, "no_erase": True})).data).get("success"))
+        return await self.holds(request_id, sequence, deferred=deferred) and await self.delete(sequence, deferred)
+
+    async def delete(self, sequence: int, deferred: bool) -> bool:
+        """Delete a message of which is known whose it is."""
+        answer = await self._ask(_DELETE + _stream(deferred), {"seq": sequence, "no_erase": True})
+        return bool(json.loads(answer.data).get("success"))
 
     async def _ask(self, subject: str, order: dict[str, Any]) -> Msg:
         try:
@@ -111,3 +132,21 @@ class JetStreamAdmission:
             )
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the queue cannot be reached") from exc
+
+
+def _headers(request: InferenceRequest, turn: int = 0) -> dict[str, str]:
+    return {
+        names.HEADER_MSG_ID: names.message_id(request.id, turn),
+        names.HEADER_DEADLINE: f"{request.deadline:.3f}",
+        names.HEADER_REPLY_TO: request.reply_to,
+    }
+
+
+def _stream(deferred: bool) -> str:
+    return names.DEFERRED if deferred else names.STREAM
+
+
+def _full(subject: str) -> QueueFull | WaitingRoomFull:
+    if subject.startswith("inference.requests."):
+        return QueueFull("the queue is full, try again later")
+    return WaitingRoomFull("the waiting room is full, try again later")

@@ -85,6 +85,8 @@ class Cancellation:
         try:
             if state is not None and state.sequence is not None:
                 await self._admission.remove(request_id, state.sequence)
+            elif state is not None and state.deferred is not None:
+                await self._admission.remove(request_id, state.deferred, deferred=True)
         finally:
             await self._notices.tell(request_id, reason)
         if ended is not None:

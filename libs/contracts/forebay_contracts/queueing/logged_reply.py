@@ -99,6 +99,16 @@ class LoggedReplyChannel:
             except AnswerTaken as exc:
                 raise Superseded(f"{self._request_id}: another attempt answers it") from exc
 
+    async def flush(self) -> None:
+        """Store what is collected. Raises Superseded."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        await self._stored()
+        if self._collected:
+            self._store()
+            await self._stored()
+
     async def ask(self, frame: bytes) -> Resume:
         """Read what the log has and go on from there, or end the answer. Raises Superseded."""
         decoded = decode_frame(frame)

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from forebay_contracts.queueing.protocols import PAGE, Delivery, Record, Stored
+from forebay_contracts.queueing.memory_room import InMemoryRoom
+from forebay_contracts.queueing.protocols import PAGE, Delivery, Line, Record, Stored
 from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueConflict, QueueFull
 from forebay_contracts.wire.frames import Frame, Resume, decode_frame
-from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest, Tier
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
 
@@ -49,9 +50,15 @@ class InMemoryDelivery:
 
 
 class InMemoryQueue:
-    """`Admission` and `Deliveries` in one."""
+    """`Admission` and `Deliveries` in one; `room` is the waiting room before it.
 
-    def __init__(self, max_queue_size: int = 100, max_concurrent: int = 10) -> None:
+    `on_admitted` is called with the sequence of each message that is not deferred.
+    """
+
+    def __init__(self, max_queue_size: int = 100, max_concurrent: int = 10, max_deferred: int = 100) -> None:
+        self.room = InMemoryRoom(self, max_deferred)
+        self.on_admitted: list[Callable[[int], None]] = []
+        self.max_concurrent = max_concurrent
         self._max_queue_size = max_queue_size
         self._concurrency = asyncio.Semaphore(max_concurrent)
         self._sequences = itertools.count(1)
@@ -65,10 +72,16 @@ class InMemoryQueue:
 
     async def publish(self, request: InferenceRequest) -> int:
         """Admit."""
+        if request.tier is Tier.FLEX:
+            return self.room.admit(request)
         if request.id in self._by_id:
             return self._by_id[request.id]
         headers = {names.HEADER_MSG_ID: request.id, names.HEADER_REPLY_TO: request.reply_to}
         return self.put(request.encode(), headers)
+
+    async def put_back(self, request: InferenceRequest, turn: int, trace: Mapping[str, str]) -> int:
+        """Into the room."""
+        return self.room.admit(request, turn)
 
     def put(self, data: bytes, headers: Mapping[str, str]) -> int:
         """Admit a message as it is, readable or not."""
@@ -78,18 +91,43 @@ class InMemoryQueue:
         self._by_id[headers[names.HEADER_MSG_ID]] = sequence
         self._messages[sequence] = data, headers
         self._ready.put_nowait(sequence)
+        if names.HEADER_DEFERRED not in headers:
+            for listener in self.on_admitted[:1]:
+                listener(sequence)
         return sequence
 
-    async def holds(self, request_id: str, sequence: int) -> bool:
+    async def holds(self, request_id: str, sequence: int, *, deferred: bool = False) -> bool:
         """Whether it is this request's."""
-        return sequence in self._messages and self._messages[sequence][1][names.HEADER_MSG_ID] == request_id
-
-    async def remove(self, request_id: str, sequence: int) -> bool:
-        """Remove it if it is this request's."""
-        if not await self.holds(request_id, sequence):
+        if deferred:
+            return self.room.holds(request_id, sequence)
+        if sequence not in self._messages:
             return False
-        self.end(sequence)
+        return names.turn_of(self._messages[sequence][1][names.HEADER_MSG_ID])[0] == request_id
+
+    async def remove(self, request_id: str, sequence: int, *, deferred: bool = False) -> bool:
+        """Remove it if it is this request's."""
+        if not await self.holds(request_id, sequence, deferred=deferred):
+            return False
+        if deferred:
+            self.room.waiting.pop(sequence)
+        else:
+            self.end(sequence)
         return True
+
+    def move(self, data: bytes, headers: Mapping[str, str]) -> None:
+        """Admit a message of the waiting room, once."""
+        if headers[names.HEADER_MSG_ID] not in self._by_id:
+            self.put(data, headers)
+
+    def line(self) -> Line:
+        """Where the deliveries are."""
+        full = len(self._out) >= self.max_concurrent or not self._pulls
+        return Line(max(self.delivered, default=0), len(self._messages) - len(self._out), full)
+
+    @property
+    def out(self) -> int:
+        """How many are out."""
+        return len(self._out)
 
     async def pull(self) -> Delivery:
         """The next message, once there is capacity."""
@@ -212,6 +250,9 @@ class InMemoryReplyChannel:
             self.losing -= 1
         else:
             self._received(frame)
+
+    async def flush(self) -> None:
+        """Nothing waits here."""
 
     async def ask(self, frame: bytes) -> Resume:
         """Confirmed at once."""

@@ -1,7 +1,9 @@
 """The seams of the queue. Each has an adapter on NATS and an in-memory twin. Both pass the same tests.
 
 seam           does                                                used by
-Admission      puts requests into the queue, and removes one       the api, `forebay cancel`
+Admission      puts requests into the queue, and removes one       the api, `forebay cancel`; a worker puts back
+Room           moves requests that may wait into the queue         the api
+Precedence     lets deferred requests give way to others           the worker
 Deliveries     hands requests out, with the verbs that end each    the worker
 StateStore     holds the state of each request, and the totals     both
 ReplyChannel   carries the frames of one attempt to the receiver   the worker
@@ -9,40 +11,107 @@ AnswerLog      keeps the answers that outlive their connection     both
 CancelNotices  tells api and worker that a request is cancelled    the api, `forebay cancel`
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from forebay_contracts.wire.frames import Resume
+from forebay_contracts.wire.heartbeats import Used
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
 
 class Admission(Protocol):
-    """The entry of the queue. It holds at most MAX_QUEUE_SIZE requests, waiting and processing together."""
+    """The entry of the queue. It holds at most MAX_QUEUE_SIZE requests, waiting and processing together.
+
+    A request of the tier flex is `deferred`: it goes into the waiting room, which holds KEY_MAX_DEFERRED of each key.
+    """
 
     async def publish(self, request: InferenceRequest) -> int:
-        """Admit a request; returns its sequence in the queue. The same id again returns the same sequence.
+        """Admit a request; returns its sequence. The same id again returns the same sequence.
 
         Raises:
-            QueueFull, RequestTooLarge: nothing was admitted.
+            QueueFull, WaitingRoomFull, RequestTooLarge: nothing was admitted.
             QueueUnavailable: the outcome is unknown. If it was admitted, its worker learns that nobody waits.
         """
 
-    async def holds(self, request_id: str, sequence: int) -> bool:
-        """Whether the message at `sequence` is this request's.
+    async def put_back(self, request: InferenceRequest, turn: int, trace: Mapping[str, str]) -> int:
+        """Put a request that has given way `turn` times into the waiting room, before those that have not begun.
+
+        The same id and turn again change nothing. The headers `trace` name its trace. Raises as `publish`.
+        """
+
+    async def holds(self, request_id: str, sequence: int, *, deferred: bool = False) -> bool:
+        """Whether the message at `sequence` of the queue, or of the waiting room, is this request's.
 
         Raises:
             QueueUnavailable: NATS does not answer.
         """
 
-    async def remove(self, request_id: str, sequence: int) -> bool:
+    async def remove(self, request_id: str, sequence: int, *, deferred: bool = False) -> bool:
         """Remove the request's message, waiting or delivered; False if `sequence` holds no message of this request.
 
         Raises:
             QueueUnavailable: NATS does not answer.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A message in the waiting room."""
+
+    sequence: int
+    subject: str
+    headers: Mapping[str, str]
+    data: bytes
+
+
+class Room(Protocol):
+    """The waiting room, for the apis. Without an answer each method raises QueueUnavailable.
+
+    `model` is a model's token, `key` the name of a client's key.
+    """
+
+    async def idle(self, model: str, slots: int) -> int:
+        """For how many of the `slots` of its workers nothing waits or runs. MAX_CONCURRENT_REQUESTS bounds it."""
+
+    async def backlog(self, model: str) -> Mapping[str | None, int]:
+        """How many requests of each key wait."""
+
+    async def first(self, model: str, key: str | None) -> Waiting | None:
+        """The next one of a key. Those that gave way go first."""
+
+    async def move(self, waiting: Waiting) -> None:
+        """Move it into the queue, where it has its own Nats-Msg-Id: a repetition changes nothing. Raises QueueFull."""
+
+    async def drop(self, waiting: Waiting) -> None:
+        """Remove it."""
+
+
+class Line(NamedTuple):
+    """Where the deliveries of a model are: the last sequence `delivered`, and how many wait. `full`: none of them is
+    delivered until another one ends."""
+
+    delivered: int
+    waiting: int
+    full: bool
+
+
+class Precedence(Protocol):
+    """What a worker hears of requests that go before its deferred ones, and what it says of its slots."""
+
+    async def hear(self, admitted: Callable[[int], None]) -> None:
+        """Call `admitted` with the sequence of each request that is not deferred, unless another worker hears it."""
+
+    async def pass_on(self, sequences: Iterable[int]) -> None:
+        """Hear nothing more, and let another worker hear of these."""
+
+    async def line(self) -> Line:
+        """Raises QueueUnavailable."""
+
+    async def say_idle(self, used: Used | None = None) -> None:
+        """Tell all apis, of which one acts, that a slot is idle, and what a deferred attempt has used."""
 
 
 class Delivery(Protocol):
@@ -118,6 +187,9 @@ class ReplyChannel(Protocol):
         Raises:
             Superseded: another attempt answers the request. Only a lossless channel notices it here.
         """
+
+    async def flush(self) -> None:
+        """Let nothing that was sent wait here. Raises as `send`."""
 
     async def ask(self, frame: bytes) -> Resume:
         """Send a frame until the receiver confirms it; returns what the receiver has so far.

@@ -48,6 +48,9 @@ class LiveReplyChannel:
         except NatsError as exc:
             log.debug("%s: a frame was not sent: %r", self._reply_to, exc)
 
+    async def flush(self) -> None:
+        """Nothing waits here."""
+
     async def ask(self, frame: bytes) -> Resume:
         """See `ReplyChannel.ask`. An api without heartbeat is gone, with a subscription after STALLED_S."""
         asked_at = time.monotonic()

@@ -12,7 +12,7 @@ from typing import Any, Final
 from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict
-from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest, Tier
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 ALLOWED: Final[Mapping[RequestStatus | None, frozenset[RequestStatus]]] = {
@@ -32,13 +32,27 @@ MAX_REASON: Final = 500
 LOST: Final = "it ended without a report: the worker was killed, or cut off from NATS for longer than ACK_WAIT"
 
 
+class MovedOn(Exception):
+    """The request has given way since this message was published: a later message has a later turn.
+
+    `waits`: nobody has claimed that one yet.
+    """
+
+    def __init__(self, state: RequestState) -> None:
+        super().__init__(f"request {state.id} has moved on to turn {state.turn}")
+        self.turn = state.turn
+        self.waits = state.status is RequestStatus.QUEUED
+
+
 class TransitionRefused(QueueConflict):
     """The table does not allow this change."""
 
 
 def queued(request: InferenceRequest, sequence: int | None) -> RequestState:
-    """The first state of a request that the queue admitted at `sequence`."""
-    return _first(request, sequence, status=RequestStatus.QUEUED)
+    """The first state of a request that the queue, or the waiting room, admitted at `sequence`."""
+    deferred = request.tier is Tier.FLEX
+    places = (None, sequence) if deferred else (sequence, None)
+    return _first(request, places[0], status=RequestStatus.QUEUED, deferred=places[1])
 
 
 def _first(request: InferenceRequest, sequence: int | None, **rest: Any) -> RequestState:
@@ -56,11 +70,18 @@ def _first(request: InferenceRequest, sequence: int | None, **rest: Any) -> Requ
     )
 
 
-def claimed(state: RequestState | None, request: InferenceRequest, worker: str, sequence: int) -> RequestState:
-    """The next attempt claims the request. Its number is one more than the last, whatever JetStream counts."""
+def claimed(
+    state: RequestState | None, request: InferenceRequest, worker: str, sequence: int, turn: int = 0
+) -> RequestState:
+    """The next attempt claims the request. Its number is one more than the last, whatever JetStream counts.
+
+    Raises MovedOn if the message of this `turn` is not its last one.
+    """
     if state is None:
-        begun = {"attempt": 1, "worker": worker, "started_at": max(clock.now(), request.created_at)}
+        begun = {"attempt": 1, "worker": worker, "started_at": max(clock.now(), request.created_at), "turn": turn}
         return _first(request, sequence, status=RequestStatus.PROCESSING, **begun)
+    if turn < state.turn:
+        raise MovedOn(state)
     return _changed(
         state,
         state,
@@ -68,6 +89,8 @@ def claimed(state: RequestState | None, request: InferenceRequest, worker: str, 
         attempt=state.attempt + 1,
         worker=worker,
         sequence=sequence,
+        deferred=None,
+        turn=turn,
         started_at=state.started_at or max(clock.now(), state.queued_at),
         fault=_fault_before(state),
     )
@@ -81,6 +104,11 @@ def faulted(state: RequestState, reason: str) -> RequestState:
 def handed_over(state: RequestState) -> RequestState:
     """The worker has to stop: the request waits for another worker and keeps its tokens. The attempt did not fail."""
     return _changed(state, state, RequestStatus.QUEUED, worker=None, handed_over=state.handed_over + 1)
+
+
+def gave_way(state: RequestState) -> RequestState:
+    """The request goes back into the waiting room, with its tokens. The attempt did not fail."""
+    return handed_over(state).model_copy(update={"sequence": None, "turn": state.turn + 1})
 
 
 def ended(

@@ -1,4 +1,4 @@
-"""The heartbeats of workers and apis."""
+"""The heartbeats of workers and apis, and what workers say of idle slots."""
 
 from enum import StrEnum
 from typing import Any, Literal
@@ -62,3 +62,13 @@ class WorkerInfo(ServiceInfo):
         """Without the types that only newer services know."""
         known = set(CompletionType)
         return [one for one in value if one in known] if isinstance(value, list) else value
+
+
+class Used(Message):
+    """What a deferred attempt at the request of a `key` has used: tokens of the prompt, if it was the first attempt,
+    and of the answer."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    request_id: str
+    key: str | None = None
+    tokens: int = 0

@@ -38,6 +38,7 @@ HEADER_TTL: Final = "Nats-TTL"
 HEADER_DEFERRED: Final = "Forebay-Deferred"
 """On a request that waits in the waiting room, or was moved from there: its completion type."""
 
+TRACE_HEADERS: Final = ("traceparent", "tracestate")
 HEADER_CANCEL: Final = "Forebay-Cancel"
 """On a cancel subject: `ask` asks the api that holds the client to cancel. Without it the request is cancelled."""
 

@@ -16,7 +16,8 @@ from starlette.requests import Request
 from forebay_api.clients.cross_site import CrossSite
 from forebay_contracts import keys
 from forebay_contracts.settings import ApiSettings
-from forebay_contracts.wire.errors import ConfigurationError, InvalidApiKey
+from forebay_contracts.wire.errors import ConfigurationError, InvalidApiKey, TierNotAllowed
+from forebay_contracts.wire.request import Tier
 
 REREAD_S = 2.0
 """How often the keys file is read. It is not watched: Kubernetes swaps a mounted Secret by a link above it."""
@@ -33,16 +34,30 @@ log = logging.getLogger(__name__)
 class Client:
     """The owner of a key; `name` None: the api is open to all.
 
-    An operator sees and cancels everybody's requests, others their own. `max_requests` None: no bound.
+    An operator sees and cancels everybody's requests, others their own. `max_requests` None: no bound. `weight` and
+    `tiers`: see `KeyEntry`.
     """
 
     name: str | None = None
     operator: bool = False
     max_requests: int | None = None
+    weight: float = 1.0
+    tiers: tuple[Tier, ...] = tuple(Tier)
 
     def may_see(self, key: str | None) -> bool:
         """Whether the client may see requests of the key of this name."""
         return self.operator or key == self.name
+
+    def tier(self, asked: str | None) -> Tier:
+        """The tier of a request that asks for the service tier `asked`. Raises TierNotAllowed."""
+        if asked in (None, "auto"):
+            return self.tiers[0]
+        tier = Tier.FLEX if asked == Tier.FLEX else Tier.DEFAULT
+        if tier not in self.tiers:
+            raise TierNotAllowed(
+                f"Your key `{self.name}` may not use the service tier `{asked}`.", param="service_tier"
+            )
+        return tier
 
 
 ANYBODY: Final = Client(operator=True)
@@ -99,6 +114,11 @@ class ApiKeys:
         """The client of this name, as the file has it now."""
         return self._by_name.get(name)
 
+    def weight(self, name: str | None) -> float:
+        """The weight of a key, 1 if it is not known any more."""
+        client = self._by_name.get(name or "")
+        return 1.0 if client is None else client.weight
+
     async def _follow(self, file: Path) -> None:
         complaint = ""
         while True:
@@ -140,7 +160,8 @@ class ApiKeys:
         for name, entry in entries.items():
             if name in plain_names:
                 raise ConfigurationError(f"[{name}] is what a key of API_KEYS is called: give it another name")
-            client = Client(name, entry.operator, entry.max_requests or self._max_requests)
+            most = entry.max_requests or self._max_requests
+            client = Client(name, entry.operator, most, entry.weight, entry.tiers)
             clients |= {_place(bytes.fromhex(digest)): client for digest in entry.sha256}
         self._clients = clients
         self._by_name = {client.name: client for client in clients.values() if client.name is not None}

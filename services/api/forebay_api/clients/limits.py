@@ -11,6 +11,7 @@ from forebay_api.watching.drain_rate import DrainRate
 from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire.errors import KeyLimitReached
 from forebay_contracts.wire.heartbeats import ApiInfo
+from forebay_contracts.wire.request import InferenceRequest, Tier
 
 RETRY_AFTER_S: Final = 1
 """Retry-After as long as nothing is known about how fast a key's requests end."""
@@ -22,46 +23,55 @@ class KeyLimits:
     Requests of this api are counted exactly. Those of other apis are known from their heartbeats, at most a second old.
     So the bound costs a request no round trip, and the count of an api that dies goes with it. Between two heartbeats a
     key can exceed the bound by as many again for each further api that it asks.
+
+    Requests of the tier flex are not counted: the waiting room bounds them. With `defers` (KEY_OVERFLOW), a request
+    beyond the bound waits there too.
     """
 
-    def __init__(self, keys: ApiKeys, others: Callable[[], Iterable[ApiInfo]]) -> None:
+    def __init__(self, keys: ApiKeys, others: Callable[[], Iterable[ApiInfo]], *, defers: bool = False) -> None:
         self._keys = keys
         self._others = others
+        self._defers = defers
         self._ended: Counter[str] = Counter()
         self._rates: defaultdict[str, DrainRate] = defaultdict(DrainRate)
         self.unfinished: dict[str, int] = {}
         """The count of this api by name."""
 
     @contextlib.contextmanager
-    def one_more(self, name: str | None) -> Iterator[None]:
-        """A request with the key of this name (None: without), from its admission to its end.
+    def one_more(self, request: InferenceRequest) -> Iterator[InferenceRequest]:
+        """A request from its admission to its end; yields it as it is to be admitted.
 
         Raises:
-            KeyLimitReached: the key has as many as it may have.
+            KeyLimitReached: its key has as many as it may have.
         """
-        if name is None:
-            yield
+        name = request.key
+        if name is None or request.tier is Tier.FLEX:
+            yield request
             return
         here = self.unfinished.get(name, 0)
         client = self._keys.of(name)
-        if client is not None and client.max_requests is not None:
-            self._check(name, here, client.max_requests)
+        if client is not None and client.max_requests is not None and self._reached(name, here, client.max_requests):
+            if not self._defers:
+                raise self._refusal(name, client.max_requests)
+            yield request.model_copy(update={"tier": Tier.FLEX})
+            return
         self.unfinished[name] = here + 1
         try:
-            yield
+            yield request
         finally:
             self._ended[name] += 1
             self.unfinished[name] -= 1
             if not self.unfinished[name]:
                 del self.unfinished[name]
 
-    def _check(self, name: str, here: int, most: int) -> None:
-        if here + sum(api.unfinished.get(name, 0) for api in self._others()) < most:
-            return
+    def _reached(self, name: str, here: int, most: int) -> bool:
+        return here + sum(api.unfinished.get(name, 0) for api in self._others()) >= most
+
+    def _refusal(self, name: str, most: int) -> KeyLimitReached:
         bound(request_metrics.KEY_REQUESTS, name, "refused").inc()
         rate = self._rates[name]
         rate.sample(self._ended[name])
-        raise KeyLimitReached(
+        return KeyLimitReached(
             f"Your key `{name}` has {most} requests in the queue, as many as it may have: "
             "try again when one of them has ended.",
             rate.retry_after_s() or RETRY_AFTER_S,

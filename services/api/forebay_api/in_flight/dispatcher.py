@@ -14,6 +14,7 @@ from opentelemetry.trace import SpanKind
 from forebay_api import request_metrics
 from forebay_api.in_flight.answer import Cancelled, ClientLeft, SlowReader
 from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.in_flight.lost import is_lost, publish_again
 from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.cancellation import Cancellation
@@ -31,7 +32,7 @@ from forebay_contracts.wire.errors import (
     StateUnreadable,
 )
 from forebay_contracts.wire.frames import Completed, Resume, error_of
-from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest, Tier
 from forebay_contracts.wire.state import RequestStatus, Usage
 
 FRAME_PATIENCE_S: Final = 1.0
@@ -58,8 +59,8 @@ log = logging.getLogger(__name__)
 class Dispatcher:
     """Submits requests, decides how each ends for its client, and cancels it at most once.
 
-    `instance` is the api's name on NATS. `one_more` counts a request of a key, and raises KeyLimitReached. `away` says
-    whether workers may have taken this api for dead, and ended its requests.
+    `instance` is the api's name on NATS. `one_more` counts a request of its key, and raises KeyLimitReached or defers
+    it. `away` says whether workers may have taken this api for dead, and ended its requests.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Dispatcher:
         admission: Admission,
         states: StateStore,
         cancellation: Cancellation,
-        one_more: Callable[[str | None], contextlib.AbstractContextManager[None]],
+        one_more: Callable[[InferenceRequest], contextlib.AbstractContextManager[InferenceRequest]],
         away: Callable[[], bool],
     ) -> None:
         self.instance = instance
@@ -95,7 +96,7 @@ class Dispatcher:
         Raises:
             QueueFull, QueueUnavailable, RequestTooLarge, KeyLimitReached: nothing was admitted.
         """
-        with self._one_more(request.key):
+        with self._one_more(request) as request:
             answer = LiveAnswer(request, self._on_end, self._on_whole)
             self.waiting[request.id] = answer
             try:
@@ -110,7 +111,8 @@ class Dispatcher:
                 loop.call_later(max(request.deadline - clock.now(), 0), self._time_out, answer),
             )
             if answer.done:  # it was cancelled while it was published
-                self._background(answer, self._admission.remove(request.id, answer.sequence))
+                deferred = request.tier is Tier.FLEX
+                self._background(answer, self._admission.remove(request.id, answer.sequence, deferred=deferred))
             try:
                 yield answer
             finally:
@@ -273,9 +275,9 @@ class Dispatcher:
         stored = await self._states.get(request.id)
         if stored is None or not stored.state.status.final:
             # A worker removes a message only after the client has its answer.
-            if not await self._admission.holds(request.id, sequence) and not answer.done:
-                log.warning("[RequestQueue] %s: NATS lost it, so it is published again", request.id)
-                answer.sequence = await self._admission.publish(request)
+            state = stored.state if stored is not None else None
+            if await is_lost(self._admission, request, sequence, state) and not answer.done:
+                answer.sequence = await publish_again(self._admission, request, state)
             return
         await asyncio.sleep(FRAME_PATIENCE_S)
         answer.fail(error_of(stored.state) or InferenceFailed(LOST))

@@ -1,4 +1,4 @@
-"""What an api receives from NATS: the frames of its requests, and cancel notices."""
+"""What an api receives from NATS: the frames of its requests, cancel notices, and what is said of idle slots."""
 
 import asyncio
 import contextlib
@@ -11,16 +11,21 @@ from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
 from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.mover import Mover
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.streams import HEARTBEAT_TTL_S
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.frames import Frame, Started, decode_frame
+from forebay_contracts.wire.heartbeats import Used
 
 REPLY_PENDING_MESSAGES: Final = 1_000_000
 REPLY_PENDING_BYTES: Final = 512 * 1024 * 1024
 """How much may wait between the socket and `Listener`. More is dropped, and is then a gap to be sent again."""
+
+MOVERS: Final = "movers"
+"""Queue group: one api looks for work for an idle slot."""
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +33,14 @@ log = logging.getLogger(__name__)
 class Listener:
     """Receives the frames of all requests of this api by one subscription."""
 
-    def __init__(self, connection: Connection, dispatcher: Dispatcher, stored: StoredRequests) -> None:
+    def __init__(self, connection: Connection, dispatcher: Dispatcher, stored: StoredRequests, mover: Mover) -> None:
         self._stored = stored
+        self._mover = mover
         self._connection = connection
         self._dispatcher = dispatcher
 
     async def start(self) -> None:
-        """Listen for frames and cancel notices."""
+        """Listen for frames, cancel notices and idle slots."""
         client = self._connection.client
         await client.subscribe(
             names.reply_subjects(self._dispatcher.instance),
@@ -43,6 +49,8 @@ class Listener:
             pending_bytes_limit=REPLY_PENDING_BYTES,
         )
         await client.subscribe(names.cancel_subject("*"), cb=self._cancelled)
+        await client.subscribe(names.idle_subject("*"), cb=self._idle)
+        await client.subscribe(names.idle_subject("*"), queue=MOVERS, cb=self._look_for_work)
         self._connection.on_reconnect.append(self._reconnected)
 
     async def _replied(self, msg: Msg) -> None:
@@ -86,6 +94,17 @@ class Listener:
     async def _cancelled(self, msg: Msg) -> None:
         self._dispatcher.cancelled(msg.subject.rsplit(".", 1)[1], msg.data.decode(errors="replace")[:200])
 
+    async def _idle(self, msg: Msg) -> None:
+        try:
+            used = Used.model_validate_json(msg.data) if msg.data else None
+        except ValidationError:
+            log.warning("[RequestQueue] what an attempt has used cannot be read")
+            used = None
+        self._mover.idle(_last_token(msg), used)
+
+    async def _look_for_work(self, msg: Msg) -> None:
+        self._mover.look(_last_token(msg))
+
     async def _reconnected(self) -> None:
         # By then every worker knows this api again. Workers may have cancelled its requests as those of a dead api.
         asyncio.get_running_loop().call_later(HEARTBEAT_TTL_S, self._look)
@@ -93,3 +112,9 @@ class Listener:
     def _look(self) -> None:
         self._dispatcher.look_after_an_outage()
         self._stored.look_after_an_outage()
+        self._mover.look_at_all()
+
+
+def _last_token(msg: Msg) -> str:
+    token: str = msg.subject.rsplit(".", 1)[1]
+    return token

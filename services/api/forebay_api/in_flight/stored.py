@@ -14,6 +14,7 @@ from typing import Any, Final
 from forebay_api import request_metrics
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.in_flight.lost import is_lost, publish_again
 from forebay_api.in_flight.reader import Reader
 from forebay_api.in_flight.records import Records
 from forebay_contracts.nats import clock
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 class StoredRequests:
     """Admits requests whose answer is stored, and reads stored answers.
 
-    `one_more` counts a request of a key until it has ended, and raises KeyLimitReached.
+    `one_more` counts a request of its key until it has ended, and raises KeyLimitReached or defers it.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class StoredRequests:
         cancellation: Cancellation,
         answers: AnswerLog,
         records: Records,
-        one_more: Callable[[str | None], AbstractContextManager[None]],
+        one_more: Callable[[InferenceRequest], AbstractContextManager[InferenceRequest]],
     ) -> None:
         self._dispatcher = dispatcher
         self._admission = admission
@@ -93,7 +94,7 @@ class StoredRequests:
         """
         await self.need_room()
         async with AsyncExitStack() as held:
-            held.enter_context(self._one_more(request.key))
+            request = held.enter_context(self._one_more(request))
             # Before it is admitted: then nothing of its answer can be missed, and the log need not be read.
             coming = await held.enter_async_context(self._answers.follow(request.id, fresh=True))
             sequence = await self._admit(request, key, record)
@@ -255,10 +256,10 @@ class StoredRequests:
         stored = await self._states.get(request.id)
         if stored is not None and stored.state.status.final:
             return
-        lost = not await self._admission.holds(request.id, sequence)
+        state = stored.state if stored is not None else None
+        lost = await is_lost(self._admission, request, sequence, state)
         if lost and have(await self._answers.read(request.id)).wanted:
-            log.warning("[RequestQueue] %s: NATS lost it, so it is published again", request.id)
-            sequence = await self._admission.publish(request)
+            sequence = await publish_again(self._admission, request, state)
             if request.id in self._watched:
                 self._watched[request.id] = request, sequence
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,10 +16,14 @@ from forebay_inference.attempt.reply import Reply
 
 NOT_RECEIVED: Final = "the answer was not received: its client or the api is gone"
 
-_NOT_OURS: Final = (End.ENDED_BEFORE, End.UNREADABLE)
+_NOT_OURS: Final = (End.ENDED_BEFORE, End.MOVED_ON, End.UNREADABLE)
 """No attempt can own the request any more."""
 
 log = logging.getLogger(__name__)
+
+
+PutBack = Callable[[InferenceRequest, int, Mapping[str, str]], Awaitable[object]]
+"""See `Admission.put_back`."""
 
 
 class NotTheFirst(Exception):
@@ -31,7 +36,8 @@ class Attempt:
 
     `doubted`: the client may have tokens of an attempt that no state tells of. It died before its claim was stored, or
     NATS was away since the request was made and may have lost the claim. `stopped` is how this one has to end.
-    `misjudged`: it started as the first attempt and is not.
+    `misjudged`: it started as the first attempt and is not. A `deferred` one came from the waiting room, and has given
+    way `turn` times. `put_back` puts it there again.
     """
 
     request: InferenceRequest
@@ -40,6 +46,9 @@ class Attempt:
     reply: Reply
     measured: Measured
     doubted: bool
+    deferred: bool
+    turn: int
+    put_back: PutBack
     number: int = 1
     claim: asyncio.Task[int] = field(init=False)
     generation: asyncio.Task[Ended] | None = None
@@ -69,6 +78,8 @@ class Attempt:
     async def tell(self, told: Told, ended: Ended) -> RequestStatus | None:
         """Give the receiver the answer or the error; returns how the request ended for it, None if nobody says so."""
         match told:
+            case Told.SO_FAR:
+                await self.reply.flush()
             case Told.ANSWER:
                 return await self.reply.complete()
             case Told.ERROR if ended.error is not None:
@@ -81,6 +92,11 @@ class Attempt:
         match status:
             case RequestStatus.PROCESSING:
                 await self.ownership.fault(ended.fault or "")
+            case RequestStatus.QUEUED if ended.how is End.YIELDED:
+                # The state goes first: the message of an earlier turn is void then, and two are never valid.
+                await self.ownership.give_way()
+                self.measured.ended("yielded")
+                await self.put_back(self.request, self.turn + 1, self.delivery.headers)
             case RequestStatus.QUEUED:
                 await self.ownership.hand_over()
                 self.measured.ended("handed_over")

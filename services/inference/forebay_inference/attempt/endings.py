@@ -44,6 +44,12 @@ class End(Enum):
     HANDED_OVER = auto()
     """The worker has to stop before the answer is whole."""
 
+    YIELDED = auto()
+    """A deferred attempt gives way to a request that may not wait."""
+
+    MOVED_ON = auto()
+    """The message is of an earlier turn: the request has given way, and goes on by a later message."""
+
     ENDED_BEFORE = auto()
     """The request had ended before the claim: it was cancelled, or an attempt died before its ack."""
 
@@ -58,6 +64,7 @@ class Told(Enum):
     """What the receiver of the answer gets."""
 
     NOTHING = auto()
+    SO_FAR = auto()
     ANSWER = auto()
     ERROR = auto()
 
@@ -91,6 +98,8 @@ ENDINGS: Final[Mapping[End, Ending]] = {
     End.ABANDONED: Ending(Told.ERROR, RequestStatus.CANCELLED, Acknowledge.TERM),
     End.NOT_WANTED: Ending(Told.NOTHING, RequestStatus.CANCELLED, Acknowledge.TERM),
     End.HANDED_OVER: Ending(Told.NOTHING, RequestStatus.QUEUED, Acknowledge.NAK),
+    End.YIELDED: Ending(Told.SO_FAR, RequestStatus.QUEUED, Acknowledge.TERM),
+    End.MOVED_ON: Ending(Told.NOTHING, None, Acknowledge.TERM),
     End.ENDED_BEFORE: Ending(Told.ERROR, None, Acknowledge.TERM),
     End.UNREADABLE: Ending(Told.ERROR, RequestStatus.FAILED, Acknowledge.TERM),
     End.SUPERSEDED: Ending(Told.NOTHING, None, Acknowledge.NOTHING),

@@ -31,6 +31,7 @@ class Measured:
         self._tokens_at: dict[int, float] = {}
         self._gaps: list[float] = []
         self._output = 0
+        self._prompt_tokens = self._output_tokens = 0
         self._phase: Span = INVALID_SPAN
         self.queue_wait_s: float | None = None
         self.first_token_s: float | None = None
@@ -62,6 +63,7 @@ class Measured:
 
     def accepted(self, prompt_tokens: int) -> None:
         """The engine has accepted it."""
+        self._prompt_tokens = prompt_tokens
         self._metrics.input_tokens.inc(prompt_tokens)
         self._phase.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
 
@@ -88,6 +90,7 @@ class Measured:
     def generated(self) -> None:
         """The engine no longer has the request. It may get it again, under the true number of the attempt."""
         self._observe_gaps()
+        self._output_tokens += self._output
         self._metrics.output_tokens.inc(self._output)
         self._phase.set_attribute("gen_ai.usage.output_tokens", self._output)
         self._phase.end()
@@ -103,6 +106,10 @@ class Measured:
         self._span.set_attribute("forebay.outcome", outcome)
         if code is not None:
             tracing.fail(code, self._span)
+
+    def used_tokens(self, turn: int) -> int:
+        """What the attempt has used. The prompt counts in the first turn alone."""
+        return self._output_tokens + (0 if turn else self._prompt_tokens)
 
     def close(self) -> None:
         """The attempt is over."""

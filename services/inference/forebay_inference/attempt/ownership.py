@@ -38,11 +38,12 @@ class Ownership:
     STORE_PATIENCE_S and then raise QueueUnavailable.
     """
 
-    def __init__(self, states: StateStore, request: InferenceRequest, worker: str, sequence: int) -> None:
+    def __init__(self, states: StateStore, request: InferenceRequest, worker: str, sequence: int, turn: int) -> None:
         self._states = states
         self._request = request
         self._worker = worker
         self._sequence = sequence
+        self._turn = turn
         self._tried: RequestState | None = None
         self._claimed: Stored | None = None
 
@@ -56,6 +57,7 @@ class Ownership:
 
         Raises:
             EndedBefore: the request has ended.
+            MovedOn: its message is of an earlier turn.
             StateUnreadable: another version wrote its state.
         """
         if fresh:
@@ -81,6 +83,10 @@ class Ownership:
     async def hand_over(self) -> None:
         """Give the request back for another worker. Raises Superseded or EndedBefore."""
         await self._write(transitions.handed_over(self._own.state))
+
+    async def give_way(self) -> None:
+        """Give the request back for a later turn. Raises Superseded or EndedBefore."""
+        await self._write(transitions.gave_way(self._own.state))
 
     async def fault(self, reason: str) -> None:
         """Record that this attempt failed and another will follow. Raises Superseded or EndedBefore."""
@@ -129,7 +135,7 @@ class Ownership:
         return claimed
 
     def _next(self, state: RequestState | None) -> RequestState:
-        self._tried = transitions.claimed(state, self._request, self._worker, self._sequence)
+        self._tried = transitions.claimed(state, self._request, self._worker, self._sequence, self._turn)
         return self._tried
 
     async def _write(self, state: RequestState) -> None:

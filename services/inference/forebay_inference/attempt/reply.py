@@ -115,6 +115,12 @@ class Reply:
             return self._delta(index, [tokens]).encode()
         return encode_delta(self.attempt, index, offset, tokens.token_ids, tokens.text, tokens.reasoning)
 
+    async def flush(self) -> None:
+        """Send what is held, and have it stored where it is. Raises Superseded."""
+        self.close()
+        await self._send_held()
+        await self._channel.flush()
+
     def _flush_soon(self) -> None:
         self._flush = asyncio.create_task(self._send_held())
 

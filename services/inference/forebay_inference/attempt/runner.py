@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Final
 
@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from forebay_contracts.nats import clock
 from forebay_contracts.queueing.protocols import Delivery, ReplyChannel, StateStore, Superseded
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
+from forebay_contracts.queueing.transitions import MovedOn
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import (
     InferenceFailed,
-    QueueUnavailable,
+    QueueError,
     RequestError,
     RequestTimeout,
     StateUnreadable,
@@ -25,8 +26,9 @@ from forebay_contracts.wire.errors import (
 from forebay_contracts.wire.frames import Resume, error_of
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
-from forebay_inference.attempt.attempt import Attempt, NotTheFirst
+from forebay_inference.attempt.attempt import Attempt, NotTheFirst, PutBack
 from forebay_inference.attempt.endings import End, Ended, abandoned, not_wanted, settle
+from forebay_inference.attempt.giving_way import GivingWay
 from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import EndedBefore, Ownership, patiently
 from forebay_inference.attempt.reply import Reply
@@ -38,6 +40,7 @@ from forebay_inference.worker_metrics import WorkerMetrics
 
 _LOGGED: Final = {
     End.HANDED_OVER: "handed over",
+    End.YIELDED: "gave way",
     End.ENDED_BEFORE: "had ended before it was pulled",
 }
 
@@ -48,7 +51,7 @@ class AttemptRunner:
     """Runs deliveries to their end. `running` holds the attempts that run now, by request id.
 
     `channel` makes a reply channel from a subject and a deadline (seconds since the epoch). `connected_for_s` says how
-    long NATS has not been away.
+    long NATS has not been away. `put_back` is that of an `Admission`.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class AttemptRunner:
         connected_for_s: Callable[[], float],
         max_deliveries: int,
         metrics: WorkerMetrics,
+        put_back: PutBack,
+        giving_way: GivingWay,
     ) -> None:
         self._worker = worker
         self._states = states
@@ -71,11 +76,13 @@ class AttemptRunner:
         self._connected_for_s = connected_for_s
         self._max_deliveries = max_deliveries
         self._metrics = metrics
+        self._put_back_once = put_back
+        self._giving_way = giving_way
         self.running: dict[str, Attempt] = {}
 
     async def run(self, delivery: Delivery) -> None:
         """Run a delivery to its end. An end that cannot be written leaves the message for a redelivery."""
-        request_id = delivery.headers.get(names.HEADER_MSG_ID, "")
+        request_id, turn = names.turn_of(delivery.headers.get(names.HEADER_MSG_ID, ""))
         try:
             try:
                 request = InferenceRequest.model_validate_json(delivery.data)
@@ -83,33 +90,38 @@ class AttemptRunner:
                 await end_unreadable(self._states, self._channel, request_id, delivery, exc)
             else:
                 request_id = request.id
-                await self._attempt(request, delivery)
+                await self._attempt(request, delivery, turn)
         except Superseded as exc:
             log.info("[RequestQueue] %s", exc, extra=fields(request_id=request_id))
-        except (QueueUnavailable, NatsError, TimeoutError) as exc:
+        except (QueueError, NatsError, TimeoutError) as exc:
             log.warning("[RequestQueue] %s given up: %s", request_id, exc, extra=fields(request_id=request_id))
 
-    async def _attempt(self, request: InferenceRequest, delivery: Delivery) -> None:
+    async def _attempt(self, request: InferenceRequest, delivery: Delivery, turn: int) -> None:
         """Claim the request, generate, and settle how it ended.
 
         A fresh message is most likely a first attempt. It generates while it is claimed. If the claim finds an earlier
         attempt, this one starts again with its true number.
         """
-        if await self._goes_on(request.id, delivery):
+        if await self._goes_on(request.id, delivery, turn):
             return
         age_s = clock.now() - request.created_at
         attempt = Attempt(
             request,
             delivery,
-            Ownership(self._states, request, self._worker, delivery.sequence),
+            Ownership(self._states, request, self._worker, delivery.sequence, turn),
             Reply(self._channel(request.reply_to, request.deadline), request, self._worker),
             Measured(self._metrics, request, delivery, self._worker),
-            doubted=delivery.num_delivered > 1 or age_s >= self._connected_for_s(),
+            doubted=delivery.num_delivered > 1 or turn > 0 or age_s >= self._connected_for_s(),
+            deferred=names.HEADER_DEFERRED in delivery.headers,
+            turn=turn,
+            put_back=self._put_back,
         )
         self.running[request.id] = attempt
         fresh = age_s < QUEUED_AFTER_S and not attempt.doubted
         attempt.claim = asyncio.create_task(self._claim(attempt, fresh=fresh))
         try:
+            if attempt.deferred and self._engine.can_resume(request):
+                await self._giving_way.begin(attempt)
             if fresh:
                 with contextlib.suppress(NotTheFirst):
                     await self._settle(attempt, await self._work(attempt))
@@ -122,6 +134,10 @@ class AttemptRunner:
             # The api drops frames of an attempt that is older than the last one it has seen.
             attempt.reply.attempt = max(exc.state.attempt, 1)
             await self._settle(attempt, Ended(End.ENDED_BEFORE, error=error_of(exc.state)))
+        except MovedOn as exc:
+            if exc.waits:  # its worker may have died before it was put back
+                await self._put_back(request, exc.turn, delivery.headers)
+            await self._settle(attempt, Ended(End.MOVED_ON))
         except StateUnreadable as exc:
             # No write can replace a state that cannot be read: the request can only fail.
             log.error("[RequestQueue] %s", exc.message, extra=attempt.measured.fields())
@@ -134,14 +150,22 @@ class AttemptRunner:
                 del self.running[request.id]
             attempt.reply.close()
             attempt.measured.close()
+            if attempt.deferred:
+                await self._giving_way.end(attempt)
 
-    async def _goes_on(self, request_id: str, delivery: Delivery) -> bool:
+    async def _put_back(self, request: InferenceRequest, turn: int, trace: Mapping[str, str]) -> None:
+        await patiently(lambda: self._put_back_once(request, turn, trace))
+
+    async def _goes_on(self, request_id: str, delivery: Delivery, turn: int) -> bool:
         """Whether an attempt that runs here goes on with a new delivery of its message.
 
         NATS redelivers what still runs if the server was killed, or was away for longer than the ack wait.
         """
-        if (running := self.running.get(request_id)) is None:
-            return False
+        if (running := self.running.get(request_id)) is None or turn > running.turn:
+            return False  # else the one that runs has given way, and has not quite ended
+        if turn < running.turn:
+            await delivery.term()
+            return True
         if await running.ownership.holds() and self.running.get(request_id) is running:
             running.delivery = delivery
             return True

@@ -37,6 +37,9 @@ class Model(Protocol):
             ConfigurationError: the model cannot be had.
         """
 
+    def can_resume(self, request: InferenceRequest) -> bool:
+        """Whether another attempt at `request` would go on with what this one has made, without doing it again."""
+
     def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[Event, None]:
         """Accepted, then Tokens (for an embedding one Vector) and Finished, the choices interleaved.
 

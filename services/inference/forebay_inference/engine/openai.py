@@ -81,6 +81,10 @@ class OpenAIModel:
         self._watching = asyncio.create_task(self._watch(http))
         return ModelFacts(None, "unknown", url)
 
+    def can_resume(self, request: InferenceRequest) -> bool:
+        """Never."""
+        return False
+
     async def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[Event, None]:
         """See `Model.generate`. Each piece of text counts as one token; `Used` says how many there were."""
         if request.adapter is not None:

@@ -73,6 +73,15 @@ class TextModel:
         self._serving = _Serving(loaded)
         return loaded
 
+    def can_resume(self, request: InferenceRequest) -> bool:
+        """See `Model.can_resume`. The answer to `best_of` is told at its end, so nothing of it would be kept."""
+        if request.completion_type is CompletionType.EMBEDDING or self._generator is None:
+            return True
+        can = self._generator.capabilities
+        if (request.best_of or 0) > request.n or not _can_go_on(request, can, ranked=False):
+            return False
+        return can.resumes_grammars or not (request.response_format or request.tools)
+
     def generate(self, request: InferenceRequest, resume: ResumeTokens) -> AsyncGenerator[Event, None]:
         """See `Model.generate`."""
         if request.adapter is not None and request.adapter not in self._ready().loaded.adapters:

@@ -1,0 +1,178 @@
+"""The waiting room: the stream `INFERENCE_DEFERRED`, and what workers hear and say so that it is used.
+
+What waits there is moved into the stream INFERENCE while a model has nothing else to do. A move publishes, then
+deletes: a process that dies in between leaves a message in both. The second move has the same Nats-Msg-Id, and whoever
+finds the message later sees by the request's state that it was moved.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+import orjson
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+from nats.js.api import ConsumerInfo
+from nats.js.errors import NotFoundError
+
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.queueing.admission import JetStreamAdmission
+from forebay_contracts.queueing.protocols import Line, Waiting
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import QueueUnavailable
+from forebay_contracts.wire.heartbeats import Used
+
+ASK_TIMEOUT_S: Final = 5.0
+"""How long NATS may take to answer a question about the room."""
+
+COUNTED_S: Final = 1.0
+"""The consumer counts a message a moment after its PubAck, and surely within this time."""
+
+WORKERS: Final = "workers"
+"""Queue group: one worker hears of each admission."""
+
+_NO_MESSAGE = "404"
+_KEPT: Final = (
+    *(names.HEADER_MSG_ID, names.HEADER_DEADLINE, names.HEADER_REPLY_TO, names.HEADER_DEFERRED),
+    *names.TRACE_HEADERS,
+)
+
+log = logging.getLogger(__name__)
+
+
+class JetStreamRoom:
+    """See `Room`."""
+
+    def __init__(self, connection: Connection, admission: JetStreamAdmission) -> None:
+        self._connection = connection
+        self._admission = admission
+        self._moved: defaultdict[str, dict[int, float]] = defaultdict(dict)
+        """By model, the sequences of moved messages that the consumer may not count yet, and when they were moved."""
+
+    async def idle(self, model: str, slots: int) -> int:
+        """See `Room.idle`. None are idle for the room while the consumer is paused."""
+        info = await _consumer(self._connection, model)
+        if info is None or info.paused or info.num_pending:
+            return 0
+        delivered, since = _delivered(info), time.monotonic() - COUNTED_S
+        moved = {one: at for one, at in self._moved[model].items() if one > delivered and at > since}
+        self._moved[model] = moved
+        return min(info.config.max_ack_pending or 0, slots) - (info.num_ack_pending or 0) - len(moved)
+
+    async def backlog(self, model: str) -> Mapping[str | None, int]:
+        """See `Room.backlog`. 0.8 ms with 100,000 messages of 50 keys."""
+        found: dict[str | None, int] = {}
+        for subject, count in (await subjects(self._connection, f"inference.*.{model}.*")).items():
+            key = names.key_of_subject(subject)
+            found[key] = found.get(key, 0) + count
+        return found
+
+    async def first(self, model: str, key: str | None) -> Waiting | None:
+        """See `Room.first`."""
+        for subject in (names.yielded_subject(model, key), names.deferred_subject(model, key)):
+            msg = await self._ask(f"$JS.API.DIRECT.GET.{names.DEFERRED}", {"next_by_subj": subject, "seq": 1})
+            headers = msg.headers or {}
+            if "Nats-Sequence" in headers:
+                return Waiting(int(headers["Nats-Sequence"]), headers["Nats-Subject"], headers, msg.data)
+            if headers.get("Status") != _NO_MESSAGE:
+                raise QueueUnavailable(f"the waiting room cannot be read: {headers.get('Description')}")
+        return None
+
+    async def move(self, waiting: Waiting) -> None:
+        """See `Room.move`."""
+        since = self._connection.since
+        model = waiting.subject.split(".")[2]
+        subject = names.request_subject(model, waiting.headers[names.HEADER_DEFERRED])
+        headers = {name: waiting.headers[name] for name in _KEPT if name in waiting.headers}
+        deadline = float(headers[names.HEADER_DEADLINE])
+        sequence = await self._admission.store(subject, waiting.data, headers, deadline)
+        self._moved[model][sequence] = time.monotonic()
+        # A store that has lost its last records gives their sequences out again: then the next look deletes it.
+        if self._connection.since == since:
+            await self._admission.delete(waiting.sequence, deferred=True)
+
+    async def drop(self, waiting: Waiting) -> None:
+        """See `Room.drop`."""
+        request_id, _ = names.turn_of(waiting.headers[names.HEADER_MSG_ID])
+        await self._admission.remove(request_id, waiting.sequence, deferred=True)
+
+    async def _ask(self, subject: str, order: dict[str, object]) -> Msg:
+        try:
+            return await self._connection.requests.request(subject, orjson.dumps(order), timeout_s=ASK_TIMEOUT_S)
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the waiting room cannot be read") from exc
+
+
+async def subjects(connection: Connection, pattern: str) -> dict[str, int]:
+    """How many messages wait on each subject of the room that matches `pattern`. Raises QueueUnavailable."""
+    try:
+        info = await connection.jetstream.stream_info(names.DEFERRED, subjects_filter=pattern)
+    except NotFoundError:
+        return {}
+    except (NatsError, TimeoutError, OSError) as exc:
+        raise QueueUnavailable("the waiting room cannot be read") from exc
+    return info.state.subjects or {}
+
+
+class JetStreamPrecedence:
+    """See `Precedence`: of one worker of `model`."""
+
+    def __init__(self, connection: Connection, model: str) -> None:
+        self._connection = connection
+        self._model = model
+        self._subscription: Subscription | None = None
+
+    async def hear(self, admitted: Callable[[int], None]) -> None:
+        """See `Precedence.hear`. The server publishes the headers of each stored message again."""
+
+        async def heard(msg: Msg) -> None:
+            headers = msg.headers or {}
+            if names.HEADER_DEFERRED not in headers and headers.get("Nats-Sequence", "").isdecimal():
+                admitted(int(headers["Nats-Sequence"]))
+
+        subject = names.admitted_subject(self._model)
+        self._subscription = await self._connection.client.subscribe(subject, queue=WORKERS, cb=heard)
+
+    async def pass_on(self, sequences: Iterable[int]) -> None:
+        """See `Precedence.pass_on`."""
+        subscription, self._subscription = self._subscription, None
+        try:
+            if subscription is not None:
+                await subscription.unsubscribe()
+            for sequence in sequences:
+                headers = {"Nats-Sequence": str(sequence)}
+                await self._connection.client.publish(names.admitted_subject(self._model), headers=headers)
+        except NatsError as exc:
+            log.debug("a notice was not passed on: %r", exc)
+
+    async def line(self) -> Line:
+        """See `Precedence.line`."""
+        info = await _consumer(self._connection, names.model_token(self._model))
+        if info is None:
+            return Line(0, 0, full=False)
+        full = (info.num_ack_pending or 0) >= (info.config.max_ack_pending or 0) or not info.num_waiting
+        return Line(_delivered(info), info.num_pending or 0, full)
+
+    async def say_idle(self, used: Used | None = None) -> None:
+        """See `Precedence.say_idle`."""
+        try:
+            data = b"" if used is None else used.encode()
+            await self._connection.client.publish(names.idle_subject(self._model), data)
+        except NatsError as exc:
+            log.debug("an idle slot was not told: %r", exc)
+
+
+def _delivered(info: ConsumerInfo) -> int:
+    return info.delivered.stream_seq if info.delivered else 0
+
+
+async def _consumer(connection: Connection, token: str) -> ConsumerInfo | None:
+    try:
+        return await connection.jetstream.consumer_info(names.STREAM, token)
+    except NotFoundError:
+        return None
+    except (NatsError, TimeoutError, OSError) as exc:
+        raise QueueUnavailable("the queue cannot be reached") from exc

@@ -1,0 +1,266 @@
+"""The waiting room on the in-memory twins: moving, giving way, fair shares, and what is left by an api that dies."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from forebay_api.clients.shares import Shares
+from forebay_contracts.queueing import transitions
+from forebay_contracts.queueing.protocols import Waiting
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import WaitingRoomFull
+from forebay_contracts.wire.heartbeats import Used
+from forebay_contracts.wire.request import InferenceRequest, Tier
+from forebay_contracts.wire.state import RequestStatus
+from support.engine import simulated_model
+from support.twins import MODEL, Twins, request, twins
+
+
+@pytest.fixture
+async def system() -> AsyncIterator[Twins]:
+    async with twins(max_concurrent=2) as made:
+        made.mover()
+        yield made
+
+
+def flex(orders: str = "", **fields: object) -> InferenceRequest:
+    return request(orders, tier=Tier.FLEX, **fields)
+
+
+def text(tokens: int) -> str:
+    return " ".join(f"t{number}" for number in range(tokens))
+
+
+async def until(said: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not said():  # noqa: ASYNC110 - what is waited for tells nobody
+            await asyncio.sleep(0)
+
+
+async def test_a_request_that_may_wait_is_served_where_nothing_else_is(system: Twins) -> None:
+    system.worker(slots=2)
+    wanted = flex("tokens=3")
+    assert await system.text(wanted) == text(3)
+    await system.empty()
+    assert not system.queue.room.waiting
+    state = await system.state(wanted.id)
+    assert (state.status, state.deferred, state.turn) == (RequestStatus.COMPLETED, None, 0)
+
+
+async def test_it_waits_in_the_room_while_all_slots_are_taken(system: Twins) -> None:
+    system.worker(slots=1)
+    async with system.dispatcher.submit(request("tokens=2 delay_ms=100000")) as busy:
+        await busy.started()
+        wanted = flex()
+        async with system.dispatcher.submit(wanted):
+            await system.dispatcher.registered(wanted.id)
+            state = await system.state(wanted.id)
+            assert (state.status, state.sequence, state.deferred) == (RequestStatus.QUEUED, None, 1)
+            assert len(system.queue) == 1
+        await system.reaches(wanted.id, RequestStatus.CANCELLED)
+        await system.dispatcher.close()
+        assert not system.queue.room.waiting
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_it_gives_way_and_its_answer_is_exact(system: Twins, stored: bool) -> None:
+    runner = system.worker(slots=2)
+    logged = {"reply_to": names.answer_subject("s")} if stored else {}
+    waits = [flex("tokens=40 delay_ms=3"), flex("tokens=40 delay_ms=3", **({"id": "s"} | logged if stored else {}))]
+    live = [asyncio.create_task(system.text(one)) for one in waits if not names.is_logged(one.reply_to)]
+    if stored:
+        await system.queue.publish(waits[1])
+    for one in waits:
+        await system.reaches(one.id, RequestStatus.PROCESSING)
+    await asyncio.sleep(0.03)
+    assert await system.text(request("tokens=2")) == text(2)
+    assert await asyncio.gather(*live) == [text(40)] * len(live)
+    for one in waits:
+        await system.reaches(one.id, RequestStatus.COMPLETED)
+    assert sorted([(await system.state(one.id)).turn for one in waits]) == [0, 1]
+    assert not runner.running
+
+
+async def test_the_newest_gives_way_and_nothing_is_computed_twice(system: Twins) -> None:
+    runner = system.worker(slots=2)
+    long = [flex("tokens=60 delay_ms=3") for _ in range(2)]
+    waiting = []
+    for one in long:
+        waiting.append(asyncio.create_task(system.text(one)))
+        await system.reaches(one.id, RequestStatus.PROCESSING)
+    assert await system.text(request("tokens=1")) == text(1)
+    used = list(system.used)
+    assert [(one.request_id, one.tokens > 1) for one in used] == [(long[1].id, True)]
+    assert await asyncio.gather(*waiting) == [text(60)] * 2
+    await until(lambda: not runner.running)
+    made = sum(one.tokens for one in system.used if one.request_id == long[1].id)
+    alone = sum(one.tokens for one in system.used if one.request_id == long[0].id)
+    assert made == alone
+
+
+async def test_an_engine_that_cannot_go_on_does_not_give_way(system: Twins) -> None:
+    engine = simulated_model()
+    engine.can_resume = lambda _: False  # type: ignore[method-assign]
+    system.worker(slots=1, engine=engine)
+    wanted = flex("tokens=20 delay_ms=3")
+    waiting = asyncio.create_task(system.text(wanted))
+    await system.reaches(wanted.id, RequestStatus.PROCESSING)
+    assert await system.text(request("tokens=1")) == text(1)
+    assert await waiting == text(20)
+    assert (await system.state(wanted.id)).turn == 0
+
+
+async def test_one_that_begins_while_others_wait_gives_way_at_once(system: Twins) -> None:
+    first = flex("tokens=3 delay_ms=100000")
+    async with system.dispatcher.submit(first) as answer:
+        (moved,) = system.queue.room.waiting.values()
+        await system.queue.room.move(moved)
+        quick = asyncio.create_task(system.text(request("tokens=1")))
+        await until(lambda: len(system.queue) == 2)
+        system.worker(slots=1)
+        assert await quick == text(1)
+        assert not answer.done
+        assert (await system.state(first.id)).turn == 1
+
+
+async def test_one_worker_passes_on_what_it_cannot_make_way_for(system: Twins) -> None:
+    for name in ("w1", "w2"):
+        system.worker(name, slots=1)
+    long = [flex("tokens=3 delay_ms=100000") for _ in range(2)]
+    waiting = [asyncio.create_task(system.text(one)) for one in long]
+    for one in long:
+        await system.reaches(one.id, RequestStatus.PROCESSING)
+    quick = [asyncio.create_task(system.text(request("tokens=2 delay_ms=20"))) for _ in range(2)]
+    assert await asyncio.gather(*quick) == [text(2)] * 2
+    assert [(await system.state(one.id)).turn for one in long] == [1, 1]
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_an_api_that_dies_between_the_steps_of_a_move_leaves_nothing_behind(system: Twins) -> None:
+    room = system.queue.room
+    wanted = flex("tokens=30 delay_ms=3")
+    room.dying = True
+    system.worker(slots=2)
+    async with system.dispatcher.submit(wanted) as answer:
+        await answer.started()
+        assert len(room.waiting) == 1
+        room.dying = False
+        system.movers[0].look(MODEL)
+        await until(lambda: not room.waiting)
+        assert "".join([delta.text async for some in answer.deltas() for delta in some]) == text(30)
+    await system.empty()
+    assert [state.attempt for state in system.states.history if state.status is RequestStatus.PROCESSING] == [1]
+
+
+async def test_two_apis_that_move_at_once_move_it_once(system: Twins) -> None:
+    system.worker(slots=2)
+    system.mover()
+    system.queue.room.on_deferred.append(lambda _: system.movers[1].look(MODEL))
+    many = [flex(f"tokens={count}") for count in range(1, 9)]
+    assert await asyncio.gather(*map(system.text, many)) == [text(count) for count in range(1, 9)]
+    await system.empty()
+    assert (await system.states.totals())[RequestStatus.COMPLETED] == len(many)
+    assert not system.queue.room.waiting
+
+
+async def test_what_has_ended_is_not_moved(system: Twins) -> None:
+    wanted = flex()
+    await system.queue.publish(wanted)
+    ended = transitions.ended(transitions.queued(wanted, 1), RequestStatus.CANCELLED, stored=False)
+    await system.states.write(ended, 0)
+    system.worker(slots=1)
+    await until(lambda: not system.queue.room.waiting)
+    assert not len(system.queue)
+
+
+async def test_the_room_of_a_key_is_full(system: Twins) -> None:
+    for _ in range(100):
+        await system.queue.publish(flex(key="a"))
+    with pytest.raises(WaitingRoomFull):
+        await system.queue.publish(flex(key="a"))
+    await system.queue.publish(flex(key="b"))
+    # One that gave way always finds a place.
+    await system.queue.put_back(flex(key="a"), 1, {})
+
+
+async def test_those_that_gave_way_go_first(system: Twins) -> None:
+    await system.queue.publish(flex(key="a"))
+    back = flex(key="a")
+    await system.queue.put_back(back, 2, {})
+    first = await system.queue.room.first(MODEL, "a")
+    assert isinstance(first, Waiting)
+    assert names.turn_of(first.headers[names.HEADER_MSG_ID]) == (back.id, 2)
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+async def test_an_older_message_does_not_end_what_runs(system: Twins, turn: int) -> None:
+    """A redelivered message of an earlier turn is removed, and the attempt of the later turn goes on."""
+    wanted = flex("tokens=20 delay_ms=3")
+    runner = system.worker(slots=2)
+    async with system.dispatcher.submit(wanted) as answer:
+        await answer.started()
+        runner.running[wanted.id].turn = 1
+        system.queue.put(wanted.encode(), {names.HEADER_MSG_ID: names.message_id(wanted.id, turn) + "x"[:turn]})
+        assert "".join([delta.text async for some in answer.deltas() for delta in some]) == text(20)
+    await system.empty()
+
+
+def shares(**weights: float) -> Shares:
+    return Shares(lambda key: weights.get(key or "", 1.0))
+
+
+def serve(account: Shares, backlog: dict[str | None, int], tokens: Callable[[str | None], int], turns: int) -> Counter:
+    used: Counter[str | None] = Counter()
+    for number in range(turns):
+        key = account.next(backlog)
+        account.begin(str(number), key)
+        used[key] += tokens(key)
+        account.end(Used(request_id=str(number), key=key, tokens=tokens(key)))
+    return used
+
+
+def test_tokens_are_shared_by_weight() -> None:
+    used = serve(shares(b=3), {"a": 1000, "b": 1000}, lambda key: 40 if key == "a" else 10, 2000)
+    assert used["b"] / used["a"] == pytest.approx(3, rel=0.01)
+
+
+def test_what_is_out_counts() -> None:
+    account = shares()
+    picked = []
+    for number in range(4):
+        picked.append(account.next({"a": 9, "b": 9}))
+        account.begin(str(number), picked[-1])
+    assert picked == ["a", "b", "a", "b"]
+
+
+def test_a_key_saves_nothing_up() -> None:
+    account = shares()
+    serve(account, {"a": 1000}, lambda _: 50, 100)
+    used = serve(account, {"a": 1000, "b": 1000}, lambda _: 50, 100)
+    assert abs(used["a"] - used["b"]) <= 100
+
+
+def test_what_others_have_moved_counts() -> None:
+    account = shares()
+    account.next({"a": 1, "b": 1})
+    account.end(Used(request_id="elsewhere", key="a", tokens=500))
+    assert [account.next({"a": 1, "b": 1}) for _ in range(3)] == ["b"] * 3
+
+
+async def test_shares_of_two_keys_in_the_room(system: Twins) -> None:
+    system.weights = {"b": 3.0}
+    system.worker(slots=2)
+    many = [flex("tokens=4", key=key) for _ in range(40) for key in "ab"]
+    waiting = [asyncio.create_task(system.text(one)) for one in many]
+    done: Counter[str | None] = Counter()
+    for finished in asyncio.as_completed(waiting):
+        await finished
+        if sum(done.values()) < 40:
+            done = Counter(
+                one.key for one, task in zip(many, waiting, strict=True) if task.done() and not task.cancelled()
+            )
+    assert done["b"] / done["a"] == pytest.approx(3, rel=0.25)
