@@ -21,12 +21,11 @@ import hashlib
 import re
 import secrets
 import tomllib
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_contracts.wire.request import Tier
 
 MAX_KEYS: Final = 1000
 """A bound, since each name is a label of metrics and costs memory there."""
@@ -60,10 +59,10 @@ class KeyEntry(BaseModel):
     operator: bool = False
     weight: float = Field(1.0, gt=0, le=1_000_000, strict=False)
     tiers: Annotated[
-        tuple[Tier, ...],
+        tuple[Literal["default", "flex"], ...],
         BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),
-        Field(min_length=1, strict=False),
-    ] = tuple(Tier)
+        Field(min_length=1),
+    ] = ("default", "flex")
 
 
 _entries: TypeAdapter[dict[str, KeyEntry]] = TypeAdapter(dict[str, KeyEntry])

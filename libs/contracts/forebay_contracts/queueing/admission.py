@@ -17,7 +17,7 @@ from forebay_contracts.nats.connection import Connection
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueFull, QueueUnavailable, RequestTooLarge, WaitingRoomFull
-from forebay_contracts.wire.request import InferenceRequest, Tier
+from forebay_contracts.wire.request import InferenceRequest
 
 TTL_GRACE_S: Final = 30
 """The server drops a message this long after its deadline. By then no worker runs it any more."""
@@ -56,7 +56,7 @@ class JetStreamAdmission:
         """See `Admission.publish`."""
         headers = _headers(request)
         tracing.inject(headers)
-        if request.tier is not Tier.FLEX:
+        if not request.deferred:
             subject = names.request_subject(request.model, request.completion_type)
             return await self.store(subject, request.encode(), headers, request.deadline)
         headers[names.HEADER_DEFERRED] = request.completion_type.value

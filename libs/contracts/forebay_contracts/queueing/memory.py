@@ -14,7 +14,7 @@ from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueConflict, QueueFull
 from forebay_contracts.wire.frames import Frame, Resume, decode_frame
-from forebay_contracts.wire.request import InferenceRequest, Tier
+from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
 
@@ -72,7 +72,7 @@ class InMemoryQueue:
 
     async def publish(self, request: InferenceRequest) -> int:
         """Admit."""
-        if request.tier is Tier.FLEX:
+        if request.deferred:
             return self.room.admit(request)
         if request.id in self._by_id:
             return self._by_id[request.id]

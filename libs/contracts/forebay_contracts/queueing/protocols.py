@@ -25,7 +25,7 @@ from forebay_contracts.wire.state import RequestState, RequestStatus
 class Admission(Protocol):
     """The entry of the queue. It holds at most MAX_QUEUE_SIZE requests, waiting and processing together.
 
-    A request of the tier flex is `deferred`: it goes into the waiting room, which holds KEY_MAX_DEFERRED of each key.
+    A `deferred` request goes into the waiting room before it, which holds KEY_MAX_DEFERRED of each key and model.
     """
 
     async def publish(self, request: InferenceRequest) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict
-from forebay_contracts.wire.request import InferenceRequest, Tier
+from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 ALLOWED: Final[Mapping[RequestStatus | None, frozenset[RequestStatus]]] = {
@@ -50,8 +50,7 @@ class TransitionRefused(QueueConflict):
 
 def queued(request: InferenceRequest, sequence: int | None) -> RequestState:
     """The first state of a request that the queue, or the waiting room, admitted at `sequence`."""
-    deferred = request.tier is Tier.FLEX
-    places = (None, sequence) if deferred else (sequence, None)
+    places = (None, sequence) if request.deferred else (sequence, None)
     return _first(request, places[0], status=RequestStatus.QUEUED, deferred=places[1])
 
 

@@ -28,10 +28,12 @@ POOLING: Final = (CompletionType.EMBEDDING, CompletionType.RERANK)
 
 
 class Tier(StrEnum):
-    """How soon a request is served. Work of the tier `flex` waits until there is nothing else, and gives way."""
+    """How soon a request is served. One of the tier `flex` waits until there is nothing else to do, and gives way. So
+    does one of `overflow`, which is what a key has beyond its bound."""
 
     DEFAULT = "default"
     FLEX = "flex"
+    OVERFLOW = "overflow"
 
 
 ADAPTER_SCHEMA: Final = 2
@@ -83,7 +85,7 @@ class InferenceRequest(Message):
     name of the client's key, if the api has keys. With `return_prompt`, the deltas of each choice begin with the tokens
     of its prompt; `prompt_logprobs` is how many alternatives to report for each of these, as `logprobs` is. With
     `fit_max_tokens`, `max_tokens` beyond what the context has left is cut to it, and not refused. `adapter` is the name
-    of the LoRA adapter that the model answers with. A request of the `tier` flex waits in the waiting room.
+    of the LoRA adapter that the model answers with. `tier` says how soon it is served.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -123,6 +125,16 @@ class InferenceRequest(Message):
             return orjson.dumps(fields, default=_sampling)
         except orjson.JSONEncodeError:  # an integer of more than 64 bits
             return b'{"schema_version":%d,' % fields["schema_version"] + super().encode()[1:]
+
+    @property
+    def deferred(self) -> bool:
+        """Whether it waits in the waiting room, and gives way to others."""
+        return self.tier is not Tier.DEFAULT
+
+    @property
+    def service_tier(self) -> str:
+        """The tier as clients know it."""
+        return Tier.FLEX.value if self.tier is Tier.FLEX else Tier.DEFAULT.value
 
     @property
     def named_model(self) -> str:

@@ -42,7 +42,7 @@ class Client:
     operator: bool = False
     max_requests: int | None = None
     weight: float = 1.0
-    tiers: tuple[Tier, ...] = tuple(Tier)
+    tiers: tuple[str, ...] = (Tier.DEFAULT, Tier.FLEX)
 
     def may_see(self, key: str | None) -> bool:
         """Whether the client may see requests of the key of this name."""
@@ -51,7 +51,7 @@ class Client:
     def tier(self, asked: str | None) -> Tier:
         """The tier of a request that asks for the service tier `asked`. Raises TierNotAllowed."""
         if asked in (None, "auto"):
-            return self.tiers[0]
+            return Tier(self.tiers[0])
         tier = Tier.FLEX if asked == Tier.FLEX else Tier.DEFAULT
         if tier not in self.tiers:
             raise TierNotAllowed(

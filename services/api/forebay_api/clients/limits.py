@@ -24,8 +24,8 @@ class KeyLimits:
     So the bound costs a request no round trip, and the count of an api that dies goes with it. Between two heartbeats a
     key can exceed the bound by as many again for each further api that it asks.
 
-    Requests of the tier flex are not counted: the waiting room bounds them. With `defers` (KEY_OVERFLOW), a request
-    beyond the bound waits there too.
+    Requests of the tier flex are not counted: the waiting room has a bound of its own. With `defers` (KEY_OVERFLOW), a
+    request beyond the bound waits there too.
     """
 
     def __init__(self, keys: ApiKeys, others: Callable[[], Iterable[ApiInfo]], *, defers: bool = False) -> None:
@@ -45,7 +45,7 @@ class KeyLimits:
             KeyLimitReached: its key has as many as it may have.
         """
         name = request.key
-        if name is None or request.tier is Tier.FLEX:
+        if name is None or request.deferred:
             yield request
             return
         here = self.unfinished.get(name, 0)
@@ -53,7 +53,7 @@ class KeyLimits:
         if client is not None and client.max_requests is not None and self._reached(name, here, client.max_requests):
             if not self._defers:
                 raise self._refusal(name, client.max_requests)
-            yield request.model_copy(update={"tier": Tier.FLEX})
+            yield request.model_copy(update={"tier": Tier.OVERFLOW})
             return
         self.unfinished[name] = here + 1
         try:

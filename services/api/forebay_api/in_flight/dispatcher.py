@@ -32,7 +32,7 @@ from forebay_contracts.wire.errors import (
     StateUnreadable,
 )
 from forebay_contracts.wire.frames import Completed, Resume, error_of
-from forebay_contracts.wire.request import InferenceRequest, Tier
+from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
 
 FRAME_PATIENCE_S: Final = 1.0
@@ -111,8 +111,8 @@ class Dispatcher:
                 loop.call_later(max(request.deadline - clock.now(), 0), self._time_out, answer),
             )
             if answer.done:  # it was cancelled while it was published
-                deferred = request.tier is Tier.FLEX
-                self._background(answer, self._admission.remove(request.id, answer.sequence, deferred=deferred))
+                remove = self._admission.remove
+                self._background(answer, remove(request.id, answer.sequence, deferred=request.deferred))
             try:
                 yield answer
             finally:

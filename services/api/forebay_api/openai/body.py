@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Set
 from functools import cache
 from itertools import islice
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
 
@@ -27,6 +27,9 @@ Many = Annotated[tuple[Item, ...], Field(fail_fast=True)]
 
 Tokens = Annotated[Many[Annotated[Int, Field(ge=0)]], Field(min_length=1)]
 """A text as token ids."""
+
+ServiceTier = Literal["auto", "default", "flex", "priority"]
+"""`priority` is served as `default` is, and `auto` as the client's key says."""
 
 SLICE = 100
 

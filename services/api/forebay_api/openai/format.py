@@ -183,6 +183,7 @@ class StreamFormat(ABC):
             "object": self._chunk_object,
             "created": int(self._request.created_at),
             "model": self._request.named_model,
+            "service_tier": self._request.service_tier,
         }
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:

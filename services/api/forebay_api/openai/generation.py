@@ -5,7 +5,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from forebay_api.openai.body import MAX_CHOICES, Bool, Finite, Int, Many, Mapping, Misfit, RequestBody, StrictModel
+from forebay_api.openai.body import (
+    MAX_CHOICES,
+    Bool,
+    Finite,
+    Int,
+    Many,
+    Mapping,
+    Misfit,
+    RequestBody,
+    ServiceTier,
+    StrictModel,
+)
 from forebay_api.openai.forms import FORMS, Alternatives, Pattern, ResponseFormat, Schema, StructuredOutputs, form_of
 from forebay_contracts.wire.request import RECOMMENDABLE, Sampling
 
@@ -54,6 +65,7 @@ class GenerationBody(RequestBody):
     ignore_eos: Bool = False
     return_token_ids: Bool = False
     prompt_logprobs: Annotated[Int, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
+    service_tier: ServiceTier | None = None
     # The form of the answer, by one of these.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -73,7 +85,6 @@ class GenerationBody(RequestBody):
     spaces_between_special_tokens: Bool | None = None
     length_penalty: Finite | None = None
     keep_alive: str | Int | Finite | None = None
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 

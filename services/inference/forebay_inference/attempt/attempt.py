@@ -36,8 +36,8 @@ class Attempt:
 
     `doubted`: the client may have tokens of an attempt that no state tells of. It died before its claim was stored, or
     NATS was away since the request was made and may have lost the claim. `stopped` is how this one has to end.
-    `misjudged`: it started as the first attempt and is not. A `deferred` one came from the waiting room, and has given
-    way `turn` times. `put_back` puts it there again.
+    `misjudged`: it started as the first attempt and is not. The request has given way `turn` times, and `put_back` puts
+    it into the waiting room once more.
     """
 
     request: InferenceRequest
@@ -46,7 +46,6 @@ class Attempt:
     reply: Reply
     measured: Measured
     doubted: bool
-    deferred: bool
     turn: int
     put_back: PutBack
     number: int = 1

@@ -112,7 +112,6 @@ class AttemptRunner:
             Reply(self._channel(request.reply_to, request.deadline), request, self._worker),
             Measured(self._metrics, request, delivery, self._worker),
             doubted=delivery.num_delivered > 1 or turn > 0 or age_s >= self._connected_for_s(),
-            deferred=names.HEADER_DEFERRED in delivery.headers,
             turn=turn,
             put_back=self._put_back,
         )
@@ -120,7 +119,7 @@ class AttemptRunner:
         fresh = age_s < QUEUED_AFTER_S and not attempt.doubted
         attempt.claim = asyncio.create_task(self._claim(attempt, fresh=fresh))
         try:
-            if attempt.deferred and self._engine.can_resume(request):
+            if request.deferred and self._engine.can_resume(request):
                 await self._giving_way.begin(attempt)
             if fresh:
                 with contextlib.suppress(NotTheFirst):
@@ -150,7 +149,7 @@ class AttemptRunner:
                 del self.running[request.id]
             attempt.reply.close()
             attempt.measured.close()
-            if attempt.deferred:
+            if request.deferred:
                 await self._giving_way.end(attempt)
 
     async def _put_back(self, request: InferenceRequest, turn: int, trace: Mapping[str, str]) -> None:

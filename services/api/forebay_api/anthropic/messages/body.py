@@ -157,9 +157,9 @@ class MessagesBody(ConversationBody):
     top_p: Annotated[Finite, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[Int, Field(ge=0)] = 0
     stop_sequences: Annotated[Many[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)] = ()
+    service_tier: Literal["auto", "standard_only"] | None = None
     # Accepted without effect.
     metadata: dict[str, Any] | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
     # Refused with the code on which the SDKs' tool runners send the whole conversation instead.
     thread: dict[str, Any] | None = None
 

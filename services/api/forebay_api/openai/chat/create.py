@@ -34,6 +34,7 @@ async def complete(context: Context, accepted: Accepted) -> Prepared:
             logprobs=request.sampling.logprobs,
             return_prompt=request.return_prompt,
             metadata=body.metadata or {},
+            tier=request.tier,
         )
         return context.stored.submit(request, key_of(KIND, request.key, request.id), record)
 

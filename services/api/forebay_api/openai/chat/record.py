@@ -6,7 +6,7 @@ from pydantic import Field
 
 from forebay_contracts.wire import names
 from forebay_contracts.wire.message import SCHEMA_VERSION, Message
-from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling
+from forebay_contracts.wire.request import CompletionType, InferenceRequest, Sampling, Tier
 
 KIND: Final = "chat"
 """The kind of these records (`forebay_api/in_flight/records.py`)."""
@@ -25,6 +25,7 @@ class ChatRecord(Message):
     logprobs: int | None
     return_prompt: bool = False
     metadata: dict[str, str] = Field(default_factory=dict)
+    tier: Tier = Tier.DEFAULT
 
     def origin(self) -> InferenceRequest:
         """The request, as far as its answer needs it."""
@@ -38,4 +39,5 @@ class ChatRecord(Message):
             key=self.key,
             sampling=Sampling(logprobs=self.logprobs),
             return_prompt=self.return_prompt,
+            tier=self.tier,
         )

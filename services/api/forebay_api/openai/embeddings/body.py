@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from forebay_api.openai.body import Int, Many, RequestBody, Tokens, as_many
+from forebay_api.openai.body import Int, Many, RequestBody, ServiceTier, Tokens, as_many
 from forebay_contracts.wire.request import InferenceRequest
 
 MAX_INPUTS = 2048
@@ -24,6 +24,7 @@ class EmbeddingBody(RequestBody):
     input: Input
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[Int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+    service_tier: ServiceTier | None = None
 
     @field_validator("input")
     @classmethod

@@ -21,6 +21,7 @@ class EmbeddingFormat:
 
     def __init__(self, request: InferenceRequest, body: EmbeddingBody) -> None:
         self._model = request.named_model
+        self._tier = request.service_tier
         self._base64 = body.encoding_format == "base64"
 
     def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
@@ -35,6 +36,7 @@ class EmbeddingFormat:
                     for delta in vectors
                 ],
                 "model": self._model,
+                "service_tier": self._tier,
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             }
         )

@@ -193,6 +193,7 @@ class ResponseBody(PromptBody):
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
     top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     include: Many[
         Literal[
             "file_search_call.results",
@@ -207,7 +208,6 @@ class ResponseBody(PromptBody):
     ] = ()
     # Accepted without effect: they are about OpenAI's own service, or limit tools that only it runs.
     max_tool_calls: Annotated[Int, Field(ge=1)] | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
@@ -251,7 +251,7 @@ class ResponseBody(PromptBody):
             store=self.store,
             stream=self.stream,
             logprobs=LOGPROBS in self.include,
-            parameters=self.parameters(),
+            parameters=self.parameters() | {"service_tier": queued.service_tier},
         )
 
     def parameters(self) -> dict[str, Any]:
@@ -267,7 +267,6 @@ class ResponseBody(PromptBody):
         )
         return {name: getattr(self, name) for name in names} | {
             "reasoning": {"effort": self.reasoning.effort, "summary": self.reasoning.summary},
-            "service_tier": "default",
             "text": self.text.shown(),
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(exclude_none=True),
             "tools": shown(self.tools),
