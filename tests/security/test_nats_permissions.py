@@ -27,6 +27,14 @@ DOC = Path(__file__).parents[2] / "docs" / "security-nats.md"
 JS = "$JS.API."
 ACTIONS: dict[str, tuple[str, str, set[str]]] = {
     "publish-request": ("publish", f"inference.requests.{CONSUMER}.chat", {"api"}),
+    "defer-request": ("publish", f"inference.deferred.{CONSUMER}.some-key", {"api"}),
+    "put-request-back": ("publish", f"inference.yielded.{CONSUMER}.some-key", {"inference"}),
+    "read-deferred": ("publish", f"{JS}DIRECT.GET.INFERENCE_DEFERRED", {"api", "operator", "admin"}),
+    "remove-deferred": ("publish", f"{JS}STREAM.MSG.DELETE.INFERENCE_DEFERRED", {"api", "admin"}),
+    "say-idle": ("publish", f"inference.idle.{CONSUMER}", {"inference"}),
+    "hear-idle": ("hear", "inference.idle.*", {"api", "operator", "admin"}),
+    "pass-notice-on": ("publish", f"inference.admitted.{CONSUMER}", {"inference"}),
+    "hear-admitted": ("hear", "inference.admitted.*", {"inference", "operator", "admin"}),
     "hear-requests": ("hear", "inference.requests.>", {"operator", "admin"}),
     "pull": ("publish", f"{JS}CONSUMER.MSG.NEXT.INFERENCE.{CONSUMER}", {"inference", "admin"}),
     "ack": ("publish", f"$JS.ACK.INFERENCE.{CONSUMER}.1.1.1.1.0", {"inference"}),

@@ -11,6 +11,7 @@ from support.nats import NatsServer
 MODEL = "org/model"
 MAX_QUEUE_SIZE = 4
 MAX_CONCURRENT = 2
+MAX_DEFERRED = 3
 ACK_WAIT_S = 30
 
 
@@ -21,6 +22,7 @@ async def connected(server: NatsServer, ack_wait: float = ACK_WAIT_S) -> AsyncIt
         nats_url=server.url,
         max_queue_size=MAX_QUEUE_SIZE,
         max_concurrent_requests=MAX_CONCURRENT,
+        key_max_deferred=MAX_DEFERRED,
         ack_wait=ack_wait,
     )
     connection = await connect(settings, "test")

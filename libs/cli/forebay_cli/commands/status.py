@@ -99,7 +99,9 @@ def tables(numbers: QueueStatus, workers: list[WorkerInfo]) -> list[Table]:
             [_worker_row(worker) for worker in workers],
         ),
         console.table(
-            "Models", ("model", "waiting", "processing/limit", "paused until"), list(map(_model_row, numbers.models))
+            "Models",
+            ("model", "waiting", "deferred", "processing/limit", "paused until"),
+            list(map(_model_row, numbers.models)),
         ),
         console.pairs("Queue", fields, NUMBERS_ACROSS),
     ]
@@ -120,4 +122,4 @@ def _worker_row(worker: WorkerInfo) -> tuple[object, ...]:
 
 def _model_row(line: ModelQueue) -> tuple[object, ...]:
     paused = None if line.paused_until is None else time.strftime("%F %T", time.localtime(line.paused_until))
-    return (line.model, line.waiting, f"{line.processing}/{line.max_concurrent}", paused)
+    return (line.model, line.waiting, line.deferred, f"{line.processing}/{line.max_concurrent}", paused)

@@ -6,8 +6,9 @@ finds the message later sees by the request's state that it was moved.
 """
 
 import logging
+import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
@@ -18,12 +19,14 @@ from nats.errors import Error as NatsError
 from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
 
+from forebay_contracts.nats import consumers, direct_get
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.protocols import Line, Waiting
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueUnavailable
 from forebay_contracts.wire.heartbeats import Used
+from forebay_contracts.wire.state import RequestState
 
 ASK_TIMEOUT_S: Final = 5.0
 """How long NATS may take to answer a question about the room."""
@@ -115,6 +118,34 @@ async def subjects(connection: Connection, pattern: str) -> dict[str, int]:
     except (NatsError, TimeoutError, OSError) as exc:
         raise QueueUnavailable("the waiting room cannot be read") from exc
     return info.state.subjects or {}
+
+
+async def place(
+    connection: Connection, state: RequestState, weight: Callable[[str | None], float]
+) -> consumers.Place | None:
+    """About the place of a request that waits in the room, by the weights of the keys; None if NATS does not answer.
+
+    All requests are taken to be of one size.
+    """
+    line = await consumers.waiting_place(connection, state.model, sys.maxsize)
+    try:
+        counts = await subjects(connection, f"inference.*.{names.model_token(state.model)}.*")
+        own = names.deferred_subject(state.model, state.key)
+        before = 0
+        if state.deferred is not None:
+            found = await direct_get.messages(connection, names.DEFERRED, own, state.deferred, most=1)
+            after = int((found[0].headers or {}).get("Nats-Num-Pending", 0)) if found else 0
+            before = max(counts.get(own, 0) - after - 1, 0)
+            before += counts.get(names.yielded_subject(state.model, state.key), 0)
+    except (QueueUnavailable, NatsError, TimeoutError):
+        return None
+    backlog: Counter[str | None] = Counter()
+    for subject, count in counts.items():
+        backlog[names.key_of_subject(subject)] += count
+    del backlog[state.key]
+    share = (before + 1) / weight(state.key)
+    others = sum(min(count, share * weight(key)) for key, count in backlog.items())
+    return line and consumers.Place(line.position + before + int(others), line.moved)
 
 
 class JetStreamPrecedence:

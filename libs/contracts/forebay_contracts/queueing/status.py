@@ -1,6 +1,7 @@
 """The queue in numbers. They come from NATS alone, so all api replicas give the same, also after restarts."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.consumers import consumers, model_of
+from forebay_contracts.queueing import room
 from forebay_contracts.queueing.protocols import StateStore
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
@@ -23,7 +25,7 @@ class ModelQueue(BaseModel):
     """The queue of one model.
 
     `paused_until` (seconds since the epoch) is set while its consumer is paused. `delivered` counts all deliveries to
-    workers so far, redeliveries included.
+    workers so far, redeliveries included. `deferred` wait in the waiting room.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,6 +37,7 @@ class ModelQueue(BaseModel):
     max_concurrent: int
     delivered: int
     paused_until: float | None
+    deferred: int = 0
 
 
 class QueueStatus(BaseModel):
@@ -42,7 +45,8 @@ class QueueStatus(BaseModel):
 
     The first nine fields are those of the reference document, in its order. `total_failed` includes the timed-out
     requests; `total_timed_out` counts them alone. `active_requests` is waiting and processing together, which
-    `max_queue_size` bounds.
+    `max_queue_size` bounds. `deferred` is how many wait in the waiting room besides. `total_queued` counts a request
+    again each time that it gives way.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,6 +64,7 @@ class QueueStatus(BaseModel):
     total_cancelled: int
     workers: int
     workers_ready: int
+    deferred: int = 0
     models: tuple[ModelQueue, ...] = ()
 
 
@@ -74,8 +79,11 @@ async def queue_status(
         QueueUnavailable: NATS does not answer, or no service has made the stream yet.
     """
     try:
-        stream, live, totals = await asyncio.gather(
-            connection.jetstream.stream_info(names.STREAM), consumers(connection), states.totals()
+        stream, live, totals, deferred = await asyncio.gather(
+            connection.jetstream.stream_info(names.STREAM),
+            consumers(connection),
+            states.totals(),
+            _deferred(connection),
         )
     except NotFoundError as exc:
         raise QueueUnavailable(f"NATS has no stream {names.STREAM} yet: no service has been started") from exc
@@ -95,19 +103,28 @@ async def queue_status(
         max_queue_size=stream.config.max_msgs or 0,
         total_processed=totals[RequestStatus.COMPLETED],
         total_failed=totals[RequestStatus.FAILED] + timed_out,
-        # Every admitted request gets one sequence. A stream that lost its tail gives sequences out again.
-        total_queued=max(stream.state.last_seq, sum(totals.values())),
+        # Every admitted request gets one sequence, or will. A stream that lost its tail gives sequences out again.
+        total_queued=max(stream.state.last_seq, sum(totals.values())) + sum(deferred.values()),
         active_requests=active,
         is_running=connection.connected and ready > 0,
         total_timed_out=timed_out,
         total_cancelled=totals[RequestStatus.CANCELLED],
         workers=len(alive),
         workers_ready=ready,
-        models=tuple(sorted(map(model_queue, live), key=lambda line: line.model)),
+        deferred=sum(deferred.values()),
+        models=tuple(sorted((model_queue(one, deferred[one.name]) for one in live), key=lambda line: line.model)),
     )
 
 
-def model_queue(consumer: ConsumerInfo) -> ModelQueue:
+async def _deferred(connection: Connection) -> Counter[str]:
+    """How many wait in the waiting room, by the token of their model."""
+    found: Counter[str] = Counter()
+    for subject, count in (await room.subjects(connection, ">")).items():
+        found[subject.split(".")[2]] += count
+    return found
+
+
+def model_queue(consumer: ConsumerInfo, deferred: int = 0) -> ModelQueue:
     """The queue behind a consumer."""
     config = consumer.config
     until = datetime.fromisoformat(config.pause_until).timestamp() if consumer.paused and config.pause_until else None
@@ -119,4 +136,5 @@ def model_queue(consumer: ConsumerInfo) -> ModelQueue:
         max_concurrent=config.max_ack_pending or 0,
         delivered=consumer.delivered.consumer_seq if consumer.delivered else 0,
         paused_until=until,
+        deferred=deferred,
     )

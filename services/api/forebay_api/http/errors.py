@@ -26,7 +26,8 @@ UNMEASURED_RETRY_AFTER_S: Final = 1
 """Retry-After of a full queue until its rate has been measured."""
 
 LOG_RETRY_AFTER_S: Final = 60
-"""Retry-After of a full answer log. It gets room as answers reach RESPONSE_TTL, or are deleted."""
+"""Retry-After of a full answer log, which gets room as answers reach RESPONSE_TTL or are deleted, and of a full waiting
+room."""
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ ANSWERS: Final[dict[type[ApiError], ErrorAnswer]] = {
     errors.QueueUnavailable: ErrorAnswer(True, "queue_unavailable"),
     errors.ModelUnavailable: ErrorAnswer(True, "model_unavailable"),
     errors.AnswerLogFull: ErrorAnswer(True, "answer_log_full"),
+    errors.WaitingRoomFull: ErrorAnswer(True, "waiting_room_full"),
     errors.QueueError: ErrorAnswer(True),
     errors.ModelNotFound: ErrorAnswer(None, "model_not_found"),
     errors.InvalidApiKey: ErrorAnswer(False, "invalid_api_key"),
@@ -169,7 +171,7 @@ class ErrorAnswers:
     async def _retry_after_s(self, error: ApiError) -> int | None:
         if isinstance(error, errors.KeyLimitReached):
             return error.retry_after_s
-        if isinstance(error, errors.AnswerLogFull):
+        if isinstance(error, errors.AnswerLogFull | errors.WaitingRoomFull):
             return LOG_RETRY_AFTER_S
         if not isinstance(error, errors.QueueFull):
             return None

@@ -53,6 +53,9 @@ class QueueGauges(Collector):
             waiting.add_metric([line.model], line.waiting)
             processing.add_metric([line.model], line.processing)
             max_concurrent.add_metric([line.model], line.max_concurrent)
+        deferred = gauge("forebay_queue_deferred", "Requests in the waiting room", labels=["model"])
+        for line in lines:
+            deferred.add_metric([line.model], line.deferred)
         workers = gauge("forebay_workers", "Workers alive, by what they are doing", labels=["model", "status"])
         for model in sorted({line.model for line in lines} | {worker.model for worker in self.workers}):
             for status in WorkerStatus:
@@ -63,7 +66,7 @@ class QueueGauges(Collector):
         if self.answers:
             used.add_metric([], self.answers.used)
             most.add_metric([], self.answers.most)
-        yield from (up, max_size, waiting, processing, max_concurrent, workers, used, most)
+        yield from (up, max_size, waiting, processing, max_concurrent, deferred, workers, used, most)
 
 
 class Exposition:

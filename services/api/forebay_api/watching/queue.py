@@ -15,6 +15,7 @@ from forebay_api.http import sse
 from forebay_api.http.peer import Peer
 from forebay_api.in_flight.answer import SlowReader
 from forebay_contracts.nats.consumers import waiting_place
+from forebay_contracts.queueing import room
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestNotFound
@@ -57,8 +58,11 @@ async def get_request(request_id: str, context: Running, caller: Caller) -> dict
     await _registered(context, request_id)
     state = await _state(context, caller, request_id)
     position = estimated_wait_s = None
-    if state.status is RequestStatus.QUEUED and state.sequence is not None:
-        place = await waiting_place(context.connection, state.model, state.sequence)
+    if state.status is RequestStatus.QUEUED:
+        if state.sequence is not None:
+            place = await waiting_place(context.connection, state.model, state.sequence)
+        else:
+            place = await room.place(context.connection, state, context.keys.weight)
         if place is not None:
             line = context.rates.lines[state.model]
             line.sample(place.moved)

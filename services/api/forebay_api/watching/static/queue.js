@@ -112,8 +112,8 @@ const until = (at, now) => (at - now > YEAR_S ? "" : ` until ${new Date(at * 100
 function showModels(at, models, workers) {
   const keys = new Set([...models.map(({ model }) => `model ${model}`), ...workers.map(({ id }) => `worker ${id}`)]);
   for (const key of series.keys()) if (!keys.has(key)) series.delete(key);
-  $("models").replaceChildren(...models.map(({ model, waiting, processing, max_concurrent, paused_until }) => row(
-    model, waiting, `${processing} of ${max_concurrent}`, sparkline(`model ${model}`, { at, waiting, processing }),
+  $("models").replaceChildren(...models.map(({ model, waiting, deferred, processing, max_concurrent, paused_until }) => row(
+    model, deferred ? `${waiting} + ${deferred} deferred` : waiting, `${processing} of ${max_concurrent}`, sparkline(`model ${model}`, { at, waiting, processing }),
     paused_until ? element("span", "state-paused", `paused${until(paused_until, at)}`) : readiness(model, workers),
   )));
   $("workers").replaceChildren(...workers.map(({ id, model, status, progress, busy, slots, device, engine }) => row(

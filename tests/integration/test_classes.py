@@ -1,0 +1,153 @@
+"""Service tiers in the whole system: what may wait gives way, its answer is whole, and keys get their shares."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forebay_contracts import keys
+from forebay_contracts.wire import names
+from forebay_contracts.wire.state import RequestStatus
+from support.nats import NatsServer
+from support.stack import MODEL, Stack, running
+
+KEYS = {name: f"key-of-{name}-0123456789" for name in ("alice", "bob", "carol", "nightly")}
+FIELDS = {"alice": "weight = 1", "bob": "weight = 3", "carol": "max_requests = 1", "nightly": 'tiers = ["flex"]'}
+
+
+@pytest.fixture(scope="module")
+async def stack(
+    start_nats: Callable[[Path], AbstractContextManager[NatsServer]], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Stack]:
+    folder = tmp_path_factory.mktemp("classes")
+    file = folder / "keys.toml"
+    file.write_text(
+        "\n".join(f'[{name}]\nsha256 = "{keys.digest(KEYS[name].encode())}"\n{FIELDS[name]}' for name in KEYS)
+    )
+    with start_nats(folder / "nats") as server:
+        async with running(
+            server,
+            apis=2,
+            max_concurrent_requests=2,
+            max_queue_size=200,
+            llm_batch_size=16,
+            api_keys="operator-0123456789",
+            api_keys_file=file,
+            key_overflow="defer",
+        ) as made:
+            yield made
+
+
+def text(tokens: int) -> str:
+    return " ".join(f"t{number}" for number in range(tokens))
+
+
+async def ask(stack: Stack, orders: str, api: int = 0, key: str = "operator-0123456789", **fields: Any) -> Any:
+    client = stack.openai(api, api_key=KEYS.get(key, key))
+    messages: Any = [{"role": "user", "content": f"[[{orders}]]"}]
+    return await client.chat.completions.create(model=MODEL, messages=messages, **fields)
+
+
+async def processing(stack: Stack, count: int) -> None:
+    async with asyncio.timeout(10):
+        while (await numbers(stack))["processing_count"] < count:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def numbers(stack: Stack, path: str = "status") -> Any:
+    headers = {"authorization": "Bearer operator-0123456789"}
+    return (await stack.http.get(f"{stack.apis[1].url}/v1/queue/{path}", headers=headers)).json()
+
+
+async def test_work_that_may_wait_gives_way_and_its_answers_are_whole(stack: Stack) -> None:
+    live = asyncio.create_task(ask(stack, "tokens=120 delay_ms=10", service_tier="flex"))
+    response = await stack.openai(1, api_key="operator-0123456789").responses.create(
+        model=MODEL, input="[[tokens=120 delay_ms=10]]", background=True, service_tier="flex"
+    )
+    assert response.service_tier == "flex"
+    await processing(stack, 2)
+    for _ in range(2):
+        began = time.monotonic()
+        answers = await asyncio.gather(*(ask(stack, "tokens=2 delay_ms=5", api) for api in (0, 1)))
+        waited_s = time.monotonic() - began
+        assert [answer.choices[0].message.content for answer in answers] == [text(2)] * 2
+        assert [answer.service_tier for answer in answers] == ["default"] * 2
+        assert waited_s < 0.5, "the others need more than a second"
+    answer = await live
+    assert (answer.choices[0].message.content, answer.service_tier) == (text(120), "flex")
+    request_id = names.request_id(response.id)
+    state = await stack.reaches(request_id, RequestStatus.COMPLETED)
+    assert state.turn >= 1
+    stored = await stack.openai(0, api_key="operator-0123456789").responses.retrieve(response.id)
+    assert (stored.output_text, stored.service_tier) == (text(120), "flex")
+
+
+async def test_what_waits_in_the_room_is_seen_and_can_be_cancelled(stack: Stack) -> None:
+    busy = [asyncio.create_task(ask(stack, "tokens=400 delay_ms=5")) for _ in range(2)]
+    await processing(stack, 2)
+    client = stack.openai(0, api_key=KEYS["bob"])
+    waiting = [
+        await client.responses.create(model=MODEL, input="[[tokens=1]]", background=True, service_tier="flex")
+        for _ in range(2)
+    ]
+    first, second = [names.request_id(one.id) for one in waiting]
+    await stack.reaches(second, RequestStatus.QUEUED)
+    status = await numbers(stack)
+    assert (status["deferred"], status["models"][0]["deferred"], status["queue_size"]) == (2, 2, 0)
+    assert [(await numbers(stack, f"request/{one}"))["position"] for one in (first, second)] == [1, 2]
+    cancelled = await client.responses.cancel(waiting[0].id)
+    assert cancelled.status == "cancelled"
+    assert (await numbers(stack))["deferred"] == 1
+    assert (await numbers(stack, f"request/{second}"))["position"] == 1
+    for task in busy:
+        task.cancel()
+    await asyncio.gather(*busy, return_exceptions=True)
+    assert (await stack.reaches(second, RequestStatus.COMPLETED)).key == "bob"
+
+
+async def test_keys_share_the_tokens_by_their_weights(stack: Stack) -> None:
+    busy = [asyncio.create_task(ask(stack, "tokens=400 delay_ms=5")) for _ in range(2)]
+    await processing(stack, 2)
+    done: list[str] = []
+
+    async def one(number: int, key: str) -> None:
+        await ask(stack, "tokens=4 delay_ms=2", number % 2, key, service_tier="flex")
+        done.append(key)
+
+    tasks = [asyncio.create_task(one(number, key)) for number in range(100) for key in ("alice", "bob")]
+    async with asyncio.timeout(20):
+        while (await numbers(stack))["deferred"] < len(tasks):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    for task in busy:
+        task.cancel()
+    await asyncio.gather(*busy, *tasks, return_exceptions=True)
+    assert len(done) == len(tasks)
+    first = Counter(done[: len(tasks) // 2])
+    assert first["bob"] / first["alice"] == pytest.approx(3, rel=0.1)
+
+
+async def test_what_a_key_has_beyond_its_bound_waits_its_turn(stack: Stack) -> None:
+    moved = []
+
+    async def heard(msg: Any) -> None:
+        moved.append(msg.subject)
+
+    subscription = await stack.connection.client.subscribe("inference.deferred.*.carol", cb=heard)
+    await stack.connection.client.flush()
+    answers = await asyncio.gather(*(ask(stack, "tokens=20 delay_ms=5", 0, "carol") for _ in range(4)))
+    await subscription.unsubscribe()
+    assert [answer.choices[0].message.content for answer in answers] == [text(20)] * 4
+    assert {answer.service_tier for answer in answers} == {"default"}
+    assert len(moved) == 3
+
+
+async def test_a_key_may_use_its_tiers_alone(stack: Stack) -> None:
+    assert (await ask(stack, "tokens=1", 0, "nightly")).service_tier == "flex"
+    with pytest.raises(Exception, match="may not use the service tier `default`") as caught:
+        await ask(stack, "tokens=1", 0, "nightly", service_tier="default")
+    assert (caught.value.status_code, caught.value.code) == (403, "service_tier_not_allowed")  # type: ignore[attr-defined]
