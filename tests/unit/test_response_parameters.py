@@ -76,7 +76,8 @@ def meaning(fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What a body does, and what its response shows of it."""
     of = body(**fields)
     record = fresh(of)
-    return (of.model, request(of), record.model_copy(update={"parameters": {}})), record.parameters
+    # Of the service tier, the client's key decides what becomes of it.
+    return (of.model, of.service_tier, request(of), record.model_copy(update={"parameters": {}})), record.parameters
 
 
 def test_the_table_is_complete() -> None:
