@@ -3,12 +3,11 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from forebay_contracts import keys
 from forebay_contracts.wire import names
@@ -16,31 +15,29 @@ from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 KEYS = {name: f"key-of-{name}-0123456789" for name in ("alice", "bob", "carol", "nightly")}
 FIELDS = {"alice": "weight = 1", "bob": "weight = 3", "carol": "max_requests = 1", "nightly": 'tiers = ["flex"]'}
 
 
-@pytest.fixture(scope="module")
-async def stack(
-    start_nats: Callable[[Path], AbstractContextManager[NatsServer]], tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Stack]:
-    folder = tmp_path_factory.mktemp("classes")
-    file = folder / "keys.toml"
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(module_nats: NatsServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
     file.write_text(
         "\n".join(f'[{name}]\nsha256 = "{keys.digest(KEYS[name].encode())}"\n{FIELDS[name]}' for name in KEYS)
     )
-    with start_nats(folder / "nats") as server:
-        async with running(
-            server,
-            apis=2,
-            max_concurrent_requests=2,
-            max_queue_size=200,
-            llm_batch_size=16,
-            api_keys="operator-0123456789",
-            api_keys_file=file,
-            key_overflow="defer",
-        ) as made:
-            yield made
+    async with running(
+        module_nats,
+        apis=2,
+        max_concurrent_requests=2,
+        max_queue_size=200,
+        llm_batch_size=16,
+        api_keys="operator-0123456789",
+        api_keys_file=file,
+        key_overflow="defer",
+    ) as made:
+        yield made
 
 
 def text(tokens: int) -> str:
@@ -111,12 +108,16 @@ async def test_what_waits_in_the_room_is_seen_and_can_be_cancelled(stack: Stack)
 
 
 async def test_keys_share_the_tokens_by_their_weights(stack: Stack) -> None:
-    busy = [asyncio.create_task(ask(stack, "tokens=400 delay_ms=5")) for _ in range(2)]
+    busy = [asyncio.create_task(ask(stack, "tokens=20 delay_ms=10000")) for _ in range(2)]
     await processing(stack, 2)
     done: list[str] = []
 
     async def one(number: int, key: str) -> None:
-        await ask(stack, "tokens=4 delay_ms=2", number % 2, key, service_tier="flex")
+        headers = {"authorization": f"Bearer {KEYS[key]}"}
+        fields = {"messages": [{"role": "user", "content": "[[tokens=4 delay_ms=2]]"}], "service_tier": "flex"}
+        url = f"{stack.apis[number % 2].url}/v1/chat/completions"
+        answer = await stack.http.post(url, json={"model": MODEL, **fields}, headers=headers)
+        assert answer.status_code == 200, answer.text
         done.append(key)
 
     tasks = [asyncio.create_task(one(number, key)) for number in range(100) for key in ("alice", "bob")]

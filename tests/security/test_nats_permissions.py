@@ -33,6 +33,8 @@ ACTIONS: dict[str, tuple[str, str, set[str]]] = {
     "remove-deferred": ("publish", f"{JS}STREAM.MSG.DELETE.INFERENCE_DEFERRED", {"api", "admin"}),
     "say-idle": ("publish", f"inference.idle.{CONSUMER}", {"inference"}),
     "hear-idle": ("hear", "inference.idle.*", {"api", "operator", "admin"}),
+    "hear-waiting": ("hear", "inference.waiting.*", {"api", "operator", "admin"}),
+    "imitate-waiting": ("publish", f"inference.waiting.{CONSUMER}", set()),
     "pass-notice-on": ("publish", f"inference.admitted.{CONSUMER}", {"inference"}),
     "hear-admitted": ("hear", "inference.admitted.*", {"inference", "operator", "admin"}),
     "hear-requests": ("hear", "inference.requests.>", {"operator", "admin"}),

@@ -90,7 +90,7 @@ class Twins:
         self.movers: list[Mover] = []
         self.used: list[Used] = []
         self._workers: list[WorkerInfo] = []
-        self.queue.room.on_deferred.append(lambda model: [mover.deferred(model) for mover in self.movers[:1]])
+        self.queue.room.on_deferred.append(self._deferred)
         self.queue.room.on_idle.append(self._idle)
         self.alive, self.away = True, False
         self.connected_for_s = math.inf
@@ -144,6 +144,12 @@ class Twins:
             Mover(self.queue.room, self.states, lambda: self._workers, lambda key: self.weights.get(key, 1.0))
         )
         return self.movers[-1]
+
+    def _deferred(self, model: str) -> None:
+        for mover in self.movers:
+            mover.deferred(model)
+        for mover in self.movers[:1]:
+            mover.look_unless_busy(model)
 
     def _idle(self, model: str, used: Used | None) -> None:
         self.used += [] if used is None else [used]

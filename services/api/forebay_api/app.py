@@ -153,7 +153,6 @@ def _built(
     rates = Rates()
     room = JetStreamRoom(connection, admission)
     mover = Mover(room, states, workers.alive, keys.weight)
-    admission.on_deferred.append(mover.deferred)
 
     async def numbers() -> QueueStatus:
         status = await queue_status(connection, states, settings, workers.alive())

@@ -115,6 +115,7 @@ SUBSCRIBES: Final = {
         names.answered_subject("*"),
         names.cancel_subject("*"),
         names.idle_subject("*"),
+        names.waiting_subject("*"),
         names.bucket_subjects(names.WORKERS_BUCKET),
         names.bucket_subjects(names.APIS_BUCKET),
         names.bucket_subjects(names.REQUESTS_BUCKET),

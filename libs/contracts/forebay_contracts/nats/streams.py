@@ -68,6 +68,7 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
             discard_new_per_subject=True,
             max_bytes=room_bytes,
             duplicate_window=DUPLICATE_WINDOW_S,
+            republish=RePublish(src=names.ROOM_SUBJECTS, dest=names.WAITING_SUBJECTS, headers_only=True),
             allow_msg_ttl=True,
             allow_direct=True,
             num_replicas=replicas,

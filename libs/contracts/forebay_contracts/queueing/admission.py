@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from nats.aio.msg import Msg
@@ -42,29 +42,21 @@ _DELETE = "$JS.API.STREAM.MSG.DELETE."
 
 
 class JetStreamAdmission:
-    """See `Admission`. A publish waits up to `patience_s` while NATS is away, restarts or elects a leader.
-
-    `on_deferred` is called with the model of each request that the waiting room has taken.
-    """
+    """See `Admission`. A publish waits up to `patience_s` while NATS is away, restarts or elects a leader."""
 
     def __init__(self, connection: Connection, *, patience_s: float = 0) -> None:
         self._connection = connection
         self._patience_s = patience_s
-        self.on_deferred: list[Callable[[str], None]] = []
 
     async def publish(self, request: InferenceRequest) -> int:
         """See `Admission.publish`."""
         headers = _headers(request)
         tracing.inject(headers)
-        if not request.deferred:
-            subject = names.request_subject(request.model, request.completion_type)
-            return await self.store(subject, request.encode(), headers, request.deadline)
-        headers[names.HEADER_DEFERRED] = request.completion_type.value
-        subject = names.deferred_subject(request.model, request.key)
-        sequence = await self.store(subject, request.encode(), headers, request.deadline)
-        for listener in self.on_deferred:
-            listener(request.model)
-        return sequence
+        subject = names.request_subject(request.model, request.completion_type)
+        if request.deferred:
+            subject = names.deferred_subject(request.model, request.key)
+            headers[names.HEADER_DEFERRED] = request.completion_type.value
+        return await self.store(subject, request.encode(), headers, request.deadline)
 
     async def put_back(self, request: InferenceRequest, turn: int, trace: Mapping[str, str]) -> int:
         """See `Admission.put_back`."""

@@ -27,7 +27,7 @@ class _Queue(Protocol):
 
 
 class InMemoryRoom:
-    """`Room`. `on_deferred` is called with the model of each request that it takes, `on_idle` by `say_idle`.
+    """`Room`. `on_deferred` is called with the model's token of each request that it takes, `on_idle` by `say_idle`.
 
     While `dying`, a move stops between its two steps, like an api that dies there.
     """
@@ -57,8 +57,8 @@ class InMemoryRoom:
         }
         sequence = self._known[message_id] = next(self._sequences)
         self.waiting[sequence] = Waiting(sequence, subject, headers, request.encode())
-        for listener in () if turn else self.on_deferred:
-            listener(request.model)
+        for listener in self.on_deferred:
+            listener(names.model_token(request.model))
         return sequence
 
     def holds(self, request_id: str, sequence: int) -> bool:

@@ -38,10 +38,8 @@ WORKERS: Final = "workers"
 """Queue group: one worker hears of each admission."""
 
 _NO_MESSAGE = "404"
-_KEPT: Final = (
-    *(names.HEADER_MSG_ID, names.HEADER_DEADLINE, names.HEADER_REPLY_TO, names.HEADER_DEFERRED),
-    *names.TRACE_HEADERS,
-)
+_NEEDED: Final = (names.HEADER_MSG_ID, names.HEADER_DEADLINE, names.HEADER_REPLY_TO, names.HEADER_DEFERRED)
+_KEPT: Final = (*_NEEDED, *names.TRACE_HEADERS)
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +77,12 @@ class JetStreamRoom:
             msg = await self._ask(f"$JS.API.DIRECT.GET.{names.DEFERRED}", {"next_by_subj": subject, "seq": 1})
             headers = msg.headers or {}
             if "Nats-Sequence" in headers:
-                return Waiting(int(headers["Nats-Sequence"]), headers["Nats-Subject"], headers, msg.data)
+                waiting = Waiting(int(headers["Nats-Sequence"]), headers["Nats-Subject"], headers, msg.data)
+                if all(name in headers for name in _NEEDED):
+                    return waiting
+                log.error("[RequestQueue] message %d of the waiting room was removed: it is none", waiting.sequence)
+                await self._admission.delete(waiting.sequence, deferred=True)
+                return await self.first(model, key)
             if headers.get("Status") != _NO_MESSAGE:
                 raise QueueUnavailable(f"the waiting room cannot be read: {headers.get('Description')}")
         return None
@@ -165,7 +168,10 @@ class JetStreamPrecedence:
                 admitted(int(headers["Nats-Sequence"]))
 
         subject = names.admitted_subject(self._model)
-        self._subscription = await self._connection.client.subscribe(subject, queue=WORKERS, cb=heard)
+        try:
+            self._subscription = await self._connection.client.subscribe(subject, queue=WORKERS, cb=heard)
+        except NatsError as exc:
+            log.debug("what is admitted is not heard: %r", exc)
 
     async def pass_on(self, sequences: Iterable[int]) -> None:
         """See `Precedence.pass_on`."""

@@ -24,6 +24,10 @@ REQUEST_SUBJECTS: Final = "inference.requests.*.*"
 ADMITTED_SUBJECTS: Final = "inference.admitted.{{wildcard(1)}}"
 """Where the server publishes the headers of each message of the stream INFERENCE again."""
 
+ROOM_SUBJECTS: Final = "inference.*.*.*"
+WAITING_SUBJECTS: Final = "inference.waiting.{{wildcard(2)}}"
+"""Where the server publishes the headers of each request again that the waiting room takes."""
+
 REQUESTS_BUCKET: Final = "inference-requests"
 WORKERS_BUCKET: Final = "inference-workers"
 APIS_BUCKET: Final = "inference-apis"
@@ -174,6 +178,11 @@ def key_of_subject(subject: str) -> str | None:
 def admitted_subject(model: str) -> str:
     """Where the server says that a request for `model` was stored in the stream INFERENCE; `*` for all models."""
     return f"inference.admitted.{_token(model)}"
+
+
+def waiting_subject(model: str) -> str:
+    """Where the server says that the waiting room has taken a request for `model`; `*` for all models."""
+    return f"inference.waiting.{_token(model)}"
 
 
 def idle_subject(model: str) -> str:

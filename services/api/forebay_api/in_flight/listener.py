@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from nats.aio.msg import Msg
@@ -50,7 +51,9 @@ class Listener:
         )
         await client.subscribe(names.cancel_subject("*"), cb=self._cancelled)
         await client.subscribe(names.idle_subject("*"), cb=self._idle)
-        await client.subscribe(names.idle_subject("*"), queue=MOVERS, cb=self._look_for_work)
+        await client.subscribe(names.idle_subject("*"), queue=MOVERS, cb=self._moves(self._mover.look))
+        await client.subscribe(names.waiting_subject("*"), cb=self._moves(self._mover.deferred))
+        await client.subscribe(names.waiting_subject("*"), queue=MOVERS, cb=self._moves(self._mover.look_unless_busy))
         self._connection.on_reconnect.append(self._reconnected)
 
     async def _replied(self, msg: Msg) -> None:
@@ -102,8 +105,12 @@ class Listener:
             used = None
         self._mover.idle(_last_token(msg), used)
 
-    async def _look_for_work(self, msg: Msg) -> None:
-        self._mover.look(_last_token(msg))
+    @staticmethod
+    def _moves(act: Callable[[str], None]) -> Callable[[Msg], Awaitable[None]]:
+        async def told(msg: Msg) -> None:
+            act(_last_token(msg))
+
+        return told
 
     async def _reconnected(self) -> None:
         # By then every worker knows this api again. Workers may have cancelled its requests as those of a dead api.

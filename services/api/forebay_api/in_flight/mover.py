@@ -44,12 +44,16 @@ class Mover:
         self._shares: defaultdict[str, Shares] = defaultdict(lambda: Shares(weight))
         self._busy: set[str] = set()
         """Models without an idle slot at the last look. Whoever gets one says so."""
+        self._waits: set[str] = set()
+        """Models for which something may wait."""
+        self._closed = False
         self._moving: dict[str, asyncio.Task[None]] = {}
         self._again: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     async def close(self) -> None:
         """Stop. What waits is moved by others."""
+        self._closed = True
         for timer in self._timers.values():
             timer.cancel()
         tasks = list(self._moving.values())
@@ -61,45 +65,54 @@ class Mover:
         """A slot of `model` is idle. One of the apis that are told also looks."""
         self._busy.discard(model)
         if used is not None:
+            self._waits.add(model)  # it may have given way
             self._shares[model].end(used)
 
     def deferred(self, model: str) -> None:
-        """The room has taken a request for the model of this name."""
-        if (token := names.model_token(model)) not in self._busy:
-            self.look(token)
+        """The room has taken a request. One of the apis that are told also looks, if a slot may be idle."""
+        self._waits.add(model)
+
+    def look_unless_busy(self, model: str) -> None:
+        """Move what can be moved, unless whoever gets an idle slot will say so."""
+        if model not in self._busy:
+            self._waits.add(model)
+            self.look(model)
 
     def look_at_all(self) -> None:
         """After a start or an outage: look at every model that has a worker."""
         self._busy.clear()
         for model in {names.model_token(worker.model) for worker in self._workers()}:
+            self._waits.add(model)
             self.look(model)
 
     def look(self, model: str) -> None:
-        """Move what can be moved."""
+        """Move what can be moved. Asks nobody if nothing waits."""
         if model in self._moving:
             self._again.add(model)
-        else:
+        elif model in self._waits and not self._closed:
             self._moving[model] = asyncio.create_task(self._move(model))
 
     async def _move(self, model: str) -> None:
-        waits = True
         if (timer := self._timers.pop(model, None)) is not None:
             timer.cancel()
         try:
             self._again.add(model)
             while model in self._again:
                 self._again.discard(model)
-                waits = await self._move_some(model)
-        except (QueueError, StateUnreadable) as exc:
+                await self._move_some(model)
+        except QueueError as exc:
+            self._waits.add(model)
             log.debug("nothing is moved to %s now: %s", model, exc)
         finally:
             del self._moving[model]
-            if waits:
+            if model in self._waits and not self._closed:
                 self._timers[model] = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, self.look, model)
 
-    async def _move_some(self, model: str) -> bool:
-        """Move a request for each idle slot; returns whether more may wait."""
-        self._busy.add(model)  # before the look, so that a slot that gets idle meanwhile is not overlooked
+    async def _move_some(self, model: str) -> None:
+        """Move a request for each idle slot."""
+        # Before the look, so that what is told meanwhile is not overlooked.
+        self._busy.add(model)
+        self._waits.discard(model)
         idle, found = await asyncio.gather(self._room.idle(model, self._slots(model)), self._room.backlog(model))
         backlog = dict(found)
         shares = self._shares[model]
@@ -121,7 +134,8 @@ class Mover:
                 await self._room.drop(waiting)
         if idle > 0:
             self._busy.discard(model)
-        return bool(backlog)
+        if backlog:
+            self._waits.add(model)
 
     def _slots(self, model: str) -> int:
         ready = (one for one in self._workers() if one.status is WorkerStatus.READY)
@@ -129,7 +143,10 @@ class Mover:
 
     async def _is_due(self, request_id: str, turn: int) -> bool:
         """Whether a message of this turn is still to be moved. It may be left of a move that broke off."""
-        stored = await self._states.get(request_id)
+        try:
+            stored = await self._states.get(request_id)
+        except StateUnreadable:
+            stored = None  # its worker ends it
         if stored is None:
             return True
         state = stored.state
