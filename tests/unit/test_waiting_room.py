@@ -1,19 +1,32 @@
 """The waiting room on the in-memory twins: moving, giving way, fair shares, and what is left by an api that dies."""
 
 import asyncio
+import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
+from forebay_api.clients.keys import ApiKeys
+from forebay_api.clients.limits import KeyLimits
 from forebay_api.clients.shares import Shares
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.protocols import Waiting
+from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import WaitingRoomFull
+from forebay_contracts.wire.errors import (
+    ConfigurationError,
+    KeyLimitReached,
+    RequestTimeout,
+    TierNotAllowed,
+    WaitingRoomFull,
+)
 from forebay_contracts.wire.heartbeats import Used
 from forebay_contracts.wire.request import InferenceRequest, Tier
 from forebay_contracts.wire.state import RequestStatus
+from forebay_inference.attempt.endings import End, Ended
 from support.engine import simulated_model
 from support.twins import MODEL, Twins, request, twins
 
@@ -194,6 +207,111 @@ async def test_those_that_gave_way_go_first(system: Twins) -> None:
     first = await system.queue.room.first(MODEL, "a")
     assert isinstance(first, Waiting)
     assert names.turn_of(first.headers[names.HEADER_MSG_ID]) == (back.id, 2)
+
+
+async def test_nobody_is_asked_about_an_empty_room(system: Twins) -> None:
+    system.worker(slots=1)
+    assert await system.text(flex("tokens=1")) == text(1)
+    await until(lambda: not system.movers[0].active)
+
+    async def asked(*_: object) -> int:
+        raise AssertionError("an idle slot asks for work that is not there")
+
+    system.queue.room.idle = asked  # type: ignore[method-assign,assignment]
+    assert await system.text(request("tokens=1")) == text(1)
+    await asyncio.sleep(0.05)  # for the notice of the idle slot, after which nothing happens
+
+
+async def test_the_deadline_passes_in_the_room(system: Twins) -> None:
+    wanted = flex(deadline=time.time() + 0.1)
+    with pytest.raises(RequestTimeout):
+        await system.text(wanted)
+    await system.reaches(wanted.id, RequestStatus.TIMED_OUT)
+    await until(lambda: not system.queue.room.waiting)
+
+
+async def test_what_nats_has_lost_of_the_room_is_published_again(system: Twins) -> None:
+    wanted = flex("tokens=3")
+    async with system.dispatcher.submit(wanted) as answer:
+        system.queue.room.lose(1)
+        system.dispatcher.look_after_an_outage()
+        await until(lambda: bool(system.queue.room.waiting))
+        system.worker(slots=1)
+        assert "".join([delta.text async for some in answer.deltas() for delta in some]) == text(3)
+
+
+async def test_what_nats_has_lost_after_a_move_goes_on_in_the_next_turn(system: Twins) -> None:
+    wanted = flex("tokens=40 delay_ms=3")
+    first = system.worker("w1", slots=1)
+    async with system.dispatcher.submit(wanted) as answer:
+        await answer.started()
+        (attempt,) = first.running.values()
+        system.queue.lose(attempt.delivery.sequence)
+        attempt.stop(Ended(End.SUPERSEDED))  # as a worker that is killed
+        await until(lambda: not first.running)
+        system.dispatcher.look_after_an_outage()
+        assert "".join([delta.text async for some in answer.deltas() for delta in some]) == text(40)
+    state = await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    assert (state.turn, state.attempt) == (1, 2)
+
+
+async def test_what_is_not_lost_is_not_published_again(system: Twins) -> None:
+    system.worker(slots=1)
+    wanted = flex("tokens=20 delay_ms=3")
+    async with system.dispatcher.submit(wanted) as answer:
+        await answer.started()
+        await system.reaches(wanted.id, RequestStatus.PROCESSING)
+        system.dispatcher.look_after_an_outage()
+        assert "".join([delta.text async for some in answer.deltas() for delta in some]) == text(20)
+    assert not system.queue.room.waiting
+    assert (await system.state(wanted.id)).attempt == 1
+
+
+def keys_of(tmp_path: Path, fields: str) -> ApiKeys:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[alice]\nsha256 = "{"0" * 64}"\n{fields}\n')
+    found = ApiKeys(ApiSettings(api_keys_file=file, _env_file=None))
+    found._reread(file)
+    return found
+
+
+def test_what_a_key_has_beyond_its_bound_is_deferred(tmp_path: Path) -> None:
+    limits = KeyLimits(keys_of(tmp_path, "max_requests = 1"), list, defers=True)
+    with limits.one_more(request(key="alice")) as first, limits.one_more(request(key="alice")) as second:
+        assert (first.tier, second.tier) == (Tier.DEFAULT, Tier.OVERFLOW)
+        assert (first.deferred, second.deferred) == (False, True)
+        assert second.service_tier == "default"
+        assert limits.unfinished == {"alice": 1}
+        with limits.one_more(flex(key="alice")) as third:
+            assert third.tier is Tier.FLEX
+    assert limits.unfinished == {}
+    refusing = KeyLimits(keys_of(tmp_path, "max_requests = 1"), list)
+    with refusing.one_more(request(key="alice")), pytest.raises(KeyLimitReached):
+        refusing.one_more(request(key="alice")).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked", "tier"),
+    [
+        ("", None, Tier.DEFAULT),
+        ("", "priority", Tier.DEFAULT),
+        ("", "flex", Tier.FLEX),
+        ('tiers = ["flex"]', "auto", Tier.FLEX),
+        ('tiers = ["flex"]', "default", None),
+        ('tiers = ["default"]', "flex", None),
+    ],
+)
+def test_the_tiers_of_a_key(tmp_path: Path, fields: str, asked: str | None, tier: Tier | None) -> None:
+    client = keys_of(tmp_path, fields).of("alice")
+    assert client is not None
+    with contextlib.nullcontext() if tier else pytest.raises(TierNotAllowed):
+        assert client.tier(asked) is tier
+
+
+@pytest.mark.parametrize("fields", ["weight = 0", "tiers = []", 'tiers = ["overflow"]', 'weight = "3"'])
+def test_an_entry_that_cannot_be_meant(tmp_path: Path, fields: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{fields.split()[0]}"):
+        keys_of(tmp_path, fields)
 
 
 @pytest.mark.parametrize("turn", [0, 1])

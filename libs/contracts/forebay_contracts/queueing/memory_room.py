@@ -61,6 +61,11 @@ class InMemoryRoom:
             listener(names.model_token(request.model))
         return sequence
 
+    def lose(self, sequence: int) -> None:
+        """Act like a store that lost a message: its id may be published again."""
+        del self.waiting[sequence]
+        self._known = {known: one for known, one in self._known.items() if one != sequence}
+
     def holds(self, request_id: str, sequence: int) -> bool:
         """Whether it is this request's."""
         found = self.waiting.get(sequence)

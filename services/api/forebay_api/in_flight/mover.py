@@ -61,6 +61,11 @@ class Mover:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    @property
+    def active(self) -> bool:
+        """Whether it looks, or will look again without being told."""
+        return bool(self._moving or self._timers)
+
     def idle(self, model: str, used: Used | None) -> None:
         """A slot of `model` is idle. One of the apis that are told also looks."""
         self._busy.discard(model)
