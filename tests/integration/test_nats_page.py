@@ -107,13 +107,15 @@ def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
         names.answer_subject("*"),
         names.answered_subject("*"),
         names.drain_subject("*"),
+        names.DEFERRED_SUBJECTS,
+        names.idle_subject("*"),
         *map(names.bucket_subjects, buckets),
     ]
     words = [word for command in commands(ROOT / page) for word in command]
     assert len(words) > 10
     for word in words:
         if word.startswith("INFERENCE"):
-            assert word in {names.STREAM, names.COUNTERS, names.ANSWERS}
+            assert word in {names.STREAM, names.COUNTERS, names.ANSWERS, names.DEFERRED}
         elif word.startswith("inference-"):
             assert word in buckets
         elif word.startswith(("inference.", "$KV.")):
