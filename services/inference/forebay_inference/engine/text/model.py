@@ -75,7 +75,7 @@ class TextModel:
 
     def can_resume(self, request: InferenceRequest) -> bool:
         """See `Model.can_resume`. The answer to `best_of` is told at its end, so nothing of it would be kept."""
-        if request.completion_type is CompletionType.EMBEDDING or self._generator is None:
+        if request.completion_type in POOLING or self._generator is None:
             return True
         can = self._generator.capabilities
         if (request.best_of or 0) > request.n or not _can_go_on(request, can, ranked=False):
