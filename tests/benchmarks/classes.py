@@ -11,7 +11,6 @@ KEY_OVERFLOW=defer. The engine is simulated, and takes STEP_MS for a token.
 
 import argparse
 import asyncio
-import itertools
 import json
 import random
 import statistics
@@ -44,6 +43,8 @@ from support.stack import Stack, running
 BUDGET_S = 170
 SLOTS = 4
 STEP_MS = 20
+PROMPT = 2
+"""Tokens of each prompt, which count too."""
 LIMITS: dict[str, Any] = {"max_concurrent_requests": SLOTS, "max_queue_size": 2000, "llm_batch_size": 64}
 KEYS = {name: f"key-of-{name}-0123456789" for name in ("one", "three", "flood", "other")}
 
@@ -207,10 +208,8 @@ async def shares(options: argparse.Namespace) -> dict[str, Any]:
             await asyncio.sleep(0.5)
             counts = {"one": options.requests, "three": 6 * options.requests}
             await asyncio.gather(*block, *(ask(key) for key in counts for _ in range(counts[key])))
-            both = len(done) - next(n for n, _ in enumerate(itertools.groupby(reversed(done))) if n >= 0)
-            while both and done[both - 1] == done[-1]:
-                both -= 1  # what came after one of the two had nothing left
-            used = Counter({key: count * tokens[key] for key, count in Counter(done[:both]).items()})
+            both = min(len(done) - done[::-1].index(key) for key in counts)  # then one of the two has nothing left
+            used = {key: count * (PROMPT + tokens[key]) for key, count in Counter(done[:both]).items()}
             found["three_to_one"] = round(used["three"] / used["one"], 3)
             for kind in ("alone", "beside_flood", "alone", "beside_flood"):
                 flood = []
