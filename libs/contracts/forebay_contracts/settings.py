@@ -104,6 +104,18 @@ class Settings(BaseSettings):
         le=10_000_000,
         description="Most requests of one key and model in the waiting room, where the tier flex waits",
     )
+    file_store_bytes: int = Field(
+        2_147_483_648,
+        ge=1_048_576,
+        description="Most bytes of all files, those of batches included; when full, uploads get 503",
+    )
+    file_ttl: float = Field(
+        2_592_000,
+        ge=1,
+        le=31_536_000,
+        description="Seconds for which a file is kept that was uploaded without `expires_after`, and for which the "
+        "files of a batch are",
+    )
     nats_url: str | None = Field(
         None, description="URLs of NATS servers, comma-separated; empty: `forebay up` starts one of its own"
     )
@@ -255,6 +267,12 @@ class ApiSettings(Settings):
         0, ge=0, le=600, description="Seconds after SIGTERM in which the api still serves but is not ready"
     )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds after SIGTERM for running requests to end")
+    max_file_bytes: int = Field(
+        200_000_000, ge=1_024, le=10_000_000_000, description="Largest file that may be uploaded; more gets 413"
+    )
+    batch_window: int = Field(
+        100, ge=1, le=10_000, description="Most requests of one batch that are queued or run at once"
+    )
 
     @field_validator("api_keys", "cors_origins", "allowed_hosts", mode="before")
     @classmethod

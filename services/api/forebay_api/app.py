@@ -10,6 +10,7 @@ from fastapi import Depends
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from forebay_api.batches.queue import BatchQueue
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.clients.limits import KeyLimits
 from forebay_api.context import Context, caller
@@ -19,14 +20,19 @@ from forebay_api.http.errors import ErrorAnswers
 from forebay_api.http.middleware import REQUEST_ID_HEADER, HeadersMiddleware, TraceMiddleware
 from forebay_api.http.openapi import KEY, Api, described
 from forebay_api.http.routing import Routes
+from forebay_api.in_flight.carried import CarriedRequests
 from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.files import Files
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.listener import Listener
 from forebay_api.in_flight.mover import Mover
 from forebay_api.in_flight.records import Records
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai import models
+from forebay_api.openai.batches import routes as batches
+from forebay_api.openai.batches.stored import Batches
 from forebay_api.openai.chat import routes as chat
+from forebay_api.openai.files import routes as files
 from forebay_api.openai.responses import conversation_routes as conversations
 from forebay_api.openai.responses import routes as responses
 from forebay_api.openai.responses.stored import Responses
@@ -68,6 +74,8 @@ def create_app(context: Context) -> ASGIApp:
         chat.router,
         responses.router,
         conversations.router,
+        files.router,
+        batches.router,
         queue.router,
     ):
         rest.include_router(router, dependencies=keyed, responses=ERRORS)
@@ -121,11 +129,14 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await Listener(connection, context.dispatcher, context.stored, context.mover).start()
         await heartbeat.start()
         context.mover.look_at_all()
+        running_batches = BatchQueue(context)
+        running_batches.start()
         log.info("[RequestQueue] api %s takes requests for %s", instance, settings.served_model)
         try:
             yield context
         finally:
             await context.mover.close()
+            await running_batches.close()
             await context.stored.close()
             await context.dispatcher.close()
             await context.workers.stop()
@@ -168,6 +179,9 @@ def _built(
         mover=mover,
         records=records,
         responses=Responses(records, stored),
+        carried=CarriedRequests(dispatcher, stored, states, answers),
+        files=Files(connection),
+        batches=Batches(connection),
         idempotent=IdempotentRequests(connection, stored),
         workers=workers,
         models=Models(settings, workers.alive, lambda: known_models(connection)),

@@ -7,11 +7,14 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from forebay_api.clients.keys import ApiKeys, Client
+from forebay_api.in_flight.carried import CarriedRequests
 from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.files import Files
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.mover import Mover
 from forebay_api.in_flight.records import Records
 from forebay_api.in_flight.stored import StoredRequests
+from forebay_api.openai.batches.stored import Batches
 from forebay_api.openai.responses.stored import Responses
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
@@ -37,6 +40,9 @@ class Context:
     mover: Mover
     records: Records
     responses: Responses
+    carried: CarriedRequests
+    files: Files
+    batches: Batches
     idempotent: IdempotentRequests
     workers: Presence[WorkerInfo]
     models: Models

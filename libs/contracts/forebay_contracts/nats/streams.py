@@ -17,6 +17,15 @@ DUPLICATE_WINDOW_S = 120
 ANSWER_DUPLICATE_WINDOW_S = 30
 """The same for the answer log. Its writers are fenced, so it only saves a read."""
 
+MAX_BATCHES = 1_000
+"""Most batches that have not ended."""
+
+MAX_BATCH_S = 7 * 86_400
+"""The longest completion window of a batch."""
+
+BATCH_ACK_WAIT_S = 10
+"""A batch whose api says nothing for so long goes on at another one."""
+
 COUNTER_HISTORY = 10_000
 """Increments kept for each counter, so that NATS recognises a repetition also after its restart."""
 
@@ -24,7 +33,10 @@ QUEUE_SHARE = 0.5
 """The part of the NATS account's storage that requests may take."""
 
 ANSWER_SHARE = 0.3
-"""The part that the answer log may take, if that is less than ANSWER_LOG_BYTES. States and counters have the rest."""
+"""The part that the answer log may take, if that is less than ANSWER_LOG_BYTES."""
+
+FILE_SHARE = 0.05
+"""The part that files may take, if that is less than FILE_STORE_BYTES. States and counters have the rest."""
 
 ROOM_SHARE = 0.1
 """The part that the waiting room may take."""
@@ -36,11 +48,12 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
     `storage` is how many bytes the account may store for each replica: inf if that is unbounded. None: unknown; then
     the bounds in bytes stay as they are.
     """
-    queue_bytes = answer_bytes = room_bytes = None
+    queue_bytes = answer_bytes = room_bytes = file_bytes = None
     if storage is not None:
         queue_bytes = int(storage * QUEUE_SHARE) if storage < math.inf else None
         room_bytes = int(storage * ROOM_SHARE) if storage < math.inf else None
         answer_bytes = int(min(settings.answer_log_bytes, storage * ANSWER_SHARE))
+        file_bytes = int(min(settings.file_store_bytes, storage * FILE_SHARE))
     replicas = settings.nats_replicas
     return [
         StreamConfig(
@@ -102,6 +115,36 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
         _bucket(names.ANSWERS_BUCKET, "Answers to idempotent requests", settings.request_state_ttl, replicas),
         _bucket(names.WORKERS_BUCKET, "Live workers", HEARTBEAT_TTL_S, replicas),
         _bucket(names.APIS_BUCKET, "Live api instances", HEARTBEAT_TTL_S, replicas),
+        # NATS ADR-20 fixes the layout of an object store. Each message has a TTL of its own.
+        StreamConfig(
+            name=names.object_stream(names.FILES_BUCKET),
+            description="Files, and what batches have answered so far",
+            subjects=names.object_subjects(names.FILES_BUCKET),
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            max_bytes=file_bytes,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_msg_ttl=True,
+            allow_rollup_hdrs=False,
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        _bucket(names.BATCHES_BUCKET, "Batches", max(settings.file_ttl, MAX_BATCH_S), replicas),
+        StreamConfig(
+            name=names.BATCHES,
+            description="Batches that have not ended",
+            subjects=[names.BATCH_SUBJECTS],
+            retention=RetentionPolicy.WORK_QUEUE,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            max_msgs=MAX_BATCHES,
+            # The same batch twice is refused, however late.
+            max_msgs_per_subject=1,
+            discard_new_per_subject=True,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
     ]
 
 
@@ -125,6 +168,17 @@ def consumer_config(
         max_deliver=-1,
         metadata=metadata,
     )
+
+
+BATCH_CONSUMER = ConsumerConfig(
+    durable_name=names.BATCHES_CONSUMER,
+    description="Hands batches to apis",
+    ack_policy=AckPolicy.EXPLICIT,
+    ack_wait=BATCH_ACK_WAIT_S,
+    max_ack_pending=MAX_BATCHES,
+    max_deliver=-1,
+)
+"""The durable consumer that all apis share."""
 
 
 def _bucket(bucket: str, description: str, ttl_s: float, replicas: int) -> StreamConfig:

@@ -9,7 +9,8 @@ ForebayError
 │   ├── QueueConflict             another write came first
 │   │   └── AnswerTaken           another attempt, or whoever cancelled it, wrote the answer on
 │   ├── AnswerLogFull             503 answer_log_full
-│   └── WaitingRoomFull           503 waiting_room_full
+│   ├── WaitingRoomFull           503 waiting_room_full
+│   └── FileStoreFull             503 file_store_full
 ├── StateUnreadable               500 state_unreadable
 └── RequestError                  ends one request, with an answer for its client
     ├── InvalidRequest            400
@@ -109,6 +110,12 @@ class WaitingRoomFull(QueueError):
     """The waiting room has no place for another request of this key and model. Nothing was accepted."""
 
     code = "waiting_room_full"
+
+
+class FileStoreFull(QueueError):
+    """FILE_STORE_BYTES are used. Nothing was stored."""
+
+    code = "file_store_full"
 
 
 class StateUnreadable(ApiError):

@@ -1,5 +1,6 @@
 """All names on NATS: streams, subjects, consumers, buckets, headers. No other module spells one out."""
 
+import base64
 import re
 import uuid
 from typing import Final
@@ -34,6 +35,13 @@ APIS_BUCKET: Final = "inference-apis"
 ANSWERS_BUCKET: Final = "inference-answers"
 RESPONSES_BUCKET: Final = "inference-responses"
 
+FILES_BUCKET: Final = "inference-files"
+BATCHES_BUCKET: Final = "inference-batches"
+
+BATCHES: Final = "INFERENCE_BATCHES"
+BATCH_SUBJECTS: Final = "inference.batches.*"
+BATCHES_CONSUMER: Final = "batches"
+
 HEADER_DEADLINE: Final = "Forebay-Deadline"
 HEADER_REPLY_TO: Final = "Forebay-Reply-To"
 HEADER_MSG_ID: Final = "Nats-Msg-Id"
@@ -51,6 +59,9 @@ HTTP_FORWARDED: Final = "forebay-forwarded"
 
 NO_KEY: Final = "_"
 """In subjects of the waiting room: no key. No key has this name."""
+
+HEADER_LINES: Final = "Forebay-Lines"
+"""On the last chunk of a part of a batch's output: JSON, see `forebay_api/batches/output.py`."""
 
 RESPONSE_PREFIX: Final = "resp_"
 """What the id of a response begins with."""
@@ -199,6 +210,31 @@ def turn_of(message_id: str) -> tuple[str, int]:
     """The request id and the turn in a Nats-Msg-Id."""
     request_id, _, turn = message_id.partition(".")
     return request_id, int(turn) if turn.isdecimal() else 0
+
+
+def object_stream(bucket: str) -> str:
+    """The stream behind an object store (NATS ADR-20)."""
+    return f"OBJ_{bucket}"
+
+
+def object_subjects(bucket: str) -> list[str]:
+    """The subjects of an object store (NATS ADR-20): chunks, and what is known of each object."""
+    return [f"$O.{bucket}.C.>", f"$O.{bucket}.M.>"]
+
+
+def chunk_subject(bucket: str, nuid: str) -> str:
+    """The subject of the chunks of one object (NATS ADR-20)."""
+    return f"$O.{bucket}.C.{nuid}"
+
+
+def object_subject(bucket: str, name: str) -> str:
+    """The subject of what is known of an object (NATS ADR-20)."""
+    return f"$O.{bucket}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+
+
+def batch_subject(batch_id: str) -> str:
+    """Where it is said that a batch is to be run."""
+    return f"inference.batches.{batch_id}"
 
 
 def is_request_id(text: str) -> bool:

@@ -19,6 +19,11 @@ from forebay_contracts.wire.errors import InvalidRequest
 
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^:]+)(:\d*)?")
 _JSON: Final = re.compile(rb"\s*application/(json|[!#$&^_.+\w-]+\+json)\s*(;.*)?", re.I | re.S)
+_FORM: Final = re.compile(rb"\s*multipart/form-data\s*;.*", re.I | re.S)
+_UPLOADS: Final = "/v1/files"
+"""The one path that takes a form. A browser sends the `Origin` of the page with each, which is checked first."""
+
+_AS_JSON: Final = "JSON: send the header `Content-Type: application/json"
 _HEADERS: Final = frozenset(
     (
         *(b"host", b"origin", b"sec-fetch-site", b"sec-fetch-dest"),
@@ -71,8 +76,11 @@ class CrossSite:
         elif origin not in self._origins and origin.partition(b"://")[2] != (host or None):
             raise ForeignPage(f"Pages of {_shown(origin)} may not use this api: put the origin into CORS_ORIGINS.")
         has_body = b"transfer-encoding" in found or found.get(b"content-length", b"0") != b"0"
-        if scope["method"] == "POST" and has_body and not _JSON.fullmatch(found.get(b"content-type", b"")):
-            raise NotJson("The body must be declared as JSON: send the header `Content-Type: application/json`.")
+        uploads = scope["path"] == _UPLOADS
+        declared = (_FORM if uploads else _JSON).fullmatch(found.get(b"content-type", b""))
+        if scope["method"] == "POST" and has_body and declared is None:
+            wanted = "a form: send the header `Content-Type: multipart/form-data" if uploads else _AS_JSON
+            raise NotJson(f"The body must be declared as {wanted}`.")
 
     def _matches(self, host: bytes) -> bool:
         """Whether a `Host` is known; a client that sends none is no browser. An address cannot be rebound."""

@@ -30,6 +30,9 @@ _ERRORS: Final = errors_of(OPENAI)
 ERRORS: Final[_Responses] = {status: _ERRORS[status] for status in (400, 401, 403, 404, 421, 503)}
 """The errors of every operation under /v1."""
 
+ERRORS_OF_UPLOADS: Final[_Responses] = {status: _ERRORS[status] for status in (408, 413, 415)}
+"""Of a route that reads a form by itself, bounded, and not by FastAPI."""
+
 DECLARED_AS_JSON: Final[_Responses] = {415: _ERRORS[415]}
 """Of a route that needs no body: one that is sent must be declared as JSON."""
 

@@ -51,6 +51,7 @@ ANSWERS: Final[dict[type[ApiError], ErrorAnswer]] = {
     errors.ModelUnavailable: ErrorAnswer(True, "model_unavailable"),
     errors.AnswerLogFull: ErrorAnswer(True, "answer_log_full"),
     errors.WaitingRoomFull: ErrorAnswer(True, "waiting_room_full"),
+    errors.FileStoreFull: ErrorAnswer(False),
     errors.QueueError: ErrorAnswer(True),
     errors.ModelNotFound: ErrorAnswer(None, "model_not_found"),
     errors.InvalidApiKey: ErrorAnswer(False, "invalid_api_key"),

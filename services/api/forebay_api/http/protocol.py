@@ -65,7 +65,9 @@ class BoundedHttp(HttpToolsProtocol):
     """One connection. A request that exceeds a bound or is not HTTP is answered 431, 408 or 400, and closes it."""
 
     # Without slots these attributes would double the memory of the connection's own.
-    __slots__ = ("_body_timeout_s", "_head_bytes", "_in_body", "_peer", "_refused", "_silent_bytes", "_timer")
+    __slots__ = (
+        *("_body_timeout_s", "_head_bytes", "_in_body", "_peer", "_refused", "_silent_bytes", "_timed_bytes", "_timer"),
+    )
 
     def __init__(self, *args: Any, body_timeout_s: float, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -74,6 +76,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_body = False
         self._head_bytes = 0
         self._silent_bytes = 0
+        self._timed_bytes = 0
         self._refused = False
         self._peer = Peer()
 
@@ -144,7 +147,7 @@ class BoundedHttp(HttpToolsProtocol):
         """The head is there: the application begins."""
         if self._refused or self.parser.should_upgrade():
             return
-        self._silent_bytes = 0
+        self._silent_bytes = self._timed_bytes = 0
         self._arm(self._body_timeout_s)
         super().on_headers_complete()
         self._in_body = True
@@ -153,11 +156,15 @@ class BoundedHttp(HttpToolsProtocol):
         """A piece of the body.
 
         To wake the application for each piece takes as long as to copy it. A body without a length wakes it for each,
-        since it may be too large.
+        since it may be too large. Each megabyte of a file has as long as a body.
         """
         self._silent_bytes = 0
         if self._refused:
             return
+        self._timed_bytes += len(body)
+        if self._timed_bytes > GATHERED_BYTES:
+            self._timed_bytes = 0
+            self._arm(self._body_timeout_s)
         if len(body) >= LARGE_PIECE and self._is_gathered():
             self.cycle.body += body
         else:

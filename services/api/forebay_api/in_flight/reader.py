@@ -11,12 +11,15 @@ from forebay_contracts.wire.state import RequestStatus
 
 
 class Reader:
-    """Feeds an answer from the log while its block lasts. `last` is the sequence of the last record."""
+    """Feeds an answer from the log while its block lasts. `last` is the sequence of the last record.
 
-    def __init__(self, request: InferenceRequest) -> None:
+    Unless it is `wanted`, nothing of the answer is kept.
+    """
+
+    def __init__(self, request: InferenceRequest, *, wanted: bool = True) -> None:
         self.answer = LiveAnswer(request, lambda _: None, ordered=True)
         self.last = 0
-        self._wanted = True
+        self._wanted = wanted
 
     def __enter__(self) -> LiveAnswer:
         return self.answer

@@ -1,4 +1,4 @@
-"""Records of what is stored for clients: values of the KV bucket `inference-responses`.
+"""Records of what is stored for clients: values of a KV bucket, of `inference-responses` or `inference-batches`.
 
 A key is `<kind>.<owner>.<id>`. So what belongs to another key of the api is not found, and an owner's records of one
 kind can be listed, oldest first.
@@ -29,7 +29,6 @@ SCAN: Final = 50
 
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _DELETED = {"KV-Operation": "DEL"}
-_STREAM: Final = names.bucket_stream(names.RESPONSES_BUCKET)
 
 R = TypeVar("R", bound=Message)
 
@@ -51,15 +50,17 @@ def key_of(kind: str, owner: str | None, identifier: str) -> str:
 class Records:
     """The bucket. Each method raises QueueUnavailable without an answer from NATS."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, bucket: str = names.RESPONSES_BUCKET) -> None:
         self._connection = connection
         self._requests = connection.requests
+        self._bucket = bucket
+        self._stream = names.bucket_stream(bucket)
 
     async def get(self, key: str, kind: type[R]) -> Kept[R] | None:
         """The record, or None if there is none. Raises StateUnreadable if another version wrote it."""
-        subject = names.bucket_subject(names.RESPONSES_BUCKET, key)
+        subject = f"$JS.API.DIRECT.GET.{self._stream}.{names.bucket_subject(self._bucket, key)}"
         try:
-            msg = await self._requests.request(f"$JS.API.DIRECT.GET.{_STREAM}.{subject}", timeout_s=RECORD_TIMEOUT_S)
+            msg = await self._requests.request(subject, timeout_s=RECORD_TIMEOUT_S)
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("what is stored cannot be read, try again later") from exc
         headers = msg.headers or {}
@@ -84,11 +85,11 @@ class Records:
 
     async def scan(self, kind: str, owner: str | None, record: type[R]) -> AsyncIterator[R]:
         """All records of an owner, in the order in which they were written."""
-        subjects = names.bucket_subject(names.RESPONSES_BUCKET, key_of(kind, owner, "*"))
+        subjects = names.bucket_subject(self._bucket, key_of(kind, owner, "*"))
         after, found = 0, list[Msg]()
         while not after or len(found) == SCAN:
             try:
-                found = await direct_get.messages(self._connection, _STREAM, subjects, after + 1, SCAN)
+                found = await direct_get.messages(self._connection, self._stream, subjects, after + 1, SCAN)
             except (NatsError, TimeoutError) as exc:
                 raise QueueUnavailable("what is stored cannot be read, try again later") from exc
             after = int((found[-1].headers or {})["Nats-Sequence"]) if found else -1
@@ -97,7 +98,7 @@ class Records:
                     yield _decoded(record, msg.data)
 
     async def _store(self, key: str, data: bytes, headers: dict[str, str]) -> int:
-        subject = names.bucket_subject(names.RESPONSES_BUCKET, key)
+        subject = names.bucket_subject(self._bucket, key)
         try:
             return await self._requests.store(subject, data, timeout_s=RECORD_TIMEOUT_S, headers=headers)
         except MaxPayloadError as exc:

@@ -99,11 +99,23 @@ class StoredRequests:
             coming = await held.enter_async_context(self._answers.follow(request.id, fresh=True))
             sequence = await self._admit(request, key, record)
             reader = Reader(request)
-            task = asyncio.create_task(self._watch(request, sequence, reader, coming, held.pop_all()))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self.watch(request, sequence, reader, coming, held.pop_all())
         with reader as answer:
             yield answer
+
+    def watch(
+        self,
+        request: InferenceRequest,
+        sequence: int,
+        reader: Reader,
+        coming: AsyncIterator[list[Record]],
+        held: AsyncExitStack,
+    ) -> asyncio.Task[None]:
+        """Follow a request that was admitted here; the task ends with it, and then leaves `held`."""
+        task = asyncio.create_task(self._watch(request, sequence, reader, coming, held))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def need_room(self) -> None:
         """Raises AnswerLogFull if nothing more may be stored."""

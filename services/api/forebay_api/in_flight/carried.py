@@ -1,0 +1,93 @@
+"""Requests for which no client waits, such as the lines of a batch: admitted once, and read when they have ended."""
+
+import asyncio
+import contextlib
+import logging
+from contextlib import AsyncExitStack
+
+from forebay_api.in_flight.dispatcher import Dispatcher
+from forebay_api.in_flight.live_answer import LiveAnswer
+from forebay_api.in_flight.reader import Reader
+from forebay_api.in_flight.stored import StoredRequests
+from forebay_contracts.queueing.protocols import AnswerLog, StateStore
+from forebay_contracts.wire.errors import ApiError, InferenceFailed, QueueUnavailable
+from forebay_contracts.wire.request import InferenceRequest
+
+log = logging.getLogger(__name__)
+
+
+class CarriedRequests:
+    """Their answers go into the answer log, and none of it is kept here until they are whole.
+
+    The limit of a key does not count them: whoever makes them bounds them.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, stored: StoredRequests, states: StateStore, answers: AnswerLog) -> None:
+        self._dispatcher = dispatcher
+        self._stored = stored
+        self._states = states
+        self._answers = answers
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._twice: set[str] = set()
+        """Requests that may be in the queue twice, since nothing was known of them when they were taken up."""
+
+    async def carry(self, request: InferenceRequest, *, fresh: bool) -> asyncio.Task[None]:
+        """Admit a request; the task ends with it. Unless it is `fresh`, it may have been admitted before, at any api.
+
+        Raises:
+            QueueFull, QueueUnavailable, RequestTooLarge, AnswerLogFull: nothing was admitted.
+        """
+        if (running := self._tasks.get(request.id)) is not None:
+            return running
+        async with AsyncExitStack() as held:
+            coming = await held.enter_async_context(self._answers.follow(request.id, fresh=fresh))
+            sequence = None if fresh else await self._sequence(request.id)
+            if sequence is None:
+                await self._stored.need_room()
+                sequence = await self._dispatcher.admit(request)
+                if not fresh:
+                    self._twice.add(request.id)
+            task = self._stored.watch(request, sequence, Reader(request, wanted=False), coming, held.pop_all())
+        self._tasks[request.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(request.id, None))
+        return task
+
+    async def _sequence(self, request_id: str) -> int | None:
+        """The sequence of a request that was admitted (0: not known), or None if it was not."""
+        if (stored := await self._states.get(request_id)) is not None:
+            return stored.state.sequence or 0
+        return 0 if await self._answers.read(request_id, most=1) else None
+
+    async def known(self, request_id: str) -> bool:
+        """Whether a request was admitted, as far as is known."""
+        return await self._sequence(request_id) is not None
+
+    async def whole(self, request: InferenceRequest) -> LiveAnswer:
+        """The answer to a request that has ended.
+
+        Raises:
+            ApiError: the error that it ended with.
+            QueueUnavailable: it has not ended, as far as is known.
+        """
+        answer = await self._stored.so_far(request)
+        if answer.completed is not None:
+            return answer
+        if answer.error is None and await self._stored.ended_as(request) is None:
+            raise QueueUnavailable("the request has not ended")
+        raise answer.error or InferenceFailed("the answer is not stored any more")
+
+    async def cancel(self, request: InferenceRequest, reason: str) -> None:
+        """Cancel a request, unless it has ended."""
+        await self._stored.cancel(request, reason)
+
+    async def free(self, request_id: str) -> None:
+        """Remove an answer that is kept elsewhere.
+
+        Its last record stays if an attempt may still begin, which would take an empty log for an answer that has not
+        begun: the worker has not written its state yet, or the request is in the queue twice.
+        """
+        with contextlib.suppress(ApiError):  # RESPONSE_TTL removes it too
+            stored = await self._states.get(request_id)
+            over = stored is not None and stored.state.status.final and request_id not in self._twice
+            self._twice.discard(request_id)
+            await self._answers.purge(request_id, keep=int(not over))

@@ -1,0 +1,73 @@
+"""The batches of every key: their records, and the queue from which apis take them."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Final
+
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+
+from forebay_api.in_flight.records import Kept, Records, key_of
+from forebay_api.openai.batches.record import KIND, BatchRecord
+from forebay_contracts.nats import clock
+from forebay_contracts.nats.connection import Connection
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import ApiError, QueueFull, QueueUnavailable
+
+PUBLISH_TIMEOUT_S: Final = 5.0
+"""How long the queue of batches may take to answer."""
+
+UNSAID_S: Final = 60.0
+"""A batch that no api has run for so long is queued again: the api that made it may have died before it queued it."""
+
+_STORE_FAILED: Final = 10077
+
+
+class Batches:
+    """See the module. Each method raises QueueUnavailable without an answer from NATS."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._requests = connection.requests
+        self._records = Records(connection, names.BATCHES_BUCKET)
+
+    async def create(self, record: BatchRecord) -> None:
+        """Keep a new batch, and queue it. Raises QueueFull if too many have not ended; then nothing is kept."""
+        await self._records.put(_key(record.id), record)
+        try:
+            await self._queue(record.id)
+        except ApiError:
+            with contextlib.suppress(ApiError):
+                await self._records.delete(_key(record.id))
+            raise
+
+    async def get(self, batch_id: str) -> Kept[BatchRecord] | None:
+        """A batch, or None if there is none."""
+        kept = await self._records.get(_key(batch_id), BatchRecord)
+        if kept is not None and kept.record.waits and clock.now() - kept.record.created_at > UNSAID_S:
+            with contextlib.suppress(ApiError):  # the server refuses a batch that is queued
+                await self._queue(batch_id)
+        return kept
+
+    async def put(self, record: BatchRecord, revision: int) -> int:
+        """Replace `revision` of a batch; returns the new one. Raises QueueConflict if `revision` is not the last."""
+        return await self._records.put(_key(record.id), record, revision)
+
+    def scan(self) -> AsyncIterator[BatchRecord]:
+        """All batches, by their last change."""
+        return self._records.scan(KIND, None, BatchRecord)
+
+    async def _queue(self, batch_id: str) -> None:
+        subject = names.batch_subject(batch_id)
+        try:
+            await self._requests.store(subject, timeout_s=PUBLISH_TIMEOUT_S, headers={names.HEADER_MSG_ID: batch_id})
+        except APIError as exc:
+            if exc.err_code == _STORE_FAILED and "exceeded" in (exc.description or ""):
+                raise QueueFull("too many batches have not ended, try again later") from exc
+            raise QueueUnavailable(f"the batch was not queued: {exc.description}") from exc
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the queue of batches cannot be reached, try again later") from exc
+
+
+def _key(batch_id: str) -> str:
+    # Not by owner: an operator finds a batch by its id.
+    return key_of(KIND, None, batch_id)
