@@ -17,7 +17,7 @@ from forebay_api.prepare import Accepted
 from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueError
-from forebay_contracts.wire.request import InferenceRequest
+from forebay_contracts.wire.request import InferenceRequest, Tier
 from forebay_contracts.wire.state import Usage
 
 READ_AT_ONCE: Final = 4
@@ -74,7 +74,11 @@ class LineRequests:
         )
         prepared = await self.endpoint.prepare(self._context, accepted)
         # What the endpoint would await is not begun: a line is answered into the log, and nobody waits.
-        changes = {"reply_to": names.answer_subject(request_id), "deadline": self._record.expires_at}
+        changes = {
+            "reply_to": names.answer_subject(request_id),
+            "deadline": self._record.expires_at,
+            "tier": Tier.FLEX,
+        }
         request = prepared.request.model_copy(update=changes)
         return LineRequest(number, line.custom_id, request, prepared.format(request))
 
