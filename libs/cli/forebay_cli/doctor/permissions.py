@@ -16,8 +16,11 @@ _REQUESTS = names.bucket_stream(names.REQUESTS_BUCKET)
 _WORKERS = names.bucket_stream(names.WORKERS_BUCKET)
 _APIS = names.bucket_stream(names.APIS_BUCKET)
 _KEYS = names.bucket_stream(names.ANSWERS_BUCKET)
+_BATCHES = names.bucket_stream(names.BATCHES_BUCKET)
+_FILES = names.object_stream(names.FILES_BUCKET)
 _RESPONSES = names.bucket_stream(names.RESPONSES_BUCKET)
 _CONSUMER_INFO = f"{_JS}CONSUMER.INFO.{names.STREAM}.*"
+_BATCHES_INFO = f"{_JS}CONSUMER.INFO.{names.BATCHES}.*"
 _STREAM_INFO = f"{_JS}STREAM.INFO.*"
 
 # The numbers of the queue, the states and the heartbeats.
@@ -43,6 +46,21 @@ def _values(bucket: str) -> str:
     return names.bucket_subjects(bucket).replace(">", "*")
 
 
+_FILES_AND_BATCHES = (
+    f"$O.{names.FILES_BUCKET}.*.*",
+    f"{_GET}{_FILES}",
+    f"{_GET}{_FILES}.>",
+    f"{_JS}STREAM.PURGE.{_FILES}",
+    f"{_JS}STREAM.MSG.DELETE.{_FILES}",
+    f"{_values(names.BATCHES_BUCKET)}.*.*",
+    f"{_GET}{_BATCHES}",
+    f"{_GET}{_BATCHES}.>",
+    names.BATCH_SUBJECTS,
+    _BATCHES_INFO,
+    f"{_JS}CONSUMER.MSG.NEXT.{names.BATCHES}.*",
+    f"$JS.ACK.{names.BATCHES}.>",
+)
+
 PUBLISHES: Final = {
     "api": (
         "inference.requests.*.*",
@@ -65,6 +83,7 @@ PUBLISHES: Final = {
         f"{_GET}{_RESPONSES}.>",
         *_READS_ANSWERS,
         f"{_JS}STREAM.PURGE.{names.ANSWERS}",
+        *_FILES_AND_BATCHES,
         _ACROSS_ACCOUNTS,
     ),
     "inference": (
@@ -81,6 +100,7 @@ PUBLISHES: Final = {
         _values(names.WORKERS_BUCKET),
         _STREAM_INFO,
         _CONSUMER_INFO,
+        _BATCHES_INFO,
         f"{_GET}{_REQUESTS}.>",
         f"{_GET}{_APIS}",
         *_READS_ANSWERS,
@@ -91,6 +111,7 @@ PUBLISHES: Final = {
         f"{_JS}STREAM.CREATE.*",
         f"{_JS}STREAM.UPDATE.*",
         f"{_JS}CONSUMER.DURABLE.CREATE.{names.STREAM}.*",
+        f"{_JS}CONSUMER.DURABLE.CREATE.{names.BATCHES}.*",
         f"{_JS}CONSUMER.PAUSE.{names.STREAM}.*",
         names.drain_subject("*"),
         # `forebay cancel`

@@ -77,7 +77,7 @@ class Run:
 
         Raises:
             Superseded: another api runs it.
-            QueueConflict: another api wrote into its files.
+            QueueConflict: another api wrote into its files, before this one was its owner.
             QueueUnavailable: NATS does not answer.
         """
         await self._save(lambda record: record.model_copy(update={"run": self._name}), claim=True)
@@ -86,6 +86,9 @@ class Run:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+        except QueueConflict:
+            self._take(await self._context.batches.get(self._record.id))
+            raise
         finally:
             for task in work:
                 task.cancel()

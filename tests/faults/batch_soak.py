@@ -1,0 +1,187 @@
+"""A batch while everything is killed in turn.
+
+    python tests/faults/batch_soak.py [--lines 5000] [--pause 4]
+
+Apis, workers and NATS are killed one after the other, also the api that runs the batch, until the batch has ended.
+Afterwards the output must have every line once and with the right answer, and no line may have come to its end twice:
+an observer hears each end that the server stores. Prints JSON; exits 1 if not.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from nats.aio.msg import Msg
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from forebay_contracts.wire import names
+from forebay_contracts.wire.state import RequestStatus
+from support.nats import NatsServer
+from support.stack import MODEL, Stack, running
+
+URL = "/v1/chat/completions"
+SLOTS = 4
+LIMITS = {"max_concurrent_requests": SLOTS, "worker_slots": SLOTS // 2, "max_queue_size": 200, "max_deliveries": 100}
+WITHIN_S = 900
+"""Within so long a batch must end."""
+
+
+def tokens(number: int) -> int:
+    """How many tokens the answer to a line has."""
+    return 3 + number % 5
+
+
+def lines(count: int, delay_ms: int) -> bytes:
+    """An input file."""
+    return b"".join(
+        json.dumps(
+            {
+                "custom_id": f"line-{number}",
+                "method": "POST",
+                "url": URL,
+                "body": {
+                    "model": MODEL,
+                    "messages": [{"role": "user", "content": f"[[tokens={tokens(number)} delay_ms={delay_ms}]]"}],
+                },
+            }
+        ).encode()
+        + b"\n"
+        for number in range(count)
+    )
+
+
+def wrong(output: bytes, count: int) -> list[str]:
+    """What of an output file is not as it must be."""
+    found: Counter[str] = Counter()
+    faults = []
+    for line in output.splitlines():
+        entry = json.loads(line)
+        custom_id, response = entry["custom_id"], entry["response"]
+        found[custom_id] += 1
+        wanted = " ".join(f"t{token}" for token in range(tokens(int(custom_id.removeprefix("line-")))))
+        if response["status_code"] != 200 or response["body"]["choices"][0]["message"]["content"] != wanted:
+            faults.append(f"{custom_id}: {line[:300]!r}")
+    faults += [
+        f"line-{number}: {found[f'line-{number}']} times" for number in range(count) if found[f"line-{number}"] != 1
+    ]
+    return faults + [f"{custom_id} is no line" for custom_id in found if not custom_id.startswith("line-")]
+
+
+@asynccontextmanager
+async def ends(stack: Stack) -> AsyncIterator[Counter[str]]:
+    """How often the server has stored the last frame of each answer, as `completed`."""
+    heard: Counter[str] = Counter()
+
+    async def hear(msg: Msg) -> None:
+        if any(frame.startswith(b'{"type":"completed"') for frame in msg.data.split(b"\n")):
+            heard[msg.subject] += 1
+
+    subscription = await stack.connection.client.subscribe(names.answered_subject("*"), cb=hear)
+    try:
+        yield heard
+    finally:
+        await subscription.unsubscribe()
+
+
+async def kill_in_turn(stack: Stack, nats: NatsServer, stop: asyncio.Event, pause_s: float) -> Counter[str]:
+    """The api that runs the batch, a worker, NATS; what was killed comes back. Returns how often."""
+    killed: Counter[str] = Counter()
+    for what in itertools.cycle(("api", "worker", "nats")):
+        await asyncio.wait([asyncio.create_task(stop.wait())], timeout=pause_s)
+        if stop.is_set():
+            return killed
+        match what:
+            case "api":
+                old = stack.apis.pop(0)  # the longest there: it has the batch, or will be the next to get it
+                await old.kill()
+                await stack.api()
+            case "worker":
+                await stack.workers.pop(0).kill()
+                await stack.worker()
+            case _:
+                await asyncio.to_thread(nats.kill)
+                await asyncio.to_thread(nats.start)
+        killed[what] += 1
+    raise AssertionError
+
+
+async def ended(stack: Stack, batch_id: str) -> dict[str, Any]:
+    """The batch, once it has ended, from whichever api answers."""
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            try:
+                answer = await stack.http.get(f"{stack.apis[-1].url}/v1/batches/{batch_id}")
+                found: dict[str, Any] = answer.json()
+                if answer.status_code == 200 and found["status"] in ("completed", "failed", "expired", "cancelled"):
+                    return found
+            except httpx.HTTPError:
+                pass
+            await asyncio.sleep(0.2)
+
+
+async def soak(count: int, pause_s: float, delay_ms: int = 5) -> dict[str, Any]:
+    """The figures of one run."""
+    with tempfile.TemporaryDirectory() as store:
+        nats = NatsServer(Path(store))
+        nats.start()
+        try:
+            async with running(nats, apis=2, workers=2, **LIMITS) as stack, ends(stack) as heard:
+                client: openai.AsyncOpenAI = stack.openai(0)
+                file = await client.files.create(file=("in.jsonl", lines(count, delay_ms)), purpose="batch")
+                batch = await client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+                began, stop = time.monotonic(), asyncio.Event()
+                killing = asyncio.create_task(kill_in_turn(stack, nats, stop, pause_s))
+                try:
+                    found = await ended(stack, batch.id)
+                finally:
+                    stop.set()
+                took_s, killed = time.monotonic() - began, await killing
+                last = stack.openai(-1)
+                output = (await last.files.content(found["output_file_id"])).content if found["output_file_id"] else b""
+                errors = (await last.files.content(found["error_file_id"])).content if found["error_file_id"] else b""
+                faults = wrong(output, count)
+                return {
+                    "lines": count,
+                    "took_s": round(took_s, 1),
+                    "killed": dict(killed),
+                    "status": found["status"],
+                    "counts": found["request_counts"],
+                    "wrong": faults[:5],
+                    "wrong_count": len(faults),
+                    "errors": errors[:1000].decode(),
+                    "ends_heard": len(heard),
+                    "ended_twice": [subject for subject, times in heard.items() if times > 1][:5],
+                    "counted_completed": (await stack.states.totals())[RequestStatus.COMPLETED],
+                    "left_in_log": (await stack.connection.jetstream.stream_info(names.ANSWERS)).state.messages,
+                }
+        finally:
+            nats.stop()
+
+
+def main() -> int:
+    """Run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=5_000)
+    parser.add_argument("--pause", type=float, default=4, help="seconds between two kills")
+    parser.add_argument("--delay-ms", type=int, default=5, help="before each token")
+    options = parser.parse_args()
+    found = asyncio.run(soak(options.lines, options.pause, options.delay_ms))
+    print(json.dumps(found, indent=1))
+    is_right = found["status"] == "completed" and not found["wrong_count"] and not found["ended_twice"]
+    return 0 if is_right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

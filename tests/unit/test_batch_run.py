@@ -1,0 +1,191 @@
+"""A batch on the in-memory twins: what is written, whatever happens while it runs."""
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from forebay_contracts.queueing.protocols import Superseded
+from forebay_contracts.wire.state import RequestStatus
+from support.batches import batched, line
+from support.twins import twins
+
+
+@pytest.fixture(autouse=True)
+def _reports_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.batches.run.REPORT_S", 0.02)
+
+
+SLOW = "tokens=5 delay_ms=20"
+
+
+def words(count: int) -> str:
+    return " ".join(f"t{token}" for token in range(count))
+
+
+def answers(lines: list[dict[str, Any]]) -> dict[str, str]:
+    return {one["custom_id"]: one["response"]["body"]["choices"][0]["message"]["content"] for one in lines}
+
+
+async def test_each_line_is_answered_once_and_its_answer_leaves_the_log() -> None:
+    async with twins() as made, batched(made) as batches:
+        made.worker()
+        data = b"".join(line(f"r{number}", f"tokens={number % 3 + 1}") for number in range(30))
+        ended = await batches.ends(await batches.create(data, window=7))
+        output = await batches.lines(ended.output_file_id)
+        assert ended.status == "completed"
+        assert (ended.total, ended.completed, ended.failed, ended.error_file_id) == (30, 30, 0, None)
+        assert ended.usage.completion_tokens == 60
+        assert answers(output) == {f"r{number}": words(number % 3 + 1) for number in range(30)}
+        assert all(one["error"] is None and one["response"]["status_code"] == 200 for one in output)
+        assert len(await made.answers.read(output[0]["response"]["request_id"])) == 0
+        statuses = [record.status for record in batches.batches.history]
+        assert list(dict.fromkeys(statuses)) == ["validating", "in_progress", "finalizing", "completed"]
+
+
+async def test_wrong_lines_go_into_the_error_file() -> None:
+    wrong = {
+        "invalid_json_line": [b"no json\n", b"[]\n"],
+        "missing_required_parameter": [b'{"method":"POST"}\n', b'{"custom_id":"b","method":"POST","url":"%s"}\n'],
+        "invalid_method": [line("get", method="GET")],
+        "invalid_url": [line("url", url="/v1/embeddings")],
+        "duplicate_custom_id": [line("good")],
+    }
+    data = line("good") + b"\r\n" + b"".join(one for some in wrong.values() for one in some)
+    data = data.replace(b"%s", b"/v1/chat/completions")
+    bodies = {"model": {"model": "other"}, "stream": {"stream": True}, "store": {"store": True}, "n": {"n": 0}}
+    data += b"".join(line(name, **body) for name, body in bodies.items()) + line("fails", "tokens=1 fail")
+    async with twins(max_deliveries=1) as made, batched(made) as batches:
+        made.worker()
+        ended = await batches.ends(await batches.create(data))
+        errors = await batches.lines(ended.error_file_id)
+        assert (ended.status, ended.completed, ended.failed) == ("completed", 1, len(errors))
+        codes = Counter(one["error"]["code"] for one in errors if one["response"] is None)
+        assert codes == {code: len(some) for code, some in wrong.items()}
+        refused = {one["custom_id"]: one["response"] for one in errors if one["response"] is not None}
+        assert {name: one["status_code"] for name, one in refused.items()} == {
+            **{"model": 404, "stream": 400, "store": 400, "n": 400},
+            "fails": 500,
+        }
+        assert all(one["body"]["error"]["param"] == name for name, one in refused.items() if name != "fails")
+
+
+@pytest.mark.parametrize(
+    ("data", "code"), [(b"", "empty_file"), (b"\n \n", "empty_file"), (b"%PDF-1.4\n\x00\xff\n", "invalid_json_line")]
+)
+async def test_a_file_without_a_request_fails_the_batch(data: bytes, code: str) -> None:
+    async with twins() as made, batched(made) as batches:
+        ended = await batches.ends(await batches.create(data))
+        assert (ended.status, ended.output_file_id) == ("failed", None)
+        assert ended.errors[0].code == code
+        assert ended.object()["errors"]["data"][0]["code"] == code
+
+
+async def test_too_many_lines_fail_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.batches.lines.MAX_LINES", 2)
+    async with twins() as made, batched(made) as batches:
+        ended = await batches.ends(await batches.create(b"no json\n" + line("a") + line("b")))
+        assert (ended.status, ended.errors[0].code, ended.error_file_id) == ("failed", "too_many_requests", None)
+
+
+async def test_another_run_goes_on_where_the_first_was_ended() -> None:
+    async with twins() as made, batched(made) as batches:
+        made.worker(slots=3)
+        data = b"".join(line(f"r{number}", "tokens=2 delay_ms=5") for number in range(40))
+        record = await batches.create(data, window=6)
+        for turn in range(3):
+            first = batches.run(record, f"run-{turn}")
+            while (await batches.record(record)).run != f"run-{turn}":
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.13)  # in the middle of it
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        ended = await batches.ends(record)
+        output = await batches.lines(ended.output_file_id)
+        assert (ended.status, ended.completed, ended.failed) == ("completed", 40, 0)
+        assert Counter(one["custom_id"] for one in output) == {f"r{number}": 1 for number in range(40)}
+        assert set(answers(output).values()) == {words(2)}
+        ends = Counter(state.id for state in made.states.history if state.status is RequestStatus.COMPLETED)
+        assert (len(ends), set(ends.values())) == (40, {1})
+
+
+async def test_a_part_that_was_not_written_to_its_end_is_removed() -> None:
+    async with twins() as made, batched(made) as batches:
+        made.worker()
+        record = await batches.create(line("a") + line("b"))
+        nuid = f"batch-{record.id.removeprefix('batch_')}-output"
+        await batches.files.append(nuid, b'{"half', 0, 1)
+        ended = await batches.ends(record)
+        assert set(answers(await batches.lines(ended.output_file_id))) == {"a", "b"}
+
+
+async def test_of_two_runs_one_gives_up() -> None:
+    async with twins() as made, batched(made) as batches:
+        made.worker(slots=2)
+        record = await batches.create(b"".join(line(f"r{number}", SLOW) for number in range(10)))
+        first = batches.run(record, "first")
+        while (await batches.record(record)).status != "in_progress":
+            await asyncio.sleep(0)
+        ended = await batches.ends(record)
+        with pytest.raises(Superseded):
+            await first
+        output = await batches.lines(ended.output_file_id)
+        assert Counter(one["custom_id"] for one in output) == {f"r{number}": 1 for number in range(10)}
+
+
+async def test_a_cancelled_batch_keeps_what_it_has() -> None:
+    async with twins() as made, batched(made) as batches:
+        made.worker(slots=2)
+        data = b"".join(line(f"r{number}", SLOW) for number in range(30))
+        record = await batches.create(data, window=4)
+        running = batches.run(record)
+        while (await batches.record(record)).completed == 0:
+            await asyncio.sleep(0.01)
+        kept = await batches.batches.get(record.id)
+        assert kept is not None
+        await batches.batches.put(kept.record.to("cancelling"), kept.revision)
+        await running
+        ended = await batches.record(record)
+        assert ended.status == "cancelled"
+        assert ended.object()["cancelled_at"] >= ended.object()["cancelling_at"]
+        output, errors = await batches.lines(ended.output_file_id), await batches.lines(ended.error_file_id)
+        assert {one["error"]["code"] for one in errors} == {"batch_cancelled"}
+        assert Counter(one["custom_id"] for one in output + errors) == {f"r{number}": 1 for number in range(30)}
+        await made.empty()
+
+
+async def test_an_expired_batch_keeps_what_it_has() -> None:
+    async with twins() as made, batched(made) as batches:
+        made.worker(slots=1)
+        data = line("done") + b"".join(line(f"r{number}", "tokens=50 delay_ms=20") for number in range(10))
+        ended = await batches.ends(await batches.create(data, window=3, expires_in_s=0.6))
+        assert (ended.status, ended.completed, ended.failed) == ("expired", 1, 10)
+        errors = await batches.lines(ended.error_file_id)
+        assert {one["error"]["code"] for one in errors} == {"batch_expired"}
+        assert ended.object()["expired_at"] is not None
+
+
+async def test_a_full_queue_makes_it_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.batches.run.RETRY_S", 0.01)
+    monkeypatch.setattr("forebay_api.batches.output.RETRY_S", 0.01)
+    async with twins(max_queue_size=2) as made, batched(made) as batches:
+        made.worker(slots=1)
+        made.answers.room, batches.files.full = False, True
+        record = await batches.create(b"".join(line(f"r{number}") for number in range(12)))
+        running = batches.run(record)
+        await asyncio.sleep(0.1)
+        assert (await batches.record(record)).completed == 0
+        made.answers.room = True
+        await asyncio.sleep(0.1)
+        batches.files.full = False
+        await running
+        assert (await batches.record(record)).completed == 12
+
+
+async def test_the_input_file_is_gone() -> None:
+    async with twins() as made, batched(made) as batches:
+        record = await batches.create(line())
+        batches.files.files.clear()
+        ended = await batches.ends(record)
+        assert (ended.status, ended.errors[0].param) == ("failed", "input_file_id")
