@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -80,13 +80,14 @@ def wrong(output: bytes, count: int) -> list[str]:
 
 
 @asynccontextmanager
-async def ends(stack: Stack) -> AsyncIterator[Counter[str]]:
-    """How often the server has stored the last frame of each answer, as `completed`."""
-    heard: Counter[str] = Counter()
+async def ends(stack: Stack) -> AsyncIterator[dict[str, list[str]]]:
+    """The records that the server has stored with a last frame `completed`, by answer: their names and sequences."""
+    heard: defaultdict[str, list[str]] = defaultdict(list)
 
     async def hear(msg: Msg) -> None:
         if any(frame.startswith(b'{"type":"completed"') for frame in msg.data.split(b"\n")):
-            heard[msg.subject] += 1
+            known = msg.headers or {}
+            heard[msg.subject].append(f"{known[names.HEADER_MSG_ID]} at {known['Nats-Sequence']}")
 
     subscription = await stack.connection.client.subscribe(names.answered_subject("*"), cb=hear)
     try:
@@ -162,7 +163,7 @@ async def soak(count: int, pause_s: float, delay_ms: int = 5) -> dict[str, Any]:
                     "wrong_count": len(faults),
                     "errors": errors[:1000].decode(),
                     "ends_heard": len(heard),
-                    "ended_twice": [subject for subject, times in heard.items() if times > 1][:5],
+                    "ended_twice": [records for records in heard.values() if len(records) > 1][:5],
                     "counted_completed": (await stack.states.totals())[RequestStatus.COMPLETED],
                     "left_in_log": (await stack.connection.jetstream.stream_info(names.ANSWERS)).state.messages,
                 }

@@ -12,12 +12,15 @@ PORT = ":8091"
 JSON = {"content-type": "application/json"}
 
 
-def checked(method: str = "GET", headers: dict[str, str] | None = None, **settings: str) -> type[InvalidRequest] | None:
+def checked(
+    method: str = "GET", headers: dict[str, str] | None = None, path: str = "/v1/models", **settings: str
+) -> type[InvalidRequest] | None:
     """What the request is refused with; None if it is served."""
     given = {"host": "localhost:8091", **(headers or {})}
     raw = [(name.encode(), value.encode()) for name, value in given.items()]
     try:
-        CrossSite(load(ApiSettings, **settings)).check({"type": "http", "method": method, "headers": raw})
+        scope = {"type": "http", "method": method, "path": path, "headers": raw}
+        CrossSite(load(ApiSettings, **settings)).check(scope)
     except InvalidRequest as exc:
         return type(exc)
     return None
@@ -100,6 +103,14 @@ def test_bodies_are_declared_as_json(content_type: str, served: bool) -> None:
     assert checked("POST", {"content-type": content_type, "content-length": "0"}) is None
 
 
+def test_a_form_is_for_uploads_alone() -> None:
+    form = {"content-type": "multipart/form-data; boundary=x", "content-length": "2"}
+    assert checked("POST", form, path="/v1/files") is None
+    assert checked("POST", form, path="/v1/batches") is NotJson
+    assert checked("POST", JSON | {"content-length": "2"}, path="/v1/files") is NotJson
+    assert checked("POST", form | {"origin": "https://attacker.example"}, path="/v1/files") is ForeignPage
+
+
 def test_the_message_says_what_to_set() -> None:
     for headers, setting in (
         ({"host": "a.example"}, "ALLOWED_HOSTS"),
@@ -107,7 +118,7 @@ def test_the_message_says_what_to_set() -> None:
     ):
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         with pytest.raises(InvalidRequest, match=f"a.example.*{setting}"):
-            CrossSite(ApiSettings()).check({"type": "http", "method": "GET", "headers": raw})
+            CrossSite(ApiSettings()).check({"type": "http", "method": "GET", "path": "/", "headers": raw})
 
 
 @pytest.mark.parametrize("value", ["http://a.example", "a.example:80", "a.*", "**.a", "a..b", "a b"])
