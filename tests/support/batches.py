@@ -120,6 +120,7 @@ class Batched:
 
     def __init__(self, twins: Twins) -> None:
         self.twins = twins
+        twins.mover()  # lines wait in the room
         self.files, self.batches = InMemoryFiles(), InMemoryBatches()
         self.stored = StoredRequests(
             twins.dispatcher,
@@ -128,7 +129,7 @@ class Batched:
             twins.cancellation,
             twins.answers,
             None,  # type: ignore[arg-type]
-            lambda _: contextlib.nullcontext(),
+            contextlib.nullcontext,
         )
         self.context: Any = SimpleNamespace(
             settings=load(ApiSettings, _env_file=None),

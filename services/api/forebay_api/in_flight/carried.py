@@ -55,7 +55,7 @@ class CarriedRequests:
     async def _sequence(self, request_id: str) -> int | None:
         """The sequence of a request that was admitted (0: not known), or None if it was not."""
         if (stored := await self._states.get(request_id)) is not None:
-            return stored.state.sequence or 0
+            return stored.state.deferred or stored.state.sequence or 0
         return 0 if await self._answers.read(request_id, most=1) else None
 
     async def known(self, request_id: str) -> bool:

@@ -270,7 +270,11 @@ class StoredRequests:
             return
         state = stored.state if stored is not None else None
         lost = await is_lost(self._admission, request, sequence, state)
-        if lost and have(await self._answers.read(request.id)).wanted:
+        if not lost or not have(await self._answers.read(request.id)).wanted:
+            return
+        # An answer that has ended may have been removed since: only after its state was final.
+        stored = await self._states.get(request.id)
+        if stored is None or not stored.state.status.final:
             sequence = await publish_again(self._admission, request, state)
             if request.id in self._watched:
                 self._watched[request.id] = request, sequence
