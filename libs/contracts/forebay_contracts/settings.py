@@ -255,7 +255,7 @@ class ApiSettings(Settings):
         description="Largest body of a request; the default limit of NATS for a message is 1 MB",
     )
     body_timeout: float = Field(
-        60, ge=1, le=3600, description="Seconds that a client has to send a body after its headers"
+        60, ge=1, le=3600, description="Seconds that a client has to send a body, or the next megabyte of a file"
     )
     stream_keep_alive: float = Field(
         15, ge=0, le=3600, description="Seconds without an event after which a stream gets a sign of life; 0: never"

@@ -47,7 +47,8 @@ class CarriedRequests:
                 sequence = await self._dispatcher.admit(request)
                 if not fresh:
                     self._twice.add(request.id)
-            task = self._stored.watch(request, sequence, Reader(request, wanted=False), coming, held.pop_all())
+            reader = Reader(request, wanted=False)
+            task = self._stored.background(self._stored.watch(request, sequence, reader, coming, held.pop_all()))
         self._tasks[request.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(request.id, None))
         return task

@@ -99,23 +99,9 @@ class StoredRequests:
             coming = await held.enter_async_context(self._answers.follow(request.id, fresh=True))
             sequence = await self._admit(request, key, record)
             reader = Reader(request)
-            self.watch(request, sequence, reader, coming, held.pop_all())
+            self.background(self.watch(request, sequence, reader, coming, held.pop_all()))
         with reader as answer:
             yield answer
-
-    def watch(
-        self,
-        request: InferenceRequest,
-        sequence: int,
-        reader: Reader,
-        coming: AsyncIterator[list[Record]],
-        held: AsyncExitStack,
-    ) -> asyncio.Task[None]:
-        """Follow a request that was admitted here; the task ends with it, and then leaves `held`."""
-        task = asyncio.create_task(self._watch(request, sequence, reader, coming, held))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def need_room(self) -> None:
         """Raises AnswerLogFull if nothing more may be stored."""
@@ -198,7 +184,7 @@ class StoredRequests:
         last = [decode_frame(frame) for frame in records[-1].frames] if records else []
         await self._answers.purge(request.id, keep=int(len(last) == 1 and isinstance(last[0], Failed)))
 
-    async def _watch(
+    async def watch(
         self,
         request: InferenceRequest,
         sequence: int,
@@ -262,7 +248,7 @@ class StoredRequests:
     def look_after_an_outage(self) -> None:
         """Publish again what NATS has lost of the requests that were admitted here."""
         for request, sequence in self._watched.values():
-            self._background(self._look_after(request, sequence))
+            self.background(self._look_after(request, sequence))
 
     async def _look_after(self, request: InferenceRequest, sequence: int) -> None:
         stored = await self._states.get(request.id)
@@ -290,9 +276,11 @@ class StoredRequests:
     def _register(self, request_id: str, reader: Reader) -> None:
         if reader.last:
             return  # a worker has begun, so it has written the state
-        self._background(self.registered(request_id))
+        self.background(self.registered(request_id))
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do `work` until its end, or until `close`."""
+
         async def run() -> None:
             with contextlib.suppress(ForebayError):
                 await work
@@ -300,6 +288,7 @@ class StoredRequests:
         task = asyncio.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _end_at_deadline(self, request: InferenceRequest, overdue_s: float) -> None:
         await asyncio.sleep(request.deadline - clock.now() + overdue_s)
