@@ -21,6 +21,7 @@ from forebay_api.openai.files.routes import file_of
 from forebay_api.openai.lists import Limit, page
 from forebay_contracts.nats import clock
 from forebay_contracts.wire.errors import InvalidRequest, QueueConflict, RequestNotFound
+from forebay_contracts.wire.request import Tier
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 
@@ -30,6 +31,7 @@ _ID: Final = re.compile(r"batch_[0-9a-f]{32}")
 @router.post("", **TAKES_JSON)
 async def create_batch(request: Request, context: Running, caller: Caller) -> dict[str, Any]:
     """Run the requests of a file within a window of time, when nothing urgent needs the models."""
+    caller.tier(Tier.FLEX)
     body = await body_of(request, BatchBody, context.settings.max_request_bytes)
     try:
         file = await file_of(context, caller, body.input_file_id)
