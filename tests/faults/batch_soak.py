@@ -1,12 +1,13 @@
 """A batch while everything is killed in turn.
 
     python tests/faults/batch_soak.py [--lines 5000] [--pause 4]
+    python tests/faults/batch_soak.py --memory [--lines 50000]
 
 Apis, workers and NATS are killed one after the other, also the api that runs the batch, until the batch has ended.
 Afterwards the output must have every line once and with the right answer, and no line may have come to its end twice:
 an observer hears each end that the server stores. A killed nats-server loses what it has acknowledged in its last
 moments and not yet written; a line whose end it lost so comes to its end again, and is counted apart. Prints JSON;
-exits 1 if something is not right.
+exits 1 if something is not right. With `--memory` nothing is killed, and the memory of the api is measured.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 from nats.aio.msg import Msg
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -192,14 +194,52 @@ async def soak(count: int, pause_s: float, delay_ms: int = 5) -> dict[str, Any]:
             nats.stop()
 
 
+async def memory(count: int) -> dict[str, Any]:
+    """The resident memory of the api that runs a batch, in MiB: before it, and the most while it runs."""
+    with tempfile.TemporaryDirectory() as store:
+        nats = NatsServer(Path(store))
+        nats.start()
+        try:
+            slots = {"max_concurrent_requests": 32, "worker_slots": 32, "max_queue_size": 200}
+            async with running(nats, apis=1, workers=1, **slots) as stack:
+                process = psutil.Process(stack.apis[0].pid)
+                client: openai.AsyncOpenAI = stack.openai(0)
+                small = await client.files.create(file=("in.jsonl", lines(100, 0)), purpose="batch")
+                warm = await client.batches.create(input_file_id=small.id, endpoint=URL, completion_window="24h")
+                await ended(stack, warm.id)
+                before = process.memory_info().rss
+                file = await client.files.create(file=("in.jsonl", lines(count, 0)), purpose="batch")
+                uploaded, began = process.memory_info().rss, time.monotonic()
+                batch = await client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+                ending = asyncio.create_task(ended(stack, batch.id))
+                most = uploaded
+                while not ending.done():
+                    await asyncio.wait([ending], timeout=0.1)
+                    most = max(most, process.memory_info().rss)
+                return {
+                    "lines": count,
+                    "took_s": round(time.monotonic() - began, 1),
+                    "counts": ending.result()["request_counts"],
+                    "before_mib": before >> 20,
+                    "after_upload_mib": uploaded >> 20,
+                    "most_mib": most >> 20,
+                }
+        finally:
+            nats.stop()
+
+
 def main() -> int:
     """Run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=int, default=5_000)
+    parser.add_argument("--lines", type=int)
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--pause", type=float, default=4, help="seconds between two kills")
     parser.add_argument("--delay-ms", type=int, default=5, help="before each token")
     options = parser.parse_args()
-    found = asyncio.run(soak(options.lines, options.pause, options.delay_ms))
+    if options.memory:
+        print(json.dumps(asyncio.run(memory(options.lines or 50_000)), indent=1))
+        return 0
+    found = asyncio.run(soak(options.lines or 5_000, options.pause, options.delay_ms))
     print(json.dumps(found, indent=1))
     is_right = found["status"] == "completed" and not found["wrong_count"] and not found["ended_twice"]
     return 0 if is_right else 1
