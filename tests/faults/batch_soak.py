@@ -241,7 +241,8 @@ def main() -> int:
         return 0
     found = asyncio.run(soak(options.lines or 5_000, options.pause, options.delay_ms))
     print(json.dumps(found, indent=1))
-    is_right = found["status"] == "completed" and not found["wrong_count"] and not found["ended_twice"]
+    is_right = found["status"] == "completed" and found["counts"]["failed"] == 0
+    is_right = is_right and not found["wrong_count"] and not found["ended_twice"]
     return 0 if is_right else 1
 
 

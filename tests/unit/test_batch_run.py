@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from forebay_api.batches.output import Output
 from forebay_contracts.queueing.protocols import Superseded
+from forebay_contracts.wire.errors import QueueConflict
 from forebay_contracts.wire.state import RequestStatus
 from support.batches import batched, line
 from support.twins import twins
@@ -121,6 +123,30 @@ async def test_a_part_that_was_not_written_to_its_end_is_removed() -> None:
         assert set(answers(await batches.lines(ended.output_file_id))) == {"a", "b"}
 
 
+async def test_after_a_takeover_the_earlier_run_writes_into_neither_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with twins() as made, batched(made) as batches:
+        record = await batches.create(line("a"))
+        first, second = Output(batches.files, record), Output(batches.files, record)  # type: ignore[arg-type]
+        await first.add("output", 1, b"one\n")
+        read = batches.files.read
+
+        async def read_and_then_written(nuid: str, after: int = 0) -> Any:
+            async for page in read(nuid, after):
+                yield page
+            if nuid.endswith("output") and not first.has(2):
+                await first.add("output", 2, b"two\n")
+
+        monkeypatch.setattr(batches.files, "read", read_and_then_written)
+        await second.take_over()
+        assert (second.has(1), second.has(2), second.completed) == (True, True, 2)
+        for kind in ("output", "error"):
+            with pytest.raises(QueueConflict):
+                await first.add(kind, 3, b"three\n")
+        await second.add("error", 3, b"3\n")
+        files = {kind: await batches.files.get(name) for kind, name in (await second.finish()).items()}
+        assert {kind: file.size for kind, file in files.items() if file is not None} == {"output": 8, "error": 2}
+
+
 async def test_of_two_runs_one_gives_up() -> None:
     async with twins() as made, batched(made) as batches:
         made.worker(slots=2)
@@ -159,8 +185,8 @@ async def test_a_cancelled_batch_keeps_what_it_has() -> None:
 async def test_an_expired_batch_keeps_what_it_has() -> None:
     async with twins() as made, batched(made) as batches:
         made.worker(slots=1)
-        data = line("done") + b"".join(line(f"r{number}", "tokens=50 delay_ms=20") for number in range(10))
-        ended = await batches.ends(await batches.create(data, window=3, expires_in_s=0.6))
+        data = line("done") + b"".join(line(f"r{number}", "tokens=100 delay_ms=20") for number in range(10))
+        ended = await batches.ends(await batches.create(data, window=3, expires_in_s=1.2))
         assert (ended.status, ended.completed, ended.failed) == ("expired", 1, 10)
         errors = await batches.lines(ended.error_file_id)
         assert {one["error"]["code"] for one in errors} == {"batch_expired"}

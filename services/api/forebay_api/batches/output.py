@@ -5,6 +5,7 @@ whoever goes on reads there what is done, and the server lets only one of two wr
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from forebay_api.openai.batches.record import BatchRecord, BatchUsage
 from forebay_api.openai.files.upload import PREFIX
 from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import FileStoreFull, QueueUnavailable
+from forebay_contracts.wire.errors import FileStoreFull, QueueConflict, QueueUnavailable
 from forebay_contracts.wire.state import Usage
 
 GATHER_S: Final = 0.1
@@ -75,19 +76,29 @@ class Output:
         """Whether a line is in one of the files."""
         return number < len(self._done) and bool(self._done[number])
 
-    async def load(self) -> None:
-        """Read what is done. A part that was not written to its end is removed."""
+    async def take_over(self) -> None:
+        """Read what is done, and add an empty part to both files: from then on no earlier writer can add anything.
+
+        A part that was not written to its end is removed.
+        """
         for half in self._halves.values():
-            unfinished: list[int] = []
-            async for page in self._files.read(half.nuid):
-                for msg in page:
-                    unfinished.append(sequence_of(msg))
-                    if (lines := (msg.headers or {}).get(names.HEADER_LINES)) is not None:
-                        half.last = unfinished[-1]
-                        unfinished.clear()
-                        self._count(half, orjson.loads(lines))
-            for sequence in unfinished:
-                await self._files.remove(sequence)
+            while True:
+                await self._load(half)
+                with contextlib.suppress(QueueConflict):
+                    await self._write(half, [])
+                    break
+
+    async def _load(self, half: _Half) -> None:
+        unfinished: list[int] = []
+        async for page in self._files.read(half.nuid, half.last):
+            for msg in page:
+                unfinished.append(sequence_of(msg))
+                if (lines := (msg.headers or {}).get(names.HEADER_LINES)) is not None:
+                    half.last = unfinished[-1]
+                    unfinished.clear()
+                    self._count(half, orjson.loads(lines))
+        for sequence in unfinished:
+            await self._files.remove(sequence)
 
     def put(self, kind: Kind, number: int, line: bytes, usage: Usage | None = None) -> bool:
         """Have a line written with the next flush; returns whether it is time for one."""
@@ -124,12 +135,14 @@ class Output:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def finish(self) -> dict[Kind, str]:
-        """Make files of all parts; returns their ids. A file without a line is not made."""
+        """Make files of all parts; returns their ids. A file without a line is not kept."""
         made: dict[Kind, str] = {}
         for kind, half in self._halves.items():
             if half.lines:
                 made[kind] = PREFIX + self._record.named(kind).hex
                 await self._files.put(await self._file(made[kind], kind, half), self._record.kept_s)
+            else:
+                await self._files.purge(half.nuid)
         return made
 
     async def _flush_soon(self, half: _Half) -> None:
@@ -153,7 +166,7 @@ class Output:
             "usage": {name: sum(getattr(usage, name) for usage in used) for name in BatchUsage.model_fields},
         }
         header = orjson.dumps(known).decode()
-        for start in range(0, len(data), CHUNK_BYTES):
+        for start in range(0, max(len(data), 1), CHUNK_BYTES):
             end = start + CHUNK_BYTES
             half.last = await self._append(half, data[start:end], header if end >= len(data) else None)
         self._count(half, known)
@@ -169,7 +182,7 @@ class Output:
 
     def _count(self, half: _Half, known: dict[str, Any]) -> None:
         lines: list[int] = known["lines"]
-        self._done.extend(bytes(max(max(lines) + 1 - len(self._done), 0)))
+        self._done.extend(bytes(max(max(lines, default=0) + 1 - len(self._done), 0)))
         for number in lines:
             self._done[number] = 1
         half.lines += len(lines)

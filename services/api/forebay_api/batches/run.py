@@ -40,7 +40,7 @@ REPORT_S: Final = 1.0
 """Pause between two reports of the counts, which also notice a cancel."""
 
 WINDOW_BYTES: Final = 4 * 1024 * 1024
-"""Most bytes of lines that are queued or run at once; one line may have more."""
+"""Most bytes of lines that are queued or run at once."""
 
 MAX_ERRORS: Final = 20
 """Most errors that a failed batch tells."""
@@ -69,7 +69,7 @@ class Run:
         self._flying: dict[int, LineRequest] = {}
         """The lines that are queued or run, by number."""
         self._flying_bytes = 0
-        # An earlier run may have admitted so many lines that are not done.
+        # An earlier run may have admitted so many lines, in order, that are not done.
         self._unsure = record.window if record.run else 0
 
     async def run(self) -> None:
@@ -103,7 +103,10 @@ class Run:
         return "batch_expired" if clock.now() >= self._record.expires_at else None
 
     async def _to_its_end(self) -> None:
-        await self._output.load()
+        if self._unsure:
+            # By then an earlier run that is still there has noticed this one, and admits nothing more.
+            await asyncio.sleep(2 * REPORT_S)
+            await self._output.take_over()
         file = await self._context.files.get(self._record.input_file_id)
         errors: list[BatchError] = []
         if file is None:
@@ -178,14 +181,14 @@ class Run:
 
     async def _line(self, group: asyncio.TaskGroup, number: int, data: bytes | None) -> None:
         line = lines.parsed(data, self._requests.endpoint.path)
-        size, pause_s, sure = len(line.body), RETRY_S, self._unsure <= 0
-        self._unsure -= 1
+        size, pause_s, sure, known = len(line.body), RETRY_S, self._unsure <= 0, False
         while len(self._flying) >= self._record.window or (self._flying and self._flying_bytes + size > WINDOW_BYTES):
             self._landed.clear()
             await self._landed.wait()
         while True:
             try:
-                if self._stop and (sure or not await self._context.carried.known(self._id(number))):
+                known = not sure and await self._context.carried.known(self._id(number))
+                if self._stop and not known:
                     break
                 ready = await self._requests.prepare(number, line)
                 ended = await self._context.carried.carry(ready.request, fresh=sure)
@@ -196,6 +199,7 @@ class Run:
             except ApiError as exc:
                 return await self._put(number, self._failure(number, line.custom_id, exc))
             else:
+                self._unsure = self._record.window if known else self._unsure - 1
                 self._flying[number] = ready
                 self._flying_bytes += size
                 group.create_task(self._follow(ready, size, ended))
@@ -248,8 +252,8 @@ class Run:
     async def _close(self, status: Status, **changes: Any) -> None:
         """Make the files, and end the batch."""
         made = await self._output.finish()
-        files = {f"{kind}_file_id": name for kind, name in made.items()}
-        await self._save(lambda record: _counted(record, self._output).to(status, **files, **changes))
+        changes |= {f"{kind}_file_id": name for kind, name in made.items()}
+        await self._save(lambda record: _counted(record, self._output).to(status, **changes))
         log.info(
             "[Batches] %s %s: %d, and %d not", self._record.id, status, self._output.completed, self._output.failed
         )
