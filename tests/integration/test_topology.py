@@ -77,7 +77,7 @@ async def test_the_limits_are_read_back_from_the_server(nats_server: NatsServer)
 async def test_the_second_time_there_is_nothing_to_change(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         made = await topology.ensure(connection, settings(nats_server), MODEL)
-        assert len(made) == len(streams.stream_configs(settings(nats_server))) + 1
+        assert len(made) == len(streams.stream_configs(settings(nats_server))) + 2  # and two consumers
         assert await topology.ensure(connection, settings(nats_server), MODEL) == []
     nats_server.restart()
     async with connected(nats_server) as connection:
@@ -108,6 +108,7 @@ async def test_an_installation_without_stored_answers_gets_them(tmp_path: Path) 
                     most = 6 * 2**20 if config.name == names.STREAM else config.max_bytes
                     await connection.jetstream.add_stream(replace(config, max_bytes=most))
             await connection.jetstream.add_consumer(names.STREAM, streams.consumer_config(wanted, MODEL))
+            await connection.jetstream.add_consumer(names.BATCHES, streams.BATCH_CONSUMER)
             await publish(connection, 5)
             assert await topology.ensure(connection, wanted, MODEL) == [
                 "stream INFERENCE: max_bytes 6291456 → 4194304",
@@ -130,7 +131,7 @@ async def test_a_server_with_less_room_than_stored_answers_may_take(tmp_path: Pa
         async with connected(server) as connection:
             with pytest.raises(ConfigurationError, match=r"insufficient.*, or lower ANSWER_LOG_BYTES"):
                 await topology.ensure(connection, settings(server), MODEL)
-            fits = settings(server, answer_log_bytes=50 * 10**6)
+            fits = settings(server, answer_log_bytes=50 * 10**6, file_store_bytes=20 * 10**6)
             assert "stream INFERENCE_ANSWERS made" in await topology.ensure(connection, fits, MODEL)
     finally:
         server.stop()
@@ -142,7 +143,8 @@ async def test_five_at_once_agree(nats_server: NatsServer) -> None:
         wanted = settings(nats_server)
         changes = await asyncio.gather(*(topology.ensure(connection, wanted, MODEL) for connection in connections))
         assert sorted({change for some in changes for change in some}) == sorted(
-            [f"stream {config.name} made" for config in streams.stream_configs(wanted)] + [f"consumer {TOKEN} made"]
+            [f"stream {config.name} made" for config in streams.stream_configs(wanted)]
+            + ["consumer batches made", f"consumer {TOKEN} made"]
         )
         assert len(await consumers(connections[0])) == 1
 

@@ -105,7 +105,7 @@ class Settings(BaseSettings):
         description="Most requests of one key and model in the waiting room, where the tier flex waits",
     )
     file_store_bytes: int = Field(
-        2_147_483_648,
+        1_073_741_824,
         ge=1_048_576,
         description="Most bytes of all files, those of batches included; when full, uploads get 503",
     )

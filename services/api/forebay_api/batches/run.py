@@ -110,8 +110,7 @@ class Run:
         file = await self._context.files.get(self._record.input_file_id)
         errors: list[BatchError] = []
         if file is None:
-            message = "The input file was deleted."
-            errors = [BatchError(code="file_not_found", message=message, param="input_file_id")]
+            errors = [BatchError(code="file_not_found", message="The input file was deleted.", param="input_file_id")]
         elif "in_progress" not in self._record.times:
             errors = await self._validate(file)
         if file is None or errors:
@@ -254,9 +253,7 @@ class Run:
         made = await self._output.finish()
         changes |= {f"{kind}_file_id": name for kind, name in made.items()}
         await self._save(lambda record: _counted(record, self._output).to(status, **changes))
-        log.info(
-            "[Batches] %s %s: %d, and %d not", self._record.id, status, self._output.completed, self._output.failed
-        )
+        log.info("[Batches] %s %s", self._record.id, status)
 
     async def _report(self) -> None:
         """Have the record say how far it is, and notice a cancel."""
