@@ -247,4 +247,5 @@ async def test_another_api_goes_on_where_one_was_killed(nats_server: NatsServer)
         texts = {one["response"]["body"]["choices"][0]["message"]["content"] for one in output}
         assert texts == {"t0 t1 t2 t3 t4"}
         assert (await stack.states.totals())[RequestStatus.COMPLETED] == 120
-        assert (await stack.connection.jetstream.stream_info(names.ANSWERS)).state.messages == 0
+        # The last record of each answer stays for a while.
+        assert (await stack.connection.jetstream.stream_info(names.ANSWERS)).state.messages <= 120

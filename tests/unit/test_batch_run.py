@@ -30,7 +30,8 @@ def answers(lines: list[dict[str, Any]]) -> dict[str, str]:
     return {one["custom_id"]: one["response"]["body"]["choices"][0]["message"]["content"] for one in lines}
 
 
-async def test_each_line_is_answered_once_and_its_answer_leaves_the_log() -> None:
+async def test_each_line_is_answered_once_and_its_answer_leaves_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.in_flight.carried.END_KEPT_S", 0.0)
     async with twins() as made, batched(made) as batches:
         made.worker()
         data = b"".join(line(f"r{number}", f"tokens={number % 3 + 1}") for number in range(30))
@@ -41,7 +42,8 @@ async def test_each_line_is_answered_once_and_its_answer_leaves_the_log() -> Non
         assert ended.usage.completion_tokens == 60
         assert answers(output) == {f"r{number}": words(number % 3 + 1) for number in range(30)}
         assert all(one["error"] is None and one["response"]["status_code"] == 200 for one in output)
-        assert len(await made.answers.read(output[0]["response"]["request_id"])) == 0
+        for one in output[:-10]:  # those of the last part go with the next one
+            assert not await made.answers.read(one["response"]["request_id"])
         statuses = [record.status for record in batches.batches.history]
         assert list(dict.fromkeys(statuses)) == ["validating", "in_progress", "finalizing", "completed"]
 

@@ -36,7 +36,7 @@ _TRY_AGAIN = (10005, 10008, 10009, 10058)
 another service has just made it with other settings."""
 
 _ADVICE = {10047: ": give it more storage, or lower ANSWER_LOG_BYTES or FILE_STORE_BYTES"}
-"""What helps, by the server's error code. Insufficient storage: it reserves the bytes of the answer log and of files."""
+"""What helps, by the server's error code. Insufficient storage: it reserves bytes of the answer log and of files."""
 
 _ZERO = (None, False, 0, -1, "")
 """Different ways to write "none"."""

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import time
+from collections import deque
 from contextlib import AsyncExitStack
+from typing import Final
 
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.live_answer import LiveAnswer
@@ -12,6 +15,9 @@ from forebay_api.in_flight.stored import StoredRequests
 from forebay_contracts.queueing.protocols import AnswerLog, StateStore
 from forebay_contracts.wire.errors import ApiError, InferenceFailed, QueueUnavailable
 from forebay_contracts.wire.request import InferenceRequest
+
+END_KEPT_S: Final = 60.0
+"""How long the last record of an answer stays that is kept elsewhere."""
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +34,7 @@ class CarriedRequests:
         self._states = states
         self._answers = answers
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._freed: deque[tuple[float, str]] = deque()
         self._twice: set[str] = set()
         """Requests that may be in the queue twice, since nothing was known of them when they were taken up."""
 
@@ -82,13 +89,19 @@ class CarriedRequests:
         await self._stored.cancel(request, reason)
 
     async def free(self, request_id: str) -> None:
-        """Remove an answer that is kept elsewhere.
+        """Remove an answer that is kept elsewhere, and END_KEPT_S later its last record too.
 
-        Its last record stays if an attempt may still begin, which would take an empty log for an answer that has not
-        begun: the worker has not written its state yet, or the request is in the queue twice.
+        An attempt that begins late takes an empty log for an answer that has not begun, and would run to its end again.
+        The last record stays until RESPONSE_TTL if the request may be in the queue twice.
         """
         with contextlib.suppress(ApiError):  # RESPONSE_TTL removes it too
-            stored = await self._states.get(request_id)
-            over = stored is not None and stored.state.status.final and request_id not in self._twice
-            self._twice.discard(request_id)
-            await self._answers.purge(request_id, keep=int(not over))
+            await self._answers.purge(request_id, keep=1)
+            if request_id in self._twice:
+                self._twice.discard(request_id)
+            else:
+                self._freed.append((time.monotonic(), request_id))
+            while self._freed and self._freed[0][0] < time.monotonic() - END_KEPT_S:
+                _, earlier = self._freed.popleft()
+                stored = await self._states.get(earlier)
+                if stored is None or stored.state.status.final:
+                    await self._answers.purge(earlier)
