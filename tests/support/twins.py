@@ -10,6 +10,7 @@ from typing import Any
 
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_contracts.queueing.cancellation import Cancellation
+from forebay_contracts.queueing.failed import FailedRequest
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
 from forebay_contracts.queueing.memory import (
     InMemoryAnswerLog,
@@ -70,6 +71,7 @@ class Twins:
         self.alive, self.away = True, False
         self.connected_for_s = math.inf
         self.channels: list[InMemoryReplyChannel] = []
+        self.failed: list[FailedRequest] = []
         self._max_deliveries = max_deliveries
         self._slots: list[asyncio.Task[None]] = []
         self.notices.on_ask.append(self._hear)
@@ -86,6 +88,7 @@ class Twins:
             connected_for_s=lambda: self.connected_for_s,
             max_deliveries=self._max_deliveries,
             metrics=WorkerMetrics(MODEL),
+            keep=self._keep,
         )
 
         async def told(request_id: str, reason: str) -> None:
@@ -139,6 +142,9 @@ class Twins:
             slot.cancel()
         await asyncio.gather(*self._slots, return_exceptions=True)
         await self.dispatcher.close()
+
+    async def _keep(self, failed: FailedRequest) -> None:
+        self.failed.append(failed)
 
     def _channel(self, reply_to: str, deadline: float) -> ReplyChannel:
         request_id = names.id_of(reply_to)

@@ -16,6 +16,7 @@ from forebay_contracts.nats.presence import Presence
 from forebay_contracts.process import raise_file_limit
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
+from forebay_contracts.queueing.failed import FailedRequests
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
 from forebay_contracts.queueing.protocols import ReplyChannel
 from forebay_contracts.queueing.reply_channel import LiveReplyChannel
@@ -110,6 +111,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
         connected_for_s=lambda: connection.age_s,
         max_deliveries=settings.max_deliveries,
         metrics=WorkerMetrics(settings.served_model),
+        keep=FailedRequests(connection).keep,
     )
     deliveries = JetStreamDeliveries(connection, settings.served_model)
     return Worker(worker_id, settings, connection, model, deliveries, runner, apis)

@@ -178,7 +178,9 @@ def have(records: Sequence[Record]) -> Resume:
             match frame:
                 case Delta():
                     tokens.setdefault(frame.index, []).extend(frame.tokens)
-                case Completed() | Failed():
+                case Completed():
+                    return Resume(wanted=False, outcome=outcome_of(frame), usage=frame.usage, cut=frame.cut)
+                case Failed():
                     return Resume(wanted=False, outcome=outcome_of(frame))
                 case Started():
                     pass

@@ -12,6 +12,7 @@ from forebay_contracts.queueing.protocols import PAGE, Delivery, Record, Stored
 from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueConflict, QueueFull
+from forebay_contracts.wire.event import Event
 from forebay_contracts.wire.frames import Frame, Resume, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
@@ -162,6 +163,8 @@ class InMemoryStateStore:
         self._totals: Counter[RequestStatus] = Counter()
         self._revisions = itertools.count(1)
         self.history: list[RequestState] = []
+        self.events: dict[str, Event] = {}
+        """What was announced, by the event's id."""
 
     async def get(self, request_id: str) -> Stored | None:
         """The state."""
@@ -187,6 +190,10 @@ class InMemoryStateStore:
         if request_id not in self._counted:
             self._counted.add(request_id)
             self._totals[outcome] += 1
+
+    async def announce(self, event: Event) -> None:
+        """Once an event."""
+        self.events[event.id] = event
 
     async def totals(self) -> Mapping[RequestStatus, int]:
         """By outcome."""

@@ -75,7 +75,8 @@ class InferenceRequest(Message):
     name of the client's key, if the api has keys. With `return_prompt`, the deltas of each choice begin with the tokens
     of its prompt; `prompt_logprobs` is how many alternatives to report for each of these, as `logprobs` is. With
     `fit_max_tokens`, `max_tokens` beyond what the context has left is cut to it, and not refused. `adapter` is the name
-    of the LoRA adapter that the model answers with.
+    of the LoRA adapter that the model answers with. `record` is the key of what is stored of the request in
+    `inference-responses`. With `notify`, its end is an event for webhooks.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -103,6 +104,8 @@ class InferenceRequest(Message):
     dimensions: int | None = None
     fit_max_tokens: bool = False
     adapter: str | None = None
+    record: str | None = None
+    notify: bool = False
 
     def encode(self) -> bytes:
         """The request as JSON: the schema version, and the fields that differ from their defaults."""

@@ -37,7 +37,8 @@ class RequestState(Message):
 
     `error` is what the client got. `fault` says to operators why the last failed attempt failed, with its number and
     its worker. It quotes no request. `started_at` is when the first attempt began. `logged`: the answer goes into the
-    answer log, and not to one api.
+    answer log, and not to one api. `notify` is the id of the object whose event its end is, for webhooks. `cut`: the
+    answer ended at its most tokens. `retryable`: the request is kept, and can be run again.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -59,6 +60,9 @@ class RequestState(Message):
     usage: Usage | None = None
     key: str | None = None
     logged: bool = False
+    notify: str | None = None
+    cut: bool = False
+    retryable: bool = False
 
     def encode(self) -> bytes:
         """The state as JSON with all fields, for people who read it with `nats kv get`."""

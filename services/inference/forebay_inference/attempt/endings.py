@@ -102,7 +102,8 @@ class Ended:
     """How the work on one attempt ended.
 
     `error` is for the client. `reason` is for the state and the log; without it, the error is. `fault` tells operators
-    what failed. `outcome` is how the request ended for its client, if the api has said so already.
+    what failed. `outcome` is how the request ended for its client, if the api has said so already. `cut`: a whole answer
+    ended at its most tokens.
     """
 
     how: End
@@ -111,6 +112,7 @@ class Ended:
     fault: str | None = None
     outcome: RequestStatus | None = None
     usage: Usage | None = None
+    cut: bool = False
 
 
 def abandoned() -> Ended:
@@ -121,7 +123,7 @@ def abandoned() -> Ended:
 
 def not_wanted(have: Resume) -> Ended:
     """The end of a request for which nobody waits, as the api says."""
-    return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage)
+    return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage, cut=have.cut)
 
 
 Tell = Callable[[Told, Ended], Awaitable[RequestStatus | None]]

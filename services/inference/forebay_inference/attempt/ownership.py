@@ -1,6 +1,7 @@
 """The attempt that wrote a request's state last owns the request. Each of its writes names the revision before it."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -8,8 +9,9 @@ from typing import Final, TypeVar
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.streams import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
+from forebay_contracts.queueing.failed import FailedRequest
 from forebay_contracts.queueing.protocols import StateStore, Stored, Superseded
-from forebay_contracts.queueing.state_store import change
+from forebay_contracts.queueing.state_store import account, announce, change
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
@@ -21,6 +23,8 @@ STORE_PATIENCE_S: Final = 60.0
 """How long such a write is tried. Then the attempt gives up, and NATS redelivers the message."""
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class EndedBefore(Exception):
@@ -35,10 +39,18 @@ class Ownership:
     """One attempt's right to write the state of its request.
 
     Once a newer attempt has claimed the request, every write of this one is refused. All methods try for
-    STORE_PATIENCE_S and then raise QueueUnavailable.
+    STORE_PATIENCE_S and then raise QueueUnavailable. `keep` keeps a stored request whose attempts are spent.
     """
 
-    def __init__(self, states: StateStore, request: InferenceRequest, worker: str, sequence: int) -> None:
+    def __init__(
+        self,
+        states: StateStore,
+        request: InferenceRequest,
+        worker: str,
+        sequence: int,
+        keep: Callable[[FailedRequest], Awaitable[None]],
+    ) -> None:
+        self._keep = keep
         self._states = states
         self._request = request
         self._worker = worker
@@ -93,27 +105,45 @@ class Ownership:
         error: str | None = None,
         fault: str | None = None,
         usage: Usage | None = None,
+        cut: bool = False,
+        spent: bool = False,
     ) -> RequestStatus:
-        """Write how the request ended and count it. Returns how it ended: somebody else may have ended it before.
+        """Write how the request ended, count and announce it. `spent`: keep it first, if it is stored.
+
+        Returns how it ended: somebody else may have ended it before.
 
         Raises:
             Superseded: a newer attempt owns the request.
         """
+        state = transitions.ended(self._own.state, outcome, error=error, fault=fault, usage=usage, cut=cut)
+        if spent and outcome is RequestStatus.FAILED and self._request.record is not None:
+            state = await self._kept(state)
         try:
-            await self._write(transitions.ended(self._own.state, outcome, error=error, fault=fault, usage=usage))
+            await self._write(state)
         except EndedBefore as exc:
             await self.count(exc.state)
             return exc.state.status
-        await patiently(lambda: self._states.count(outcome, self._request.id))
+        await patiently(lambda: account(self._states, state))
         return outcome
 
     async def count(self, state: RequestState) -> None:
-        """Count an end that somebody else wrote, since its writer may have died before it counted.
+        """Count and announce an end that somebody else wrote, since its writer may have died before it did.
 
-        An older end is left out: NATS would no longer recognise the second count as a repetition.
+        An older end is not counted: NATS would no longer recognise the second count as a repetition.
         """
         if state.finished_at is not None and clock.now() - state.finished_at < DUPLICATE_WINDOW_S / 2:
             await patiently(lambda: self._states.count(state.status, state.id))
+        await patiently(lambda: announce(self._states, state))
+
+    async def _kept(self, state: RequestState) -> RequestState:
+        """The last state of a request that is kept, or `state` if it cannot be."""
+        retryable = state.model_copy(update={"retryable": True})
+        try:
+            await patiently(lambda: self._keep(FailedRequest(state=retryable, request=self._request)))
+        except QueueUnavailable as exc:
+            log.warning("[RequestQueue] %s: %s", state.id, exc.message)
+            return state
+        return retryable
 
     async def _claim_over(self) -> Stored:
         # An earlier try may be stored although its ack was lost.

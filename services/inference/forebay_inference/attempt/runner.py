@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Final
 
@@ -11,6 +11,7 @@ from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
 from forebay_contracts.nats import clock
+from forebay_contracts.queueing.failed import FailedRequest
 from forebay_contracts.queueing.protocols import Delivery, ReplyChannel, StateStore, Superseded
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
 from forebay_contracts.telemetry.logs import fields
@@ -48,7 +49,7 @@ class AttemptRunner:
     """Runs deliveries to their end. `running` holds the attempts that run now, by request id.
 
     `channel` makes a reply channel from a subject and a deadline (seconds since the epoch). `connected_for_s` says how
-    long NATS has not been away.
+    long NATS has not been away. `keep` keeps a stored request whose attempts are spent.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class AttemptRunner:
         connected_for_s: Callable[[], float],
         max_deliveries: int,
         metrics: WorkerMetrics,
+        keep: Callable[[FailedRequest], Awaitable[None]],
     ) -> None:
         self._worker = worker
         self._states = states
@@ -71,6 +73,7 @@ class AttemptRunner:
         self._connected_for_s = connected_for_s
         self._max_deliveries = max_deliveries
         self._metrics = metrics
+        self._keep = keep
         self.running: dict[str, Attempt] = {}
 
     async def run(self, delivery: Delivery) -> None:
@@ -101,7 +104,7 @@ class AttemptRunner:
         attempt = Attempt(
             request,
             delivery,
-            Ownership(self._states, request, self._worker, delivery.sequence),
+            Ownership(self._states, request, self._worker, delivery.sequence, self._keep),
             Reply(self._channel(request.reply_to, request.deadline), request, self._worker),
             Measured(self._metrics, request, delivery, self._worker),
             doubted=delivery.num_delivered > 1 or age_s >= self._connected_for_s(),
@@ -244,7 +247,8 @@ class AttemptRunner:
             return Ended(End.SUPERSEDED)
         except Exception as exc:  # whatever an engine raises fails this attempt, and not the worker
             return Ended(End.FAULT, fault=reason_of(exc))
-        return Ended(End.COMPLETED, usage=usage)
+        cut = any(choice.finish_reason == "length" for choice in finished.values())
+        return Ended(End.COMPLETED, usage=usage, cut=cut)
 
     @staticmethod
     async def _resume(attempt: Attempt) -> Resume:
