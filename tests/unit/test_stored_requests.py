@@ -37,6 +37,7 @@ def an_api(system: Twins) -> StoredRequests:
         system.answers,
         NONE,
         lambda _: contextlib.nullcontext(),
+        NONE,
     )
 
 

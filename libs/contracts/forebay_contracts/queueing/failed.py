@@ -96,9 +96,7 @@ class FailedRequests:
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the failed request was not removed") from exc
 
-    async def _read(
-        self, owner: str, request_id: str, first: int, most: int
-    ) -> list[tuple[int, FailedRequest | None]]:
+    async def _read(self, owner: str, request_id: str, first: int, most: int) -> list[tuple[int, FailedRequest | None]]:
         """Sequences, and what is kept there; None if another version wrote it."""
         subjects = f"inference.failed.{owner}.{request_id}"
         try:

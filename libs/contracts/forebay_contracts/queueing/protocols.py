@@ -89,7 +89,10 @@ class Stored:
 
 
 class StateStore(Protocol):
-    """States by request id, a total for each outcome, and the events of ends. Without an answer each method raises QueueUnavailable."""
+    """States by request id, a total for each outcome, and the events of ends.
+
+    Without an answer each method raises QueueUnavailable.
+    """
 
     async def get(self, request_id: str) -> Stored | None:
         """The state, or None if the id is unknown or expired. Raises StateUnreadable if another version wrote it."""

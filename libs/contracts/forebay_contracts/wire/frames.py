@@ -201,8 +201,9 @@ class ResumedChoice(Message):
 class Resume(Message):
     """The api's answer to `started`, `completed` and `failed`: what its client has so far.
 
-    If `wanted` is false, nobody waits any more. Then `outcome` says how the request ended, if the api knows, and
-    `usage` what a whole answer took, and `cut` that it ended at its most tokens. With `newest`, only this attempt is not wanted: one of that number has begun.
+    If `wanted` is false, nobody waits any more. Then `outcome` says how the request ended, if the api knows, `usage`
+    what a whole answer took, and `cut` whether it ended at its most tokens. With `newest`, only this attempt is not
+    wanted: one of that number has begun.
     """
 
     wanted: bool = True

@@ -102,7 +102,7 @@ class Ended:
     """How the work on one attempt ended.
 
     `error` is for the client. `reason` is for the state and the log; without it, the error is. `fault` tells operators
-    what failed. `outcome` is how the request ended for its client, if the api has said so already. `cut`: a whole answer
+    what failed. `outcome` is how the request ended for its client, if the api has said so already. `cut`: the answer
     ended at its most tokens.
     """
 

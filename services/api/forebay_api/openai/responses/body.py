@@ -252,6 +252,7 @@ class ResponseBody(PromptBody):
             stream=self.stream,
             logprobs=LOGPROBS in self.include,
             parameters=self.parameters(),
+            notify=queued.notify,
         )
 
     def parameters(self) -> dict[str, Any]:
