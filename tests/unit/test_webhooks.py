@@ -87,32 +87,7 @@ async def test_who_ends_it_before_its_time_announces_it(system: Twins, outcome: 
 async def test_a_writer_that_dies_before_the_event_is_made_up_for(
     system: Twins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The state is final, and its writer has died. The message comes again."""
-    wanted = background("tokens=3")
-    await system.queue.publish(wanted)
-    died = asyncio.Event()
-
-    async def die(_: Event) -> None:
-        died.set()
-        await asyncio.Event().wait()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(system.states, "announce", die)
-        dying = asyncio.create_task(system.runner("w1").run(await system.queue.pull()))
-        await died.wait()
-        dying.cancel()
-    assert (await system.state(wanted.id)).status is RequestStatus.COMPLETED
-    monkeypatch.setattr(clock, "now", lambda now=clock.now: now() + 3600)
-    system.queue.forget_deliveries()
-    system.worker("w2")
-    await system.empty()
-    assert announced(system) == [("response.completed", OBJECT)]
-
-
-async def test_an_answer_that_was_cut_is_so_for_the_attempt_that_finds_it(
-    system: Twins, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The log has the whole answer, and its worker has died before the state."""
+    """The log has the whole answer, and its worker dies before the event and the state."""
     wanted = background("tokens=9")
     wanted = wanted.model_copy(update={"sampling": wanted.sampling.model_copy(update={"max_tokens": 3})})
     await system.queue.publish(wanted)

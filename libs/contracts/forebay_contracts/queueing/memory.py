@@ -12,7 +12,7 @@ from forebay_contracts.queueing.protocols import PAGE, Delivery, Record, Stored
 from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueConflict, QueueFull
-from forebay_contracts.wire.event import Event
+from forebay_contracts.wire.event import Event, event_of
 from forebay_contracts.wire.frames import Frame, Resume, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
@@ -172,6 +172,8 @@ class InMemoryStateStore:
 
     async def write(self, state: RequestState, revision: int) -> int:
         """Compare and set."""
+        if (event := event_of(state)) is not None:
+            self.events[event.id] = event
         stored = self._states.get(state.id)
         if (stored.revision if stored else 0) != revision:
             raise QueueConflict(f"request {state.id}: another write changed its state first")
@@ -190,10 +192,6 @@ class InMemoryStateStore:
         if request_id not in self._counted:
             self._counted.add(request_id)
             self._totals[outcome] += 1
-
-    async def announce(self, event: Event) -> None:
-        """Once an event."""
-        self.events[event.id] = event
 
     async def totals(self) -> Mapping[RequestStatus, int]:
         """By outcome."""

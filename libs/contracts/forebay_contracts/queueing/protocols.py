@@ -14,7 +14,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from forebay_contracts.wire.event import Event
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
@@ -89,22 +88,19 @@ class Stored:
 
 
 class StateStore(Protocol):
-    """States by request id, a total for each outcome, and the events of ends.
-
-    Without an answer each method raises QueueUnavailable.
-    """
+    """States by request id, and a total for each outcome. Without an answer each method raises QueueUnavailable."""
 
     async def get(self, request_id: str) -> Stored | None:
         """The state, or None if the id is unknown or expired. Raises StateUnreadable if another version wrote it."""
 
     async def write(self, state: RequestState, revision: int) -> int:
-        """Replace `revision` (0: none); returns the new one. Raises QueueConflict if `revision` is not the last."""
+        """Replace `revision` (0: none); returns the new one. Raises QueueConflict if `revision` is not the last.
+
+        Before a final state with `notify`, its event is published: a state that is final has been announced.
+        """
 
     async def count(self, outcome: RequestStatus, request_id: str) -> None:
         """Add one to the total of `outcome`. A repetition for one request within DUPLICATE_WINDOW_S adds nothing."""
-
-    async def announce(self, event: Event) -> None:
-        """Publish an event for webhooks. A repetition within DUPLICATE_WINDOW_S is not stored again."""
 
     async def totals(self) -> Mapping[RequestStatus, int]:
         """The total for each of OUTCOMES."""

@@ -21,7 +21,7 @@ from forebay_contracts.queueing.protocols import StateStore, Stored
 from forebay_contracts.telemetry import metrics
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
-from forebay_contracts.wire.event import Event, event_of
+from forebay_contracts.wire.event import event_of
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 STATE_TIMEOUT_S: Final = 5.0
@@ -91,7 +91,7 @@ async def end(
     unknown: RequestState | None = None,
     usage: Usage | None = None,
 ) -> RequestState | None:
-    """End a request as `outcome`, count and announce it; returns its last state, or None if it had ended or is unknown.
+    """End a request as `outcome` and count it; returns its last state, or None if it had ended or is unknown.
 
     `unknown` is the state to start from if none is stored. Raises QueueConflict if `outcome` may not follow the state.
     """
@@ -102,20 +102,8 @@ async def end(
 
     if (stored := await change(store, request_id, to)) is None:
         return None
-    await account(store, stored.state)
+    await store.count(outcome, request_id)
     return stored.state
-
-
-async def account(store: StateStore, state: RequestState) -> None:
-    """Count a final state, and announce it if an event is wanted. Both may be repeated."""
-    await store.count(state.status, state.id)
-    await announce(store, state)
-
-
-async def announce(store: StateStore, state: RequestState) -> None:
-    """Announce a final state if an event is wanted."""
-    if (event := event_of(state)) is not None:
-        await store.announce(event)
 
 
 class KeyValueStateStore:
@@ -161,6 +149,8 @@ class KeyValueStateStore:
 
     async def write(self, state: RequestState, revision: int) -> int:
         """Write with the expected last revision of the key."""
+        if (event := event_of(state)) is not None:
+            await publish_event(self._requests, event)
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
         began = time.perf_counter()
         try:
@@ -190,10 +180,6 @@ class KeyValueStateStore:
         finally:
             self._count_seconds.observe(time.perf_counter() - began)
 
-    async def announce(self, event: Event) -> None:
-        """See `publish_event`."""
-        await publish_event(self._requests, event)
-
     async def _write_again(self) -> None:
         # An older end is left out: NATS would no longer recognise its count as a repetition.
         since = time.perf_counter() - DUPLICATE_WINDOW_S / 2
@@ -203,7 +189,7 @@ class KeyValueStateStore:
                 if (lost := await change(self, state.id, _always(state))) is not None:
                     log.warning("[RequestQueue] NATS lost the end of %s, so it is written again", state.id)
                 if (stored := lost or await self.get(state.id)) is not None:
-                    await account(self, stored.state)
+                    await self.count(stored.state.status, state.id)
 
     async def totals(self) -> Mapping[RequestStatus, int]:
         """Read the last value of each counter."""

@@ -65,8 +65,8 @@ def event(kind: EventType, object_id: str, at: float, key: str | None, run: str 
 
 
 def event_of(state: RequestState) -> Event | None:
-    """The event of a request's final state; None if nobody is to be told."""
-    if state.notify is None:
+    """The event of a request's state; None if it is not final, or nobody is to be told."""
+    if state.notify is None or not state.status.final:
         return None
     kind = "response.incomplete" if state.cut else _OF_STATUS.get(state.status, "response.failed")
     return event(kind, state.notify, state.finished_at or state.queued_at, state.key, run=state.id)

@@ -88,7 +88,7 @@ class Deliverer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Deliver until it is cancelled. A post under way is then given up, and made again by another api."""
+        """Deliver until it is cancelled. Another api then makes the posts that were under way."""
         # Without a limit: each receiver has one of its own. A redirect could lead anywhere, so none is followed.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
         async with httpx.AsyncClient(timeout=self._timeout_s, follow_redirects=False, limits=limits) as client:
@@ -119,8 +119,12 @@ class Deliverer:
         elif (line := self._lines[event.endpoint]).busy >= POSTS_AT_ONCE:
             await self._settled(delivery.nak(min(line.turn_s(), self._longest_pause_s)))
         else:
-            with line.post():
-                status, reason = await self._post(client, endpoint, event)
+            try:
+                with line.post():
+                    status, reason = await self._post(client, endpoint, event)
+            except asyncio.CancelledError:
+                await self._settled(delivery.nak())
+                raise
             await self._settled(self._posted(event, delivery, status, reason))
 
     async def _settled(self, work: Awaitable[None]) -> None:

@@ -11,7 +11,7 @@ from forebay_contracts.nats.streams import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.failed import FailedRequest
 from forebay_contracts.queueing.protocols import StateStore, Stored, Superseded
-from forebay_contracts.queueing.state_store import account, announce, change
+from forebay_contracts.queueing.state_store import change
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
@@ -108,7 +108,7 @@ class Ownership:
         cut: bool = False,
         spent: bool = False,
     ) -> RequestStatus:
-        """Write how the request ended, count and announce it. `spent`: keep it first, if it is stored.
+        """Write how the request ended and count it. `spent`: keep it first, if it is stored.
 
         Returns how it ended: somebody else may have ended it before.
 
@@ -123,17 +123,16 @@ class Ownership:
         except EndedBefore as exc:
             await self.count(exc.state)
             return exc.state.status
-        await patiently(lambda: account(self._states, state))
+        await patiently(lambda: self._states.count(outcome, self._request.id))
         return outcome
 
     async def count(self, state: RequestState) -> None:
-        """Count and announce an end that somebody else wrote, since its writer may have died before it did.
+        """Count an end that somebody else wrote, since its writer may have died before it counted.
 
-        An older end is not counted: NATS would no longer recognise the second count as a repetition.
+        An older end is left out: NATS would no longer recognise the second count as a repetition.
         """
         if state.finished_at is not None and clock.now() - state.finished_at < DUPLICATE_WINDOW_S / 2:
             await patiently(lambda: self._states.count(state.status, state.id))
-        await patiently(lambda: announce(self._states, state))
 
     async def _kept(self, state: RequestState) -> RequestState:
         """The last state of a request that is kept, or `state` if it cannot be."""
