@@ -1,6 +1,7 @@
 """Failed work on real processes: seen by its owner and by operators, and run again, once."""
 
 import asyncio
+import contextlib
 import uuid
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from forebay_contracts.wire.state import RequestStatus
 from support.command import run
 from support.nats import NatsServer
 from support.seams import connected
-from support.stack import MODEL, Stack, running
+from support.stack import MODEL, running
 from support.twins import request
 
 WORDS = " ".join(f"t{number}" for number in range(40))
@@ -46,8 +47,19 @@ async def test_failed_work_is_seen_and_runs_again(nats_server: NatsServer, tmp_p
     file = tmp_path / "keys.toml"
     entries = [keys.written(name, key, max_requests=None, operator=name == "root") for name, key in made.items()]
     file.write_text("\n".join(entries))
-    async with running(nats_server, apis=2, max_deliveries=1, ack_wait=1, api_keys_file=file) as stack:
-        alice, bob, root = (_client(stack, made[name]) for name in ("alice", "bob", "root"))
+    system = running(nats_server, apis=2, max_deliveries=1, ack_wait=1, api_keys_file=file)
+    async with system as stack, contextlib.AsyncExitStack() as clients:
+
+        async def client(name: str, api: int = 0) -> httpx.AsyncClient:
+            headers = {"authorization": f"Bearer {made[name]}"}
+            return await clients.enter_async_context(httpx.AsyncClient(base_url=stack.apis[api].url, headers=headers))
+
+        alice, bob, root, other = (
+            await client("alice"),
+            await client("bob"),
+            await client("root"),
+            await client("root", 1),
+        )
         sdk = stack.openai(api_key=made["alice"])
         begun = await sdk.responses.create(model=MODEL, input="[[tokens=40 delay_ms=25]]", background=True)
         old_id = str(uuid.UUID(begun.id.removeprefix("resp_")))
@@ -68,7 +80,6 @@ async def test_failed_work_is_seen_and_runs_again(nats_server: NatsServer, tmp_p
         assert (await alice.post("/v1/queue/request/a.b/retry")).status_code == 404
 
         # It runs once, whoever runs it again, and is answered under its id.
-        other = _client(stack, made["root"], api=1)
         answers = await asyncio.gather(
             *(one.post(f"/v1/queue/request/{begun.id}/retry") for one in (alice, alice, root, other))
         )
@@ -114,7 +125,3 @@ async def _failing_chat(sdk: openai.AsyncOpenAI) -> str:
             model=MODEL, messages=[{"role": "user", "content": "[[tokens=1 fail]]"}], store=True
         )
     return told.value.response.headers["x-request-id"]
-
-
-def _client(stack: Stack, key: str, api: int = 0) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=stack.apis[api].url, headers={"authorization": f"Bearer {key}"})

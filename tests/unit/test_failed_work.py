@@ -43,13 +43,13 @@ async def test_a_stored_request_whose_attempts_are_spent_is_kept_with_its_fault(
 
 
 @pytest.mark.parametrize(
-    ("late_s", "outcome"), [(0, RequestStatus.FAILED), (60, RequestStatus.TIMED_OUT)], ids=["spent", "late"]
+    ("attempts", "late_s", "outcome"), [(1, 0, RequestStatus.FAILED), (3, 60, RequestStatus.TIMED_OUT)]
 )
 async def test_an_attempt_that_only_ends_an_answer_writes_behind_what_it_has(
-    monkeypatch: pytest.MonkeyPatch, late_s: float, outcome: RequestStatus
+    monkeypatch: pytest.MonkeyPatch, attempts: int, late_s: float, outcome: RequestStatus
 ) -> None:
-    """The last attempt was killed. The next one ends the request, and generates nothing."""
-    async with twins(max_deliveries=1) as system:
+    """An attempt was killed. The next one ends the request, and generates nothing."""
+    async with twins(max_deliveries=attempts) as system:
         wanted = stored("tokens=20 delay_ms=5")
         await system.queue.publish(wanted)
         dying = asyncio.create_task(system.runner("w1").run(await system.queue.pull()))
