@@ -81,6 +81,8 @@ async def test_streams_and_consumer(nats_server: NatsServer) -> None:
             "INFERENCE",
             "INFERENCE_ANSWERS",
             "INFERENCE_COUNTERS",
+            "INFERENCE_FAILED",
+            "INFERENCE_WEBHOOKS",
             "KV_inference-answers",
             "KV_inference-apis",
             "KV_inference-requests",
@@ -205,6 +207,9 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0, "reasoning_tokens": 0},
             "key": None,
             "logged": False,
+            "notify": None,
+            "cut": False,
+            "retryable": False,
         }
         assert times["timestamp"] == times["queued_at"] < times["started_at"] < times["finished_at"] < times["deadline"]
 

@@ -35,11 +35,9 @@ EVENT_TTL_S = 72 * 3600
 EVENT_ACK_WAIT_S = 60
 """An api that has pulled an event and has not settled it for so long is taken for dead."""
 
-FAILED_BYTES = 256 * 1024 * 1024
-"""Most bytes of failed requests that are kept to be run again. Beyond that, the oldest goes."""
-
-FAILED_SHARE = 0.05
-"""The part of the NATS account's storage that they may take, if that is less."""
+FAILED_SHARE = 0.125
+"""What failed requests may take that are kept to be run again, for each byte that the answer log may take. Beyond that,
+the oldest goes."""
 
 
 def stream_configs(settings: Settings, storage: float | None = math.inf) -> list[StreamConfig]:
@@ -52,7 +50,7 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
     if storage is not None:
         queue_bytes = int(storage * QUEUE_SHARE) if storage < math.inf else None
         answer_bytes = int(min(settings.answer_log_bytes, storage * ANSWER_SHARE))
-        failed_bytes = int(min(FAILED_BYTES, storage * FAILED_SHARE))
+        failed_bytes = int(answer_bytes * FAILED_SHARE)
     replicas = settings.nats_replicas
     return [
         StreamConfig(
