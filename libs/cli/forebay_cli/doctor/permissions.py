@@ -18,6 +18,7 @@ _APIS = names.bucket_stream(names.APIS_BUCKET)
 _KEYS = names.bucket_stream(names.ANSWERS_BUCKET)
 _RESPONSES = names.bucket_stream(names.RESPONSES_BUCKET)
 _CONSUMER_INFO = f"{_JS}CONSUMER.INFO.{names.STREAM}.*"
+_EVENTS_INFO = f"{_JS}CONSUMER.INFO.{names.WEBHOOKS}.{names.WEBHOOKS_CONSUMER}"
 _STREAM_INFO = f"{_JS}STREAM.INFO.*"
 
 # The numbers of the queue, the states and the heartbeats.
@@ -63,6 +64,7 @@ PUBLISHES: Final = {
         *_READS_ANSWERS,
         f"{_JS}STREAM.PURGE.{names.ANSWERS}",
         names.WEBHOOK_SUBJECT,
+        _EVENTS_INFO,
         f"{_JS}CONSUMER.MSG.NEXT.{names.WEBHOOKS}.{names.WEBHOOKS_CONSUMER}",
         f"$JS.ACK.{names.WEBHOOKS}.>",
         f"{_GET}{names.FAILED}",
@@ -84,6 +86,7 @@ PUBLISHES: Final = {
         f"{_GET}{_APIS}",
         *_READS_ANSWERS,
         names.WEBHOOK_SUBJECT,
+        _EVENTS_INFO,
         names.FAILED_SUBJECTS,
         _ACROSS_ACCOUNTS,
     ),
