@@ -77,7 +77,7 @@ async def test_the_limits_are_read_back_from_the_server(nats_server: NatsServer)
 async def test_the_second_time_there_is_nothing_to_change(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         made = await topology.ensure(connection, settings(nats_server), MODEL)
-        assert len(made) == len(streams.stream_configs(settings(nats_server))) + 1
+        assert len(made) == len(streams.stream_configs(settings(nats_server))) + 2
         assert await topology.ensure(connection, settings(nats_server), MODEL) == []
     nats_server.restart()
     async with connected(nats_server) as connection:
@@ -113,6 +113,7 @@ async def test_an_installation_without_stored_answers_gets_them(tmp_path: Path) 
                 "stream INFERENCE: max_bytes 6291456 → 4194304",
                 "stream INFERENCE_ANSWERS made",
                 "stream KV_inference-responses made",
+                "consumer webhooks made",
             ]
             assert await topology.ensure(connection, wanted, MODEL) == []
             assert (await connection.jetstream.stream_info(names.STREAM)).state.messages == 5
@@ -142,7 +143,8 @@ async def test_five_at_once_agree(nats_server: NatsServer) -> None:
         wanted = settings(nats_server)
         changes = await asyncio.gather(*(topology.ensure(connection, wanted, MODEL) for connection in connections))
         assert sorted({change for some in changes for change in some}) == sorted(
-            [f"stream {config.name} made" for config in streams.stream_configs(wanted)] + [f"consumer {TOKEN} made"]
+            [f"stream {config.name} made" for config in streams.stream_configs(wanted)]
+            + ["consumer webhooks made", f"consumer {TOKEN} made"]
         )
         assert len(await consumers(connections[0])) == 1
 

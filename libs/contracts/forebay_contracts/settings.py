@@ -255,6 +255,15 @@ class ApiSettings(Settings):
         0, ge=0, le=600, description="Seconds after SIGTERM in which the api still serves but is not ready"
     )
     drain_timeout: float = Field(30, ge=0, le=3600, description="Seconds after SIGTERM for running requests to end")
+    webhooks_file: Path | None = Field(
+        None, description="TOML file of the receivers of webhooks (docs/webhooks.md); read again when it changes"
+    )
+    webhook_timeout: float = Field(
+        10, ge=0.1, le=30, description="Seconds that the receiver of a webhook has to answer"
+    )
+    webhook_retry_max: float = Field(
+        3600, ge=0.1, le=86_400, description="Longest pause, in seconds, between two tries at a webhook"
+    )
 
     @field_validator("api_keys", "cors_origins", "allowed_hosts", mode="before")
     @classmethod

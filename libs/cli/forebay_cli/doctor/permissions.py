@@ -18,6 +18,7 @@ _APIS = names.bucket_stream(names.APIS_BUCKET)
 _KEYS = names.bucket_stream(names.ANSWERS_BUCKET)
 _RESPONSES = names.bucket_stream(names.RESPONSES_BUCKET)
 _CONSUMER_INFO = f"{_JS}CONSUMER.INFO.{names.STREAM}.*"
+_EVENTS_INFO = f"{_JS}CONSUMER.INFO.{names.WEBHOOKS}.{names.WEBHOOKS_CONSUMER}"
 _STREAM_INFO = f"{_JS}STREAM.INFO.*"
 
 # The numbers of the queue, the states and the heartbeats.
@@ -65,6 +66,12 @@ PUBLISHES: Final = {
         f"{_GET}{_RESPONSES}.>",
         *_READS_ANSWERS,
         f"{_JS}STREAM.PURGE.{names.ANSWERS}",
+        names.WEBHOOK_SUBJECT,
+        _EVENTS_INFO,
+        f"{_JS}CONSUMER.MSG.NEXT.{names.WEBHOOKS}.{names.WEBHOOKS_CONSUMER}",
+        f"$JS.ACK.{names.WEBHOOKS}.>",
+        f"{_GET}{names.FAILED}",
+        f"{_JS}STREAM.PURGE.{names.FAILED}",
         _ACROSS_ACCOUNTS,
     ),
     "inference": (
@@ -84,13 +91,17 @@ PUBLISHES: Final = {
         f"{_GET}{_REQUESTS}.>",
         f"{_GET}{_APIS}",
         *_READS_ANSWERS,
+        names.WEBHOOK_SUBJECT,
+        _EVENTS_INFO,
+        names.FAILED_SUBJECTS,
         _ACROSS_ACCOUNTS,
     ),
-    "operator": (f"{_JS}INFO", *_READS_QUEUE, *_READS_ANSWERS),
+    "operator": (f"{_JS}INFO", *_READS_QUEUE, *_READS_ANSWERS, f"{_GET}{names.FAILED}"),
     "admin": (
         f"{_JS}STREAM.CREATE.*",
         f"{_JS}STREAM.UPDATE.*",
         f"{_JS}CONSUMER.DURABLE.CREATE.{names.STREAM}.*",
+        f"{_JS}CONSUMER.DURABLE.CREATE.{names.WEBHOOKS}.*",
         f"{_JS}CONSUMER.PAUSE.{names.STREAM}.*",
         names.drain_subject("*"),
         # `forebay cancel`
@@ -98,6 +109,7 @@ PUBLISHES: Final = {
         names.counter_subject(RequestStatus.CANCELLED),
         names.cancel_subject("*"),
         names.answer_subject("*"),
+        names.WEBHOOK_SUBJECT,
         *_READS_ANSWERS,
         f"{_GET}{names.STREAM}",
         f"{_JS}STREAM.MSG.DELETE.{names.STREAM}",

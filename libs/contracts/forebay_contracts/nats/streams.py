@@ -29,6 +29,19 @@ ANSWER_SHARE = 0.3
 ROOM_SHARE = 0.1
 """The part that the waiting room may take."""
 
+MAX_EVENTS = 100_000
+"""Events for webhooks that wait to be delivered. Beyond that, the oldest goes."""
+
+EVENT_TTL_S = 72 * 3600
+"""How long an event is tried."""
+
+EVENT_ACK_WAIT_S = 60
+"""An api that has pulled an event and has not settled it for so long is taken for dead."""
+
+FAILED_SHARE = 0.125
+"""What failed requests may take that are kept to be run again, for each byte that the answer log may take. Beyond that,
+the oldest goes."""
+
 
 def stream_configs(settings: Settings, storage: float | None = math.inf) -> list[StreamConfig]:
     """All streams of Forebay, those behind its buckets included, as `settings` want them.
@@ -36,11 +49,12 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
     `storage` is how many bytes the account may store for each replica: inf if that is unbounded. None: unknown; then
     the bounds in bytes stay as they are.
     """
-    queue_bytes = answer_bytes = room_bytes = None
+    queue_bytes = answer_bytes = failed_bytes = room_bytes = None
     if storage is not None:
         queue_bytes = int(storage * QUEUE_SHARE) if storage < math.inf else None
         room_bytes = int(storage * ROOM_SHARE) if storage < math.inf else None
         answer_bytes = int(min(settings.answer_log_bytes, storage * ANSWER_SHARE))
+        failed_bytes = int(answer_bytes * FAILED_SHARE)
     replicas = settings.nats_replicas
     return [
         StreamConfig(
@@ -97,6 +111,32 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
             allow_direct=True,
             num_replicas=replicas,
         ),
+        StreamConfig(
+            name=names.WEBHOOKS,
+            description="Events for webhooks that wait to be delivered",
+            subjects=[names.WEBHOOK_SUBJECT],
+            retention=RetentionPolicy.WORK_QUEUE,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.OLD,
+            max_msgs=MAX_EVENTS,
+            max_age=EVENT_TTL_S,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        StreamConfig(
+            name=names.FAILED,
+            description="Stored requests that failed, to be run again",
+            subjects=[names.FAILED_SUBJECTS],
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.OLD,
+            max_msgs_per_subject=1,
+            max_bytes=failed_bytes,
+            max_age=settings.response_ttl,
+            duplicate_window=min(settings.response_ttl, DUPLICATE_WINDOW_S),
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
         _bucket(names.RESPONSES_BUCKET, "What responses were asked for", settings.response_ttl, replicas),
         _bucket(names.REQUESTS_BUCKET, "State of each request", settings.request_state_ttl, replicas),
         _bucket(names.ANSWERS_BUCKET, "Answers to idempotent requests", settings.request_state_ttl, replicas),
@@ -124,6 +164,18 @@ def consumer_config(
         max_ack_pending=settings.max_concurrent_requests,
         max_deliver=-1,
         metadata=metadata,
+    )
+
+
+def webhooks_consumer() -> ConsumerConfig:
+    """The durable consumer that all apis share. An event that waits for its next try counts as out."""
+    return ConsumerConfig(
+        durable_name=names.WEBHOOKS_CONSUMER,
+        description="Events for webhooks",
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=EVENT_ACK_WAIT_S,
+        max_ack_pending=MAX_EVENTS,
+        max_deliver=-1,
     )
 
 

@@ -20,7 +20,7 @@ from nats.js.errors import APIError, NotFoundError
 
 from forebay_contracts.nats import permissions
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.streams import consumer_config, stream_configs
+from forebay_contracts.nats.streams import consumer_config, stream_configs, webhooks_consumer
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
@@ -151,12 +151,13 @@ async def _compare(connection: Connection, settings: Settings, consumer: Consume
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A stream or consumer: as it is `wanted`, as it is `live` (None: missing), and what differs."""
+    """A stream, or a consumer of `stream`: as it is `wanted`, as it is `live` (None: missing), and what differs."""
 
     name: str
     wanted: StreamConfig | ConsumerConfig
     live: Any
     differences: list[str]
+    stream: str = names.STREAM
 
 
 async def _parts(connection: Connection, settings: Settings, consumer: ConsumerConfig) -> AsyncIterator[_Part]:
@@ -170,6 +171,10 @@ async def _parts(connection: Connection, settings: Settings, consumer: ConsumerC
         live = await _live(js.stream_info(wanted.name))
         name = f"stream {wanted.name}"
         yield _Part(name, wanted, live, _differences(name, live, wanted))
+    events = webhooks_consumer()
+    live = await _live(js.consumer_info(names.WEBHOOKS, names.WEBHOOKS_CONSUMER))
+    name = f"consumer {names.WEBHOOKS_CONSUMER}"
+    yield _Part(name, events, live, _differences(name, live, events), names.WEBHOOKS)
     live = await _live(js.consumer_info(names.STREAM, consumer.durable_name))
     if live is not None:
         owner, model = ((one.metadata or {}).get(names.MODEL_METADATA) for one in (live, consumer))
@@ -195,7 +200,7 @@ async def _apply(js: JetStreamContext, part: _Part) -> None:
         return
     # An update replaces all metadata, and the server has added some of its own.
     stored = part.live.metadata or {} if part.live is not None else {}
-    await js.add_consumer(names.STREAM, replace(part.wanted, metadata=stored | (part.wanted.metadata or {})))
+    await js.add_consumer(part.stream, replace(part.wanted, metadata=stored | (part.wanted.metadata or {})))
 
 
 def _differences(name: str, live: Any, wanted: Any) -> list[str]:

@@ -68,14 +68,16 @@ class JetStreamDelivery:
 class JetStreamDeliveries:
     """Hands each message of `model` to the slot that has waited longest; see `Deliveries`.
 
+    With another `stream`, `model` is the name of its consumer.
+
     The server is never asked for more messages than slots wait. `_asked` holds the pulls that it has not answered yet,
     as pairs: when the pull expires, and how many messages it still asks for. A pull can be lost without an answer (its
     server died, its consumer moved to another server). Then it expires in `_asked`.
     """
 
-    def __init__(self, connection: Connection, model: str) -> None:
+    def __init__(self, connection: Connection, model: str, stream: str = names.STREAM) -> None:
         self._connection = connection
-        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{names.STREAM}.{names.model_token(model)}"
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{names.model_token(model)}"
         self._inbox = ""
         self._stopped = False
         self._subscription: Subscription | None = None
