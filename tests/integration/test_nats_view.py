@@ -82,6 +82,8 @@ async def test_streams_and_consumer(nats_server: NatsServer) -> None:
             "INFERENCE_ANSWERS",
             "INFERENCE_COUNTERS",
             "INFERENCE_DEFERRED",
+            "INFERENCE_FAILED",
+            "INFERENCE_WEBHOOKS",
             "KV_inference-answers",
             "KV_inference-apis",
             "KV_inference-requests",
@@ -208,6 +210,9 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "logged": False,
             "deferred": None,
             "turn": 0,
+            "notify": None,
+            "cut": False,
+            "retryable": False,
         }
         assert times["timestamp"] == times["queued_at"] < times["started_at"] < times["finished_at"] < times["deadline"]
 

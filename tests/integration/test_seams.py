@@ -10,7 +10,7 @@ import pytest
 
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.consumers import consumers
-from forebay_contracts.queueing import state_store
+from forebay_contracts.queueing import state_store, transitions
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.queueing.memory import (
@@ -24,7 +24,9 @@ from forebay_contracts.queueing.protocols import (
     StateStore,
 )
 from forebay_contracts.queueing.state_store import KeyValueStateStore
+from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueFull, QueueUnavailable
+from forebay_contracts.wire.event import Event, event_of
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.nats import NatsServer
@@ -287,6 +289,24 @@ async def test_without_nats_nothing_is_admitted(nats_server: NatsServer) -> None
     async with connected(nats_server) as connection:
         # The failed publish was not sent after all.
         assert await JetStreamAdmission(connection).publish(request("b")) == 1
+
+
+async def test_an_end_is_announced_once_before_it_is_final(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        store = KeyValueStateStore(connection)
+        running = state("a", RequestStatus.PROCESSING).model_copy(update={"notify": "resp_a", "key": "alice"})
+        revision = await store.write(running, 0)
+        ended = transitions.ended(running, RequestStatus.COMPLETED)
+        with pytest.raises(QueueConflict):
+            await store.write(ended, 0)
+        await store.write(ended, revision)
+        events = JetStreamDeliveries(connection, names.WEBHOOKS_CONSUMER, names.WEBHOOKS)
+        delivery = await events.pull()
+        assert Event.model_validate_json(delivery.data) == event_of(ended)
+        await delivery.ack()
+        info = await connection.jetstream.stream_info(names.WEBHOOKS)
+        assert (info.state.messages, info.state.last_seq) == (0, 1)
+        await events.stop()
 
 
 async def test_an_unknown_state_is_none(store: StateStore) -> None:

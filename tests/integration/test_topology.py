@@ -77,7 +77,7 @@ async def test_the_limits_are_read_back_from_the_server(nats_server: NatsServer)
 async def test_the_second_time_there_is_nothing_to_change(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         made = await topology.ensure(connection, settings(nats_server), MODEL)
-        assert len(made) == len(streams.stream_configs(settings(nats_server))) + 2  # and two consumers
+        assert len(made) == len(streams.stream_configs(settings(nats_server))) + 3  # and three consumers
         assert await topology.ensure(connection, settings(nats_server), MODEL) == []
     nats_server.restart()
     async with connected(nats_server) as connection:
@@ -108,7 +108,8 @@ async def test_an_installation_without_stored_answers_gets_them(tmp_path: Path) 
                     most = 6 * 2**20 if config.name == names.STREAM else config.max_bytes
                     await connection.jetstream.add_stream(replace(config, max_bytes=most))
             await connection.jetstream.add_consumer(names.STREAM, streams.consumer_config(wanted, MODEL))
-            await connection.jetstream.add_consumer(names.BATCHES, streams.BATCH_CONSUMER)
+            for stream, shared in streams.API_CONSUMERS.items():
+                await connection.jetstream.add_consumer(stream, shared)
             await publish(connection, 5)
             assert await topology.ensure(connection, wanted, MODEL) == [
                 "stream INFERENCE: max_bytes 6291456 → 4194304",
@@ -144,7 +145,7 @@ async def test_five_at_once_agree(nats_server: NatsServer) -> None:
         changes = await asyncio.gather(*(topology.ensure(connection, wanted, MODEL) for connection in connections))
         assert sorted({change for some in changes for change in some}) == sorted(
             [f"stream {config.name} made" for config in streams.stream_configs(wanted)]
-            + ["consumer batches made", f"consumer {TOKEN} made"]
+            + ["consumer webhooks made", "consumer batches made", f"consumer {TOKEN} made"]
         )
         assert len(await consumers(connections[0])) == 1
 

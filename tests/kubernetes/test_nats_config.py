@@ -133,7 +133,11 @@ async def test_servers_form_what_the_job_needs(
                     for consumer in stream.get("consumer_detail") or ():
                         seen.add((account["name"], stream["name"], consumer["name"]))
                         assert consumer["num_pending"] + consumer["num_ack_pending"] == 0
-        assert seen == {("FOREBAY", names.STREAM, token), ("FOREBAY", names.BATCHES, names.BATCHES_CONSUMER)}
+        assert seen == {
+            ("FOREBAY", names.STREAM, token),
+            ("FOREBAY", names.BATCHES, names.BATCHES_CONSUMER),
+            ("FOREBAY", names.WEBHOOKS, names.WEBHOOKS_CONSUMER),
+        }
         for scaled in manifests.of("ScaledObject"):
             metadata = scaled["spec"]["triggers"][0]["metadata"]
             assert (metadata["account"], metadata["stream"], metadata["consumer"]) in seen

@@ -30,7 +30,7 @@ MODEL_DIR = data_dir()
 NAME = f"HuggingFaceTB/{MODEL}"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 MADE_UP = "made-up-by-a-client"
-LABELS = {"model", "type", "outcome", "reason", "key", "result", "operation", "status", "direction"}
+LABELS = {"model", "type", "outcome", "reason", "key", "result", "operation", "status", "direction", "endpoint"}
 """All that there are: each takes few values, and none that a client can make up."""
 
 

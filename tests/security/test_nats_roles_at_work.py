@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 from nats.errors import NoRespondersError
@@ -11,6 +12,7 @@ from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.state import RequestStatus
+from support.receiver import receivers, written
 from support.secured import ROLES, Site, running
 from support.stack import MODEL
 
@@ -159,6 +161,32 @@ async def test_an_admin_calls_a_request_off(own_site: Site) -> None:
         assert code == 0, printed
         assert (await waiting).status_code >= 400
         assert (await stack.reaches(request_id, RequestStatus.CANCELLED)).error == "cancelled by the operator"
+
+
+async def test_an_event_and_a_retry_within_their_rights(own_site: Site, tmp_path: Path) -> None:
+    async with receivers("hook") as made:
+        file = tmp_path / "webhooks.toml"
+        file.write_text(written(made))
+        async with running(own_site, webhooks_file=file, max_deliveries=1, api_keys="") as stack:
+            begun = await stack.openai().responses.create(model=MODEL, input="[[tokens=1 fail]]", background=True)
+            await made["hook"].receives(1)
+            code, printed = await own_site.forebay("operator", "requests", "--failed", "--json")
+            assert (code, len(json.loads(printed))) == (0, 1)
+            url = f"{stack.apis[0].url}/v1/queue/request/{begun.id}/retry"
+            assert (await stack.http.post(url)).status_code == 200
+            first, second = await made["hook"].receives(2)
+            assert (first.type, first.data.id) == (second.type, second.data.id) == ("response.failed", begun.id)
+            assert first.id != second.id
+            cancelled = await stack.openai().responses.create(
+                model=MODEL, input="[[tokens=9000 delay_ms=20]]", background=True
+            )
+            await stack.reaches(names.request_id(cancelled.id), RequestStatus.PROCESSING)
+            code, printed = await own_site.forebay("admin", "cancel", cancelled.id)
+            assert code == 0, printed
+            *_, last = await made["hook"].receives(3)
+            assert (last.type, last.data.id) == ("response.cancelled", cancelled.id)
+            await stack.openai().responses.delete(begun.id)
+    assert not [line for line in own_site.server.log if "Violation" in line]
 
 
 async def test_a_service_waits_for_a_topology_that_it_may_not_make(own_site: Site) -> None:

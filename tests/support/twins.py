@@ -11,6 +11,7 @@ from typing import Any
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.mover import Mover
 from forebay_contracts.queueing.cancellation import Cancellation
+from forebay_contracts.queueing.failed import FailedRequest
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
 from forebay_contracts.queueing.memory import (
     InMemoryAnswerLog,
@@ -95,6 +96,7 @@ class Twins:
         self.alive, self.away = True, False
         self.connected_for_s = math.inf
         self.channels: list[InMemoryReplyChannel] = []
+        self.failed: list[FailedRequest] = []
         self._max_deliveries = max_deliveries
         self._slots: list[asyncio.Task[None]] = []
         self.notices.on_ask.append(self._hear)
@@ -113,6 +115,7 @@ class Twins:
             metrics=WorkerMetrics(MODEL),
             put_back=self.queue.put_back,
             giving_way=GivingWay(InMemoryPrecedence(self.queue, self.queue.room, MODEL)),
+            keep=self._keep,
         )
 
         async def told(request_id: str, reason: str) -> None:
@@ -192,6 +195,9 @@ class Twins:
         for mover in self.movers:
             await mover.close()
         await self.dispatcher.close()
+
+    async def _keep(self, failed: FailedRequest) -> None:
+        self.failed.append(failed)
 
     def _channel(self, reply_to: str, deadline: float) -> ReplyChannel:
         request_id = names.id_of(reply_to)

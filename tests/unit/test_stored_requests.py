@@ -37,6 +37,7 @@ def an_api(system: Twins) -> StoredRequests:
         system.answers,
         NONE,
         contextlib.nullcontext,
+        NONE,
     )
 
 

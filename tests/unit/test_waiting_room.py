@@ -271,7 +271,7 @@ def keys_of(tmp_path: Path, fields: str) -> ApiKeys:
     file = tmp_path / "keys.toml"
     file.write_text(f'[alice]\nsha256 = "{"0" * 64}"\n{fields}\n')
     found = ApiKeys(ApiSettings(api_keys_file=file, _env_file=None))
-    found._reread(file)
+    found._take(file.read_text())
     return found
 
 

@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "status": ("status", "Show the queue's numbers, the models and the workers."),
     "requests": ("requests", "Show the newest requests and their states."),
     "cancel": ("cancel", "Cancel a request that waits or runs."),
+    "retry": ("retry", "Run failed requests again: one, or all of a model or of a time."),
     "doctor": ("doctor", "Check NATS, topology, clocks, services, disk and model; print a fix for each finding."),
     "pause": ("pause", "Stop handing out requests of a model. New ones wait, running ones go on."),
     "resume": ("pause", "Hand out requests of a paused model again."),

@@ -273,6 +273,15 @@ class ApiSettings(Settings):
     batch_window: int = Field(
         100, ge=1, le=10_000, description="Most requests of one batch that are queued or run at once"
     )
+    webhooks_file: Path | None = Field(
+        None, description="TOML file of the receivers of webhooks (docs/webhooks.md); read again when it changes"
+    )
+    webhook_timeout: float = Field(
+        10, ge=0.1, le=30, description="Seconds that the receiver of a webhook has to answer"
+    )
+    webhook_retry_max: float = Field(
+        3600, ge=0.1, le=86_400, description="Longest pause, in seconds, between two tries at a webhook"
+    )
 
     @field_validator("api_keys", "cors_origins", "allowed_hosts", mode="before")
     @classmethod

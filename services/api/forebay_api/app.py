@@ -1,6 +1,8 @@
 """The application: builds the parts in order, and stops them again."""
 
+import asyncio
 import contextlib
+import functools
 import logging
 import time
 import uuid
@@ -27,6 +29,7 @@ from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.listener import Listener
 from forebay_api.in_flight.mover import Mover
 from forebay_api.in_flight.records import Records
+from forebay_api.in_flight.retries import Retries
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai import models
 from forebay_api.openai.batches import routes as batches
@@ -42,6 +45,7 @@ from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
 from forebay_api.watching.served_models import Models
+from forebay_api.webhooks.endpoints import Endpoints
 from forebay_contracts.nats import clock, topology
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.consumers import known_models
@@ -49,6 +53,9 @@ from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.cancellation import Cancellation, NatsCancelNotices
+from forebay_contracts.queueing.deliveries import JetStreamDeliveries
+from forebay_contracts.queueing.events import publish_event
+from forebay_contracts.queueing.failed import FailedRequests
 from forebay_contracts.queueing.room import JetStreamRoom
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import QueueStatus, queue_status
@@ -104,7 +111,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
     """The parts of an api, connected and listening to NATS, for as long as the block lasts."""
     keys = ApiKeys(settings)
     connecting = connected(settings, "forebay-api", "api")
-    async with keys.followed(), connecting as connection, clock.followed(connection.requests):
+    endpoints = Endpoints(settings.webhooks_file)
+    async with keys.followed(), endpoints.followed(), connecting as connection, clock.followed(connection.requests):
         await topology.ensure(connection, settings, settings.served_model)
         await clock.measure(connection.requests)
         instance = f"api-{uuid.uuid4().hex[:12]}"
@@ -123,7 +131,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             )
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
-        context = _built(settings, connection, instance, keys, limits, heartbeat)
+        context = _built(settings, connection, instance, keys, limits, heartbeat, endpoints)
         await context.workers.start()
         await apis.start()
         await Listener(connection, context.dispatcher, context.stored, context.mover).start()
@@ -131,17 +139,33 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         context.mover.look_at_all()
         running_batches = BatchQueue(context)
         running_batches.start()
+        delivering = asyncio.create_task(_deliver(context)) if settings.webhooks_file is not None else None
         log.info("[RequestQueue] api %s takes requests for %s", instance, settings.served_model)
         try:
             yield context
         finally:
             await context.mover.close()
             await running_batches.close()
+            if delivering is not None:
+                delivering.cancel()
+                await asyncio.wait([delivering])
             await context.stored.close()
             await context.dispatcher.close()
             await context.workers.stop()
             await apis.stop()
             await heartbeat.stop()
+
+
+async def _deliver(context: Context) -> None:
+    """Deliver the events of webhooks."""
+    # Imported here, since HTTP clients take 10 MB of memory.
+    from forebay_api.webhooks.delivery import Deliverer
+
+    connection, settings = context.connection, context.settings
+    deliveries = JetStreamDeliveries(connection, names.WEBHOOKS_CONSUMER, names.WEBHOOKS)
+    publish = functools.partial(publish_event, connection.requests)
+    timeout_s, longest_pause_s = settings.webhook_timeout, settings.webhook_retry_max
+    await Deliverer(context.webhooks, deliveries, publish, timeout_s, longest_pause_s).run()
 
 
 def _built(
@@ -151,6 +175,7 @@ def _built(
     keys: ApiKeys,
     limits: KeyLimits,
     heartbeat: Heartbeat[ApiInfo],
+    endpoints: Endpoints,
 ) -> Context:
     """The parts, before any of them has started."""
     states = KeyValueStateStore(connection)
@@ -159,7 +184,8 @@ def _built(
     cancellation = Cancellation(states, admission, NatsCancelNotices(connection), answers)
     dispatcher = Dispatcher(instance, admission, states, cancellation, limits.one_more, lambda: heartbeat.lapsed)
     records = Records(connection)
-    stored = StoredRequests(dispatcher, admission, states, cancellation, answers, records, limits.one_more)
+    failed = FailedRequests(connection)
+    stored = StoredRequests(dispatcher, admission, states, cancellation, answers, records, limits.one_more, failed)
     workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
     rates = Rates()
     room = JetStreamRoom(connection, admission)
@@ -190,4 +216,7 @@ def _built(
         numbers=numbers,
         exposition=Exposition(connection, numbers, answers.size, workers.alive) if settings.metrics else None,
         feed=Feed(connection, numbers, workers.alive),
+        webhooks=endpoints,
+        failed=failed,
+        retries=Retries(failed, records, stored, states, answers),
     )

@@ -13,6 +13,7 @@ from forebay_api.in_flight.files import Files
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.mover import Mover
 from forebay_api.in_flight.records import Records
+from forebay_api.in_flight.retries import Retries
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai.batches.stored import Batches
 from forebay_api.openai.responses.stored import Responses
@@ -20,8 +21,10 @@ from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
 from forebay_api.watching.served_models import Models
+from forebay_api.webhooks.endpoints import Endpoints
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Presence
+from forebay_contracts.queueing.failed import FailedRequests
 from forebay_contracts.queueing.protocols import StateStore
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.settings import ApiSettings
@@ -51,6 +54,9 @@ class Context:
     numbers: Callable[[], Awaitable[QueueStatus]]
     feed: Feed
     exposition: Exposition | None
+    webhooks: Endpoints
+    failed: FailedRequests
+    retries: Retries
     draining: bool = False
 
 

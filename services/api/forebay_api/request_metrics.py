@@ -30,6 +30,11 @@ KEY_REQUESTS: Final = _counter(
     "Completion requests by the name of the key that they came with: that the queue took, or the key's limit refused",
     ("key", "result"),
 )
+WEBHOOKS: Final = _counter(
+    "forebay_webhook_posts",
+    "Posts of events to webhooks, by whether the receiver took the event",
+    ("endpoint", "result"),
+)
 PUBLISH: Final = _histogram("forebay_publish_seconds", "Time until the queue took or refused a request", buckets=FAST_S)
 
 

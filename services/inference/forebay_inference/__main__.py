@@ -17,6 +17,7 @@ from forebay_contracts.process import raise_file_limit
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
+from forebay_contracts.queueing.failed import FailedRequests
 from forebay_contracts.queueing.logged_reply import LoggedReplyChannel
 from forebay_contracts.queueing.protocols import ReplyChannel
 from forebay_contracts.queueing.reply_channel import LiveReplyChannel
@@ -117,6 +118,7 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
         metrics=WorkerMetrics(settings.served_model),
         put_back=JetStreamAdmission(connection).put_back,
         giving_way=GivingWay(precedence),
+        keep=FailedRequests(connection).keep,
     )
     deliveries = JetStreamDeliveries(connection, settings.served_model)
     return Worker(worker_id, settings, connection, model, deliveries, runner, apis, IdleSlots(precedence.say_idle))

@@ -3,6 +3,7 @@
 import heapq
 import time
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from forebay_cli.nats_connection import connected, load_settings
 from forebay_contracts.nats import clock, permissions
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
+from forebay_contracts.queueing.failed import FailedRequests
 from forebay_contracts.queueing.recent_requests import recent_states
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.wire import names
@@ -23,6 +25,9 @@ from forebay_contracts.wire.state import RequestState, RequestStatus
 
 MAX_STATES_READ = 20_000
 """The latest changes of state that are searched; older ones are not found."""
+
+MAX_FAILED_READ = 10_000
+"""The failed requests that are searched, the oldest."""
 
 
 @synchronous
@@ -38,6 +43,9 @@ async def requests(
     request_id: Annotated[
         str | None, typer.Option("--id", help="Only this one, with all its fields and its stored answer.")
     ] = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only those that `forebay retry` can run again, oldest first.")
+    ] = False,
     limit: Annotated[int, typer.Option(help="Most requests to show.", min=1, max=10_000)] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +60,10 @@ async def requests(
 
     texts: list[str] | None = None
     async with connected(load_settings()) as link:
-        if request_id is None:
+        if failed and request_id is None:
+            kept = await FailedRequests(link).page("*", most=MAX_FAILED_READ)
+            found = list(islice(filter(wanted, kept or ()), limit))
+        elif request_id is None:
             states = filter(wanted, await recent_states(link, MAX_STATES_READ))
             found = heapq.nlargest(limit, states, key=lambda state: state.queued_at)
         else:

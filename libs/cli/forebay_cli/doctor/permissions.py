@@ -21,6 +21,7 @@ _FILES = names.object_stream(names.FILES_BUCKET)
 _RESPONSES = names.bucket_stream(names.RESPONSES_BUCKET)
 _CONSUMER_INFO = f"{_JS}CONSUMER.INFO.{names.STREAM}.*"
 _BATCHES_INFO = f"{_JS}CONSUMER.INFO.{names.BATCHES}.*"
+_EVENTS_INFO = f"{_JS}CONSUMER.INFO.{names.WEBHOOKS}.{names.WEBHOOKS_CONSUMER}"
 _STREAM_INFO = f"{_JS}STREAM.INFO.*"
 
 # The numbers of the queue, the states and the heartbeats.
@@ -84,6 +85,12 @@ PUBLISHES: Final = {
         *_READS_ANSWERS,
         f"{_JS}STREAM.PURGE.{names.ANSWERS}",
         *_FILES_AND_BATCHES,
+        names.WEBHOOK_SUBJECT,
+        _EVENTS_INFO,
+        f"{_JS}CONSUMER.MSG.NEXT.{names.WEBHOOKS}.{names.WEBHOOKS_CONSUMER}",
+        f"$JS.ACK.{names.WEBHOOKS}.>",
+        f"{_GET}{names.FAILED}",
+        f"{_JS}STREAM.PURGE.{names.FAILED}",
         _ACROSS_ACCOUNTS,
     ),
     "inference": (
@@ -104,14 +111,18 @@ PUBLISHES: Final = {
         f"{_GET}{_REQUESTS}.>",
         f"{_GET}{_APIS}",
         *_READS_ANSWERS,
+        names.WEBHOOK_SUBJECT,
+        _EVENTS_INFO,
+        names.FAILED_SUBJECTS,
         _ACROSS_ACCOUNTS,
     ),
-    "operator": (f"{_JS}INFO", *_READS_QUEUE, *_READS_ANSWERS),
+    "operator": (f"{_JS}INFO", *_READS_QUEUE, *_READS_ANSWERS, f"{_GET}{names.FAILED}"),
     "admin": (
         f"{_JS}STREAM.CREATE.*",
         f"{_JS}STREAM.UPDATE.*",
         f"{_JS}CONSUMER.DURABLE.CREATE.{names.STREAM}.*",
         f"{_JS}CONSUMER.DURABLE.CREATE.{names.BATCHES}.*",
+        f"{_JS}CONSUMER.DURABLE.CREATE.{names.WEBHOOKS}.*",
         f"{_JS}CONSUMER.PAUSE.{names.STREAM}.*",
         names.drain_subject("*"),
         # `forebay cancel`
@@ -119,6 +130,7 @@ PUBLISHES: Final = {
         names.counter_subject(RequestStatus.CANCELLED),
         names.cancel_subject("*"),
         names.answer_subject("*"),
+        names.WEBHOOK_SUBJECT,
         *_READS_ANSWERS,
         f"{_GET}{names.STREAM}",
         f"{_JS}STREAM.MSG.DELETE.{names.STREAM}",

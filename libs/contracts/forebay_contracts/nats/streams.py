@@ -1,7 +1,7 @@
 """The streams, buckets and consumers of Forebay, as the settings want them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RePublish, RetentionPolicy, StorageType, StreamConfig
 
@@ -41,6 +41,19 @@ FILE_SHARE = 0.05
 ROOM_SHARE = 0.1
 """The part that the waiting room may take."""
 
+MAX_EVENTS = 100_000
+"""Events for webhooks that wait to be delivered. Beyond that, the oldest goes."""
+
+EVENT_TTL_S = 72 * 3600
+"""How long an event is tried."""
+
+EVENT_ACK_WAIT_S = 60
+"""An api that has pulled an event and has not settled it for so long is taken for dead."""
+
+FAILED_SHARE = 0.125
+"""What failed requests may take that are kept to be run again, for each byte that the answer log may take. Beyond that,
+the oldest goes."""
+
 
 def stream_configs(settings: Settings, storage: float | None = math.inf) -> list[StreamConfig]:
     """All streams of Forebay, those behind its buckets included, as `settings` want them.
@@ -48,12 +61,13 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
     `storage` is how many bytes the account may store for each replica: inf if that is unbounded. None: unknown; then
     the bounds in bytes stay as they are.
     """
-    queue_bytes = answer_bytes = room_bytes = file_bytes = None
+    queue_bytes = answer_bytes = failed_bytes = room_bytes = file_bytes = None
     if storage is not None:
         queue_bytes = int(storage * QUEUE_SHARE) if storage < math.inf else None
         room_bytes = int(storage * ROOM_SHARE) if storage < math.inf else None
         answer_bytes = int(min(settings.answer_log_bytes, storage * ANSWER_SHARE))
         file_bytes = int(min(settings.file_store_bytes, storage * FILE_SHARE))
+        failed_bytes = int(answer_bytes * FAILED_SHARE)
     replicas = settings.nats_replicas
     return [
         StreamConfig(
@@ -107,6 +121,32 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
             max_bytes=answer_bytes,
             duplicate_window=min(settings.response_ttl, ANSWER_DUPLICATE_WINDOW_S),
             republish=RePublish(src=names.ANSWER_SUBJECTS, dest=names.ANSWERED_SUBJECTS),
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        StreamConfig(
+            name=names.WEBHOOKS,
+            description="Events for webhooks that wait to be delivered",
+            subjects=[names.WEBHOOK_SUBJECT],
+            retention=RetentionPolicy.WORK_QUEUE,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.OLD,
+            max_msgs=MAX_EVENTS,
+            max_age=EVENT_TTL_S,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        StreamConfig(
+            name=names.FAILED,
+            description="Stored requests that failed, to be run again",
+            subjects=[names.FAILED_SUBJECTS],
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.OLD,
+            max_msgs_per_subject=1,
+            max_bytes=failed_bytes,
+            max_age=settings.response_ttl,
+            duplicate_window=min(settings.response_ttl, DUPLICATE_WINDOW_S),
             allow_direct=True,
             num_replicas=replicas,
         ),
@@ -170,15 +210,26 @@ def consumer_config(
     )
 
 
-BATCH_CONSUMER = ConsumerConfig(
-    durable_name=names.BATCHES_CONSUMER,
-    description="Hands batches to apis",
-    ack_policy=AckPolicy.EXPLICIT,
-    ack_wait=BATCH_ACK_WAIT_S,
-    max_ack_pending=MAX_BATCHES,
-    max_deliver=-1,
-)
-"""The durable consumer that all apis share."""
+API_CONSUMERS: Mapping[str, ConsumerConfig] = {
+    names.BATCHES: ConsumerConfig(
+        durable_name=names.BATCHES_CONSUMER,
+        description="Hands batches to apis",
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=BATCH_ACK_WAIT_S,
+        max_ack_pending=MAX_BATCHES,
+        max_deliver=-1,
+    ),
+    # An event that waits for its next try counts as out.
+    names.WEBHOOKS: ConsumerConfig(
+        durable_name=names.WEBHOOKS_CONSUMER,
+        description="Events for webhooks",
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=EVENT_ACK_WAIT_S,
+        max_ack_pending=MAX_EVENTS,
+        max_deliver=-1,
+    ),
+}
+"""By stream, the durable consumer that all apis share."""
 
 
 def _bucket(bucket: str, description: str, ttl_s: float, replicas: int) -> StreamConfig:

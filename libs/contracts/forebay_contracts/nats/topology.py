@@ -20,7 +20,7 @@ from nats.js.errors import APIError, NotFoundError
 
 from forebay_contracts.nats import permissions
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.streams import BATCH_CONSUMER, consumer_config, stream_configs
+from forebay_contracts.nats.streams import API_CONSUMERS, consumer_config, stream_configs
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
@@ -171,9 +171,10 @@ async def _parts(connection: Connection, settings: Settings, consumer: ConsumerC
         live = await _live(js.stream_info(wanted.name))
         name = f"stream {wanted.name}"
         yield _Part(name, wanted.name, wanted, live, _differences(name, live, wanted))
-    name = f"consumer {names.BATCHES_CONSUMER}"
-    live = await _live(js.consumer_info(names.BATCHES, names.BATCHES_CONSUMER))
-    yield _Part(name, names.BATCHES, BATCH_CONSUMER, live, _differences(name, live, BATCH_CONSUMER))
+    for stream, shared in API_CONSUMERS.items():
+        name = f"consumer {shared.durable_name}"
+        live = await _live(js.consumer_info(stream, shared.durable_name))
+        yield _Part(name, stream, shared, live, _differences(name, live, shared))
     live = await _live(js.consumer_info(names.STREAM, consumer.durable_name))
     if live is not None:
         owner, model = ((one.metadata or {}).get(names.MODEL_METADATA) for one in (live, consumer))

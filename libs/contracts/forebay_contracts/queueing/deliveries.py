@@ -68,7 +68,7 @@ class JetStreamDelivery:
 class JetStreamDeliveries:
     """Hands each message of `model` to the slot that has waited longest; see `Deliveries`.
 
-    With another `stream`, `model` is the name of a consumer there.
+    With another `stream`, `model` is the name of its consumer.
 
     The server is never asked for more messages than slots wait. `_asked` holds the pulls that it has not answered yet,
     as pairs: when the pull expires, and how many messages it still asks for. A pull can be lost without an answer (its

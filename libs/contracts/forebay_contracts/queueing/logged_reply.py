@@ -132,6 +132,12 @@ class LoggedReplyChannel:
     async def _end(self, frame: bytes, decoded: Completed | Failed) -> Resume:
         if self._timer is not None:
             self._timer.cancel()
+        if isinstance(decoded, Failed) and not self._records:
+            # It ends before it has generated, so it has not read what attempts before it wrote.
+            records = await self._read()
+            if not (resume := have(records)).wanted:
+                return resume
+            self._last = records[-1].sequence if records else 0
         try:
             await self._stored()
             await self._store_collected(frame)
@@ -188,7 +194,9 @@ def have(records: Sequence[Record]) -> Resume:
             match frame:
                 case Delta():
                     tokens.setdefault(frame.index, []).extend(frame.tokens)
-                case Completed() | Failed():
+                case Completed():
+                    return Resume(wanted=False, outcome=outcome_of(frame), usage=frame.usage, cut=frame.cut)
+                case Failed():
                     return Resume(wanted=False, outcome=outcome_of(frame))
                 case Started():
                     pass

@@ -13,6 +13,7 @@ from forebay_contracts.queueing.protocols import PAGE, Delivery, Line, Record, S
 from forebay_contracts.queueing.state_store import OUTCOMES
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueConflict, QueueFull
+from forebay_contracts.wire.event import Event, event_of
 from forebay_contracts.wire.frames import Frame, Resume, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
@@ -200,6 +201,8 @@ class InMemoryStateStore:
         self._totals: Counter[RequestStatus] = Counter()
         self._revisions = itertools.count(1)
         self.history: list[RequestState] = []
+        self.events: dict[str, Event] = {}
+        """What was announced, by the event's id."""
 
     async def get(self, request_id: str) -> Stored | None:
         """The state."""
@@ -207,6 +210,8 @@ class InMemoryStateStore:
 
     async def write(self, state: RequestState, revision: int) -> int:
         """Compare and set."""
+        if (event := event_of(state)) is not None:
+            self.events[event.id] = event
         stored = self._states.get(state.id)
         if (stored.revision if stored else 0) != revision:
             raise QueueConflict(f"request {state.id}: another write changed its state first")

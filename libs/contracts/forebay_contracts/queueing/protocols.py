@@ -163,7 +163,10 @@ class StateStore(Protocol):
         """The state, or None if the id is unknown or expired. Raises StateUnreadable if another version wrote it."""
 
     async def write(self, state: RequestState, revision: int) -> int:
-        """Replace `revision` (0: none); returns the new one. Raises QueueConflict if `revision` is not the last."""
+        """Replace `revision` (0: none); returns the new one. Raises QueueConflict if `revision` is not the last.
+
+        Before a final state with `notify`, its event is published: a state that is final has been announced.
+        """
 
     async def count(self, outcome: RequestStatus, request_id: str) -> None:
         """Add one to the total of `outcome`. A repetition for one request within DUPLICATE_WINDOW_S adds nothing."""

@@ -16,10 +16,12 @@ from pydantic import ValidationError
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.streams import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
+from forebay_contracts.queueing.events import publish_event
 from forebay_contracts.queueing.protocols import StateStore, Stored
 from forebay_contracts.telemetry import metrics
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
+from forebay_contracts.wire.event import event_of
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 STATE_TIMEOUT_S: Final = 5.0
@@ -147,6 +149,8 @@ class KeyValueStateStore:
 
     async def write(self, state: RequestState, revision: int) -> int:
         """Write with the expected last revision of the key."""
+        if (event := event_of(state)) is not None:
+            await publish_event(self._requests, event)
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
         began = time.perf_counter()
         try:

@@ -65,6 +65,7 @@ def _first(request: InferenceRequest, sequence: int | None, **rest: Any) -> Requ
         sequence=sequence,
         key=request.key,
         logged=names.is_logged(request.reply_to),
+        notify=names.object_of(request.record) if request.notify and request.record else None,
         **rest,
     )
 
@@ -118,10 +119,11 @@ def ended(
     error: str | None = None,
     fault: str | None = None,
     usage: Usage | None = None,
+    cut: bool = False,
 ) -> RequestState:
     """The request ended as `outcome`. `error` is what its client got, `fault` why its last attempt failed."""
     finished_at = max(clock.now(), state.started_at or state.queued_at)
-    changes: dict[str, Any] = {"error": error, "usage": usage, "finished_at": finished_at}
+    changes: dict[str, Any] = {"error": error, "usage": usage, "finished_at": finished_at, "cut": cut}
     if fault is not None:
         changes["fault"] = _fault(state, fault)
     return _changed(state if stored else None, state, outcome, **changes)

@@ -126,6 +126,11 @@ class Completed(FrameMessage):
     deltas: tuple[Delta, ...] = ()
     at: float = 0.0
 
+    @property
+    def cut(self) -> bool:
+        """Whether a choice ended at its most tokens."""
+        return any(choice.finish_reason == "length" for choice in self.choices)
+
 
 class Failed(FrameMessage):
     """The last frame of anything else: the error for the client."""
@@ -196,12 +201,14 @@ class ResumedChoice(Message):
 class Resume(Message):
     """The api's answer to `started`, `completed` and `failed`: what its client has so far.
 
-    If `wanted` is false, nobody waits any more. Then `outcome` says how the request ended, if the api knows, and
-    `usage` what a whole answer took. With `newest`, only this attempt is not wanted: one of that number has begun.
+    If `wanted` is false, nobody waits any more. Then `outcome` says how the request ended, if the api knows, `usage`
+    what a whole answer took, and `cut` whether it ended at its most tokens. With `newest`, only this attempt is not
+    wanted: one of that number has begun.
     """
 
     wanted: bool = True
     outcome: RequestStatus | None = None
     usage: Usage | None = None
     newest: int | None = None
+    cut: bool = False
     choices: tuple[ResumedChoice, ...] = ()

@@ -29,6 +29,13 @@ ROOM_SUBJECTS: Final = "inference.*.*.*"
 WAITING_SUBJECTS: Final = "inference.waiting.{{wildcard(2)}}"
 """Where the server publishes the headers of each request again that the waiting room takes."""
 
+WEBHOOKS: Final = "INFERENCE_WEBHOOKS"
+WEBHOOK_SUBJECT: Final = "inference.webhooks"
+WEBHOOKS_CONSUMER: Final = "webhooks"
+
+FAILED: Final = "INFERENCE_FAILED"
+FAILED_SUBJECTS: Final = "inference.failed.*.*"
+
 REQUESTS_BUCKET: Final = "inference-requests"
 WORKERS_BUCKET: Final = "inference-workers"
 APIS_BUCKET: Final = "inference-apis"
@@ -253,6 +260,21 @@ def request_id(text: str) -> str:
     if digits == text or not re.fullmatch(r"[0-9a-f]{32}", digits):
         return text
     return str(uuid.UUID(digits))
+
+
+def retry_id(request_id: str) -> str:
+    """The id under which a failed request runs again. Whoever retries it takes the same id, so it runs once."""
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, request_id))
+
+
+def failed_subject(record: str, request_id: str) -> str:
+    """The subject of a failed request that is kept. `record` is the key of its record: kind, owner, id."""
+    return f"inference.failed.{record.split('.')[1]}.{request_id}"
+
+
+def object_of(record: str) -> str:
+    """What clients call the object of a record, by its key."""
+    return record.rsplit(".", 1)[-1]
 
 
 def id_of(reply_to: str) -> str:

@@ -85,7 +85,9 @@ class InferenceRequest(Message):
     name of the client's key, if the api has keys. With `return_prompt`, the deltas of each choice begin with the tokens
     of its prompt; `prompt_logprobs` is how many alternatives to report for each of these, as `logprobs` is. With
     `fit_max_tokens`, `max_tokens` beyond what the context has left is cut to it, and not refused. `adapter` is the name
-    of the LoRA adapter that the model answers with. `tier` says how soon it is served.
+    of the LoRA adapter that the model answers with. `record` is the key of what is stored of the request in
+    `inference-responses`. With `notify`, its end is an event for webhooks. `tier` says how soon it
+    is served.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -114,6 +116,8 @@ class InferenceRequest(Message):
     fit_max_tokens: bool = False
     adapter: str | None = None
     tier: Tier = Tier.DEFAULT
+    record: str | None = None
+    notify: bool = False
 
     def encode(self) -> bytes:
         """The request as JSON: the schema version, and the fields that differ from their defaults."""

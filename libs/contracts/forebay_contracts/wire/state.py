@@ -37,8 +37,10 @@ class RequestState(Message):
 
     `error` is what the client got. `fault` says to operators why the last failed attempt failed, with its number and
     its worker. It quotes no request. `started_at` is when the first attempt began. `logged`: the answer goes into the
-    answer log, and not to one api. `sequence` is that of its message in the stream INFERENCE, and `deferred` the one in
-    the waiting room, while it waits there. `turn` is how often it has given way to another request.
+    answer log, and not to one api. `notify` is the id of the object whose event its end is, for webhooks. `cut`: the
+    answer ended at its most tokens. `retryable`: the request is kept, and can be run again. `sequence` is that of its
+    message in the stream INFERENCE, and `deferred` the one in the waiting room, while it waits there. `turn` is how
+    often it has given way to another request.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -62,6 +64,9 @@ class RequestState(Message):
     logged: bool = False
     deferred: int | None = None
     turn: int = 0
+    notify: str | None = None
+    cut: bool = False
+    retryable: bool = False
 
     def encode(self) -> bytes:
         """The state as JSON with all fields, for people who read it with `nats kv get`."""

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from forebay_api.batches import lines
 from forebay_api.batches.lines import WrongLine
@@ -19,6 +19,7 @@ from forebay_api.in_flight.files import File
 from forebay_api.in_flight.records import Kept
 from forebay_api.openai.batches.record import FINAL, BatchError, BatchRecord, Status
 from forebay_contracts.nats import clock
+from forebay_contracts.queueing.events import publish_event
 from forebay_contracts.queueing.protocols import Superseded
 from forebay_contracts.wire.errors import (
     ApiError,
@@ -28,6 +29,7 @@ from forebay_contracts.wire.errors import (
     RequestCancelled,
     RequestTimeout,
 )
+from forebay_contracts.wire.event import EventType, event
 from forebay_contracts.wire.state import Usage
 
 RETRY_S: Final = 0.25
@@ -252,8 +254,16 @@ class Run:
         """Make the files, and end the batch."""
         made = await self._output.finish()
         changes |= {f"{kind}_file_id": name for kind, name in made.items()}
+        await self._announce(status)
         await self._save(lambda record: _counted(record, self._output).to(status, **changes))
         log.info("[Batches] %s %s", self._record.id, status)
+
+    async def _announce(self, status: Status) -> None:
+        """Tell the webhooks, before the end is kept: if this api dies in between, the next one says the same."""
+        record, context = self._record, self._context
+        if context.webhooks.wanted(record.key, "batch"):
+            kind = cast(EventType, f"batch.{status}")
+            await publish_event(context.connection.requests, event(kind, record.id, clock.now(), record.key))
 
     async def _report(self) -> None:
         """Have the record say how far it is, and notice a cancel."""

@@ -1,26 +1,22 @@
 """Who asks: `Authorization: Bearer` or `x-api-key`, one of the keys of API_KEYS and of the file API_KEYS_FILE."""
 
-import asyncio
-import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from pydantic import SecretStr
 from starlette.requests import Request
 
 from forebay_api.clients.cross_site import CrossSite
+from forebay_api.clients.followed_file import followed
 from forebay_contracts import keys
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidApiKey, TierNotAllowed
 from forebay_contracts.wire.request import Tier
-
-REREAD_S = 2.0
-"""How often the keys file is read. It is not watched: Kubernetes swaps a mounted Secret by a link above it."""
 
 _SECRET: Final = secrets.token_bytes(32)
 
@@ -72,20 +68,10 @@ class ApiKeys:
         self._plain = _plain(settings.api_keys, self._max_requests)
         self._cross_site = CrossSite(settings)
         self._use({})
-        self._text: str | None = None
 
-    @contextlib.asynccontextmanager
-    async def followed(self) -> AsyncIterator[None]:
+    def followed(self) -> AbstractAsyncContextManager[None]:
         """Read the keys file, and follow its changes. Raises ConfigurationError if it is unreadable or not valid."""
-        if self._file is None:
-            yield
-            return
-        self._reread(self._file)
-        follower = asyncio.create_task(self._follow(self._file))
-        try:
-            yield
-        finally:
-            follower.cancel()
+        return followed("API_KEYS_FILE", self._file, "keys", self._take)
 
     def check(self, request: Request) -> Client:
         """The client of a request.
@@ -119,40 +105,10 @@ class ApiKeys:
         client = self._by_name.get(name or "")
         return 1.0 if client is None else client.weight
 
-    async def _follow(self, file: Path) -> None:
-        complaint = ""
-        while True:
-            await asyncio.sleep(REREAD_S)
-            try:
-                self._reread(file)
-                complaint = ""
-            except ConfigurationError as exc:
-                # It may be half written. The keys of before are valid until it is repaired.
-                if (said := str(exc)) != complaint:
-                    log.error("[RequestQueue] %s; the keys of before stay", said)
-                    complaint = said
-
-    def _reread(self, file: Path) -> None:
-        try:
-            with file.open("rb") as opened:
-                data = opened.read(keys.MAX_FILE_BYTES + 1)
-            # Before it is decoded: what was read may end within a character.
-            if len(data) > keys.MAX_FILE_BYTES:
-                raise ConfigurationError(f"API_KEYS_FILE={file} is larger than {keys.MAX_FILE_BYTES} bytes")
-            text = data.decode()
-        except (OSError, UnicodeDecodeError) as exc:
-            reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-            raise ConfigurationError(f"API_KEYS_FILE={file} cannot be read: {reason}") from None
-        if text == self._text:
-            return
-        try:
-            entries = keys.parse(text)
-            self._use(entries)
-        except ConfigurationError as exc:
-            raise ConfigurationError(f"API_KEYS_FILE={file}: {exc}") from None
-        if self._text is not None:
-            log.info("[RequestQueue] the keys file has changed: %d names", len(entries))
-        self._text = text
+    def _take(self, text: str) -> int:
+        entries = keys.parse(text)
+        self._use(entries)
+        return len(entries)
 
     def _use(self, entries: dict[str, keys.KeyEntry]) -> None:
         clients = dict(self._plain)

@@ -178,5 +178,5 @@ def _translated() -> Iterator[None]:
 
 
 def _body_hash(request: InferenceRequest) -> str:
-    own = {"id", "created_at", "deadline", "reply_to"}
+    own = {"id", "created_at", "deadline", "reply_to", "record", "notify"}
     return hashlib.sha256(request.model_dump_json(exclude=own, exclude_defaults=True).encode()).hexdigest()

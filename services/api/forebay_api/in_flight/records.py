@@ -41,10 +41,14 @@ class Kept(Generic[R]):
     revision: int
 
 
+def owner_token(owner: str | None) -> str:
+    """The part of a record's key that stands for the client's key of this name."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:16] if owner is not None else "open"
+
+
 def key_of(kind: str, owner: str | None, identifier: str) -> str:
     """The key of a record. `owner` is the name of a client's key."""
-    token = hashlib.sha256(owner.encode()).hexdigest()[:16] if owner is not None else "open"
-    return f"{kind}.{token}.{identifier}"
+    return f"{kind}.{owner_token(owner)}.{identifier}"
 
 
 class Records:

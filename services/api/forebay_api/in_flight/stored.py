@@ -20,6 +20,7 @@ from forebay_api.in_flight.records import Records
 from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.cancellation import Cancellation
+from forebay_contracts.queueing.failed import FailedRequests
 from forebay_contracts.queueing.logged_reply import have
 from forebay_contracts.queueing.protocols import PAGE, Admission, AnswerLog, Record, StateStore
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
@@ -62,7 +63,9 @@ class StoredRequests:
         answers: AnswerLog,
         records: Records,
         one_more: Callable[[InferenceRequest], AbstractContextManager[InferenceRequest]],
+        failed: FailedRequests,
     ) -> None:
+        self._failed = failed
         self._dispatcher = dispatcher
         self._admission = admission
         self._states = states
@@ -93,6 +96,8 @@ class StoredRequests:
             QueueFull, QueueUnavailable, RequestTooLarge, KeyLimitReached, AnswerLogFull: nothing of it stays.
         """
         await self.need_room()
+        if key is not None:
+            request = request.model_copy(update={"record": key})
         async with AsyncExitStack() as held:
             request = held.enter_context(self._one_more(request))
             # Before it is admitted: then nothing of its answer can be missed, and the log need not be read.
@@ -177,12 +182,15 @@ class StoredRequests:
     async def forget(self, request: InferenceRequest) -> None:
         """Cancel a request, if it still runs, and remove its answer.
 
-        If it was cancelled, its last frame stays: an attempt that begins late could write into an empty log.
+        If it failed, it is no longer kept to be run again. If it was cancelled, its last frame stays: an attempt that
+        begins late could write into an empty log.
         """
         await self.cancel(request, "its answer was deleted")
         records = await self._answers.read(request.id)
         last = [decode_frame(frame) for frame in records[-1].frames] if records else []
         await self._answers.purge(request.id, keep=int(len(last) == 1 and isinstance(last[0], Failed)))
+        if request.record is not None:
+            await self._failed.remove(request)
 
     async def watch(
         self,

@@ -14,17 +14,19 @@ from forebay_api.context import Caller, Context, Running
 from forebay_api.http import sse
 from forebay_api.http.peer import Peer
 from forebay_api.in_flight.answer import SlowReader
+from forebay_api.in_flight.records import owner_token
+from forebay_api.openai.lists import Limit, page
 from forebay_contracts.nats.consumers import waiting_place
 from forebay_contracts.queueing import room
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import RequestNotFound
+from forebay_contracts.wire.errors import InvalidRequest, RequestNotFound
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
 # fmt: off
 SHOWN: Final = {
     "id", "status", "completion_type", "timestamp", "error", "fault", "model", "attempt", "worker", "queued_at",
-    "started_at", "finished_at", "usage",
+    "started_at", "finished_at", "usage", "retryable",
 }
 # fmt: on
 """The fields of a state that clients see. Only operators see `fault`, which says what went wrong inside."""
@@ -68,8 +70,11 @@ async def get_request(request_id: str, context: Running, caller: Caller) -> dict
             line.sample(place.moved)
             position, wait_s = place.position, line.wait_s(place.position)
             estimated_wait_s = None if wait_s is None else round(wait_s, 1)
-    shown = state.model_dump(include=SHOWN) | {"position": position, "estimated_wait_s": estimated_wait_s}
-    return shown if caller.operator else shown | {"fault": None}
+    retried_as = None
+    if state.retryable and await context.states.get(names.retry_id(request_id)) is not None:
+        retried_as = names.retry_id(request_id)
+    more = {"position": position, "estimated_wait_s": estimated_wait_s, "retried_as": retried_as}
+    return _shown(caller, state) | more
 
 
 @router.delete("/request/{request_id}")
@@ -81,6 +86,35 @@ async def cancel_request(request_id: str, context: Running, caller: Caller) -> d
     cancelled = await context.dispatcher.cancel(request_id, "by DELETE /v1/queue/request")
     state = await _state(context, caller, request_id)
     return {"id": request_id, "cancelled": cancelled, "status": state.status.value}
+
+
+@router.get("/failed")
+async def list_failed(context: Running, caller: Caller, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+    """The stored requests whose attempts are spent, oldest first. They can be run again."""
+    after = names.request_id(after) if after is not None else None
+    known = after is None or names.is_request_id(after)
+    states = await context.failed.page(_owner(caller), after, limit + 1) if known else None
+    if states is None:
+        raise InvalidRequest(f"There is no failed request {after!r}.", param="after")
+    return page([_shown(caller, state) for state in states], limit, "asc", "")
+
+
+@router.post("/request/{request_id}/retry")
+async def retry_request(request_id: str, context: Running, caller: Caller) -> dict[str, Any]:
+    """Run a failed request again. What it was to answer keeps its id. A repetition changes nothing."""
+    request_id = names.request_id(request_id)
+    if not names.is_request_id(request_id):
+        raise RequestNotFound(f"No failed request {request_id!r} is kept.", param="request_id")
+    return {"id": request_id, "retried_as": await context.retries.retry(_owner(caller), request_id)}
+
+
+def _owner(caller: Client) -> str:
+    return "*" if caller.operator else owner_token(caller.name)
+
+
+def _shown(caller: Client, state: RequestState) -> dict[str, Any]:
+    shown = state.model_dump(include=SHOWN)
+    return shown if caller.operator else shown | {"fault": None}
 
 
 async def _registered(context: Context, request_id: str) -> None:

@@ -106,7 +106,9 @@ class Attempt:
         error = ended.error
         reason = ended.reason or (error.message if error else NOT_RECEIVED)
         told = None if status is RequestStatus.COMPLETED else reason
-        status = await self.ownership.end(status, error=told, fault=ended.fault, usage=ended.usage)
+        status = await self.ownership.end(
+            status, error=told, fault=ended.fault, usage=ended.usage, cut=ended.cut, spent=ended.how is End.SPENT
+        )
         # The message of a refusal may quote the request. The client and the state get it, the log gets its code.
         code = (error.code or error.type) if error and error.status < 500 and not ended.reason else None
         self.measured.ended(status.value, (code or status.value) if told else None)

@@ -111,7 +111,8 @@ class Ended:
     """How the work on one attempt ended.
 
     `error` is for the client. `reason` is for the state and the log; without it, the error is. `fault` tells operators
-    what failed. `outcome` is how the request ended for its client, if the api has said so already.
+    what failed. `outcome` is how the request ended for its client, if the api has said so already. `cut`: the answer
+    ended at its most tokens.
     """
 
     how: End
@@ -120,6 +121,7 @@ class Ended:
     fault: str | None = None
     outcome: RequestStatus | None = None
     usage: Usage | None = None
+    cut: bool = False
 
 
 def abandoned() -> Ended:
@@ -130,7 +132,7 @@ def abandoned() -> Ended:
 
 def not_wanted(have: Resume) -> Ended:
     """The end of a request for which nobody waits, as the api says."""
-    return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage)
+    return Ended(End.NOT_WANTED, reason="nobody waits for it", outcome=have.outcome, usage=have.usage, cut=have.cut)
 
 
 Tell = Callable[[Told, Ended], Awaitable[RequestStatus | None]]

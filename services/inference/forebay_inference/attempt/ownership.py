@@ -1,6 +1,7 @@
 """The attempt that wrote a request's state last owns the request. Each of its writes names the revision before it."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -8,6 +9,7 @@ from typing import Final, TypeVar
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.streams import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
+from forebay_contracts.queueing.failed import FailedRequest
 from forebay_contracts.queueing.protocols import StateStore, Stored, Superseded
 from forebay_contracts.queueing.state_store import change
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
@@ -22,6 +24,8 @@ STORE_PATIENCE_S: Final = 60.0
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 class EndedBefore(Exception):
     """The request has ended already; `state` says how."""
@@ -35,10 +39,19 @@ class Ownership:
     """One attempt's right to write the state of its request.
 
     Once a newer attempt has claimed the request, every write of this one is refused. All methods try for
-    STORE_PATIENCE_S and then raise QueueUnavailable.
+    STORE_PATIENCE_S and then raise QueueUnavailable. `keep` keeps a stored request whose attempts are spent.
     """
 
-    def __init__(self, states: StateStore, request: InferenceRequest, worker: str, sequence: int, turn: int) -> None:
+    def __init__(
+        self,
+        states: StateStore,
+        request: InferenceRequest,
+        worker: str,
+        sequence: int,
+        turn: int,
+        keep: Callable[[FailedRequest], Awaitable[None]],
+    ) -> None:
+        self._keep = keep
         self._states = states
         self._request = request
         self._worker = worker
@@ -99,14 +112,21 @@ class Ownership:
         error: str | None = None,
         fault: str | None = None,
         usage: Usage | None = None,
+        cut: bool = False,
+        spent: bool = False,
     ) -> RequestStatus:
-        """Write how the request ended and count it. Returns how it ended: somebody else may have ended it before.
+        """Write how the request ended and count it. `spent`: keep it first, if it is stored.
+
+        Returns how it ended: somebody else may have ended it before.
 
         Raises:
             Superseded: a newer attempt owns the request.
         """
+        state = transitions.ended(self._own.state, outcome, error=error, fault=fault, usage=usage, cut=cut)
+        if spent and outcome is RequestStatus.FAILED and self._request.record is not None:
+            state = await self._kept(state)
         try:
-            await self._write(transitions.ended(self._own.state, outcome, error=error, fault=fault, usage=usage))
+            await self._write(state)
         except EndedBefore as exc:
             await self.count(exc.state)
             return exc.state.status
@@ -120,6 +140,16 @@ class Ownership:
         """
         if state.finished_at is not None and clock.now() - state.finished_at < DUPLICATE_WINDOW_S / 2:
             await patiently(lambda: self._states.count(state.status, state.id))
+
+    async def _kept(self, state: RequestState) -> RequestState:
+        """The last state of a request that is kept, or `state` if it cannot be."""
+        retryable = state.model_copy(update={"retryable": True})
+        try:
+            await patiently(lambda: self._keep(FailedRequest(state=retryable, request=self._request)))
+        except QueueUnavailable as exc:
+            log.warning("[RequestQueue] %s: %s", state.id, exc.message)
+            return state
+        return retryable
 
     async def _claim_over(self) -> Stored:
         # An earlier try may be stored although its ack was lost.

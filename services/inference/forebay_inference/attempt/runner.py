@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Final
 
@@ -11,6 +11,7 @@ from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
 from forebay_contracts.nats import clock
+from forebay_contracts.queueing.failed import FailedRequest
 from forebay_contracts.queueing.protocols import Delivery, ReplyChannel, StateStore, Superseded
 from forebay_contracts.queueing.state_store import QUEUED_AFTER_S
 from forebay_contracts.queueing.transitions import MovedOn
@@ -51,7 +52,8 @@ class AttemptRunner:
     """Runs deliveries to their end. `running` holds the attempts that run now, by request id.
 
     `channel` makes a reply channel from a subject and a deadline (seconds since the epoch). `connected_for_s` says how
-    long NATS has not been away. `put_back` is that of an `Admission`.
+    long NATS has not been away. `put_back` is that of an `Admission`. `keep` keeps a stored request whose attempts are
+    spent.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class AttemptRunner:
         metrics: WorkerMetrics,
         put_back: PutBack,
         giving_way: GivingWay,
+        keep: Callable[[FailedRequest], Awaitable[None]],
     ) -> None:
         self._worker = worker
         self._states = states
@@ -78,6 +81,7 @@ class AttemptRunner:
         self._metrics = metrics
         self._put_back_once = put_back
         self._giving_way = giving_way
+        self._keep = keep
         self.running: dict[str, Attempt] = {}
 
     async def run(self, delivery: Delivery) -> None:
@@ -108,7 +112,7 @@ class AttemptRunner:
         attempt = Attempt(
             request,
             delivery,
-            Ownership(self._states, request, self._worker, delivery.sequence, turn),
+            Ownership(self._states, request, self._worker, delivery.sequence, turn, self._keep),
             Reply(self._channel(request.reply_to, request.deadline), request, self._worker),
             Measured(self._metrics, request, delivery, self._worker),
             doubted=delivery.num_delivered > 1 or turn > 0 or age_s >= self._connected_for_s(),
@@ -267,7 +271,8 @@ class AttemptRunner:
             return Ended(End.SUPERSEDED)
         except Exception as exc:  # whatever an engine raises fails this attempt, and not the worker
             return Ended(End.FAULT, fault=reason_of(exc))
-        return Ended(End.COMPLETED, usage=usage)
+        cut = any(choice.finish_reason == "length" for choice in finished.values())
+        return Ended(End.COMPLETED, usage=usage, cut=cut)
 
     @staticmethod
     async def _resume(attempt: Attempt) -> Resume:

@@ -122,6 +122,7 @@ async def _object(context: Context, record: ChatRecord) -> dict[str, Any] | None
     answer = await context.stored.so_far(request)
     if answer.completed is None:
         return None
-    whole = ChatFormat(request, None).whole(answer.take(), answer.completed)
+    shown = request.model_copy(update={"id": record.request_id})
+    whole = ChatFormat(shown, None).whole(answer.take(), answer.completed)
     found: dict[str, Any] = orjson.loads(whole)
     return found | {"metadata": record.metadata}

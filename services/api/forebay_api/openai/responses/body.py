@@ -252,6 +252,7 @@ class ResponseBody(PromptBody):
             stream=self.stream,
             logprobs=LOGPROBS in self.include,
             parameters=self.parameters() | {"service_tier": queued.service_tier},
+            notify=queued.notify,
         )
 
     def parameters(self) -> dict[str, Any]:

@@ -19,6 +19,8 @@ async def respond(context: Context, accepted: Accepted) -> Prepared:
         ),
         timeout_s=settings.background_timeout if body.background else settings.request_timeout,
     )
+    if body.background and context.webhooks.wanted(request.key, "response"):
+        request = request.model_copy(update={"notify": True})
     record = body.record(items, request)
     answered = context.responses.submit(record, request) if body.store else context.dispatcher.submit(request)
     writer = ResponseFormat(record)

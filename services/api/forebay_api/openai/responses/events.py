@@ -93,15 +93,14 @@ class ResponseFold:
         if self.ended:
             return []
         events = self.started()
-        cut = any(choice.finish_reason == "length" for choice in completed.choices)
         made: list[Event] = []
         if not (self._done or self._text or self._call):
             made += self._say("", reasoning=False)
         if self._logprobs and self._text is not None and not self._text.reasoning:
             made += self._say("", reasoning=False)
-        made += self._close("incomplete" if cut else "completed")
+        made += self._close("incomplete" if completed.cut else "completed")
         self._usage = completed.usage
-        if cut:
+        if completed.cut:
             self._status, self._cut = "incomplete", {"reason": "max_output_tokens"}
         else:
             self._status, self._completed_at = "completed", int(completed.at)

@@ -1,10 +1,14 @@
 """What is kept of a response's request: with the frames of the answer, all that a client sees follows from it."""
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from forebay_api.in_flight.records import key_of
 from forebay_contracts.wire import names
 from forebay_contracts.wire.message import SCHEMA_VERSION, Message
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
+
+KIND: Final = "resp"
+"""The kind of these records (`forebay_api/in_flight/records.py`)."""
 
 
 def item_id(prefix: str, response_id: str, place: int, *, of_input: bool = False) -> str:
@@ -23,7 +27,8 @@ class ResponseRecord(Message):
 
     `input` holds the request's own items, with ids; what was before them is in `previous_response_id` or
     `conversation`. `parameters` are the members of the response object that repeat the request. `key` is the name of
-    the client's key.
+    the client's key. `run` is the id of the request that answers it, once it runs again. With `notify`, its end is an
+    event for webhooks.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -40,6 +45,8 @@ class ResponseRecord(Message):
     stream: bool = False
     logprobs: bool = False
     parameters: dict[str, Any]
+    run: str | None = None
+    notify: bool = False
 
     def encode(self) -> bytes:
         """The record as JSON, every field written out."""
@@ -47,7 +54,7 @@ class ResponseRecord(Message):
 
     def origin(self) -> InferenceRequest:
         """The request, as far as its answer needs it."""
-        identifier = names.request_id(self.id)
+        identifier = self.run or names.request_id(self.id)
         return InferenceRequest(
             id=identifier,
             completion_type=CompletionType.CHAT,
@@ -56,4 +63,6 @@ class ResponseRecord(Message):
             deadline=self.deadline,
             reply_to=names.answer_subject(identifier),
             key=self.key,
+            record=key_of(KIND, self.key, self.id),
+            notify=self.notify,
         )

@@ -14,7 +14,7 @@ from forebay_api.in_flight.stored import StoredRequests
 from forebay_api.openai.responses.body import PromptBody
 from forebay_api.openai.responses.conversation import ConversationRecord, Entry
 from forebay_api.openai.responses.events import ResponseFold
-from forebay_api.openai.responses.record import ResponseRecord, response_of
+from forebay_api.openai.responses.record import KIND, ResponseRecord, response_of
 from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError, InvalidRequest, QueueConflict, RequestNotFound
@@ -44,7 +44,7 @@ class Responses:
 
     async def get(self, owner: str | None, identifier: str) -> ResponseRecord:
         """The record of a response. Raises RequestNotFound."""
-        found = await self._records.get(key_of("resp", owner, _known(identifier)), ResponseRecord)
+        found = await self._records.get(key_of(KIND, owner, _known(identifier)), ResponseRecord)
         if found is None:
             raise RequestNotFound(f"Response with id '{identifier}' not found.", code=None)
         return found.record
@@ -52,7 +52,7 @@ class Responses:
     @contextlib.asynccontextmanager
     async def submit(self, record: ResponseRecord, request: InferenceRequest) -> AsyncIterator[LiveAnswer]:
         """Admit the request of a response, and keep its record; yields its answer."""
-        conversation, key = record.conversation, key_of("resp", record.key, record.id)
+        conversation, key = record.conversation, key_of(KIND, record.key, record.id)
         if conversation is not None:
             await self.change(record.key, conversation, Entry(response=record.id))
         async with contextlib.AsyncExitStack() as block:
@@ -80,7 +80,7 @@ class Responses:
     async def forget(self, record: ResponseRecord) -> None:
         """Remove a response, and its answer. The record goes last, so that a failure can be repeated."""
         await self._requests.forget(record.origin())
-        await self._records.delete(key_of("resp", record.key, record.id))
+        await self._records.delete(key_of(KIND, record.key, record.id))
 
     async def fold(self, record: ResponseRecord) -> ResponseFold:
         """The response as it is now."""

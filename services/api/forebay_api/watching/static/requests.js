@@ -1,4 +1,4 @@
-// The newest requests, cancelling one, and looking one up.
+// The newest requests, cancelling one, running one again, and looking one up.
 
 import { $, ask, askRequest, element, put, seconds } from "./common.js";
 
@@ -77,7 +77,10 @@ function addRow(state) {
   const cancel = element("button", "", "Cancel");
   cancel.setAttribute("aria-label", `Cancel ${state.id}`);
   cancel.addEventListener("click", () => cancelRequest(state.id));
-  cells.action.append(cancel);
+  const again = element("button", "", "Run again");
+  again.setAttribute("aria-label", `Run ${state.id} again`);
+  again.addEventListener("click", () => retryRequest(state.id));
+  cells.action.append(cancel, again);
   cells.error.append(element("div"), element("div", "quiet"));
   // Where they are cut off.
   cells.id.title = state.id;
@@ -102,11 +105,12 @@ function fill(cells, state) {
   const [error, fault] = cells.error.children;
   put(error, state.error ?? "");
   put(fault, state.fault ?? "");
-  const cancel = cells.action.firstChild;
+  const [cancel, again] = cells.action.children;
   const ended = FINAL.has(state.status);
   // The focus keeps its place, and on no other button, where one more Enter would cancel what was not meant.
   if (ended && document.activeElement === cancel) cells.row.focus({ preventScroll: true });
   cancel.hidden = ended;
+  again.hidden = !state.retryable;
 }
 
 async function cancelRequest(id) {
@@ -115,6 +119,15 @@ async function cancelRequest(id) {
     say(answer.cancelled ? `${id} was cancelled` : `${id} has ended already: ${spaced(answer.status)}`);
   } catch (error) {
     say(`${id} was not cancelled: ${error.message}`);
+  }
+}
+
+async function retryRequest(id) {
+  try {
+    const answer = await (await ask(`/v1/queue/request/${encodeURIComponent(id)}/retry`, { method: "POST" })).json();
+    say(`${id} runs again as ${answer.retried_as}`);
+  } catch (error) {
+    say(`${id} does not run again: ${error.message}`);
   }
 }
 
@@ -145,10 +158,11 @@ function showFound(state) {
     if (value === null || value === "") continue;
     list.append(element("dt", "", spaced(name)), element("dd", name === "status" ? `state-${value}` : "", written(name, value)));
   }
-  if (FINAL.has(status)) return showResult(list);
-  const cancel = element("button", "", "Cancel it");
-  cancel.addEventListener("click", () => cancelRequest(id).then(() => $("look-form").requestSubmit()));
-  showResult(list, cancel);
+  if (FINAL.has(status) && !others.retryable) return showResult(list);
+  const [word, act] = others.retryable ? ["Run it again", retryRequest] : ["Cancel it", cancelRequest];
+  const button = element("button", "", word);
+  button.addEventListener("click", () => act(id).then(() => $("look-form").requestSubmit()));
+  showResult(list, button);
 }
 
 function written(name, value) {
