@@ -235,7 +235,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "quantization": "none",
             "device": "none",
             "engine": "simulated",
-            "completion_types": ["chat", "completion", "embedding"],
+            "completion_types": ["chat", "completion", "embedding", "rerank"],
         }
         _, api, _ = await message(stack, "KV_inference-apis", last_by_subj=f"$KV.inference-apis.{api_id}")
         assert api["id"] == api_id

@@ -254,7 +254,7 @@ async def test_models(client: openai.AsyncOpenAI) -> None:
         "progress": None,
         "workers": {"loading": 0, "ready": 1, "draining": 0},
         "aliases": ["your-model", "gpt-4o", MODEL],
-        "completion_types": ["chat", "completion", "embedding"],
+        "completion_types": ["chat", "completion", "embedding", "rerank"],
         "context_length": 1 << 20,
         "quantization": "none",
     }
