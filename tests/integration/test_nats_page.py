@@ -100,6 +100,9 @@ def commands(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", ["docs/nats-cli.md", "README.md"])
 def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
     buckets = {names.REQUESTS_BUCKET, names.WORKERS_BUCKET, names.APIS_BUCKET, names.ANSWERS_BUCKET}
+    buckets |= {names.BATCHES_BUCKET, names.FILES_BUCKET}
+    streams = {names.STREAM, names.COUNTERS, names.ANSWERS, names.DEFERRED, names.BATCHES}
+    streams |= {names.WEBHOOKS, names.FAILED}
     subjects = [
         names.STREAM_SUBJECTS,
         names.COUNTER_SUBJECTS,
@@ -108,6 +111,7 @@ def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
         names.answered_subject("*"),
         names.drain_subject("*"),
         names.DEFERRED_SUBJECTS,
+        names.FAILED_SUBJECTS,
         names.idle_subject("*"),
         *map(names.bucket_subjects, buckets),
     ]
@@ -115,7 +119,7 @@ def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
     assert len(words) > 10
     for word in words:
         if word.startswith("INFERENCE"):
-            assert word in {names.STREAM, names.COUNTERS, names.ANSWERS, names.DEFERRED}
+            assert word in streams
         elif word.startswith("inference-"):
             assert word in buckets
         elif word.startswith(("inference.", "$KV.")):
