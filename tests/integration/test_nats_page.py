@@ -103,6 +103,7 @@ def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
     subjects = [
         names.STREAM_SUBJECTS,
         names.COUNTER_SUBJECTS,
+        names.USAGE_SUBJECTS,
         names.reply_subjects("*"),
         names.answer_subject("*"),
         names.answered_subject("*"),
@@ -115,7 +116,7 @@ def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
     assert len(words) > 10
     for word in words:
         if word.startswith("INFERENCE"):
-            assert word in {names.STREAM, names.COUNTERS, names.ANSWERS, names.DEFERRED}
+            assert word in {names.STREAM, names.COUNTERS, names.ANSWERS, names.DEFERRED, names.USAGE}
         elif word.startswith("inference-"):
             assert word in buckets
         elif word.startswith(("inference.", "$KV.")):

@@ -38,10 +38,14 @@ def app(system: Twins) -> ASGIApp:
             workers=NONE,
             models=Models(settings, list, nobody_else),
             keys=ApiKeys(settings),
+            limits=NONE,
             rates=Rates(),
             numbers=NONE,
             feed=NONE,
             exposition=None,
+            webhooks=NONE,
+            failed=NONE,
+            retries=NONE,
         )
     )
 

@@ -104,6 +104,9 @@ class Settings(BaseSettings):
         le=10_000_000,
         description="Most requests of one key and model in the waiting room, where the tier flex waits",
     )
+    usage_days: int = Field(
+        62, ge=1, le=3_660, description="Days for which it is kept what each key used of each model"
+    )
     nats_url: str | None = Field(
         None, description="URLs of NATS servers, comma-separated; empty: `forebay up` starts one of its own"
     )

@@ -12,8 +12,10 @@ from fastapi import Depends
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from forebay_api.clients import limit_headers
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.clients.limits import KeyLimits
+from forebay_api.clients.token_limits import TokenLimits
 from forebay_api.context import Context, caller
 from forebay_api.create import Create
 from forebay_api.http.documented import ERRORS
@@ -34,7 +36,7 @@ from forebay_api.openai.responses import conversation_routes as conversations
 from forebay_api.openai.responses import routes as responses
 from forebay_api.openai.responses.stored import Responses
 from forebay_api.routes import ENDPOINTS
-from forebay_api.watching import health, page, queue
+from forebay_api.watching import health, page, queue, usage
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
@@ -53,6 +55,7 @@ from forebay_contracts.queueing.failed import FailedRequests
 from forebay_contracts.queueing.room import JetStreamRoom
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import QueueStatus, queue_status
+from forebay_contracts.queueing.usage import last_days
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.version import VERSION
@@ -76,6 +79,7 @@ def create_app(context: Context) -> ASGIApp:
         responses.router,
         conversations.router,
         queue.router,
+        usage.router,
     ):
         rest.include_router(router, dependencies=keyed, responses=ERRORS)
     for router in (health.router, page.router):
@@ -93,7 +97,7 @@ def create_app(context: Context) -> ASGIApp:
             allow_origins=context.settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID_HEADER.decode(), "retry-after", "x-should-retry"],
+            expose_headers=[REQUEST_ID_HEADER.decode(), "retry-after", "x-should-retry", *limit_headers.NAMES],
         )
     return served
 
@@ -109,8 +113,10 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await clock.measure(connection.requests)
         instance = f"api-{uuid.uuid4().hex[:12]}"
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
+        states = KeyValueStateStore(connection)
+        tokens = TokenLimits(keys.with_token_limits, states.usage)
         others = lambda: (api for api in apis.alive() if api.id != instance)  # noqa: E731
-        limits = KeyLimits(keys, others, defers=settings.key_overflow == "defer")
+        limits = KeyLimits(keys, others, tokens, defers=settings.key_overflow == "defer")
         started_at = time.time()
 
         def describe() -> ApiInfo:
@@ -123,7 +129,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             )
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
-        context = _built(settings, connection, instance, keys, limits, heartbeat, endpoints)
+        context = _built(settings, connection, states, instance, keys, limits, heartbeat, endpoints)
         await context.workers.start()
         await apis.start()
         await Listener(connection, context.dispatcher, context.stored, context.mover).start()
@@ -132,7 +138,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         delivering = asyncio.create_task(_deliver(context)) if settings.webhooks_file is not None else None
         log.info("[RequestQueue] api %s takes requests for %s", instance, settings.served_model)
         try:
-            yield context
+            async with tokens.followed():
+                yield context
         finally:
             await context.mover.close()
             if delivering is not None:
@@ -160,6 +167,7 @@ async def _deliver(context: Context) -> None:
 def _built(
     settings: ApiSettings,
     connection: Connection,
+    states: KeyValueStateStore,
     instance: str,
     keys: ApiKeys,
     limits: KeyLimits,
@@ -167,7 +175,6 @@ def _built(
     endpoints: Endpoints,
 ) -> Context:
     """The parts, before any of them has started."""
-    states = KeyValueStateStore(connection)
     admission = JetStreamAdmission(connection, patience_s=settings.admission_patience)
     answers = JetStreamAnswerLog(connection)
     cancellation = Cancellation(states, admission, NatsCancelNotices(connection), answers)
@@ -185,6 +192,7 @@ def _built(
         rates.sample(status)
         return status
 
+    exposition = Exposition(connection, numbers, answers.size, workers.alive, lambda: states.usage(last_days(1)))
     return Context(
         settings=settings,
         connection=connection,
@@ -198,9 +206,10 @@ def _built(
         workers=workers,
         models=Models(settings, workers.alive, lambda: known_models(connection)),
         keys=keys,
+        limits=limits,
         rates=rates,
         numbers=numbers,
-        exposition=Exposition(connection, numbers, answers.size, workers.alive) if settings.metrics else None,
+        exposition=exposition if settings.metrics else None,
         feed=Feed(connection, numbers, workers.alive),
         webhooks=endpoints,
         failed=failed,

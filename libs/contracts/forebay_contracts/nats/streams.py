@@ -3,7 +3,16 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RePublish, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DiscardPolicy,
+    RePublish,
+    RetentionPolicy,
+    StorageType,
+    StoreCompression,
+    StreamConfig,
+)
 
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
@@ -41,6 +50,9 @@ EVENT_ACK_WAIT_S = 60
 FAILED_SHARE = 0.125
 """What failed requests may take that are kept to be run again, for each byte that the answer log may take. Beyond that,
 the oldest goes."""
+
+USAGE_SHARE = 0.05
+"""The part that the counters of usage may take. Beyond it, the oldest days go first."""
 
 
 def stream_configs(settings: Settings, storage: float | None = math.inf) -> list[StreamConfig]:
@@ -134,6 +146,21 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
             max_bytes=failed_bytes,
             max_age=settings.response_ttl,
             duplicate_window=min(settings.response_ttl, DUPLICATE_WINDOW_S),
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        StreamConfig(
+            name=names.USAGE,
+            description="What each key used of each model, a day",
+            subjects=[names.USAGE_SUBJECTS],
+            storage=StorageType.FILE,
+            # The increments of one counter differ in little more than their ids.
+            compression=StoreCompression.S2,
+            max_age=settings.usage_days * 86_400,
+            max_bytes=int(storage * USAGE_SHARE) if storage is not None and storage < math.inf else None,
+            max_msgs_per_subject=COUNTER_HISTORY,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_msg_counter=True,
             allow_direct=True,
             num_replicas=replicas,
         ),
