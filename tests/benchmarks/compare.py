@@ -81,14 +81,15 @@ def of(tree: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def requests(names: list[str], trees: dict[str, Path], options: argparse.Namespace, found: Figures) -> None:
-    """One block of all loads."""
+    """One block of all loads, with the key of `--setting API_KEYS=KEY`, if that is given."""
+    key = [part for setting in options.setting if setting.startswith("API_KEYS=") for part in ("--key", setting[9:])]
     async with contextlib.AsyncExitStack() as running:
         systems = {name: await running.enter_async_context(started(**of(trees[name], options))) for name in names}
         for mode in (mode for mode in options.modes if mode != MEMORY):
             for clients in options.clients:
                 async with contextlib.AsyncExitStack() as loads:
                     for system in systems.values():
-                        flags = (*MODES[mode], "--delay-ms", str(options.delay_ms))
+                        flags = (*MODES[mode], "--delay-ms", str(options.delay_ms), *key)
                         await loads.enter_async_context(system.load(clients, *flags))
                     await pairs([*systems.values()], options.pairs)
                 for name, system in systems.items():

@@ -54,7 +54,14 @@ def conversation(size: int) -> list[dict[str, str]]:
 
 
 def request_bytes(
-    tokens: int, *, stream: bool, delay_ms: float = 0, model: str = MODEL, response: str | None = None, size: int = 0
+    tokens: int,
+    *,
+    stream: bool,
+    delay_ms: float = 0,
+    model: str = MODEL,
+    response: str | None = None,
+    size: int = 0,
+    key: str | None = None,
 ) -> bytes:
     """The one request that is sent again and again; with `response`, a response that is `stored` or `live`.
 
@@ -67,6 +74,8 @@ def request_bytes(
         path, fields = "/v1/responses", {"model": model, "input": order, "store": response == "stored"}
     body = to_json(fields | ({"stream": True} if stream else {}))
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    if key is not None:
+        head += f"Authorization: Bearer {key}\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -328,6 +337,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--response", choices=("stored", "live"), help="ask for responses, and not for chats")
     parser.add_argument("--kb", type=int, default=0, help="size of the body of a chat, in 1,000 bytes")
+    parser.add_argument("--key", help="the API key that each request carries")
     parser.add_argument("--requests", type=int, help="end once so many were answered, closed loop")
     parser.add_argument("--rate", type=float, help="requests a second, open loop")
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals")
@@ -346,6 +356,7 @@ def main() -> int:
         model=options.model,
         response=options.response,
         size=1000 * options.kb,
+        key=options.key,
     )
     loop = open_loop if options.rate else closed_loop
     figures = uvloop.run(loop(options.port, options, request))

@@ -102,10 +102,11 @@ def test_each_name_of_a_page_is_one_of_ours(page: str) -> None:
     buckets = {names.REQUESTS_BUCKET, names.WORKERS_BUCKET, names.APIS_BUCKET, names.ANSWERS_BUCKET}
     buckets |= {names.BATCHES_BUCKET, names.FILES_BUCKET}
     streams = {names.STREAM, names.COUNTERS, names.ANSWERS, names.DEFERRED, names.BATCHES}
-    streams |= {names.WEBHOOKS, names.FAILED}
+    streams |= {names.WEBHOOKS, names.FAILED, names.USAGE}
     subjects = [
         names.STREAM_SUBJECTS,
         names.COUNTER_SUBJECTS,
+        names.USAGE_SUBJECTS,
         names.reply_subjects("*"),
         names.answer_subject("*"),
         names.answered_subject("*"),

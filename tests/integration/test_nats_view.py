@@ -83,6 +83,7 @@ async def test_streams_and_consumer(nats_server: NatsServer) -> None:
             "INFERENCE_COUNTERS",
             "INFERENCE_DEFERRED",
             "INFERENCE_FAILED",
+            "INFERENCE_USAGE",
             "INFERENCE_WEBHOOKS",
             "KV_inference-answers",
             "KV_inference-apis",
@@ -295,7 +296,7 @@ async def test_frames_of_a_chat(nats_server: NatsServer, stream: bool) -> None:
             "choices": [{"index": 0, "finish_reason": "stop", "tokens": 4}],
             "usage": usage,
         }
-        started = {"type": "started", "attempt": 1, "worker": stack.workers[0].id}
+        started = {"type": "started", "attempt": 1, "worker": stack.workers[0].id, "prompt_tokens": 2}
         if stream:
             first = {"type": "delta", "attempt": 1, "tokens": [0], "text": "t0"}
             others = [{"type": "delta", "attempt": 1, "offset": n, "tokens": [n], "text": f" t{n}"} for n in (1, 2, 3)]
@@ -315,7 +316,8 @@ async def test_an_answer_that_takes_its_time_is_announced(nats_server: NatsServe
         assert (await stack.chat("[[tokens=3 delay_ms=30]]")).status_code == 200
         await idle(stack)
         frames = [json.loads(msg.data) for msg in listener.heard]
-        assert frames[0] == {"type": "started", "attempt": 1, "worker": stack.workers[0].id}
+        begun = {"type": "started", "attempt": 1, "worker": stack.workers[0].id, "prompt_tokens": 2}
+        assert frames[0] == begun
         assert frames[-1]["type"] == "completed"
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 import pytest
@@ -24,11 +25,12 @@ from forebay_contracts.queueing.protocols import (
     StateStore,
 )
 from forebay_contracts.queueing.state_store import KeyValueStateStore
+from forebay_contracts.queueing.usage import UsageRow, total
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueFull, QueueUnavailable
 from forebay_contracts.wire.event import Event, event_of
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
-from forebay_contracts.wire.state import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 from support.nats import NatsServer
 from support.seams import MAX_CONCURRENT, MAX_QUEUE_SIZE, MODEL, connected
 
@@ -55,6 +57,18 @@ def state(request_id: str, status: RequestStatus = RequestStatus.QUEUED) -> Requ
         queued_at=1.0,
         deadline=time.time() + 60,
     )
+
+
+DAY = "2026-11-30"
+
+
+def used(request_id: str, key: str | None = "alice", model: str = MODEL) -> RequestState:
+    """A request that waited 0.25 s and ended on DAY."""
+    at = datetime(2026, 11, 30, 23, 59, 59, tzinfo=UTC).timestamp()
+    usage = Usage(prompt_tokens=12, cached_tokens=8, completion_tokens=5)
+    times = {"queued_at": at - 9, "started_at": at - 8.75, "finished_at": at}
+    ended = {"status": RequestStatus.COMPLETED, "key": key, "model": model, "usage": usage}
+    return state(request_id).model_copy(update=times | ended)
 
 
 def id_of(delivery: Delivery) -> str:
@@ -228,15 +242,16 @@ async def test_requests_and_states_survive_a_restart_of_nats(nats_server: NatsSe
         await JetStreamAdmission(connection).publish(request("a"))
         store = KeyValueStateStore(connection)
         await store.write(state("a"), 0)
-        await store.count(RequestStatus.COMPLETED, "before")
+        await store.count(RequestStatus.COMPLETED, "before", used("before"))
     nats_server.kill()
     nats_server.start()
     async with connected(nats_server) as connection:
         queue, store = on_nats(connection), KeyValueStateStore(connection)
         # What was answered for before is recognised after it.
         assert await queue.admission.publish(request("a")) == 1
-        await store.count(RequestStatus.COMPLETED, "before")
+        await store.count(RequestStatus.COMPLETED, "before", used("before"))
         assert (await store.totals())[RequestStatus.COMPLETED] == 1
+        assert total(await store.usage([DAY])).requests == 1
         stored = await store.get("a")
         assert stored is not None
         assert stored.state.status is RequestStatus.QUEUED
@@ -281,6 +296,7 @@ async def test_without_nats_nothing_is_admitted(nats_server: NatsServer) -> None
             lambda: store.write(state("a"), 0),
             lambda: store.count(RequestStatus.FAILED, "a"),
             store.totals,
+            lambda: store.usage([DAY]),
         ]
         for call in calls:
             with pytest.raises(QueueUnavailable):
@@ -377,6 +393,40 @@ async def test_totals_count_each_request_once(store: StateStore) -> None:
         RequestStatus.TIMED_OUT: 1,
         RequestStatus.CANCELLED: 0,
     }
+
+
+async def test_usage_counts_each_request_once(store: StateStore) -> None:
+    assert await store.usage([DAY]) == []
+    # The writer of an end counts it, and so does whoever finds that end.
+    for state in (used("a"), used("b", key="bob"), used("c", model="org/m-1.5"), used("a"), used("d")):
+        await store.count(state.status, state.id, state)
+    await store.count(RequestStatus.FAILED, "of another version")
+    twice = UsageRow(
+        day=DAY,
+        model=MODEL,
+        key="alice",
+        requests=2,
+        prompt_tokens=24,
+        cached_tokens=16,
+        completion_tokens=10,
+        queue_seconds=0.5,
+    )
+    once = {"requests": 1, "prompt_tokens": 12, "cached_tokens": 8, "completion_tokens": 5, "queue_seconds": 0.25}
+    others = [twice.model_copy(update=once | name) for name in ({"key": "bob"}, {"model": "org/m-1.5"})]
+    assert sorted(await store.usage([DAY, "2001-01-01"]), key=str) == sorted([twice, *others], key=str)
+    assert await store.usage([DAY], ["bob", None]) == others[:1]
+    assert await store.usage(["2001-01-01"]) == []
+
+
+async def test_usage_without_a_key_is_added_up_and_counted_at_the_end_too(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        store = KeyValueStateStore(connection)
+        for state in (used("a", key=None), used("b", key=None), used("a", key=None)):
+            await store.count(state.status, state.id, state)
+        assert await store.usage([DAY]) == []
+    async with connected(nats_server) as connection:
+        (found,) = await KeyValueStateStore(connection).usage([DAY])
+        assert (found.key, found.requests, found.completion_tokens) == (None, 2, 10)
 
 
 async def test_pulls_end_without_nats_too(nats_server: NatsServer) -> None:

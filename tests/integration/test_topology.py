@@ -74,6 +74,11 @@ async def test_the_limits_are_read_back_from_the_server(nats_server: NatsServer)
     assert consumer["metadata"]["forebay.model"] == MODEL
 
 
+def test_the_parts_of_an_account_leave_room_for_states() -> None:
+    configs = streams.stream_configs(Settings(_env_file=None), storage=1e6)
+    assert sum(config.max_bytes or 0 for config in configs) < 0.9e6
+
+
 async def test_the_second_time_there_is_nothing_to_change(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         made = await topology.ensure(connection, settings(nats_server), MODEL)

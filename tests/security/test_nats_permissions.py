@@ -85,6 +85,8 @@ ACTIONS: dict[str, tuple[str, str, set[str]]] = {
     "beat-as-worker": ("publish", "$KV.inference-workers.some-worker", {"inference"}),
     "beat-as-api": ("publish", "$KV.inference-apis.some-api", {"api"}),
     "count": ("publish", "inference.counters.completed", {"api", "inference"}),
+    "count-usage": ("publish", "inference.usage.2026-11-30.some-model.some-key", {"api", "inference", "admin"}),
+    "read-usage": ("publish", f"{JS}DIRECT.GET.INFERENCE_USAGE", {"api", "operator", "admin"}),
     "read-limits": ("publish", f"{JS}STREAM.INFO.INFERENCE", set(ROLES)),
     "read-request": ("publish", f"{JS}DIRECT.GET.INFERENCE", {"api", "operator", "admin"}),
     "remove-request": ("publish", f"{JS}STREAM.MSG.DELETE.INFERENCE", {"api", "admin"}),

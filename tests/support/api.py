@@ -41,6 +41,7 @@ def app(system: Twins) -> ASGIApp:
             workers=NONE,
             models=Models(settings, list, nobody_else),
             keys=ApiKeys(settings),
+            limits=NONE,
             rates=Rates(),
             numbers=NONE,
             feed=NONE,

@@ -226,8 +226,9 @@ class Stack:
     async def idle(self, api: int = 0, timeout_s: float = 30) -> None:
         """Wait until nothing is in the stream, and NATS there to say so: an ack leaves no event to wait for."""
         url = f"{self.apis[api].url}/v1/queue/status"
+        headers = {"x-api-key": str(self._settings.get("api_keys", ""))}
         async with asyncio.timeout(timeout_s):
-            while (await self.http.get(url)).json().get("active_requests") != 0:  # noqa: ASYNC110
+            while (await self.http.get(url, headers=headers)).json().get("active_requests") != 0:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
     async def all_reach(self, request_ids: list[str], *statuses: RequestStatus, timeout_s: float = 30) -> None:

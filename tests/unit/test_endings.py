@@ -13,7 +13,7 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import StateUnreadable
 from forebay_contracts.wire.frames import Failed
 from forebay_contracts.wire.request import InferenceRequest, Tier
-from forebay_contracts.wire.state import RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 from forebay_inference.attempt.endings import ENDINGS, Acknowledge, End, Ended
 from support.twins import Twins, request, twins
 
@@ -228,9 +228,9 @@ async def test_the_client_has_the_answer_before_the_state_is_final_and_the_messa
         journal.append(state.status.value)  # type: ignore[attr-defined]
         return await write(state, revision)  # type: ignore[arg-type]
 
-    async def noting_count(outcome: RequestStatus, request_id: str) -> None:
+    async def noting_count(outcome: RequestStatus, request_id: str, state: RequestState) -> None:
         journal.append("counted")
-        await count(outcome, request_id)
+        await count(outcome, request_id, state)
 
     system.states.write, system.states.count = noting_write, noting_count  # type: ignore[method-assign,assignment]
     async with system.dispatcher.submit(wanted) as answer:

@@ -12,7 +12,9 @@ import pytest
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.clients.limits import KeyLimits
 from forebay_api.clients.shares import Shares
+from forebay_api.clients.token_limits import TokenLimits
 from forebay_contracts.queueing import transitions
+from forebay_contracts.queueing.memory import InMemoryStateStore
 from forebay_contracts.queueing.protocols import Waiting
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire import names
@@ -29,6 +31,8 @@ from forebay_contracts.wire.state import RequestStatus
 from forebay_inference.attempt.endings import End, Ended
 from support.engine import simulated_model
 from support.twins import MODEL, Twins, request, twins
+
+UNLIMITED = TokenLimits(list, InMemoryStateStore().usage)
 
 
 @pytest.fixture
@@ -276,7 +280,7 @@ def keys_of(tmp_path: Path, fields: str) -> ApiKeys:
 
 
 def test_what_a_key_has_beyond_its_bound_is_deferred(tmp_path: Path) -> None:
-    limits = KeyLimits(keys_of(tmp_path, "max_requests = 1"), list, defers=True)
+    limits = KeyLimits(keys_of(tmp_path, "max_requests = 1"), list, UNLIMITED, defers=True)
     with limits.one_more(request(key="alice")) as first, limits.one_more(request(key="alice")) as second:
         assert (first.tier, second.tier) == (Tier.DEFAULT, Tier.OVERFLOW)
         assert (first.deferred, second.deferred) == (False, True)
@@ -285,7 +289,7 @@ def test_what_a_key_has_beyond_its_bound_is_deferred(tmp_path: Path) -> None:
         with limits.one_more(flex(key="alice")) as third:
             assert third.tier is Tier.FLEX
     assert limits.unfinished == {}
-    refusing = KeyLimits(keys_of(tmp_path, "max_requests = 1"), list)
+    refusing = KeyLimits(keys_of(tmp_path, "max_requests = 1"), list, UNLIMITED)
     with refusing.one_more(request(key="alice")), pytest.raises(KeyLimitReached):
         refusing.one_more(request(key="alice")).__enter__()
 

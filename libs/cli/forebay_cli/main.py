@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "fetch": ("services", "Fetch and convert the model into DATA_DIR, then exit."),
     "status": ("status", "Show the queue's numbers, the models and the workers."),
     "requests": ("requests", "Show the newest requests and their states."),
+    "usage": ("usage", "Show what each key used of each model, a day."),
     "cancel": ("cancel", "Cancel a request that waits or runs."),
     "retry": ("retry", "Run failed requests again: one, or all of a model or of a time."),
     "doctor": ("doctor", "Check NATS, topology, clocks, services, disk and model; print a fix for each finding."),

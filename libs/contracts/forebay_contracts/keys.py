@@ -4,6 +4,8 @@
     sha256 = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
     max_requests = 20
     weight = 3
+    tokens_per_minute = 50_000
+    tokens_per_day = 2_000_000
 
     [nightly]
     sha256 = "…"
@@ -46,6 +48,7 @@ class KeyEntry(BaseModel):
     `max_requests` bounds its unfinished requests; without it, KEY_MAX_REQUESTS does. An `operator` sees and cancels the
     requests of all keys, others only their own. Keys that have requests in the waiting room share the tokens by their
     `weight`. `tiers` are the service tiers that it may use, first the one of requests that ask for none.
+    `tokens_per_minute` and `tokens_per_day` bound its tokens in and out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
@@ -63,6 +66,8 @@ class KeyEntry(BaseModel):
         BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),
         Field(min_length=1),
     ] = ("default", "flex")
+    tokens_per_minute: int | None = Field(None, ge=1)
+    tokens_per_day: int | None = Field(None, ge=1)
 
 
 _entries: TypeAdapter[dict[str, KeyEntry]] = TypeAdapter(dict[str, KeyEntry])
@@ -104,12 +109,20 @@ def digest(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()
 
 
-def written(name: str, key: str, *, max_requests: int | None, operator: bool) -> str:
+def written(
+    name: str,
+    key: str,
+    *,
+    max_requests: int | None = None,
+    tokens_per_minute: int | None = None,
+    tokens_per_day: int | None = None,
+    operator: bool = False,
+) -> str:
     """The entry of the file for a new key. Raises ConfigurationError if `name` is not allowed."""
     _check_name(name)
     lines = [f"[{name}]", f'sha256 = "{digest(key.encode())}"']
-    if max_requests is not None:
-        lines.append(f"max_requests = {max_requests}")
+    limits = {"max_requests": max_requests, "tokens_per_minute": tokens_per_minute, "tokens_per_day": tokens_per_day}
+    lines += [f"{limit} = {most}" for limit, most in limits.items() if most is not None]
     if operator:
         lines.append("operator = true")
     return "\n".join(lines) + "\n"

@@ -116,6 +116,9 @@ class Settings(BaseSettings):
         description="Seconds for which a file is kept that was uploaded without `expires_after`, and for which the "
         "files of a batch are",
     )
+    usage_days: int = Field(
+        62, ge=1, le=3_660, description="Days for which it is kept what each key used of each model"
+    )
     nats_url: str | None = Field(
         None, description="URLs of NATS servers, comma-separated; empty: `forebay up` starts one of its own"
     )

@@ -13,8 +13,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from forebay_api.batches.queue import BatchQueue
+from forebay_api.clients import limit_headers
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.clients.limits import KeyLimits
+from forebay_api.clients.token_limits import TokenLimits
 from forebay_api.context import Context, caller
 from forebay_api.create import Create
 from forebay_api.http.documented import ERRORS
@@ -40,7 +42,7 @@ from forebay_api.openai.responses import conversation_routes as conversations
 from forebay_api.openai.responses import routes as responses
 from forebay_api.openai.responses.stored import Responses
 from forebay_api.routes import ENDPOINTS
-from forebay_api.watching import health, page, queue
+from forebay_api.watching import health, page, queue, usage
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
@@ -59,6 +61,7 @@ from forebay_contracts.queueing.failed import FailedRequests
 from forebay_contracts.queueing.room import JetStreamRoom
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import QueueStatus, queue_status
+from forebay_contracts.queueing.usage import last_days
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.telemetry import tracing
 from forebay_contracts.version import VERSION
@@ -84,6 +87,7 @@ def create_app(context: Context) -> ASGIApp:
         files.router,
         batches.router,
         queue.router,
+        usage.router,
     ):
         rest.include_router(router, dependencies=keyed, responses=ERRORS)
     for router in (health.router, page.router):
@@ -101,7 +105,7 @@ def create_app(context: Context) -> ASGIApp:
             allow_origins=context.settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID_HEADER.decode(), "retry-after", "x-should-retry"],
+            expose_headers=[REQUEST_ID_HEADER.decode(), "retry-after", "x-should-retry", *limit_headers.NAMES],
         )
     return served
 
@@ -117,8 +121,10 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await clock.measure(connection.requests)
         instance = f"api-{uuid.uuid4().hex[:12]}"
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
+        states = KeyValueStateStore(connection)
+        tokens = TokenLimits(keys.with_token_limits, states.usage)
         others = lambda: (api for api in apis.alive() if api.id != instance)  # noqa: E731
-        limits = KeyLimits(keys, others, defers=settings.key_overflow == "defer")
+        limits = KeyLimits(keys, others, tokens, defers=settings.key_overflow == "defer")
         started_at = time.time()
 
         def describe() -> ApiInfo:
@@ -131,7 +137,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             )
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
-        context = _built(settings, connection, instance, keys, limits, heartbeat, endpoints)
+        context = _built(settings, connection, states, instance, keys, limits, heartbeat, endpoints)
         await context.workers.start()
         await apis.start()
         await Listener(connection, context.dispatcher, context.stored, context.mover).start()
@@ -142,7 +148,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         delivering = asyncio.create_task(_deliver(context)) if settings.webhooks_file is not None else None
         log.info("[RequestQueue] api %s takes requests for %s", instance, settings.served_model)
         try:
-            yield context
+            async with tokens.followed():
+                yield context
         finally:
             await context.mover.close()
             await running_batches.close()
@@ -171,6 +178,7 @@ async def _deliver(context: Context) -> None:
 def _built(
     settings: ApiSettings,
     connection: Connection,
+    states: KeyValueStateStore,
     instance: str,
     keys: ApiKeys,
     limits: KeyLimits,
@@ -178,7 +186,6 @@ def _built(
     endpoints: Endpoints,
 ) -> Context:
     """The parts, before any of them has started."""
-    states = KeyValueStateStore(connection)
     admission = JetStreamAdmission(connection, patience_s=settings.admission_patience)
     answers = JetStreamAnswerLog(connection)
     cancellation = Cancellation(states, admission, NatsCancelNotices(connection), answers)
@@ -196,6 +203,7 @@ def _built(
         rates.sample(status)
         return status
 
+    exposition = Exposition(connection, numbers, answers.size, workers.alive, lambda: states.usage(last_days(1)))
     return Context(
         settings=settings,
         connection=connection,
@@ -212,9 +220,10 @@ def _built(
         workers=workers,
         models=Models(settings, workers.alive, lambda: known_models(connection)),
         keys=keys,
+        limits=limits,
         rates=rates,
         numbers=numbers,
-        exposition=Exposition(connection, numbers, answers.size, workers.alive) if settings.metrics else None,
+        exposition=exposition if settings.metrics else None,
         feed=Feed(connection, numbers, workers.alive),
         webhooks=endpoints,
         failed=failed,

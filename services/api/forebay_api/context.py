@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from forebay_api.clients.keys import ApiKeys, Client
+from forebay_api.clients.limits import KeyLimits
 from forebay_api.in_flight.carried import CarriedRequests
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.files import Files
@@ -50,6 +51,7 @@ class Context:
     workers: Presence[WorkerInfo]
     models: Models
     keys: ApiKeys
+    limits: KeyLimits
     rates: Rates
     numbers: Callable[[], Awaitable[QueueStatus]]
     feed: Feed

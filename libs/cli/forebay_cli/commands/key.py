@@ -13,10 +13,19 @@ def key(
     max_requests: Annotated[
         int | None, typer.Option(help="Most of its requests in the queue.", min=1, show_default="KEY_MAX_REQUESTS")
     ] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Most of its tokens in a minute.", min=1)] = None,
+    tokens_per_day: Annotated[int | None, typer.Option(help="Most of its tokens in a day (UTC).", min=1)] = None,
     operator: Annotated[bool, typer.Option(help="May see and cancel everybody's requests.")] = False,
 ) -> None:
     """Make an API key. The entry for API_KEYS_FILE goes to stdout; the key goes to stderr, this once."""
     made = keys.make()
-    entry = keys.written(name, made, max_requests=max_requests, operator=operator)
+    entry = keys.written(
+        name,
+        made,
+        max_requests=max_requests,
+        tokens_per_minute=tokens_per_minute,
+        tokens_per_day=tokens_per_day,
+        operator=operator,
+    )
     console.say(f"the key of {name}, shown this once: {made}")
     print(entry, end="")

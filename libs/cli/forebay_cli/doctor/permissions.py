@@ -36,6 +36,9 @@ _READS_QUEUE = (
     f"{_GET}{names.COUNTERS}.>",
 )
 
+# The counters of usage, by their names: `_STREAM_INFO` lists these.
+_READS_USAGE = (f"{_GET}{names.USAGE}",)
+
 # Stored answers: the last record of one, and all of it.
 _READS_ANSWERS = (f"{_GET}{names.ANSWERS}", f"{_GET}{names.ANSWERS}.>")
 
@@ -92,6 +95,8 @@ PUBLISHES: Final = {
         f"{_GET}{names.FAILED}",
         f"{_JS}STREAM.PURGE.{names.FAILED}",
         _ACROSS_ACCOUNTS,
+        names.USAGE_SUBJECTS,
+        *_READS_USAGE,
     ),
     "inference": (
         f"{_JS}CONSUMER.MSG.NEXT.{names.STREAM}.*",
@@ -115,8 +120,9 @@ PUBLISHES: Final = {
         _EVENTS_INFO,
         names.FAILED_SUBJECTS,
         _ACROSS_ACCOUNTS,
+        names.USAGE_SUBJECTS,
     ),
-    "operator": (f"{_JS}INFO", *_READS_QUEUE, *_READS_ANSWERS, f"{_GET}{names.FAILED}"),
+    "operator": (f"{_JS}INFO", *_READS_QUEUE, *_READS_ANSWERS, f"{_GET}{names.FAILED}", *_READS_USAGE),
     "admin": (
         f"{_JS}STREAM.CREATE.*",
         f"{_JS}STREAM.UPDATE.*",
@@ -137,6 +143,7 @@ PUBLISHES: Final = {
         f"{_GET}{names.DEFERRED}",
         f"{_JS}STREAM.MSG.DELETE.{names.DEFERRED}",
         f"{_GET}{_REQUESTS}.>",
+        names.USAGE_SUBJECTS,
     ),
 }
 """By role, the subjects that it publishes to. `$SYS.REQ.USER.INFO`, which this check itself asks, is left out."""

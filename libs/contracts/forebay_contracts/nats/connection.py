@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 class Connection:
     """A NATS client, its JetStream context, and `requests` for the hot paths.
 
-    `on_reconnect` holds what must be done again after an outage. `since` is when the connection last began or was lost
-    (monotonic seconds).
+    `on_reconnect` holds what must be done again after an outage, `on_close` what must be done at the end. `since` is
+    when the connection last began or was lost (monotonic seconds).
     """
 
     def __init__(self, client: Client) -> None:
@@ -47,6 +47,7 @@ class Connection:
         self.jetstream: JetStreamContext = client.jetstream(timeout=JETSTREAM_TIMEOUT_S)
         self.requests = Requests(client)
         self.on_reconnect: list[Callable[[], Awaitable[None]]] = []
+        self.on_close: list[Callable[[], Awaitable[None]]] = []
         self.errors_before_start: list[Exception] = []
         self.up = asyncio.Event()
         self.since = time.monotonic()
@@ -90,6 +91,8 @@ class Connection:
 
     async def close(self) -> None:
         """Flush and close. Raises nothing if the server is gone."""
+        for action in self.on_close:
+            await action()
         try:
             await self.client.flush(timeout=1)
         except Exception as exc:

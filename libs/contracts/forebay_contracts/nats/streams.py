@@ -3,7 +3,16 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RePublish, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DiscardPolicy,
+    RePublish,
+    RetentionPolicy,
+    StorageType,
+    StoreCompression,
+    StreamConfig,
+)
 
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
@@ -32,13 +41,13 @@ COUNTER_HISTORY = 10_000
 QUEUE_SHARE = 0.5
 """The part of the NATS account's storage that requests may take."""
 
-ANSWER_SHARE = 0.3
+ANSWER_SHARE = 0.25
 """The part that the answer log may take, if that is less than ANSWER_LOG_BYTES."""
 
 FILE_SHARE = 0.05
-"""The part that files may take, if that is less than FILE_STORE_BYTES. States and counters have the rest."""
+"""The part that files may take, if that is less than FILE_STORE_BYTES. States and counters have what all leave."""
 
-ROOM_SHARE = 0.1
+ROOM_SHARE = 0.05
 """The part that the waiting room may take."""
 
 MAX_EVENTS = 100_000
@@ -53,6 +62,9 @@ EVENT_ACK_WAIT_S = 60
 FAILED_SHARE = 0.125
 """What failed requests may take that are kept to be run again, for each byte that the answer log may take. Beyond that,
 the oldest goes."""
+
+USAGE_SHARE = 0.01
+"""The part that the counters of usage may take. Beyond it, the oldest days go first."""
 
 
 def stream_configs(settings: Settings, storage: float | None = math.inf) -> list[StreamConfig]:
@@ -147,6 +159,21 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
             max_bytes=failed_bytes,
             max_age=settings.response_ttl,
             duplicate_window=min(settings.response_ttl, DUPLICATE_WINDOW_S),
+            allow_direct=True,
+            num_replicas=replicas,
+        ),
+        StreamConfig(
+            name=names.USAGE,
+            description="What each key used of each model, a day",
+            subjects=[names.USAGE_SUBJECTS],
+            storage=StorageType.FILE,
+            # The increments of one counter differ in little more than their ids.
+            compression=StoreCompression.S2,
+            max_age=settings.usage_days * 86_400,
+            max_bytes=int(storage * USAGE_SHARE) if storage is not None and storage < math.inf else None,
+            max_msgs_per_subject=COUNTER_HISTORY,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            allow_msg_counter=True,
             allow_direct=True,
             num_replicas=replicas,
         ),

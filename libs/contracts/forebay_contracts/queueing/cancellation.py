@@ -18,7 +18,7 @@ from forebay_contracts.queueing.state_store import end
 from forebay_contracts.telemetry.logs import fields
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError, RequestCancelled, RequestTimeout, StateUnreadable
-from forebay_contracts.wire.state import RequestState, RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
 LOOKS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.3)
 """Pauses between reads of the state while the api that holds the client may act: about one second in all."""
@@ -58,22 +58,24 @@ class Cancellation:
         reason: str,
         *,
         unknown: RequestState | None = None,
+        usage: Usage | None = None,
     ) -> RequestState | None:
         """End a request as `cancelled` or `timed_out`; returns its last state, or None if it had ended before.
 
         The order is: end a logged answer, write the final state, count it, remove the message, tell the worker. The
-        worker stops within one step of the engine. `unknown` is the state to start from if none is stored yet.
+        worker stops within one step of the engine. `unknown` is the state to start from if none is stored yet. `usage`
+        is what the request used so far, as far as it is known. The log tells that of a logged answer.
 
         Raises:
             QueueUnavailable, AnswerLogFull: NATS does not answer, or the answer cannot be ended now.
         """
         if unknown is not None and unknown.logged:
-            outcome = await end_answer(self._answers, request_id, _error(outcome, reason))
+            outcome, usage = await end_answer(self._answers, request_id, _error(outcome, reason))
             if outcome in (RequestStatus.COMPLETED, RequestStatus.FAILED):
                 return None  # its worker, or the next one, writes that state
         state = unknown
         try:
-            ended = await end(self._states, request_id, outcome, reason, unknown)
+            ended = await end(self._states, request_id, outcome, reason, unknown, usage)
         except StateUnreadable as exc:
             log.error("[RequestQueue] %s", exc.message)
             ended = None

@@ -21,7 +21,7 @@ from forebay_contracts.wire.frames import (
     failed,
     outcome_of,
 )
-from forebay_contracts.wire.state import RequestStatus
+from forebay_contracts.wire.state import RequestStatus, Usage, used_so_far
 
 COLLECT_S: Final = 0.02
 """Frames of this time go into one record."""
@@ -171,19 +171,30 @@ class LoggedReplyChannel:
                 await asyncio.sleep(APPEND_RETRY_S)
 
 
-async def end_answer(answers: AnswerLog, request_id: str, error: ApiError) -> RequestStatus:
-    """End an answer with `error`, unless it has ended; returns how it ended. Raises QueueUnavailable, AnswerLogFull."""
+async def end_answer(answers: AnswerLog, request_id: str, error: ApiError) -> tuple[RequestStatus, Usage | None]:
+    """End an answer with `error`, unless it has ended; returns how it ended, and what was used.
+
+    Raises:
+        QueueUnavailable, AnswerLogFull: it may not have ended.
+    """
     while True:
         records = await answers.read(request_id)
         last, attempt = (records[-1].sequence, decode_frame(records[-1].frames[-1]).attempt) if records else (0, 1)
         if (outcome := have(records).outcome) is not None:
-            return outcome
+            return outcome, _used(records)
         frame = failed(attempt, error)
         try:
             await answers.append(request_id, [frame.encode()], last, f"end.{uuid.uuid4().hex[:8]}")
         except AnswerTaken:
             continue
-        return outcome_of(frame)
+        return outcome_of(frame), _used(records)
+
+
+def _used(records: Sequence[Record]) -> Usage | None:
+    """What an answer used that did not become whole."""
+    frames = [decode_frame(frame) for record in records for frame in record.frames]
+    prompts = [frame.prompt_tokens for frame in frames if isinstance(frame, Started)]
+    return used_so_far(max(prompts, default=0), sum(frame.made for frame in frames if isinstance(frame, Delta)))
 
 
 def have(records: Sequence[Record]) -> Resume:

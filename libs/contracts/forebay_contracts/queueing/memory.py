@@ -5,12 +5,13 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from forebay_contracts.queueing.memory_room import InMemoryRoom
 from forebay_contracts.queueing.protocols import PAGE, Delivery, Line, Record, Stored
 from forebay_contracts.queueing.state_store import OUTCOMES
+from forebay_contracts.queueing.usage import UsageRow, counter_of, used_of, value_of
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, AnswerTaken, QueueConflict, QueueFull
 from forebay_contracts.wire.event import Event, event_of
@@ -199,6 +200,7 @@ class InMemoryStateStore:
         self._states: dict[str, Stored] = {}
         self._counted: set[str] = set()
         self._totals: Counter[RequestStatus] = Counter()
+        self._used: Counter[str] = Counter()
         self._revisions = itertools.count(1)
         self.history: list[RequestState] = []
         self.events: dict[str, Event] = {}
@@ -225,15 +227,22 @@ class InMemoryStateStore:
         if older is not None:
             self._states[request_id] = older
 
-    async def count(self, outcome: RequestStatus, request_id: str) -> None:
+    async def count(self, outcome: RequestStatus, request_id: str, state: RequestState | None = None) -> None:
         """Once a request."""
         if request_id not in self._counted:
             self._counted.add(request_id)
             self._totals[outcome] += 1
+            if state is not None:
+                self._used[counter_of(state)] += value_of(state)
 
     async def totals(self) -> Mapping[RequestStatus, int]:
         """By outcome."""
         return {outcome: self._totals[outcome] for outcome in OUTCOMES}
+
+    async def usage(self, days: Collection[str], keys: Collection[str | None] | None = None) -> list[UsageRow]:
+        """Of these days and keys."""
+        found = [used_of(counter, value) for counter, value in self._used.items()]
+        return [used for used in found if used.day in days and (keys is None or used.key in keys)]
 
 
 class InMemoryReplyChannel:

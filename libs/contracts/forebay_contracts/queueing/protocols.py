@@ -5,17 +5,18 @@ Admission      puts requests into the queue, and removes one       the api, `for
 Room           moves requests that may wait into the queue         the api
 Precedence     lets deferred requests give way to others           the worker
 Deliveries     hands requests out, with the verbs that end each    the worker
-StateStore     holds the state of each request, and the totals     both
+StateStore     holds each request's state, the totals, the usage    both
 ReplyChannel   carries the frames of one attempt to the receiver   the worker
 AnswerLog      keeps the answers that outlive their connection     both
 CancelNotices  tells api and worker that a request is cancelled    the api, `forebay cancel`
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
+from forebay_contracts.queueing.usage import UsageRow
 from forebay_contracts.wire.frames import Resume
 from forebay_contracts.wire.heartbeats import Used
 from forebay_contracts.wire.request import InferenceRequest
@@ -157,7 +158,8 @@ class Stored:
 
 
 class StateStore(Protocol):
-    """States by request id, and a total for each outcome. Without an answer each method raises QueueUnavailable."""
+    """States by request id, a total for each outcome, and what keys used of models a day. Without an answer each method
+    raises QueueUnavailable."""
 
     async def get(self, request_id: str) -> Stored | None:
         """The state, or None if the id is unknown or expired. Raises StateUnreadable if another version wrote it."""
@@ -168,11 +170,17 @@ class StateStore(Protocol):
         Before a final state with `notify`, its event is published: a state that is final has been announced.
         """
 
-    async def count(self, outcome: RequestStatus, request_id: str) -> None:
-        """Add one to the total of `outcome`. A repetition for one request within DUPLICATE_WINDOW_S adds nothing."""
+    async def count(self, outcome: RequestStatus, request_id: str, state: RequestState | None = None) -> None:
+        """Add one to the total of `outcome`, and what the request used, as its final `state` says, to the usage.
+
+        A repetition for one request within DUPLICATE_WINDOW_S adds nothing.
+        """
 
     async def totals(self) -> Mapping[RequestStatus, int]:
         """The total for each of OUTCOMES."""
+
+    async def usage(self, days: Collection[str], keys: Collection[str | None] | None = None) -> list[UsageRow]:
+        """What was used on `days`, as `2026-11-30`, with `keys` (None in it: without a key), or with all."""
 
 
 class Superseded(Exception):

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
 from nats.aio.msg import Msg
@@ -13,11 +13,14 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError, NotFoundError
 from pydantic import ValidationError
 
+from forebay_contracts.nats import direct_get
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.streams import DUPLICATE_WINDOW_S
 from forebay_contracts.queueing import transitions
+from forebay_contracts.queueing.collected_usage import CollectedUsage
 from forebay_contracts.queueing.events import publish_event
 from forebay_contracts.queueing.protocols import StateStore, Stored
+from forebay_contracts.queueing.usage import UsageRow, counter_of, used_of, value_of
 from forebay_contracts.telemetry import metrics
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict, QueueUnavailable, StateUnreadable
@@ -102,7 +105,7 @@ async def end(
 
     if (stored := await change(store, request_id, to)) is None:
         return None
-    await store.count(outcome, request_id)
+    await store.count(outcome, request_id, stored.state)
     return stored.state
 
 
@@ -116,6 +119,8 @@ class KeyValueStateStore:
     def __init__(self, connection: Connection) -> None:
         self._ends: deque[tuple[float, RequestState]] = deque(maxlen=REMEMBERED_ENDS)
         connection.on_reconnect.append(self._write_again)
+        self._without_keys = CollectedUsage(connection)
+        self._connection = connection
         self._requests = connection.requests
         self._js = connection.jetstream
         self._stream = names.bucket_stream(names.REQUESTS_BUCKET)
@@ -169,16 +174,23 @@ class KeyValueStateStore:
         finally:
             self._write_seconds.observe(time.perf_counter() - began)
 
-    async def count(self, outcome: RequestStatus, request_id: str) -> None:
+    async def count(self, outcome: RequestStatus, request_id: str, state: RequestState | None = None) -> None:
         """Increment (NATS ADR-49). The request id is the Nats-Msg-Id, so a repetition is not counted."""
-        headers = {names.HEADER_INCREMENT: "+1", names.HEADER_MSG_ID: request_id}
+        counters = {names.counter_subject(outcome): {names.HEADER_INCREMENT: "+1", names.HEADER_MSG_ID: request_id}}
+        if state is not None and state.key is not None:
+            counters[counter_of(state)] = {
+                names.HEADER_INCREMENT: f"+{value_of(state)}",
+                names.HEADER_MSG_ID: request_id,
+            }
         began = time.perf_counter()
         try:
-            await self._requests.store(names.counter_subject(outcome), timeout_s=STATE_TIMEOUT_S, headers=headers)
+            first, *_ = await self._requests.store_all(counters, timeout_s=STATE_TIMEOUT_S)
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the request was not counted") from exc
         finally:
             self._count_seconds.observe(time.perf_counter() - began)
+        if first and state is not None and state.key is None:
+            self._without_keys.add(state)
 
     async def _write_again(self) -> None:
         # An older end is left out: NATS would no longer recognise its count as a repetition.
@@ -189,7 +201,7 @@ class KeyValueStateStore:
                 if (lost := await change(self, state.id, _always(state))) is not None:
                     log.warning("[RequestQueue] NATS lost the end of %s, so it is written again", state.id)
                 if (stored := lost or await self.get(state.id)) is not None:
-                    await self.count(stored.state.status, state.id)
+                    await self.count(stored.state.status, state.id, stored.state)
 
     async def totals(self) -> Mapping[RequestStatus, int]:
         """Read the last value of each counter."""
@@ -204,6 +216,24 @@ class KeyValueStateStore:
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the totals cannot be read") from exc
         return int(_counter_value(msg.data or b"0"))
+
+    async def usage(self, days: Collection[str], keys: Collection[str | None] | None = None) -> list[UsageRow]:
+        """List the counters of each day, and read their last values by batched direct gets."""
+        try:
+            counters = [
+                counter
+                for day in days
+                for counter in await self._counters(day)
+                if keys is None or names.usage_of(counter)[2] in keys
+            ]
+            messages = await direct_get.last_messages(self._connection, names.USAGE, counters)
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the usage cannot be read") from exc
+        return [used_of((msg.headers or {})["Nats-Subject"], int(_counter_value(msg.data))) for msg in messages]
+
+    async def _counters(self, day: str) -> Iterable[str]:
+        info = await self._js.stream_info(names.USAGE, subjects_filter=names.usage_subjects(day))
+        return info.state.subjects or ()
 
 
 def _always(state: RequestState) -> Callable[[RequestState | None], RequestState]:

@@ -23,6 +23,8 @@ ForebayError
     ├── RequestTimeout            408
     ├── RequestTooLarge           413
     ├── KeyLimitReached           429 rate_limit_exceeded
+    │   └── TokenLimitReached     429 rate_limit_exceeded
+    │       └── DailyTokensSpent  429 rate_limit_exceeded
     ├── RequestCancelled          499
     ├── TooManyListeners          503 too_many_listeners
     ├── LoopDetected              508 loop_detected
@@ -213,6 +215,19 @@ class KeyLimitReached(RequestError):
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s: Final = retry_after_s
+
+
+class TokenLimitReached(KeyLimitReached):
+    """The client's key has used the tokens that it may use in a minute. Nothing was accepted.
+
+    `retry_after_s`: seconds until it may use one again.
+    """
+
+    type = "tokens"  # OpenAI's
+
+
+class DailyTokensSpent(TokenLimitReached):
+    """The same for a day (UTC). A client that tries again soon tries in vain."""
 
 
 class RequestCancelled(RequestError):

@@ -74,6 +74,11 @@ class Delta(FrameMessage):
     embedding: str = ""
     prompt: bool = False
 
+    @property
+    def made(self) -> int:
+        """How many tokens the model has made."""
+        return 0 if self.prompt or self.embedding else len(self.tokens)
+
 
 def encode_delta(attempt: int, index: int, offset: int, tokens: Sequence[int], text: str, reasoning: str = "") -> bytes:
     """What `Delta.encode` gives for a delta that has only tokens, text and reasoning, without making one.
@@ -97,12 +102,14 @@ class Started(FrameMessage):
     """A worker has begun.
 
     It is a NATS request, answered by `Resume`, if the client may have tokens of an earlier attempt: from attempt 2 on,
-    and after an outage of NATS. `accepted` says that the request is valid.
+    and after an outage of NATS. `accepted` says that the request is valid, and `prompt_tokens` how long its prompt is,
+    0: not known yet.
     """
 
     type: Literal["started"] = "started"
     worker: str
     accepted: bool = True
+    prompt_tokens: int = 0
 
 
 class FinishedChoice(Message):

@@ -1,9 +1,11 @@
 """All names on NATS: streams, subjects, consumers, buckets, headers. No other module spells one out."""
 
 import base64
+import functools
 import re
 import uuid
 from typing import Final
+from urllib.parse import quote, unquote
 
 from forebay_contracts.wire.state import RequestStatus
 
@@ -12,6 +14,9 @@ STREAM_SUBJECTS: Final = "inference.requests.>"
 
 COUNTERS: Final = "INFERENCE_COUNTERS"
 COUNTER_SUBJECTS: Final = "inference.counters.>"
+
+USAGE: Final = "INFERENCE_USAGE"
+USAGE_SUBJECTS: Final = "inference.usage.*.*.*"
 
 ANSWERS: Final = "INFERENCE_ANSWERS"
 ANSWER_SUBJECTS: Final = "inference.answers.*"
@@ -160,6 +165,31 @@ def resend_subject(request_id: str) -> str:
 def counter_subject(outcome: RequestStatus) -> str:
     """The counter of requests that ended as `outcome`."""
     return f"inference.counters.{outcome.value}"
+
+
+@functools.lru_cache(1_024)
+def usage_subject(day: str, model: str, key: str | None) -> str:
+    """The counter of what was used of `model` on a day, as `2026-11-30`, by requests with the key of this name, or
+    without (None).
+
+    Of the model's name, what a subject token must not hold is percent-encoded: `org/Model-1.5` is `org/Model-1%2E5`.
+    """
+    return f"inference.usage.{day}.{_encoded(model)}.{'-' if key is None else _encoded(key)}"
+
+
+def usage_of(subject: str) -> tuple[str, str, str | None]:
+    """The day, the model and the key of such a counter."""
+    _, _, day, model, key = subject.split(".")
+    return day, unquote(model), None if key == "-" else unquote(key)
+
+
+def usage_subjects(day: str) -> str:
+    """All such counters of a day."""
+    return f"inference.usage.{day}.*.*"
+
+
+def _encoded(name: str) -> str:
+    return "%2D" if name == "-" else quote(name, safe="/:").replace(".", "%2E")
 
 
 def bucket_subjects(bucket: str) -> str:

@@ -16,6 +16,13 @@ class Usage(Message):
     reasoning_tokens: int = 0
 
 
+def used_so_far(prompt_tokens: int, completion_tokens: int) -> Usage | None:
+    """The usage of a request that ends before its answer is whole; None if nothing is known of it."""
+    if not prompt_tokens and not completion_tokens:
+        return None
+    return Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+
 class RequestStatus(StrEnum):
     """queued → processing → completed | failed, and from either of the first two cancelled or timed_out."""
 

@@ -39,6 +39,13 @@ class Client:
     max_requests: int | None = None
     weight: float = 1.0
     tiers: tuple[str, ...] = (Tier.DEFAULT, Tier.FLEX)
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether the client has limits of its own."""
+        return (self.max_requests or self.tokens_per_minute or self.tokens_per_day) is not None
 
     def may_see(self, key: str | None) -> bool:
         """Whether the client may see requests of the key of this name."""
@@ -105,6 +112,10 @@ class ApiKeys:
         client = self._by_name.get(name or "")
         return 1.0 if client is None else client.weight
 
+    def with_token_limits(self) -> list[Client]:
+        """The clients whose tokens are limited."""
+        return [client for client in self._by_name.values() if client.tokens_per_minute or client.tokens_per_day]
+
     def _take(self, text: str) -> int:
         entries = keys.parse(text)
         self._use(entries)
@@ -116,8 +127,15 @@ class ApiKeys:
         for name, entry in entries.items():
             if name in plain_names:
                 raise ConfigurationError(f"[{name}] is what a key of API_KEYS is called: give it another name")
-            most = entry.max_requests or self._max_requests
-            client = Client(name, entry.operator, most, entry.weight, entry.tiers)
+            client = Client(
+                name,
+                entry.operator,
+                entry.max_requests or self._max_requests,
+                entry.weight,
+                entry.tiers,
+                entry.tokens_per_minute,
+                entry.tokens_per_day,
+            )
             clients |= {_place(bytes.fromhex(digest)): client for digest in entry.sha256}
         self._clients = clients
         self._by_name = {client.name: client for client in clients.values() if client.name is not None}

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from forebay_api import request_metrics
-from forebay_api.clients.keys import ApiKeys
+from forebay_api.clients import limit_headers
+from forebay_api.clients.keys import ApiKeys, Client
+from forebay_api.clients.token_limits import TokenLimits
 from forebay_api.watching.drain_rate import DrainRate
 from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire.errors import KeyLimitReached
@@ -25,12 +27,20 @@ class KeyLimits:
     key can exceed the bound by as many again for each further api that it asks.
 
     Requests of the tier flex are not counted: the waiting room has a bound of its own. With `defers` (KEY_OVERFLOW), a
-    request beyond the bound waits there too.
+    request beyond the bound waits there too. Limits on tokens hold for every request.
     """
 
-    def __init__(self, keys: ApiKeys, others: Callable[[], Iterable[ApiInfo]], *, defers: bool = False) -> None:
+    def __init__(
+        self,
+        keys: ApiKeys,
+        others: Callable[[], Iterable[ApiInfo]],
+        tokens: TokenLimits,
+        *,
+        defers: bool = False,
+    ) -> None:
         self._keys = keys
         self._others = others
+        self._tokens = tokens
         self._defers = defers
         self._ended: Counter[str] = Counter()
         self._rates: defaultdict[str, DrainRate] = defaultdict(DrainRate)
@@ -42,20 +52,21 @@ class KeyLimits:
         """A request from its admission to its end; yields it as it is to be admitted.
 
         Raises:
-            KeyLimitReached: its key has as many as it may have.
+            KeyLimitReached: its key has as many as it may have, or has used its tokens.
         """
         name = request.key
+        client = self._keys.of(name) if name is not None else None
+        if name is not None and client is not None:
+            self._check_tokens(name, client)
         if name is None or request.deferred:
             yield request
             return
-        here = self.unfinished.get(name, 0)
-        client = self._keys.of(name)
-        if client is not None and client.max_requests is not None and self._reached(name, here, client.max_requests):
+        if client is not None and client.max_requests is not None and self._unfinished(name) >= client.max_requests:
             if not self._defers:
                 raise self._refusal(name, client.max_requests)
             yield request.model_copy(update={"tier": Tier.OVERFLOW})
             return
-        self.unfinished[name] = here + 1
+        self.unfinished[name] = self.unfinished.get(name, 0) + 1
         try:
             yield request
         finally:
@@ -64,8 +75,25 @@ class KeyLimits:
             if not self.unfinished[name]:
                 del self.unfinished[name]
 
-    def _reached(self, name: str, here: int, most: int) -> bool:
-        return here + sum(api.unfinished.get(name, 0) for api in self._others()) >= most
+    def headers(self, client: Client) -> list[tuple[bytes, bytes]]:
+        """What an answer tells the client of its limits."""
+        found: list[tuple[bytes, bytes]] = []
+        if client.max_requests is not None and client.name is not None:
+            left = client.max_requests - self._unfinished(client.name)
+            found += limit_headers.headers("requests", client.max_requests, max(left, 0))
+        if (tokens := self._tokens.left(client)) is not None:
+            found += limit_headers.headers("tokens", *tokens)
+        return found
+
+    def _unfinished(self, name: str) -> int:
+        return self.unfinished.get(name, 0) + sum(api.unfinished.get(name, 0) for api in self._others())
+
+    def _check_tokens(self, name: str, client: Client) -> None:
+        try:
+            self._tokens.check(client)
+        except KeyLimitReached:
+            bound(request_metrics.KEY_REQUESTS, name, "refused").inc()
+            raise
 
     def _refusal(self, name: str, most: int) -> KeyLimitReached:
         bound(request_metrics.KEY_REQUESTS, name, "refused").inc()

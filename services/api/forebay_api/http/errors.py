@@ -57,6 +57,8 @@ ANSWERS: Final[dict[type[ApiError], ErrorAnswer]] = {
     errors.InvalidApiKey: ErrorAnswer(False, "invalid_api_key"),
     errors.RequestTooLarge: ErrorAnswer(None, "request_too_large"),
     errors.KeyLimitReached: ErrorAnswer(None, "key_limit_reached"),
+    errors.TokenLimitReached: ErrorAnswer(None, "token_limit_reached"),
+    errors.DailyTokensSpent: ErrorAnswer(False, "token_limit_reached"),
     errors.InvalidRequest: ErrorAnswer(None, "invalid_request"),
     errors.RequestTimeout: ErrorAnswer(False),
     errors.InferenceFailed: ErrorAnswer(False),

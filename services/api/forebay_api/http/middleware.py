@@ -33,6 +33,8 @@ class HeadersMiddleware:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [*message.get("headers", ()), (REQUEST_ID_HEADER, state["request_id"].encode()), _NO_SNIFFING]
+                if (client := state.get("client")) is not None and client.limited:
+                    headers += self._context.limits.headers(client)
                 if self._context.draining:
                     # The client's next connection reaches another api.
                     headers.append((b"connection", b"close"))

@@ -157,7 +157,7 @@ class Dispatcher:
         if self._away() and not answer.done:
             late = RequestStatus.TIMED_OUT
             unknown = transitions.queued(answer.request, answer.sequence)
-            write = partial(self._cancellation.end, answer.request.id, late, LATE, unknown=unknown)
+            write = partial(self._cancellation.end, answer.request.id, late, LATE, unknown=unknown, usage=answer.used)
             self._background(answer, self._end_by_state(answer, late, write, answer.time_out))
         else:
             answer.time_out()
@@ -261,7 +261,7 @@ class Dispatcher:
         request = answer.request
         unknown = transitions.queued(request, answer.sequence)
         answer.cancelling = self._background(
-            answer, self._cancellation.end(request.id, outcome, reason, unknown=unknown)
+            answer, self._cancellation.end(request.id, outcome, reason, unknown=unknown, usage=answer.used)
         )
 
     def look_after_an_outage(self) -> None:

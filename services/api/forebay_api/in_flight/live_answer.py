@@ -10,7 +10,7 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError, InferenceFailed, RequestCancelled, RequestTimeout
 from forebay_contracts.wire.frames import Completed, Delta, Failed, Frame, Resume, ResumedChoice, Started
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_contracts.wire.state import RequestStatus
+from forebay_contracts.wire.state import RequestStatus, Usage, used_so_far
 
 MAX_UNREAD_TOKENS = 16_384
 """A client that has not read so many tokens is too slow: its request is cancelled.
@@ -57,6 +57,8 @@ class LiveAnswer:
     _tokens: dict[int, list[int]] = field(default_factory=dict)
     _unread: list[Delta] = field(default_factory=list)
     _unread_tokens: int = 0
+    _prompt_tokens: int = 0
+    _completion_tokens: int = 0
     _changed: asyncio.Future[None] | None = None
     _room: asyncio.Future[None] | None = None
 
@@ -77,6 +79,11 @@ class LiveAnswer:
         if isinstance(self.error, WorkerError | InferenceFailed) and self.error.code != RequestCancelled.code:
             return RequestStatus.FAILED
         return RequestStatus.CANCELLED
+
+    @property
+    def used(self) -> Usage | None:
+        """What the request used so far: the tokens of its prompt, if a worker has said it, and those that have come."""
+        return used_so_far(self._prompt_tokens, self._completion_tokens)
 
     @property
     def unread(self) -> int:
@@ -116,6 +123,7 @@ class LiveAnswer:
         match frame:
             case Started():
                 self.begun |= frame.accepted and frame.worker == self.worker
+                self._prompt_tokens = frame.prompt_tokens or self._prompt_tokens
             case Delta():
                 self._append(frame)
             case Completed():
@@ -194,6 +202,7 @@ class LiveAnswer:
             self.gap = True
         elif delta.offset == len(tokens) and delta.tokens:
             tokens.extend(delta.tokens)
+            self._completion_tokens += delta.made
             self._unread.append(delta)
             self._unread_tokens += len(delta.tokens)
             self.gap, self._ask_again_at = False, -math.inf

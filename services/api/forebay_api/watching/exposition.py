@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.answer_log import LogSize
 from forebay_contracts.queueing.status import QueueStatus
+from forebay_contracts.queueing.usage import UsageRow
 from forebay_contracts.telemetry.metrics import REGISTRY
 from forebay_contracts.wire.errors import QueueUnavailable
 from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
@@ -35,6 +36,8 @@ class QueueGauges(Collector):
         """None if NATS did not answer."""
         self.answers: LogSize | None = None
         """None if NATS did not answer."""
+        self.used: list[UsageRow] = []
+        """What was used today, by model and key."""
         self.workers: tuple[WorkerInfo, ...] = ()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -66,7 +69,29 @@ class QueueGauges(Collector):
         if self.answers:
             used.add_metric([], self.answers.used)
             most.add_metric([], self.answers.most)
-        yield from (up, max_size, waiting, processing, max_concurrent, deferred, workers, used, most)
+        yield from (up, max_size, waiting, processing, max_concurrent, deferred, workers, used, most, *self._usage())
+
+    def _usage(self) -> Iterator[GaugeMetricFamily]:
+        labels = ["model", "key"]
+        requests = GaugeMetricFamily(
+            "forebay_usage_today_requests", "Requests that have ended since midnight (UTC)", labels=labels
+        )
+        tokens = GaugeMetricFamily(
+            "forebay_usage_today_tokens",
+            "Tokens that these requests took (input; of them from a cache: cached) and made (output)",
+            labels=[*labels, "direction"],
+        )
+        seconds = GaugeMetricFamily(
+            "forebay_usage_today_queue_seconds", "Time that these requests waited for a worker", labels=labels
+        )
+        for row in self.used:
+            who = [row.model or "", row.key or ""]
+            requests.add_metric(who, row.requests)
+            seconds.add_metric(who, row.queue_seconds)
+            counts = {"input": row.prompt_tokens, "cached": row.cached_tokens, "output": row.completion_tokens}
+            for direction, count in counts.items():
+                tokens.add_metric([*who, direction], count)
+        yield from (requests, tokens, seconds)
 
 
 class Exposition:
@@ -78,11 +103,13 @@ class Exposition:
         numbers: Callable[[], Awaitable[QueueStatus]],
         answers: Callable[[], Awaitable[LogSize]],
         workers: Callable[[], Iterable[WorkerInfo]],
+        usage: Callable[[], Awaitable[list[UsageRow]]],
     ) -> None:
         self._connection = connection
         self._read_numbers = numbers
         self._read_answers = answers
         self._workers = workers
+        self._read_usage = usage
         self._gauges = QueueGauges()
         self._read_at = -REFRESH_S
         self._reading = asyncio.Lock()
@@ -106,7 +133,9 @@ class Exposition:
         gauges = self._gauges
         gauges.workers = tuple(self._workers())
         gauges.status = gauges.answers = None
+        gauges.used = []
         # While NATS is away a read would wait for it.
         if self._connection.connected:
             with contextlib.suppress(QueueUnavailable):
                 gauges.status, gauges.answers = await asyncio.gather(self._read_numbers(), self._read_answers())
+                gauges.used = await self._read_usage()

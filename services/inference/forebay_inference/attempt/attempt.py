@@ -8,7 +8,7 @@ from typing import Final
 
 from forebay_contracts.queueing.protocols import Delivery, Superseded
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_contracts.wire.state import RequestStatus
+from forebay_contracts.wire.state import RequestStatus, Usage, used_so_far
 from forebay_inference.attempt.endings import End, Ended, Told
 from forebay_inference.attempt.measurements import Measured
 from forebay_inference.attempt.ownership import Ownership
@@ -65,6 +65,11 @@ class Attempt:
         if self.generation is not None:
             self.generation.cancel()
 
+    @property
+    def used(self) -> Usage | None:
+        """The tokens so far, as far as they are known."""
+        return used_so_far(self.reply.prompt_tokens, self.reply.completion_tokens)
+
     async def own(self, ended: Ended) -> None:
         """Wait for the claim. Raises what it raised, NotTheFirst, or Superseded."""
         if ended.how in _NOT_OURS:
@@ -107,7 +112,12 @@ class Attempt:
         reason = ended.reason or (error.message if error else NOT_RECEIVED)
         told = None if status is RequestStatus.COMPLETED else reason
         status = await self.ownership.end(
-            status, error=told, fault=ended.fault, usage=ended.usage, cut=ended.cut, spent=ended.how is End.SPENT
+            status,
+            error=told,
+            fault=ended.fault,
+            usage=ended.usage or self.used,
+            cut=ended.cut,
+            spent=ended.how is End.SPENT,
         )
         # The message of a refusal may quote the request. The client and the state get it, the log gets its code.
         code = (error.code or error.type) if error and error.status < 500 and not ended.reason else None

@@ -130,7 +130,7 @@ class Ownership:
         except EndedBefore as exc:
             await self.count(exc.state)
             return exc.state.status
-        await patiently(lambda: self._states.count(outcome, self._request.id))
+        await patiently(lambda: self._states.count(outcome, self._request.id, state))
         return outcome
 
     async def count(self, state: RequestState) -> None:
@@ -139,7 +139,7 @@ class Ownership:
         An older end is left out: NATS would no longer recognise the second count as a repetition.
         """
         if state.finished_at is not None and clock.now() - state.finished_at < DUPLICATE_WINDOW_S / 2:
-            await patiently(lambda: self._states.count(state.status, state.id))
+            await patiently(lambda: self._states.count(state.status, state.id, state))
 
     async def _kept(self, state: RequestState) -> RequestState:
         """The last state of a request that is kept, or `state` if it cannot be."""

@@ -46,6 +46,8 @@ class Reply:
 
     def __init__(self, channel: ReplyChannel, request: InferenceRequest, worker: str) -> None:
         self.attempt = 1
+        self.prompt_tokens = self.returned = 0
+        """Of the prompts: all their tokens, and those of them that are sent back."""
         self._channel = channel
         self._request = request
         self._worker = worker
@@ -64,10 +66,11 @@ class Reply:
         self._flush: asyncio.Task[None] | None = None
 
     @property
-    def token_count(self) -> int:
-        """Tokens of all choices so far, those of earlier attempts and of returned prompts included. Vectors have
-        none."""
-        return 0 if self._request.completion_type in POOLING else sum(self._lengths.values())
+    def completion_tokens(self) -> int:
+        """Tokens of all choices so far, those of earlier attempts included. Vectors have none."""
+        if self._request.completion_type in POOLING:
+            return 0
+        return max(sum(self._lengths.values()) - self.returned, 0)
 
     async def resume(self) -> Resume:
         """Announce an attempt that may not be the first; returns what the client has already."""
@@ -202,7 +205,9 @@ class Reply:
                 timer.cancel()
 
     def _started(self, *, accepted: bool = True) -> bytes:
-        return Started(attempt=self.attempt, worker=self._worker, accepted=accepted).encode()
+        return Started(
+            attempt=self.attempt, worker=self._worker, accepted=accepted, prompt_tokens=self.prompt_tokens
+        ).encode()
 
     def _kept(self, index: int, offset: int, frame: bytes) -> bytes:
         """The frame of a delta, which is kept until the end."""

@@ -232,7 +232,7 @@ class AttemptRunner:
                 return not_wanted(have)
             resume = {choice.index: choice.tokens for choice in have.choices}
         resumed = any(resume.values())
-        prompt_tokens = returned = cached_tokens = reasoning_tokens = 0
+        cached_tokens = reasoning_tokens = 0
         finished: dict[int, Finished] = {}
         usage: Usage | None = None
         measured.generating()
@@ -251,16 +251,16 @@ class AttemptRunner:
                             cached_tokens += event.cached_tokens
                             reasoning_tokens += event.reasoning_tokens
                         case Accepted():
-                            prompt_tokens, returned = event.prompt_tokens, event.returned
-                            measured.accepted(prompt_tokens)
+                            reply.prompt_tokens, reply.returned = event.prompt_tokens, event.returned
+                            measured.accepted(event.prompt_tokens)
                             if attempt.number == 1:
                                 await reply.announce()
                         case Used():
                             usage = event.usage
                             measured.accepted(usage.prompt_tokens)
             usage = usage or Usage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=reply.token_count - returned,
+                prompt_tokens=reply.prompt_tokens,
+                completion_tokens=reply.completion_tokens,
                 cached_tokens=cached_tokens,
                 reasoning_tokens=reasoning_tokens,
             )
