@@ -71,6 +71,10 @@ def worker_info(worker: str, slots: int) -> WorkerInfo:
     )
 
 
+async def kept(request: InferenceRequest, delivery: Any) -> bool:
+    return False
+
+
 class Twins:
     """One api and any number of workers, of which `max_concurrent` requests are out at once.
 
@@ -102,7 +106,7 @@ class Twins:
         self.notices.on_ask.append(self._hear)
         self.notices.on_tell.append(self._hear)
 
-    def runner(self, worker: str = "w1", engine: TextModel | None = None) -> AttemptRunner:
+    def runner(self, worker: str = "w1", engine: TextModel | None = None, taken: Any = kept) -> AttemptRunner:
         """A runner that is given deliveries by hand; without `engine`, it has the simulated one."""
         runner = AttemptRunner(
             worker=worker,
@@ -116,6 +120,7 @@ class Twins:
             put_back=self.queue.put_back,
             giving_way=GivingWay(InMemoryPrecedence(self.queue, self.queue.room, MODEL)),
             keep=self._keep,
+            taken=taken,
         )
 
         async def told(request_id: str, reason: str) -> None:

@@ -45,6 +45,8 @@ _READS_ANSWERS = (f"{_GET}{names.ANSWERS}", f"{_GET}{names.ANSWERS}.>")
 # Between accounts, the server replaces reply subjects by these.
 _ACROSS_ACCOUNTS = "_R_.>"
 
+_BETWEEN_WORKERS = (names.CONVERSATION_SUBJECTS, names.handover_subject("*"))
+
 
 def _values(bucket: str) -> str:
     return names.bucket_subjects(bucket).replace(">", "*")
@@ -121,6 +123,7 @@ PUBLISHES: Final = {
         names.FAILED_SUBJECTS,
         _ACROSS_ACCOUNTS,
         names.USAGE_SUBJECTS,
+        *_BETWEEN_WORKERS,
     ),
     "operator": (f"{_JS}INFO", *_READS_QUEUE, *_READS_ANSWERS, f"{_GET}{names.FAILED}", *_READS_USAGE),
     "admin": (
@@ -167,6 +170,7 @@ SUBSCRIBES: Final = {
         names.drain_subject("*"),
         names.admitted_subject("*"),
         names.bucket_subjects(names.APIS_BUCKET),
+        *_BETWEEN_WORKERS,
     ),
     "operator": ("_INBOX.cli.>",),
     "admin": ("_INBOX.cli.>",),

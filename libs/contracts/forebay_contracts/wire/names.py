@@ -40,6 +40,7 @@ WEBHOOKS_CONSUMER: Final = "webhooks"
 
 FAILED: Final = "INFERENCE_FAILED"
 FAILED_SUBJECTS: Final = "inference.failed.*.*"
+CONVERSATION_SUBJECTS: Final = "inference.conversations.*.*"
 
 REQUESTS_BUCKET: Final = "inference-requests"
 WORKERS_BUCKET: Final = "inference-workers"
@@ -74,6 +75,8 @@ NO_KEY: Final = "_"
 
 HEADER_LINES: Final = "Forebay-Lines"
 """On the last chunk of a part of a batch's output: JSON, see `forebay_api/batches/output.py`."""
+HEADER_ACK: Final = "Forebay-Ack"
+"""On a delivery that a worker passes on: the subject that acknowledges it."""
 
 RESPONSE_PREFIX: Final = "resp_"
 """What the id of a response begins with."""
@@ -160,6 +163,16 @@ def drain_subject(worker: str) -> str:
 def resend_subject(request_id: str) -> str:
     """The subject on which an api tells a request's worker what it has, so that the rest is sent; `*` for all."""
     return f"inference.resend.{request_id}"
+
+
+def conversation_subject(model: str, key: str) -> str:
+    """The subject on which workers that have the beginning of a conversation are asked for a free slot."""
+    return f"inference.conversations.{model_token(model)}.{key}"
+
+
+def handover_subject(worker: str) -> str:
+    """The subject on which a worker gets deliveries from others."""
+    return f"inference.handover.{worker}"
 
 
 def counter_subject(outcome: RequestStatus) -> str:
