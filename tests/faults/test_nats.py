@@ -68,7 +68,9 @@ async def test_full_disk_is_a_clear_503_and_passes(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "store", "-c", str(limits))
     server.start()
     try:
-        async with running(server, max_concurrent_requests=2, answer_log_bytes=1 << 20) as stack:
+        async with running(
+            server, max_concurrent_requests=2, answer_log_bytes=1 << 20, file_store_bytes=1 << 20
+        ) as stack:
             assert (await stack.chat("hi")).status_code == 200
             await stack.idle()
             js = stack.connection.jetstream

@@ -70,6 +70,8 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
             "position": 1,
             "estimated_wait_s": None,
             "usage": None,
+            "retryable": False,
+            "retried_as": None,
         }
         worker = await stack.worker()
         await stack.reaches(request_id, RequestStatus.PROCESSING)

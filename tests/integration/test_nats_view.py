@@ -80,6 +80,7 @@ async def test_streams_and_consumer(nats_server: NatsServer) -> None:
         assert sorted(names["streams"]) == [
             "INFERENCE",
             "INFERENCE_ANSWERS",
+            "INFERENCE_BATCHES",
             "INFERENCE_COUNTERS",
             "INFERENCE_DEFERRED",
             "INFERENCE_FAILED",
@@ -87,9 +88,11 @@ async def test_streams_and_consumer(nats_server: NatsServer) -> None:
             "INFERENCE_WEBHOOKS",
             "KV_inference-answers",
             "KV_inference-apis",
+            "KV_inference-batches",
             "KV_inference-requests",
             "KV_inference-responses",
             "KV_inference-workers",
+            "OBJ_inference-files",
         ]
         config = (await jetstream(stack, "STREAM.INFO.INFERENCE"))["config"]
         wanted = {

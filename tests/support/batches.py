@@ -130,6 +130,7 @@ class Batched:
             twins.answers,
             None,  # type: ignore[arg-type]
             contextlib.nullcontext,
+            None,  # type: ignore[arg-type]
         )
         self.context: Any = SimpleNamespace(
             settings=load(ApiSettings, _env_file=None),
@@ -138,6 +139,7 @@ class Batched:
             carried=CarriedRequests(twins.dispatcher, self.stored, twins.states, twins.answers),
             models=_Models(),
             dispatcher=twins.dispatcher,
+            webhooks=SimpleNamespace(wanted=lambda *_: False),
         )
 
     async def create(self, data: bytes, *, window: int = 10, expires_in_s: float = 60) -> BatchRecord:

@@ -79,11 +79,11 @@ class Create:
         """Who asks, and for what. Raises what the client did wrong."""
         endpoint, context = self._endpoint, self._context
         client = request.state.client = context.keys.check(request)
-        if (outer := request.headers.get(names.HTTP_FORWARDED)) is not None:
-            await self._refuse_own(outer)
         data = await read_body(request, context.settings.max_request_bytes)
         body = await off_loop(len(data), validated, endpoint.body, data)
         asked = await context.models.admit(body.model, endpoint.completion_type)
+        if (outer := request.headers.get(names.HTTP_FORWARDED)) is not None:
+            await self._refuse_own(outer, asked.model)
         request_id = request.state.request_id
         log.info(
             "%s %s received for %s%s",
@@ -101,14 +101,16 @@ class Create:
             body, len(data), request_id, client, request.headers, endpoint.completion_type, asked, clock.now()
         )
 
-    async def _refuse_own(self, outer: str) -> None:
-        """Refuse what a worker passes on that has it, as `outer`, from this Forebay; raises LoopDetected."""
+    async def _refuse_own(self, outer: str, model: str) -> None:
+        """Refuse what a worker of `model` passes on that has it, as `outer`, from this Forebay; raises LoopDetected."""
         context = self._context
-        if outer not in context.dispatcher.waiting:
+        if (waiting := context.dispatcher.waiting.get(outer)) is not None:
+            again = waiting.request.model == model
+        else:
             stored = await context.states.get(outer) if names.is_request_id(outer) else None
-            if stored is None or stored.state.status.final:
-                return
-        raise LoopDetected("ENGINE_URL of a worker here leads back to this Forebay.")
+            again = stored is not None and not stored.state.status.final and stored.state.model == model
+        if again:
+            raise LoopDetected("ENGINE_URL of a worker here leads back to this Forebay.")
 
     async def _whole(self, answer: LiveAnswer, answer_format: Format) -> bytes:
         """The whole answer, once it is complete."""
