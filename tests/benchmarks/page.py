@@ -26,3 +26,8 @@ def origin(part: dict[str, Any]) -> str:
         f"*Commit {stamp['commit']}, {stamp['at']}, {stamp['cores']} cores of {stamp['cpu']}, load before it "
         f"{stamp['load_before']}; {versions}; took {stamp['took_s']} s.*{note}"
     )
+
+
+def plot(name: str, text: str, part: dict[str, Any]) -> str:
+    """The picture of `plots.py`."""
+    return f"![{text}, commit {part['stamp']['commit']}](images/bench-{name}.svg)"

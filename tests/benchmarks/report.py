@@ -16,15 +16,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.curves import growth, linear
-from benchmarks.page import Parts, cell, origin, table
+from benchmarks.page import Parts, cell, origin, plot, table
 from benchmarks.scale_page import scale_page
+from benchmarks.tokens_page import served, tokens
 
 HERE = Path(__file__).parent
-
-
-def plot(name: str, text: str, part: dict[str, Any]) -> str:
-    """The picture of `plots.py`."""
-    return f"![{text}, commit {part['stamp']['commit']}](images/bench-{name}.svg)"
 
 
 def overhead(part: dict[str, Any]) -> str:
@@ -175,35 +171,6 @@ def goals(parts: Parts) -> str:
     return f"## Goals\n\n{table(['measure', 'goal on 2 cores', 'measured', ''], rows)}{note}"
 
 
-def tokens(part: dict[str, Any]) -> str:
-    """The real model beside what would serve it otherwise."""
-    figures = part["figures"]
-    rows = []
-    for clients, systems in figures["clients"].items():
-        for name, one in systems.items():
-            values = [cell(one[key]) for key in ("tokens_per_s", "first_ms", "between_ms")]
-            ratio = cell(one["forebay_to_this"], 2) if "forebay_to_this" in one else ""
-            rows.append([clients, name, figures["weights"][name], *values, ratio])
-    head = ["clients", "", "weights", "tokens/s", "first token ms", "between tokens ms", "Forebay's tokens/s ÷"]
-    bare = figures["bare"]
-    title = "Tokens" if figures["weights"]["forebay"] == "bf16" else f"Tokens, {figures['weights']['forebay']}"
-    picture = f"{plot('tokens', 'Tokens/s by clients', part)}\n\n" if title == "Tokens" else ""
-    text = (
-        f"## {title}\n\n{origin(part)}\n\n{picture}{table(head, rows)}\n\nTokens/s of the whole system ÷ those of the engine "
-        f"alone in one process, {bare['clients']} clients, {bare['pairs']} pairs: {cell(bare['ratio'], 3)}. The worker's "
-        f"CPU time for a token ÷ the bare engine's: {cell(bare['worker_cpu_to_bare'], 3)}. The part above 1 is Forebay's."
-    )
-    if seen := figures.get("aiperf"):
-        names = {"tokens_per_s": "tokens/s", "first_ms": "first token ms", "between_ms": "between tokens ms"}
-        rows = [
-            [name, *(f"{seen[key][field]:,.2f}" for key in ("aiperf", "own", "own_to_aiperf"))]
-            for field, name in names.items()
-        ]
-        head = [f"Forebay, {seen['clients']} clients", "by AIPerf", "by this script", "ratio"]
-        text += f"\n\nThe same load, {seen['requests']} requests, measured by AIPerf:\n\n{table(head, rows)}"
-    return text + "".join(f"\n\nNot measured: {name}: {reason}" for name, reason in figures["missing"].items())
-
-
 def loadgen(part: dict[str, Any]) -> str:
     """AIPerf beside the driver."""
     figures, ceiling = part["figures"], part["figures"]["ceiling"]
@@ -291,6 +258,13 @@ PAGE = {
     "backlog": backlog,
     "tokens": tokens,
     "tokens-nf4": tokens,
+    "tokens-busy": tokens,
+    "served": served,
+    "served-long": served,
+    "served-llamacpp": served,
+    "served-llamacpp-long": served,
+    "served-transformers": served,
+    "served-transformers-long": served,
     "bodies": bodies,
     "loadgen": loadgen,
     "cold": cold,

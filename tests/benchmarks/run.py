@@ -21,7 +21,7 @@ PARTS = {
     "backlog": 150,
     "fifty_workers": 150,
     "bodies": 180,
-    "tokens": 370,
+    "tokens": 900,
     "loadgen": 240,
     "scale": 150,
     "cold": 60,

@@ -1,17 +1,21 @@
 """The part `served`: an inference server through Forebay beside the same server asked directly, in turns.
 
-    python tests/benchmarks/served.py [--quick] [--engine vllm]
+    python tests/benchmarks/served.py [--quick] [--engine vllm] [--prompts short]
 
 One server with 16 slots runs all the time; so the ratio is what queue, api and worker cost it, on the cores that they
-share with it here. Greedy; no prompt comes twice, since the server keeps the prefixes it has computed. Which of the two
-is first changes from turn to turn. vLLM is
-that of `make test-vllm` or of VLLM_PYTHON, in bf16, compiled as it ships; llama.cpp is that of the wheel `xllamacpp`,
-on the GGUF that the weights come from (Q4_1).
+share with it here. No prompt is sent twice, to either, so that none is found in a cache. Both get prompts of the same
+length in a turn, greedy; which one is first changes from turn to turn. vLLM is that of `make test-vllm` or of
+VLLM_PYTHON, in bf16, compiled as it ships; llama.cpp is that of the wheel `xllamacpp`, on the GGUF that the weights
+come from (Q4_1).
+
+`--engine transformers` is Forebay's own engine beside `transformers serve --continuous-batching`, as shipped, which is
+stopped while Forebay has its turn. `--prompts long` sends those of `prompts.py`.
 """
 
 import asyncio
-import os
+import contextlib
 import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,48 +23,49 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import httpx
 
-from benchmarks.common import Background, Unavailable, free_port, log, part_main, ratios, spread
-from benchmarks.systems import nats_server
-from benchmarks.tokens import Server, turn
+from benchmarks import prompts, systems, tokens
+from benchmarks.common import Background, log, part_main, ratios, spread
+from benchmarks.tokens import START_S, Server
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.engine.served.dialects import DIALECTS
-from forebay_inference.engine.served.process import filled
-from forebay_inference.models.store import ensure_gguf, ensure_model
 from support.stack import data_dir, running
 
-BUDGET_S = 360
+BUDGET_S = 600
 SLOTS: Final = 16
-CLIENTS: Final = {"vllm": (1, 8, 16), "llamacpp": (1, 8)}
-START_S: Final = 400
-VLLM: Final = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
+CLIENTS: Final = {"vllm": (1, 8, 16), "llamacpp": (1, 8), "transformers": (1, 8, 16)}
+Turn = Callable[[Server, int], Awaitable[dict[str, float]]]
+"""A turn of a server; turns with another number have other prompts."""
 
 
-def server(engine: str) -> tuple[Background, int, str]:
-    """The server as a worker would start it, not started yet; its port, and what it calls the model."""
-    python = os.environ.get("VLLM_PYTHON", str(VLLM)) if engine == "vllm" else sys.executable
-    if not Path(python).exists():
-        raise Unavailable(f"{python} is missing: `make test-vllm` installs vLLM")
-    settings = InferenceSettings(
-        _env_file=None, inference_engine=engine, data_dir=data_dir(), max_concurrent_requests=SLOTS
-    )
-    dialect = DIALECTS[engine]()
-    ensure = ensure_gguf if dialect.weights == "gguf" else ensure_model
-    model = ensure(settings.default_model, settings.data_dir, log)
-    port, name = free_port(), settings.served_model
-    values = {"python": python, "model": model, "name": name, "port": port, "slots": SLOTS}
-    env = {"PYTHONPATH": ""} if engine == "vllm" else {}
-    return Background(engine, filled(dialect.command(settings), values), env), port, name
+@contextlib.asynccontextmanager
+async def both(engine: str) -> AsyncIterator[tuple[Server, Server, Background | None]]:
+    """Forebay and the server alone, and what is to be stopped in Forebay's turns."""
+    model = InferenceSettings(_env_file=None).served_model
+    if engine == "transformers":
+        background, alone = tokens.serve(await systems.default_model(), spins=True)
+    else:
+        background, port, _ = systems.inference_server(engine, SLOTS)
+        alone = Server(f"http://127.0.0.1:{port}", model)
+    settings: dict[str, Any] = {"inference_engine": engine, "max_concurrent_requests": SLOTS, "data_dir": data_dir()}
+    settings |= {"model_quantization": "none"} if engine == "transformers" else {"engine_url": alone.url}
+    with background, systems.nats_server() as nats:
+        await asyncio.to_thread(background.wait_for_port, int(alone.url.rpartition(":")[2]), START_S)
+        async with running(nats, request_timeout=300, **settings) as stack:
+            yield Server(stack.apis[0].url, model), alone, background if engine == "transformers" else None
 
 
 async def in_turns(
-    http: httpx.AsyncClient, ours: Server, alone: Server, clients: int, tokens: int, rounds: int
+    ours: Server, alone: Server, held: Background | None, turn: Turn, rounds: int, first: int
 ) -> dict[str, Any]:
-    """Both at one number of clients."""
+    """Both with one kind of load; `first` is the number of the first turn."""
     rows: dict[str, list[dict[str, float]]] = {"forebay": [], "alone": []}
     for number in range(rounds):
         pair = (("forebay", ours), ("alone", alone))
-        for first, (name, target) in enumerate(pair[:: 1 if number % 2 else -1]):
-            rows[name].append(await turn(http, target, clients, tokens, 1000 * clients + 2 * number + first))
+        for name, target in pair[:: 1 if number % 2 else -1]:
+            if held and name == "forebay":
+                held.hold()
+            rows[name].append(await turn(target, first + 2 * number + (name == "alone")))
+            if held:
+                held.go_on()
     found: dict[str, Any] = {
         name: {key: spread([row[key] for row in turns]) for key in turns[0]} for name, turns in rows.items()
     }
@@ -69,28 +74,39 @@ async def in_turns(
     return found
 
 
-async def measure(quick: bool, engine: str) -> dict[str, Any]:
-    """All numbers of clients."""
-    tokens, rounds = (16, 2) if quick else (64, 7)
-    background, port, name = server(engine)
+def loads(http: httpx.AsyncClient, engine: str, kinds: str, quick: bool) -> dict[str, Turn]:
+    """Each kind of load by its name."""
+
+    def short(clients: int) -> Turn:
+        count = 16 if quick else 64
+        return lambda server, number: tokens.turn(http, server, clients, count, number)
+
+    def long(kind: prompts.Kind) -> Turn:
+        return lambda server, number: prompts.turn(http, (server,), kind, 8 if quick else 32, number)
+
+    if kinds == "short":
+        return {str(clients): short(clients) for clients in CLIENTS[engine]}
+    return {f"{kind.clients}: {name}": long(kind) for name, kind in prompts.KINDS.items()}
+
+
+async def measure(quick: bool, engine: str, prompts: str) -> dict[str, Any]:
+    """All loads."""
+    rounds = 2 if quick else 5
     by_clients: dict[str, Any] = {}
-    with background, nats_server() as nats:
-        await asyncio.to_thread(background.wait_for_port, port, START_S)
-        url = f"http://127.0.0.1:{port}"
-        settings = {"inference_engine": engine, "engine_url": url, "max_concurrent_requests": SLOTS}
-        async with (
-            running(nats, data_dir=data_dir(), request_timeout=300, **settings) as stack,
-            # llama.cpp closes kept connections without a word, so none is kept.
-            httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as http,
-        ):
-            ours, alone = Server(stack.apis[0].url, name), Server(url, name)
-            for warm in (ours, alone):
-                await turn(http, warm, max(CLIENTS[engine]), 8, 10)
-            for clients in CLIENTS[engine]:
-                by_clients[str(clients)] = found = await in_turns(http, ours, alone, clients, tokens, rounds)
-                log(f"{clients} clients: {found}")
-    return {"engine": engine, "tokens": tokens, "rounds": rounds, "clients": by_clients}
+    async with (
+        both(engine) as (ours, alone, held),
+        httpx.AsyncClient(timeout=300, limits=tokens.LIMITS) as http,
+    ):
+        for warm in (ours, alone):
+            await tokens.turn(http, warm, max(CLIENTS[engine]), 8, 10)
+        for place, (name, turn) in enumerate(loads(http, engine, prompts, quick).items(), 1):
+            for number, warm in enumerate((ours, alone)):
+                await turn(warm, 1000 * place + 900 + number)
+            by_clients[name] = found = await in_turns(ours, alone, held, turn, rounds, 1000 * place)
+            log(f"{name} clients: {found}")
+    return {"engine": engine, "prompts": prompts, "rounds": rounds, "clients": by_clients}
 
 
 if __name__ == "__main__":
-    sys.exit(part_main("served", BUDGET_S, measure, __doc__ or "", engine=tuple(CLIENTS)))
+    choices = {"engine": tuple(CLIENTS), "prompts": ("short", "long")}
+    sys.exit(part_main("served", BUDGET_S, measure, __doc__ or "", **choices))

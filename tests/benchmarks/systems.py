@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -12,13 +13,17 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import HERE, MODEL, Background, Unavailable, cpu_s, free_port, peer_python
+from benchmarks.common import HERE, MODEL, ROOT, Background, Unavailable, cpu_s, free_port, peer_python
 from forebay_contracts.settings import InferenceSettings
-from forebay_inference.models.store import ensure_model
+from forebay_inference.engine.served.dialects import DIALECTS
+from forebay_inference.engine.served.process import filled
+from forebay_inference.models.store import ensure_gguf, ensure_model
 from support.nats import NatsServer
 from support.stack import Stack, data_dir, running
 
 PEERS = HERE / "peers"
+VLLM = ROOT / "build" / "vllm" / "bin" / "python"
+"""Of `make test-vllm`."""
 
 
 @dataclass
@@ -74,6 +79,23 @@ async def real_model(quantization: str, slots: int) -> AsyncIterator[Stack]:
     with nats_server() as nats:
         async with running(nats, **settings) as stack:
             yield stack
+
+
+def inference_server(engine: str, slots: int) -> tuple[Background, int, str]:
+    """The server of an engine as a worker would start it, not started yet; its port, and what it calls the model."""
+    python = os.environ.get("VLLM_PYTHON", str(VLLM)) if engine == "vllm" else sys.executable
+    if not Path(python).exists():
+        raise Unavailable(f"{python} is missing: `make test-vllm` installs vLLM")
+    settings = InferenceSettings(
+        _env_file=None, inference_engine=engine, data_dir=data_dir(), max_concurrent_requests=slots
+    )
+    dialect = DIALECTS[engine]()
+    ensure = ensure_gguf if dialect.weights == "gguf" else ensure_model
+    model = ensure(settings.default_model, settings.data_dir, lambda line: None)
+    port, name = free_port(), settings.served_model
+    values = {"python": python, "model": model, "name": name, "port": port, "slots": slots}
+    env = {"PYTHONPATH": ""} if engine == "vllm" else {}
+    return Background(engine, filled(dialect.command(settings), values), env), port, name
 
 
 def as_system(stack: Stack, nats: NatsServer) -> System:

@@ -61,6 +61,13 @@ def _tokens() -> dict[str, Any]:
     return _part(clients=clients, weights=weights, bare=bare, aiperf=aiperf, missing={})
 
 
+def _served() -> dict[str, Any]:
+    one = {"tokens_per_s": _spread(90), "first_ms": _spread(300), "between_ms": _spread(60)}
+    ratios = {"tokens_per_s_to_alone": _spread(0.97), "first_ms_to_alone": _spread(1.1)}
+    clients = {"2: 2,000 tokens": {"forebay": one, "alone": one} | ratios}
+    return _part(engine="vllm", prompts="long", rounds=5, clients=clients)
+
+
 def _loadgen() -> dict[str, Any]:
     fields = ("requests_per_s", "first_ms", "between_ms")
     tools = {tool: {field: _spread(25) for field in fields} for tool in ("AIPerf", "driver")}
@@ -119,6 +126,7 @@ PARTS = {
     "overhead": _overhead,
     "backlog": _backlog,
     "tokens": _tokens,
+    "served-long": _served,
     "bodies": _bodies,
     "loadgen": _loadgen,
     "scale": _scale,
@@ -151,6 +159,12 @@ def test_large_bodies_and_their_goal(tmp_path: Path) -> None:
     page = report.benchmarks_page(report.load(_results(tmp_path)))
     assert "| 400 | forebay | 230 (229 to 231) | 60.0 (59.0 to 61.0) | 120.0 (119.0 to 121.0) | api 3.00 |" in page
     assert "| requests/s with bodies of 400 KB, 16 clients | ≥ 200/s, event loops pause ≤ 50 ms | 230 (229" in page
+
+
+def test_a_served_engine_beside_itself_alone(tmp_path: Path) -> None:
+    page = report.benchmarks_page(report.load(_results(tmp_path)))
+    assert "## vLLM through Forebay and alone: longer prompts" in page
+    assert "| 2: 2,000 tokens | 90.0 (89.0 to 91.0) | 90.0 (89.0 to 91.0) | 0.97 (-0.03 to 1.97) | 300.0" in page
 
 
 def test_what_aiperf_and_the_driver_say_stands_side_by_side(tmp_path: Path) -> None:
