@@ -52,6 +52,8 @@ ACTIONS: dict[str, tuple[str, str, set[str]]] = {
     "cancel": ("publish", "inference.cancel.some-id", {"api", "inference", "admin"}),
     "ask-again": ("publish", "inference.resend.some-id", {"api"}),
     "drain": ("publish", "inference.drain.some-worker", {"admin"}),
+    "pass-on": ("publish", "inference.handover.some-worker", {"inference"}),
+    "hear-what-is-passed-on": ("hear", "inference.handover.some-worker", {"inference", "operator", "admin"}),
     "write-state": ("publish", "$KV.inference-requests.some-id", {"api", "inference", "admin"}),
     "read-state": ("publish", f"{JS}DIRECT.GET.KV_inference-requests.$KV.inference-requests.some-id", set(ROLES)),
     "keep-answer": ("publish", "$KV.inference-answers.some-key", {"api"}),
@@ -173,6 +175,7 @@ def test_permissions_and_imports_say_the_same() -> None:
         assert rights is not None
         assert section is not None
         may = set(re.findall(r'"([^"]+)"', rights[1].split("subscribe:")[0])) - {"$SYS.REQ.USER.INFO", "_R_.>"}
+        may -= {"inference.conversations.*.*", "inference.handover.*"}  # stay in the account of the workers
         imported = {
             (to or subject).replace("$JS.FOREBAY.", "$JS.*.")
             for subject, to in re.findall(r'{ service: {[^}]*subject: "([^"]+)" }(?:, to: "([^"]+)")? }', section[1])

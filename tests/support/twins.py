@@ -102,7 +102,7 @@ class Twins:
         self.notices.on_ask.append(self._hear)
         self.notices.on_tell.append(self._hear)
 
-    def runner(self, worker: str = "w1", engine: TextModel | None = None) -> AttemptRunner:
+    def runner(self, worker: str = "w1", engine: TextModel | None = None, taken: Any = None) -> AttemptRunner:
         """A runner that is given deliveries by hand; without `engine`, it has the simulated one."""
         runner = AttemptRunner(
             worker=worker,
@@ -116,6 +116,7 @@ class Twins:
             put_back=self.queue.put_back,
             giving_way=GivingWay(InMemoryPrecedence(self.queue, self.queue.room, MODEL)),
             keep=self._keep,
+            taken=taken,
         )
 
         async def told(request_id: str, reason: str) -> None:

@@ -34,6 +34,7 @@ from forebay_inference.engine.model import Model
 from forebay_inference.engine.simulated import SimulatedEngine
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.exposition import serve as expose
+from forebay_inference.handover import Handover
 from forebay_inference.idle import IdleSlots
 from forebay_inference.worker import Worker
 from forebay_inference.worker_metrics import WorkerMetrics
@@ -107,6 +108,8 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
             return LoggedReplyChannel(answers, names.id_of(reply_to), deadline)
         return LiveReplyChannel(connection, reply_to, deadline, lambda: apis.is_alive(names.api_of(reply_to)))
 
+    deliveries = JetStreamDeliveries(connection, settings.served_model)
+    handover = Handover(connection, deliveries, settings.served_model, worker_id)
     runner = AttemptRunner(
         worker=worker_id,
         states=KeyValueStateStore(connection),
@@ -119,9 +122,10 @@ def build_worker(settings: InferenceSettings, connection: Connection) -> Worker:
         put_back=JetStreamAdmission(connection).put_back,
         giving_way=GivingWay(precedence),
         keep=FailedRequests(connection).keep,
+        taken=handover.taken,
     )
-    deliveries = JetStreamDeliveries(connection, settings.served_model)
-    return Worker(worker_id, settings, connection, model, deliveries, runner, apis, IdleSlots(precedence.say_idle))
+    idle = IdleSlots(precedence.say_idle)
+    return Worker(worker_id, settings, connection, model, deliveries, runner, apis, idle, handover)
 
 
 async def serve(settings: InferenceSettings) -> None:

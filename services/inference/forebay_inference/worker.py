@@ -26,6 +26,7 @@ from forebay_inference.attempt.endings import End, Ended, abandoned, not_wanted
 from forebay_inference.attempt.runner import AttemptRunner
 from forebay_inference.engine.model import Model, ModelFacts
 from forebay_inference.engine.protocol import LoadedModel
+from forebay_inference.handover import Handover
 from forebay_inference.health import CHECK_INTERVAL_S, EngineWatch, Health
 from forebay_inference.idle import IdleSlots
 from forebay_inference.worker_metrics import watch
@@ -49,6 +50,7 @@ class Worker:
         runner: AttemptRunner,
         apis: Presence[ApiInfo],
         idle: IdleSlots,
+        handover: Handover,
     ) -> None:
         self.id = worker_id
         self._settings = settings
@@ -58,6 +60,7 @@ class Worker:
         self._runner = runner
         self._apis = apis
         self._idle = idle
+        self._handover = handover
         self._heartbeat = Heartbeat(connection, names.WORKERS_BUCKET, self._describe)
         watch(settings.slots, lambda: len(runner.running), engine)
         self._watch = EngineWatch(engine, settings.engine_stall_timeout)
@@ -134,6 +137,7 @@ class Worker:
         client = self._connection.client
         await client.subscribe(names.cancel_subject("*"), cb=self._cancelled)
         await client.subscribe(names.resend_subject("*"), cb=self._resend_asked)
+        await self._handover.start()
         slots = [asyncio.create_task(self._slot()) for _ in range(self._settings.slots)]
         keepers = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._watch_engine())]
         ends = [asyncio.create_task(event.wait()) for event in (stop, self._broken)]

@@ -39,6 +39,8 @@ _READS_ANSWERS = (f"{_GET}{names.ANSWERS}", f"{_GET}{names.ANSWERS}.>")
 # Between accounts, the server replaces reply subjects by these.
 _ACROSS_ACCOUNTS = "_R_.>"
 
+_BETWEEN_WORKERS = (names.CONVERSATION_SUBJECTS, names.handover_subject("*"))
+
 
 def _values(bucket: str) -> str:
     return names.bucket_subjects(bucket).replace(">", "*")
@@ -95,6 +97,7 @@ PUBLISHES: Final = {
         _EVENTS_INFO,
         names.FAILED_SUBJECTS,
         _ACROSS_ACCOUNTS,
+        *_BETWEEN_WORKERS,
     ),
     "operator": (f"{_JS}INFO", *_READS_QUEUE, *_READS_ANSWERS, f"{_GET}{names.FAILED}"),
     "admin": (
@@ -139,6 +142,7 @@ SUBSCRIBES: Final = {
         names.drain_subject("*"),
         names.admitted_subject("*"),
         names.bucket_subjects(names.APIS_BUCKET),
+        *_BETWEEN_WORKERS,
     ),
     "operator": ("_INBOX.cli.>",),
     "admin": ("_INBOX.cli.>",),

@@ -48,6 +48,11 @@ class JetStreamDelivery:
         self.num_delivered: int = metadata.num_delivered
         self.sequence: int = metadata.sequence.stream
 
+    @property
+    def ack_subject(self) -> str:
+        """Where any connection may acknowledge it."""
+        return str(self._msg.reply)
+
     async def ack(self) -> None:
         """Acknowledge, and wait until the server confirms."""
         await self._requests.request(self._msg.reply, b"+ACK", timeout_s=ACK_TIMEOUT_S)
@@ -102,6 +107,23 @@ class JetStreamDeliveries:
         finally:
             if future in self._waiting:
                 self._waiting.remove(future)
+
+    def reserve(self) -> asyncio.Future[Msg] | None:
+        """The slot that has waited longest, for a message that comes by another way; None if no slot waits.
+
+        The server may still send a message for it. If no slot waits then, that message goes back at once.
+        """
+        while self._waiting:
+            if not (slot := self._waiting.popleft()).done():
+                return slot
+        return None
+
+    def release(self, slot: asyncio.Future[Msg]) -> None:
+        """Have a reserved slot wait again."""
+        if self._stopped:
+            slot.cancel()
+        elif not slot.done():
+            self._waiting.appendleft(slot)
 
     async def stop(self) -> None:
         """Unsubscribe, so that the server sends nothing more here, and cancel the pulls that wait."""
@@ -173,11 +195,9 @@ class JetStreamDeliveries:
             await self._declined(status, msg)
             return
         self._answered(1)
-        while self._waiting:
-            future = self._waiting.popleft()
-            if not future.done():
-                future.set_result(msg)
-                return
+        if (slot := self.reserve()) is not None:
+            slot.set_result(msg)
+            return
         # No slot waits for it any more. No attempt has begun, so another worker may have it at once.
         await self._connection.client.publish(msg.reply, b"-NAK")
 

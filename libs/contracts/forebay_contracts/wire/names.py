@@ -35,6 +35,8 @@ WEBHOOKS_CONSUMER: Final = "webhooks"
 FAILED: Final = "INFERENCE_FAILED"
 FAILED_SUBJECTS: Final = "inference.failed.*.*"
 
+CONVERSATION_SUBJECTS: Final = "inference.conversations.*.*"
+
 REQUESTS_BUCKET: Final = "inference-requests"
 WORKERS_BUCKET: Final = "inference-workers"
 APIS_BUCKET: Final = "inference-apis"
@@ -58,6 +60,9 @@ HTTP_FORWARDED: Final = "forebay-forwarded"
 
 NO_KEY: Final = "_"
 """In subjects of the waiting room: no key. No key has this name."""
+
+HEADER_ACK: Final = "Forebay-Ack"
+"""On a delivery that a worker passes on: the subject that acknowledges it."""
 
 RESPONSE_PREFIX: Final = "resp_"
 """What the id of a response begins with."""
@@ -144,6 +149,16 @@ def drain_subject(worker: str) -> str:
 def resend_subject(request_id: str) -> str:
     """The subject on which an api tells a request's worker what it has, so that the rest is sent; `*` for all."""
     return f"inference.resend.{request_id}"
+
+
+def conversation_subject(model: str, key: str) -> str:
+    """The subject on which workers that have the beginning of a conversation are asked for a free slot."""
+    return f"inference.conversations.{model_token(model)}.{key}"
+
+
+def handover_subject(worker: str) -> str:
+    """The subject on which a worker gets deliveries from others."""
+    return f"inference.handover.{worker}"
 
 
 def counter_subject(outcome: RequestStatus) -> str:

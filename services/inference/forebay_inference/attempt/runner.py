@@ -53,7 +53,7 @@ class AttemptRunner:
 
     `channel` makes a reply channel from a subject and a deadline (seconds since the epoch). `connected_for_s` says how
     long NATS has not been away. `put_back` is that of an `Admission`. `keep` keeps a stored request whose attempts are
-    spent.
+    spent. `taken` says whether another worker has taken a delivery over.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class AttemptRunner:
         put_back: PutBack,
         giving_way: GivingWay,
         keep: Callable[[FailedRequest], Awaitable[None]],
+        taken: Callable[[InferenceRequest, Delivery], Awaitable[bool]] | None = None,
     ) -> None:
         self._worker = worker
         self._states = states
@@ -82,6 +83,7 @@ class AttemptRunner:
         self._put_back_once = put_back
         self._giving_way = giving_way
         self._keep = keep
+        self._taken = taken
         self.running: dict[str, Attempt] = {}
 
     async def run(self, delivery: Delivery) -> None:
@@ -94,7 +96,8 @@ class AttemptRunner:
                 await end_unreadable(self._states, self._channel, request_id, delivery, exc)
             else:
                 request_id = request.id
-                await self._attempt(request, delivery, turn)
+                if self._taken is None or request.id in self.running or not await self._taken(request, delivery):
+                    await self._attempt(request, delivery, turn)
         except Superseded as exc:
             log.info("[RequestQueue] %s", exc, extra=fields(request_id=request_id))
         except (QueueError, NatsError, TimeoutError) as exc:
