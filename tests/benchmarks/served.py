@@ -95,8 +95,7 @@ async def measure(quick: bool, engine: str, prompts: str) -> dict[str, Any]:
     by_clients: dict[str, Any] = {}
     async with (
         both(engine) as (ours, alone, held),
-        # llama.cpp closes kept connections without a word, so none is kept.
-        httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as http,
+        httpx.AsyncClient(timeout=300, limits=tokens.LIMITS) as http,
     ):
         for warm in (ours, alone):
             await tokens.turn(http, warm, max(CLIENTS[engine]), 8, 10)

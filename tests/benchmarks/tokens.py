@@ -39,6 +39,8 @@ from support.stack import data_dir
 
 BUDGET_S = 900
 CLIENTS = (1, 8, 16)
+LIMITS = httpx.Limits(max_keepalive_connections=0)
+"""llama.cpp closes kept connections without a word, so none is kept."""
 START_S = 400
 """vLLM compiles the model."""
 BUSY = {"nothing": 0, "busy": 2}
@@ -294,10 +296,9 @@ async def measure(quick: bool, quantization: str, beside: str) -> dict[str, Any]
     """Both comparisons; beside busy processes, the one with peers."""
     loads, tokens, rounds, pairs = ((1, 4), 8, 1, 1) if quick else (CLIENTS, 48, 5, 5)
     makers = peers(await systems.default_model(), quantization, BUSY[beside])
-    limits = httpx.Limits(max_connections=None)
     async with (
         systems.real_model(quantization, max(CLIENTS)) as stack,
-        httpx.AsyncClient(timeout=300, limits=limits) as http,
+        httpx.AsyncClient(timeout=300, limits=LIMITS) as http,
     ):
         ours = Server(stack.apis[0].url, InferenceSettings(_env_file=None).served_model)
         await turn(http, ours, 2, 4, 10_000)
