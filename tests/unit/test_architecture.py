@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md's walks name functions that are there, and the walk of a streamed chat is short."""
+"""The walks of ARCHITECTURE.md and docs/internals.md name functions that are there; that of a chat is short."""
 
 import ast
 import re
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "ARCHITECTURE.md").read_text()
+PAGES = "".join((ROOT / page).read_text() for page in ("ARCHITECTURE.md", "docs/internals.md"))
 MAX_HOPS = 25
 
 _WALK = re.compile(r"^### Walk: (.+?)\n(.*?)(?=^#|\Z)", re.MULTILINE | re.DOTALL)
 _HOP = re.compile(r"^\| (\d+) \| `([\w.]+)` \| `([\w/]+\.py)` \|", re.MULTILINE)
-WALKS = {title: [(int(n), name, file) for n, name, file in _HOP.findall(text)] for title, text in _WALK.findall(PAGE)}
+WALKS = {title: [(int(n), name, file) for n, name, file in _HOP.findall(text)] for title, text in _WALK.findall(PAGES)}
 PACKAGES = ("libs/contracts", "libs/cli", "services/api", "services/inference")
 
 
