@@ -240,6 +240,32 @@ async def test_numbers_of_any_size_are_shown(stack: Stack) -> None:
         assert "response.failed" in (await stream.aread()).decode()
 
 
+async def test_asked_again_with_its_key_it_is_the_same_response(stack: Stack) -> None:
+    conversation = await stack.openai().conversations.create()
+
+    async def ask(api: int, key: str, **fields: Any) -> Response:
+        headers = {"idempotency-key": key}
+        orders = "[[tokens=20 delay_ms=5]]"
+        return await stack.openai(api).responses.create(model=MODEL, input=orders, extra_headers=headers, **fields)
+
+    for key, fields in {
+        "stored": {},
+        "live": {"store": False},
+        "background": {"background": True},
+        "conversation": {"conversation": conversation.id},
+    }.items():
+        first, again = await asyncio.gather(ask(0, key, **fields), ask(1, key, **fields))
+        later = await ask(1, key, **fields)
+        assert {one.id for one in (again, later)} == {first.id}
+        if key != "background":
+            assert {one.output_text for one in (first, again, later)} == {WORDS}
+    items = await stack.openai().conversations.items.list(conversation.id)
+    assert len(items.data) == 2
+    assert (await stack.status())["total_queued"] == 4
+    with pytest.raises(openai.UnprocessableEntityError):
+        await ask(0, "stored", store=False)
+
+
 async def test_a_deleted_answer_is_not_waited_for(stack: Stack) -> None:
     url = f"{stack.apis[0].url}/v1/chat/completions"
     body = {"model": MODEL, "messages": [{"role": "user", "content": "[[tokens=3]]"}], "store": True}

@@ -32,10 +32,12 @@ def test_names_as_the_nats_cli_shows_them() -> None:
     assert names.bucket_subjects(names.WORKERS_BUCKET) == "$KV.inference-workers.>"
 
 
-def test_a_response_id_is_the_request_id_in_another_spelling() -> None:
+def test_an_answer_s_id_has_the_request_id_in_it() -> None:
     request_id = "0b7ed6ce-3c9f-4a36-9d33-6c2f4c1f2a10"
     digits = request_id.replace("-", "")
     assert names.response_id(request_id) == f"resp_{digits}"
     assert names.request_id(f"resp_{digits}") == request_id
+    assert names.request_id(f"msg_{digits}") == request_id
+    assert names.request_id(f"chatcmpl-{request_id}") == names.request_id(f"cmpl-{request_id}") == request_id
     for other in ("", "resp_", request_id, digits, f"resp_{request_id}", f"resp_{digits.upper()}", f"resp_{digits}0"):
         assert names.request_id(other) == other

@@ -58,7 +58,7 @@ class Create:
             writer, at_once = prepared.format(answer.request), prepared.at_once
             del request, prepared  # It may wait for long: only what it needs is kept.
             if at_once is not None:
-                whole = at_once()
+                whole = at_once(answer.request)
             else:
                 peer = Peer.of(scope)
                 peer.watch(answer.leave)

@@ -58,14 +58,14 @@ class Prepared(NamedTuple):
     """A request, and the block in which it is answered. `format` makes the writer of the answer to a request.
 
     A stream begins when a worker has begun, or `begins_after_s` after the request was queued, if that is earlier.
-    `at_once` makes what a client gets that does not wait.
+    `at_once` makes what a client gets that does not wait for the answer to a request.
     """
 
     request: InferenceRequest
     format: Callable[[InferenceRequest], Format]
     answered: AbstractAsyncContextManager[LiveAnswer]
     begins_after_s: float | None = None
-    at_once: Callable[[], bytes] | None = None
+    at_once: Callable[[InferenceRequest], bytes] | None = None
 
 
 Prepare = Callable[[Context, Accepted], Awaitable[Prepared]]

@@ -77,7 +77,7 @@ async def requests(
 
 
 async def find(link: Connection, request_id: str) -> RequestState:
-    """The state of one request, or of the request of a response.
+    """The state of one request, by its id or that of its answer.
 
     Raises:
         RequestNotFound: its state is not stored, or not any more.

@@ -79,7 +79,9 @@ HEADER_ACK: Final = "Forebay-Ack"
 """On a delivery that a worker passes on: the subject that acknowledges it."""
 
 RESPONSE_PREFIX: Final = "resp_"
-"""What the id of a response begins with."""
+MESSAGE_PREFIX: Final = "msg_"
+COMPLETION_PREFIXES: Final = ("chatcmpl-", "cmpl-")
+"""What the ids of responses, messages and completions begin with."""
 
 MODEL_METADATA: Final = "forebay.model"
 """Metadata key of a consumer: the full name of its model."""
@@ -298,11 +300,16 @@ def response_id(request_id: str) -> str:
 
 
 def request_id(text: str) -> str:
-    """The request id that `text` spells: that of a response, or `text` itself if it is no id of a response."""
-    digits = text.removeprefix(RESPONSE_PREFIX)
-    if digits == text or not re.fullmatch(r"[0-9a-f]{32}", digits):
-        return text
-    return str(uuid.UUID(digits))
+    """The request id in the id of an answer, as clients get it: `resp_...`, `msg_...`, `chatcmpl-...`, `cmpl-...`.
+
+    Any other text is returned as it is.
+    """
+    if found := re.fullmatch(rf"(?:{RESPONSE_PREFIX}|{MESSAGE_PREFIX})([0-9a-f]{{32}})", text):
+        return str(uuid.UUID(found[1]))
+    for prefix in COMPLETION_PREFIXES:
+        if text.startswith(prefix):
+            return text.removeprefix(prefix)
+    return text
 
 
 def retry_id(request_id: str) -> str:

@@ -77,8 +77,12 @@ class IdempotentRequests:
         self._stored = stored
 
     @contextlib.asynccontextmanager
-    async def attach(self, request: InferenceRequest, key: str, begin: Begin) -> AsyncIterator[LiveAnswer]:
+    async def attach(
+        self, request: InferenceRequest, key: str, begin: Begin, asked: str | None = None
+    ) -> AsyncIterator[LiveAnswer]:
         """The answer for `key`. This request leads if no other does; `begin` then admits it.
+
+        `asked` is the client's body, where the same body makes another request later: a conversation has grown.
 
         Raises:
             KeyReused: the key was used with another body.
@@ -86,7 +90,7 @@ class IdempotentRequests:
         """
         claim = Claim(
             request_id=request.id,
-            body_hash=_body_hash(request),
+            body_hash=_body_hash(request) if asked is None else hashlib.sha256(asked.encode()).hexdigest(),
             created_at=request.created_at,
             deadline=request.deadline,
         )

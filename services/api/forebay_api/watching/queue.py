@@ -55,7 +55,7 @@ async def get_queue_events(request: Request, context: Running) -> Response:
 
 @router.get("/request/{request_id}")
 async def get_request(request_id: str, context: Running, caller: Caller) -> dict[str, Any]:
-    """The state of one request. The id of a response is that of its request."""
+    """The state of one request. The id of its answer (`resp_...`, `chatcmpl-...`) names it too."""
     request_id = names.request_id(request_id)
     await _registered(context, request_id)
     state = await _state(context, caller, request_id)

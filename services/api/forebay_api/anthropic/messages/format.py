@@ -10,6 +10,7 @@ import orjson
 
 from forebay_api.anthropic.errors import anthropic_error
 from forebay_api.anthropic.messages.body import CountTokensBody, MessagesBody
+from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError
 from forebay_contracts.wire.frames import Completed, Delta
 from forebay_contracts.wire.request import InferenceRequest
@@ -96,7 +97,7 @@ class MessagesFormat:
 
     def _message(self) -> dict[str, Any]:
         return {
-            "id": f"msg_{self._request.id.replace('-', '')}",
+            "id": f"{names.MESSAGE_PREFIX}{self._request.id.replace('-', '')}",
             "type": "message",
             "role": "assistant",
             "model": self._request.named_model,

@@ -1,31 +1,46 @@
 """How a response is made: what it goes on from, what is stored of it, and where its answer goes."""
 
+from contextlib import AbstractAsyncContextManager
+
 from forebay_api.context import Context
+from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.openai.responses.format import InputTokensFormat, ResponseFormat
 from forebay_api.prepare import Accepted, Prepared
 from forebay_contracts.wire import names
+from forebay_contracts.wire.request import InferenceRequest
 
 
 async def respond(context: Context, accepted: Accepted) -> Prepared:
-    """A response. A stored one is answered into the log, any other to this api."""
-    body, settings = accepted.body, context.settings
+    """A response. One that is stored or has an Idempotency-Key is answered into the log, any other to this api."""
+    body, settings, key = accepted.body, context.settings, accepted.idempotency_key
     before, items = await _conversation(context, accepted)
     request = await accepted.request(
         (*before, *items),
         reply_to=(
             names.answer_subject(accepted.id)
-            if body.store
+            if body.store or key is not None
             else names.reply_subject(context.dispatcher.instance, accepted.id)
         ),
         timeout_s=settings.background_timeout if body.background else settings.request_timeout,
     )
     if body.background and context.webhooks.wanted(request.key, "response"):
         request = request.model_copy(update={"notify": True})
-    record = body.record(items, request)
-    answered = context.responses.submit(record, request) if body.store else context.dispatcher.submit(request)
-    writer = ResponseFormat(record)
-    at_once = writer.waiting if body.background and not body.stream else None
-    return Prepared(request, lambda _: writer, answered, begins_after_s=0, at_once=at_once)
+
+    def begin(request: InferenceRequest) -> AbstractAsyncContextManager[LiveAnswer]:
+        if body.store:
+            return context.responses.submit(body.record(items, request), request)
+        return context.dispatcher.submit(request) if key is None else context.stored.submit(request)
+
+    def writer(answered: InferenceRequest) -> ResponseFormat:
+        return ResponseFormat(body.record(items, answered))
+
+    if key is None:
+        answered = begin(request)
+    else:
+        asked = body.model_dump_json(exclude_unset=True)
+        answered = context.idempotent.attach(request, key, begin, asked)
+    at_once = (lambda answered: writer(answered).waiting()) if body.background and not body.stream else None
+    return Prepared(request, writer, answered, begins_after_s=0, at_once=at_once)
 
 
 async def count_input(context: Context, accepted: Accepted) -> Prepared:
