@@ -163,8 +163,8 @@ async def test_a_generator_that_is_closed_frees_its_slot(engine: ServedEngine) -
     async with asyncio.timeout(5):
         while any(slot["is_processing"] for slot in await asked(engine, "/slots")):  # noqa: ASYNC110
             await asyncio.sleep(0.002)
-    # It notices when it writes the next token or two. A step of this model takes less than a millisecond.
-    assert await made(engine) < before + 240
+    # It notices when it writes the next token or two: on a busy machine hundreds later, at less than 1 ms each.
+    assert await made(engine) < before + 470
 
 
 async def made(engine: ServedEngine) -> int:

@@ -1,13 +1,20 @@
 """GGUF to safetensors: `python -m forebay_inference.engine.transformers.convert FILE FOLDER`, a process of its own."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
-from gguf import GGUFReader, TokenType
+from gguf import TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# The library reads the file's header three times and makes the table of names for each module. Here each is made once:
+# 7 s of CPU time instead of 19 for 135M parameters.
+gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
 
 
 def convert(source: Path, target: Path) -> None:
@@ -16,11 +23,13 @@ def convert(source: Path, target: Path) -> None:
     Raises:
         ValueError: weights are missing, or the model scales its rotary embedding in an unknown way.
     """
-    reader = GGUFReader(source)
+    reader = gguf.GGUFReader(str(source))
     scaling = rope_scaling(reader)
+    _report(20)
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**place)
     _mark_control_tokens(reader, tokenizer)
+    _report(40)
     # Unpacked to bf16: the packed form can be neither saved nor quantized by bitsandbytes.
     model, found = AutoModelForCausalLM.from_pretrained(
         **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
@@ -33,6 +42,11 @@ def convert(source: Path, target: Path) -> None:
     model.config.name_or_path = ""
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)
+
+
+def _report(percent: int) -> None:
+    """Say how far it is, in the form of the library's bars, which follow."""
+    print(f"{percent}%|", file=sys.stderr, flush=True)
 
 
 def rope_scaling(reader: Any) -> dict[str, Any] | None:
