@@ -7,26 +7,41 @@ ARGS ?=
 TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
+# Python files are compiled when they are first imported: most of what a package has is never imported.
+PIP = $(BIN)/python -m pip install --no-compile --disable-pip-version-check \
+    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+    $(shell nvidia-smi >/dev/null 2>&1 || echo -c constraints/cpu.txt)
 
 TOOLS := build/tools
 
 .PHONY: install run test test-clients test-vllm test-gpu test-containers images check bench bench-prepare bench-report soak audit sbom check-kubernetes clean
 
-install: $(STAMP)
+# What running needs. Whatever tests or checks adds the rest.
+install: $(RUNS)
 
-$(STAMP): pyproject.toml constraints/cpu.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Forebay needs Python 3.11 or newer: set PYTHON" if sys.version_info < (3, 11) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	constraints="-c constraints/cpu.txt"; if nvidia-smi >/dev/null 2>&1; then constraints=""; fi; \
-	$(BIN)/python -m pip install $$constraints $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e ".[dev]"
-	touch $@
+	$(PYTHON) -m venv $(VENV)
 
-run: $(STAMP)
+$(RUNS): pyproject.toml constraints/cpu.txt | $(BIN)/python
+	@echo "Installing Forebay into $(VENV): 1.1 GB with PyTorch for CPUs, half a minute on 2 cores once it is downloaded."
+	$(PIP) -e ".[all]"
+	@touch $@
+
+$(STAMP): pyproject.toml constraints/cpu.txt | $(BIN)/python
+	@echo "Installing what tests and checks need into $(VENV): 2 GB in all."
+	$(PIP) -e ".[dev]"
+	@touch $(RUNS) $@
+
+run: $(RUNS)
 	@$(BIN)/forebay up $(ARGS)
 
+# Three at a time also on 2 cores: tests of real processes wait more than they compute. The files in order: those of
+# tests/unit, which are short, come last and fill what is left.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Codex, Claude Code, the AI SDK, openai-agents and the SDKs for Node, installed into build/clients. Needs npm.
 test-clients: $(STAMP)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/cold.py [--quick]
 
-From the clone on it is `make install`, whose time is the package index's, and then this.
+From the clone on it is `make run`, whose installation's time is the package index's, and then this.
 """
 
 import asyncio
