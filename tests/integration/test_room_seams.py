@@ -159,12 +159,14 @@ async def test_what_is_idle(seams: Seams) -> None:
     delivery = await pulled(seams)
     assert await seams.room.idle(TOKEN, 100) == MAX_CONCURRENT - 1
     await delivery.ack()
-    await seams.admission.publish(request("b", tier=Tier.DEFAULT))
+    for taken, name in enumerate("bc", 1):
+        await seams.admission.publish(request(name, tier=Tier.DEFAULT))
 
-    async def something_waits() -> bool:
-        return await seams.room.idle(TOKEN, 100) == 0
+        async def as_many_wait(left: int = MAX_CONCURRENT - taken) -> bool:
+            return await seams.room.idle(TOKEN, 100) == left
 
-    await until(something_waits)
+        await until(as_many_wait)
+    assert await seams.room.idle(TOKEN, 1) == 0
 
 
 async def test_one_worker_hears_of_what_may_not_wait(seams: Seams) -> None:

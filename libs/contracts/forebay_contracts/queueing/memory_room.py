@@ -73,8 +73,7 @@ class InMemoryRoom:
 
     async def idle(self, model: str, slots: int) -> int:
         """What is left of the limit."""
-        free = min(self._queue.max_concurrent, slots) - self._queue.out
-        return 0 if self._queue.line().waiting else free
+        return max(min(self._queue.max_concurrent, slots) - self._queue.out - self._queue.line().waiting, 0)
 
     async def backlog(self, model: str) -> Mapping[str | None, int]:
         """By key."""

@@ -56,12 +56,14 @@ class JetStreamRoom:
     async def idle(self, model: str, slots: int) -> int:
         """See `Room.idle`. None are idle for the room while the consumer is paused."""
         info = await _consumer(self._connection, model)
-        if info is None or info.paused or info.num_pending:
+        if info is None or info.paused:
             return 0
         delivered, since = _delivered(info), time.monotonic() - COUNTED_S
         moved = {one: at for one, at in self._moved[model].items() if one > delivered and at > since}
         self._moved[model] = moved
-        return min(info.config.max_ack_pending or 0, slots) - (info.num_ack_pending or 0) - len(moved)
+        # What waits is about to be delivered. Whoever looks now is not told again of the slots that are left.
+        taken = (info.num_ack_pending or 0) + max(info.num_pending or 0, len(moved))
+        return max(min(info.config.max_ack_pending or 0, slots) - taken, 0)
 
     async def backlog(self, model: str) -> Mapping[str | None, int]:
         """See `Room.backlog`. 0.8 ms with 100,000 messages of 50 keys."""
