@@ -127,3 +127,49 @@ async def test_a_delivery_without_a_slot_goes_back(pair: tuple[JetStreamAdmissio
     again = await b.deliveries.pull()
     assert (again.sequence, again.num_delivered) == (delivery.sequence, 2)
     await again.ack()
+
+
+async def test_a_request_that_comes_again_runs_where_it_is_pulled(
+    pair: tuple[JetStreamAdmission, Worker, Worker],
+) -> None:
+    """The worker that has the conversation may be the one at which it failed."""
+    admission, a, b = pair
+    request = chat(LONG, "an answer", "and then?")
+    await (await pulled(admission, b, request)).nak()
+    again = await b.deliveries.pull()
+    slot = await waiting(a)
+    assert again.num_delivered == 2
+    assert not await b.handover.taken(request, again)
+    slot.cancel()
+    await again.ack()
+
+
+async def test_a_slot_whose_promise_lapses_asks_again_for_what_went_back(
+    pair: tuple[JetStreamAdmission, Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admission, a, b = pair
+    monkeypatch.setattr(handover, "RESERVED_S", 0.05)
+    slot = await waiting(a)
+    asked = names.conversation_subject(MODEL, (keys(FIRST) or ("", ""))[1])
+    await b.connection.requests.request(asked, timeout_s=5)
+    await admission.publish(chat("anything"))
+    # It came while the slot was reserved, and went back.
+    delivery = await asyncio.wait_for(slot, 2)
+    assert delivery.num_delivered == 2
+    await delivery.ack()
+
+
+async def test_a_worker_that_drains_or_is_gone_gets_nothing(pair: tuple[JetStreamAdmission, Worker, Worker]) -> None:
+    admission, a, b = pair
+    request = chat(LONG, "an answer", "and then?")
+    delivery = await pulled(admission, b, request)
+    slot = await waiting(a)
+    await a.deliveries.stop()
+    assert not await b.handover.taken(request, delivery)
+    assert slot.cancelled()
+    await a.connection.client.close()
+    began = time.monotonic()
+    other = chat(LONG, "an answer", "and then?", "another answer", "and then?")
+    assert not await b.handover.taken(other, delivery)
+    assert time.monotonic() - began < 1
+    await delivery.ack()

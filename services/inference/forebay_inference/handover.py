@@ -36,8 +36,8 @@ MAX_CONVERSATIONS: Final = 256
 PATIENCE_S: Final = 0.02
 """Time for the other worker to answer."""
 
-RESERVED_S: Final = 1.0
-"""How long a slot waits for a delivery that was promised to it."""
+RESERVED_S: Final = 0.2
+"""How long a slot waits for a delivery that was promised to it. A later one goes back to the queue."""
 
 _ENDS: Final = 200
 """Characters at either end of a message that its key is made of, beside its length. All of 400 KB would take 0.6 ms."""
@@ -83,6 +83,8 @@ class Handover:
 
     async def _passed_on(self, key: str, request_id: str, delivery: Delivery) -> bool:
         if key in self._held or names.HEADER_ACK in delivery.headers or not isinstance(delivery, JetStreamDelivery):
+            return False
+        if delivery.num_delivered > 1:  # the worker that has the conversation may be the one that failed
             return False
         asked = names.conversation_subject(self._model, key)
         worker = (await self._connection.requests.request(asked, timeout_s=PATIENCE_S)).data.decode()

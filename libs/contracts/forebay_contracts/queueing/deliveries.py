@@ -124,6 +124,7 @@ class JetStreamDeliveries:
             slot.cancel()
         elif not slot.done():
             self._waiting.appendleft(slot)
+            self._ask_at(time.monotonic())  # a message may have come for it, and gone back
 
     async def stop(self) -> None:
         """Unsubscribe, so that the server sends nothing more here, and cancel the pulls that wait."""
