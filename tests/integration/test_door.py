@@ -91,6 +91,7 @@ async def test_every_path_is_protected(stack: Stack) -> None:
         ("POST", "/v1/messages"),
         ("POST", "/v1/messages/count_tokens"),
         ("POST", "/v1/rerank"),
+        ("POST", "/v2/rerank"),
         ("GET", "/v1/models"),
         ("GET", "/v1/models/{name}"),
         ("GET", "/v1/queue/status"),

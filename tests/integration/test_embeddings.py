@@ -205,6 +205,9 @@ async def test_the_best_alone_without_their_texts(stack: Stack) -> None:
     # Of equal ones, the first comes first.
     assert first["results"] == [{"index": 1, "relevance_score": 1.0}, {"index": 3, "relevance_score": 1.0}]
     assert first == again
+    body = {"model": MODEL, "query": "fat cat", "documents": DOCUMENTS, "top_n": 2}
+    second_form = await stack.http.post(f"{stack.apis[0].url}/v2/rerank", json=body)
+    assert second_form.json()["results"] == first["results"]
     many = await rerank(stack, query="x 7", documents=[f"x {number}" for number in range(2048)], top_n=1)
     assert many.json()["results"] == [{"index": 7, "relevance_score": 1.0, "document": {"text": "x 7"}}]
 

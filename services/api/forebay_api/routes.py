@@ -21,7 +21,7 @@ from forebay_api.openai.embeddings.format import EmbeddingFormat
 from forebay_api.openai.responses.body import InputTokensBody, ResponseBody
 from forebay_api.openai.responses.create import count_input, respond
 from forebay_api.prepare import Prepare, live
-from forebay_api.rerank.body import RerankBody
+from forebay_api.rerank.body import RerankBody, RerankV2Body
 from forebay_api.rerank.format import RerankFormat
 from forebay_contracts.wire.request import CompletionType
 
@@ -57,5 +57,6 @@ ENDPOINTS: Final = (
     Endpoint("POST", "/v1/messages/count_tokens", CHAT, CountTokensBody, count, "[Messages]", ANTHROPIC),
     Endpoint("POST", "/v1/responses/input_tokens", CHAT, InputTokensBody, count_input, "[Responses]"),
     Endpoint("POST", "/v1/rerank", RERANK, RerankBody, live(RerankFormat), "[Rerank]"),
+    Endpoint("POST", "/v2/rerank", RERANK, RerankV2Body, live(RerankFormat), "[Rerank]"),
 )
 # fmt: on

@@ -1,6 +1,7 @@
-"""The body of `POST /v1/rerank`, as Jina, Cohere and the inference servers have it.
+"""The bodies of `POST /v1/rerank`, as Jina, Cohere and the inference servers have it, and of Cohere's `/v2/rerank`.
 
-Sources: https://api.jina.ai/docs#tag/rerank, https://docs.cohere.com/v1/reference/rerank.
+Sources: https://api.jina.ai/docs#tag/rerank, https://docs.cohere.com/v1/reference/rerank,
+https://docs.cohere.com/reference/rerank.
 """
 
 from typing import Annotated, Any, Final
@@ -37,3 +38,9 @@ class RerankBody(RequestBody):
     def request(self, **origin: Any) -> InferenceRequest:
         """The request as it goes into the queue."""
         return InferenceRequest(**origin, prompts=(self.query, *self.texts))
+
+
+class RerankV2Body(RerankBody):
+    """Sort documents by their relevance to a query, in the second form of Cohere."""
+
+    return_documents: Bool = False
