@@ -19,18 +19,20 @@ class Raw(bytes):
 
 class InferenceServer:
     """`answers` holds by path a JSON value, a `web.Response`, or a function of the body that returns one of these or
-    Events, as a generator or a list. `asked` are the bodies that came, with their paths; `left` is set once a client
-    has left a stream."""
+    Events, as a generator or a list. `asked` are the bodies that came, with their paths, and `headers` those of the
+    last one; `left` is set once a client has left a stream."""
 
     def __init__(self, answers: Mapping[str, Any]) -> None:
         self.answers = dict(answers)
         self.asked: list[tuple[str, Any]] = []
+        self.headers: Mapping[str, str] = {}
         self.left = asyncio.Event()
         self.url = ""
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json() if request.can_read_body else None
         self.asked.append((request.path, body))
+        self.headers = request.headers
         answer = self.answers.get(request.path, web.Response(status=404))
         if isinstance(answer, Callable):  # type: ignore[arg-type]
             answer = answer(body)

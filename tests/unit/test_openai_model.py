@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from forebay_contracts.settings import InferenceSettings, load
-from forebay_contracts.wire.errors import ConfigurationError, InferenceFailed, InvalidRequest
+from forebay_contracts.wire.errors import ConfigurationError, InferenceFailed, InvalidRequest, LoopDetected
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_inference.engine.events import Accepted, Event, Finished, Tokens, Used
 from forebay_inference.engine.openai import OpenAIModel
@@ -185,8 +185,10 @@ async def test_a_request_that_comes_back_to_its_own_forebay_ends_at_once(
 ) -> None:
     server.answers[CHAT] = web.json_response({"error": {"message": "-"}}, status=508)
     # No fault of the engine, which further attempts would follow.
-    with pytest.raises(InferenceFailed, match="ENGINE_URL of the worker leads back to this Forebay"):
-        await events(model, chat("hi"))
+    request = chat("hi", forwarded=("theirs", "ours"))
+    with pytest.raises(LoopDetected, match="ENGINE_URL of the worker leads back"):
+        await events(model, request)
+    assert server.headers["forebay-forwarded"] == f"theirs,ours,{request.id}"
 
 
 async def test_an_answer_that_was_begun_is_not_resumed(model: OpenAIModel) -> None:

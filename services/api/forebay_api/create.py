@@ -32,6 +32,9 @@ EARLY_HEADER: Final = "forebay-stream"
 LOGPROB_BYTES: Final = 1_000
 """About what one token's log probabilities are in JSON."""
 
+MAX_FORWARDS: Final = 8
+"""Forebays that may wait for the answer to one request, each for the next."""
+
 log = logging.getLogger(__name__)
 
 
@@ -82,8 +85,10 @@ class Create:
         data = await read_body(request, context.settings.max_request_bytes)
         body = await off_loop(len(data), validated, endpoint.body, data)
         asked = await context.models.admit(body.model, endpoint.completion_type)
-        if (outer := request.headers.get(names.HTTP_FORWARDED)) is not None:
-            await self._refuse_own(outer, asked.model)
+        forwarded: tuple[str, ...] = ()
+        if (told := request.headers.get(names.HTTP_FORWARDED)) is not None:
+            forwarded = tuple(filter(names.is_request_id, told.split(",")))
+            await self._refuse_own(forwarded, asked.model)
         request_id = request.state.request_id
         log.info(
             "%s %s received for %s%s",
@@ -98,19 +103,30 @@ class Create:
         if context.settings.log_prompts:
             log.info("%s %s asks %s", endpoint.log_prefix, request_id, body.model_dump_json(exclude_unset=True))
         return Accepted(
-            body, len(data), request_id, client, request.headers, endpoint.completion_type, asked, clock.now()
+            body,
+            len(data),
+            request_id,
+            client,
+            request.headers,
+            endpoint.completion_type,
+            asked,
+            clock.now(),
+            forwarded,
         )
 
-    async def _refuse_own(self, outer: str, model: str) -> None:
-        """Refuse what a worker of `model` passes on that has it, as `outer`, from this Forebay; raises LoopDetected."""
+    async def _refuse_own(self, forwarded: tuple[str, ...], model: str) -> None:
+        """Refuse what waits here for `model` already, under one of the ids of `forwarded`; raises LoopDetected."""
         context = self._context
-        if (waiting := context.dispatcher.waiting.get(outer)) is not None:
-            again = waiting.request.model == model
-        else:
-            stored = await context.states.get(outer) if names.is_request_id(outer) else None
-            again = stored is not None and not stored.state.status.final and stored.state.model == model
-        if again:
-            raise LoopDetected("ENGINE_URL of a worker here leads back to this Forebay.")
+        if len(forwarded) > MAX_FORWARDS:
+            raise LoopDetected(f"The request was passed on more than {MAX_FORWARDS} times.")
+        for outer in forwarded:
+            if (waiting := context.dispatcher.waiting.get(outer)) is not None:
+                again = waiting.request.model == model
+            else:
+                stored = await context.states.get(outer)
+                again = stored is not None and not stored.state.status.final and stored.state.model == model
+            if again:
+                raise LoopDetected("ENGINE_URL of a worker leads back to where the request has come from.")
 
     async def _whole(self, answer: LiveAnswer, answer_format: Format) -> bytes:
         """The whole answer, once it is complete."""

@@ -18,7 +18,10 @@ from forebay_contracts.wire.request import CompletionType, InferenceRequest
 
 
 class Accepted(NamedTuple):
-    """A valid body, of `size` bytes, and where it comes from. `created_at`: seconds since the epoch."""
+    """A valid body, of `size` bytes, and where it comes from. `created_at`: seconds since the epoch.
+
+    For `forwarded` see `InferenceRequest`.
+    """
 
     body: Any
     size: int
@@ -28,6 +31,7 @@ class Accepted(NamedTuple):
     completion_type: CompletionType
     asked: Asked
     created_at: float
+    forwarded: tuple[str, ...] = ()
 
     @property
     def idempotency_key(self) -> str | None:
@@ -51,6 +55,7 @@ class Accepted(NamedTuple):
             reply_to=reply_to,
             key=self.client.name,
             tier=self.client.tier(getattr(self.body, "service_tier", None)),
+            forwarded=self.forwarded,
         )
 
 

@@ -246,7 +246,7 @@ class TooManyListeners(RequestError):
 
 
 class LoopDetected(RequestError):
-    """A worker here has passed on a request that it has from here. It would wait for itself."""
+    """A request has come back to where it waits for its answer. It would wait for itself."""
 
     status = 508
     code = "loop_detected"

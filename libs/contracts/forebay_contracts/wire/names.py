@@ -68,7 +68,8 @@ HEADER_CANCEL: Final = "Forebay-Cancel"
 """On a cancel subject: `ask` asks the api that holds the client to cancel. Without it the request is cancelled."""
 
 HTTP_FORWARDED: Final = "forebay-forwarded"
-"""HTTP header: under which id a worker has the request that it passes on to a server that it asks in text."""
+"""HTTP header of a request that a worker passes on to a server that it asks in text: the id that the request has there,
+behind the ids that it had before, separated by commas."""
 
 NO_KEY: Final = "_"
 """In subjects of the waiting room: no key. No key has this name."""

@@ -87,7 +87,7 @@ class InferenceRequest(Message):
     `fit_max_tokens`, `max_tokens` beyond what the context has left is cut to it, and not refused. `adapter` is the name
     of the LoRA adapter that the model answers with. `record` is the key of what is stored of the request in
     `inference-responses`. With `notify`, its end is an event for webhooks. `tier` says how soon it
-    is served.
+    is served. `forwarded` are the ids under which other Forebays wait for its answer, if their workers have asked.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -118,6 +118,7 @@ class InferenceRequest(Message):
     tier: Tier = Tier.DEFAULT
     record: str | None = None
     notify: bool = False
+    forwarded: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
         """The request as JSON: the schema version, and the fields that differ from their defaults."""

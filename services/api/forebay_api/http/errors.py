@@ -62,6 +62,7 @@ ANSWERS: Final[dict[type[ApiError], ErrorAnswer]] = {
     errors.InvalidRequest: ErrorAnswer(None, "invalid_request"),
     errors.RequestTimeout: ErrorAnswer(False),
     errors.InferenceFailed: ErrorAnswer(False),
+    errors.LoopDetected: ErrorAnswer(False),
 }
 _BY_CODE: Final = {kind.code: answer for kind, answer in ANSWERS.items() if kind.code}
 

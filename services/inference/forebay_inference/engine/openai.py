@@ -93,7 +93,8 @@ class OpenAIModel:
             raise InferenceFailed(CANNOT_RESUME)
         if self._http is None or self._fault is not None:
             raise EngineFault(self._fault or "the engine is not started, or closed")
-        body, forwarded = _body(request, self._name), {names.HTTP_FORWARDED: request.id}
+        body = _body(request, self._name)
+        forwarded = {names.HTTP_FORWARDED: ",".join((*request.forwarded, request.id))}
         choices = range(max(len(request.prompts), 1) * request.n)
         missing = set(choices)
         accepted = False
@@ -249,9 +250,9 @@ def _usage(told: Mapping[str, Any]) -> Usage:
     )
 
 
-def _fault(failed: ServerFailed) -> EngineFault | InvalidRequest | InferenceFailed:
+def _fault(failed: ServerFailed) -> EngineFault | InvalidRequest | LoopDetected:
     if failed.status == LoopDetected.status:
-        return InferenceFailed("ENGINE_URL of the worker leads back to this Forebay")
+        return LoopDetected("ENGINE_URL of the worker leads back to where the request has come from")
     if failed.status not in _REFUSALS:
         return EngineFault(f"the server failed: {failed}")
     with suppress(orjson.JSONDecodeError, AttributeError):
