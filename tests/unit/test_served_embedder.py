@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import math
 import struct
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,20 +26,9 @@ from forebay_inference.engine.served.pooling import POOLING, LlamaCppPooling
 from forebay_inference.engine.served.tokenizer import bare_tokenizer
 from forebay_inference.engine.text.model import TextModel
 from forebay_inference.health import EngineWatch
+from support.embeddings import vectors as vectors_of
 from support.fake_llama import Behaviour, FakeLlama
-from support.gguf import write_tiny_gguf
 from support.twins import request, twins
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-
-
-@pytest_asyncio.fixture
-async def server(model: Path) -> AsyncIterator[FakeLlama]:
-    async with FakeLlama(bare_tokenizer(model)).running() as fake:
-        yield fake
 
 
 def embedder_at(url: str, model: Path, **settings: Any) -> ServedEmbedder:
@@ -47,12 +37,12 @@ def embedder_at(url: str, model: Path, **settings: Any) -> ServedEmbedder:
 
 
 @pytest_asyncio.fixture
-async def embedder(server: FakeLlama, model: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServedEmbedder]:
+async def embedder(llama: FakeLlama, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServedEmbedder]:
     monkeypatch.setattr(served_server, "_LOOK_S", 0.02)
-    started = embedder_at(server.url, model, engine_stall_timeout=1)
+    started = embedder_at(llama.url, tiny_gguf, engine_stall_timeout=1)
     loaded = await started.start(lambda line: None)
     assert (loaded.dimensions, loaded.context_length, loaded.prefix) == (2, 512, "")
-    server.requests.clear()
+    llama.requests.clear()
     yield started
     await started.close()
 
@@ -67,14 +57,14 @@ async def comes(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_each_input_gets_its_vector_in_parts(server: FakeLlama, embedder: ServedEmbedder) -> None:
+async def test_each_input_gets_its_vector_in_parts(llama: FakeLlama, embedder: ServedEmbedder) -> None:
     inputs = {place: [place, 1] for place in range(5, 155)} | {3: [3] * 16_000, 4: [4] * 600}
     assert await vectors(embedder, inputs) == {place: (place, len(ids)) for place, ids in inputs.items()}
-    assert [len(body["input"]) for body in server.requests] == [64, 64, 23, 1]
+    assert [len(body["input"]) for body in llama.requests] == [64, 64, 23, 1]
     assert embedder.status()[:3] == (None, 0, 4)
-    assert not any("dimensions" in body for body in server.requests)
+    assert not any("dimensions" in body for body in llama.requests)
     await vectors(embedder, {0: [1]}, 2)
-    assert server.requests[-1]["dimensions"] == 2
+    assert llama.requests[-1]["dimensions"] == 2
 
 
 async def writes(response: web.StreamResponse, answer: Any) -> None:
@@ -89,45 +79,58 @@ BROKEN: dict[str, Any] = {
     "no base64": {"data": [{"index": 0, "embedding": "?"}]},
     "half a number": {"data": [{"index": 0, "embedding": base64.b64encode(b"abc").decode()}]},
     "nothing": {"data": [{"index": 0, "embedding": []}]},
+    "one too many": {"data": [{"index": 0, "embedding": [1.0, 2.0]}, {"index": 0, "embedding": [3.0, 4.0]}]},
 }
 
 
 @pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN.keys())
 async def test_a_broken_answer_is_a_fault_of_its_request_alone(
-    server: FakeLlama, embedder: ServedEmbedder, answer: Any
+    llama: FakeLlama, embedder: ServedEmbedder, answer: Any
 ) -> None:
-    server.behaviours.append(lambda response: writes(response, answer))
+    llama.behaviours.append(lambda response: writes(response, answer))
     with pytest.raises(EngineFault, match="/v1/embeddings"):
         await vectors(embedder, {0: [1]})
     assert embedder.status()[:2] == (None, 0)
     assert await vectors(embedder, {0: [7]}) == {0: (7, 1)}
 
 
-async def test_what_the_server_refuses_is_the_request_s_own_fault(server: FakeLlama, embedder: ServedEmbedder) -> None:
-    server.statuses["/v1/embeddings"] = 400
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+async def test_a_number_that_json_does_not_have_is_a_fault(llama: FakeLlama, tiny_gguf: Path, number: float) -> None:
+    text = TextModel(embedder_at(llama.url, tiny_gguf))
+    await text.start(lambda line: None)
+    data = [{"index": 0, "embedding": base64.b64encode(struct.pack("<2f", 1.0, number)).decode()}]
+    llama.behaviours.append(lambda response: writes(response, {"data": data}))
+    with pytest.raises(EngineFault, match="not finite"):
+        await vectors_of(text, (5,))
+    assert text.status().fault is None
+    await text.close()
+
+
+async def test_what_the_server_refuses_is_the_request_s_own_fault(llama: FakeLlama, embedder: ServedEmbedder) -> None:
+    llama.statuses["/v1/embeddings"] = 400
     for dimensions, param in ((None, "input"), (9, "dimensions")):
         with pytest.raises(InvalidRequest, match="The engine refuses the request: no") as caught:
             await vectors(embedder, {0: [1]}, dimensions)
         assert caught.value.param == param
-    server.statuses["/v1/embeddings"] = 500
+    llama.statuses["/v1/embeddings"] = 500
     with pytest.raises(EngineFault, match="status 500"):
         await vectors(embedder, {0: [1]})
     assert embedder.status()[:2] == (None, 0)
 
 
-async def test_closing_the_generator_closes_the_connection(server: FakeLlama, embedder: ServedEmbedder) -> None:
-    server.delay_s = 60
+async def test_closing_the_generator_closes_the_connection(llama: FakeLlama, embedder: ServedEmbedder) -> None:
+    llama.delay_s = 60
     running = asyncio.create_task(vectors(embedder, {0: [1], 1: [2]}))
-    await comes(lambda: embedder.status().sequences == 2 and bool(server.requests))
+    await comes(lambda: embedder.status().sequences == 2 and bool(llama.requests))
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
     assert embedder.status().sequences == 0
-    await comes(lambda: server.closed == 1)
+    await comes(lambda: llama.closed == 1)
 
 
-async def test_a_server_that_hangs_is_found(server: FakeLlama, embedder: ServedEmbedder) -> None:
-    server.delay_s = 60
+async def test_a_server_that_hangs_is_found(llama: FakeLlama, embedder: ServedEmbedder) -> None:
+    llama.delay_s = 60
     running = asyncio.create_task(vectors(embedder, {0: [1]}))
     await comes(lambda: embedder.status().sequences == 1)
     watch = EngineWatch(TextModel(embedder), stall_timeout_s=2)
@@ -136,17 +139,17 @@ async def test_a_server_that_hangs_is_found(server: FakeLlama, embedder: ServedE
         watch.look()
     assert "no step in 2 s" in str(watch.fault())
     running.cancel()
-    server.steps = None
+    llama.steps = None
     await comes(lambda: "llama.cpp has not answered for 1 s" in str(embedder.status().fault))
 
 
-async def test_another_vector_takes_over_where_a_killed_server_ended(model: Path) -> None:
+async def test_another_vector_takes_over_where_a_killed_server_ended(tiny_gguf: Path) -> None:
     inputs = tuple((place, 1) for place in range(200))
     async with twins() as system, contextlib.AsyncExitStack() as stack:
         fakes = []
         for name in ("w1", "w2"):
-            fake = await stack.enter_async_context(FakeLlama(bare_tokenizer(model)).running())
-            text = TextModel(embedder_at(fake.url, model))
+            fake = await stack.enter_async_context(FakeLlama(bare_tokenizer(tiny_gguf)).running())
+            text = TextModel(embedder_at(fake.url, tiny_gguf))
             await text.start(lambda line: None)
             stack.push_async_callback(text.close)
             fake.requests.clear()
@@ -183,10 +186,10 @@ async def test_another_vector_takes_over_where_a_killed_server_ended(model: Path
         assert [len(body["input"]) for body in other.requests] == [64, 64, 8]
 
 
-async def test_what_does_not_embed_is_refused(server: FakeLlama, model: Path) -> None:
-    server.statuses["/v1/embeddings"] = 404
+async def test_what_does_not_embed_is_refused(llama: FakeLlama, tiny_gguf: Path) -> None:
+    llama.statuses["/v1/embeddings"] = 404
     for said in ("cannot serve .* status 404", "another tokenizer"):
-        embedder = embedder_at(server.url, model, engine_start_timeout=1)
+        embedder = embedder_at(llama.url, tiny_gguf, engine_start_timeout=1)
         with pytest.raises(ConfigurationError, match=said):
             await embedder.start(lambda line: None)
         await embedder.close()
@@ -195,7 +198,7 @@ async def test_what_does_not_embed_is_refused(server: FakeLlama, model: Path) ->
             def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
                 return [1]
 
-        server.tokenizer = Other()  # type: ignore[assignment]
+        llama.tokenizer = Other()  # type: ignore[assignment]
 
 
 def test_what_a_checkpoint_tells(tmp_path: Path) -> None:

@@ -22,26 +22,15 @@ from forebay_contracts.wire.request import CompletionType
 from forebay_inference.__main__ import build_model
 from forebay_inference.engine.protocol import EngineFault
 from forebay_inference.engine.served import reranker as served_reranker
-from forebay_inference.engine.served.http import Http
-from forebay_inference.engine.served.pooling import POOLING, LlamaCppPooling
+from forebay_inference.engine.served.http import Http, ServerFailed
+from forebay_inference.engine.served.pooling import POOLING, LlamaCppPooling, refused
 from forebay_inference.engine.served.reranker import ServedReranker
 from forebay_inference.engine.served.tokenizer import bare_tokenizer
 from forebay_inference.engine.text.model import TextModel
+from support.embeddings import scores as scores_of
 from support.fake_llama import FakeLlama
-from support.gguf import write_tiny_gguf
 from support.inference_server import inference_server
 from support.twins import request, twins
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-
-
-@pytest_asyncio.fixture
-async def server(model: Path) -> AsyncIterator[FakeLlama]:
-    async with FakeLlama(bare_tokenizer(model)).running() as fake:
-        yield fake
 
 
 def reranker_at(url: str, model: Path, **settings: Any) -> ServedReranker:
@@ -50,10 +39,10 @@ def reranker_at(url: str, model: Path, **settings: Any) -> ServedReranker:
 
 
 @pytest_asyncio.fixture
-async def reranker(server: FakeLlama, model: Path) -> AsyncIterator[ServedReranker]:
-    started = reranker_at(server.url, model)
+async def reranker(llama: FakeLlama, tiny_gguf: Path) -> AsyncIterator[ServedReranker]:
+    started = reranker_at(llama.url, tiny_gguf)
     await started.start(lambda line: None)
-    server.requests.clear()
+    llama.requests.clear()
     yield started
     await started.close()
 
@@ -67,15 +56,15 @@ async def scores(reranker: ServedReranker, query: str, documents: dict[int, str]
     return found, tokens
 
 
-async def test_each_document_gets_its_score_in_parts(server: FakeLlama, reranker: ServedReranker) -> None:
+async def test_each_document_gets_its_score_in_parts(llama: FakeLlama, reranker: ServedReranker) -> None:
     documents = {place: "x" * (place % 5) for place in range(10, 110)} | {3: "y" * 65_536}
     found, tokens = await scores(reranker, "qq", documents)
     # llama.cpp tells logits.
     for place, text in documents.items():
         assert found[place] == pytest.approx(1 / (1 + math.exp(2 - min(len(text), 700))))
     assert tokens == sum(2 + len(text) for text in documents.values())
-    assert [len(body["documents"]) for body in server.requests] == [64, 36, 1]
-    assert [body["top_n"] for body in server.requests] == [64, 36, 1]
+    assert [len(body["documents"]) for body in llama.requests] == [64, 36, 1]
+    assert [body["top_n"] for body in llama.requests] == [64, 36, 1]
     assert reranker.status()[:3] == (None, 0, 3)
 
 
@@ -85,31 +74,57 @@ async def test_each_document_gets_its_score_in_parts(server: FakeLlama, reranker
         "nonsense",
         {"results": [], "usage": {}},
         {"results": [{"index": 0, "relevance_score": None}], "usage": {}},
-        {"results": [{"index": 0, "relevance_score": "nan"}], "usage": {}},
+        {"results": [{"index": 0, "relevance_score": 1}, {"index": 1, "relevance_score": 2}], "usage": {}},
         [{"index": 0}],
     ],
 )
 async def test_a_broken_answer_is_a_fault_of_its_request_alone(
-    server: FakeLlama, reranker: ServedReranker, answer: Any
+    llama: FakeLlama, reranker: ServedReranker, answer: Any
 ) -> None:
     async def broken(response: web.StreamResponse) -> None:
         await response.write(json.dumps(answer).encode())
 
-    server.behaviours.append(broken)
+    llama.behaviours.append(broken)
     with pytest.raises(EngineFault, match="/v1/rerank"):
         await scores(reranker, "q", {0: "d"})
     assert reranker.status()[:2] == (None, 0)
     assert (await scores(reranker, "q", {0: "d"}))[0] == {0: 0.5}
 
 
-async def test_what_the_server_refuses_is_the_request_s_own_fault(server: FakeLlama, reranker: ServedReranker) -> None:
-    server.statuses["/v1/rerank"] = 400
+async def test_a_score_that_json_does_not_have_is_a_fault(llama: FakeLlama, tiny_gguf: Path) -> None:
+    async def broken(response: web.StreamResponse) -> None:
+        await response.write(b'{"results": [{"index": 0, "relevance_score": "nan"}], "usage": {}}')
+
+    text = TextModel(reranker_at(llama.url, tiny_gguf))
+    await text.start(lambda line: None)
+    llama.behaviours.append(broken)
+    with pytest.raises(EngineFault, match="not finite"):
+        await scores_of(text, "d")
+    await text.close()
+
+
+async def test_what_the_server_refuses_is_the_request_s_own_fault(llama: FakeLlama, reranker: ServedReranker) -> None:
+    llama.statuses["/v1/rerank"] = 400
     with pytest.raises(InvalidRequest, match="The engine refuses the request: no") as caught:
         await scores(reranker, "q", {0: "d"})
-    assert caught.value.param == "documents"
+    assert (caught.value.param, caught.value.code) == ("documents", None)
 
 
-async def test_another_worker_takes_over_after_a_killed_server(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (400, "input (604 tokens) is larger than the max context size (512 tokens). skipping"),
+        (500, "input (9000 tokens) is too large to process. increase the physical batch size"),
+        (400, "This model's maximum context length is 512 tokens. However, you requested 604 tokens"),
+    ],
+)
+def test_a_document_that_is_too_long_has_its_code(status: int, said: str) -> None:
+    error = refused(ServerFailed("-", status, json.dumps({"error": {"message": said}})), "documents")
+    assert error is not None
+    assert error.code == "context_length_exceeded"
+
+
+async def test_another_worker_takes_over_after_a_killed_server(tiny_gguf: Path) -> None:
     documents = tuple("x" * (place % 7) for place in range(100))
     async with twins() as system, contextlib.AsyncExitStack() as stack:
         fakes = []
@@ -120,8 +135,8 @@ async def test_another_worker_takes_over_after_a_killed_server(model: Path) -> N
             await asyncio.Event().wait()
 
         for name in ("w1", "w2"):
-            fake = await stack.enter_async_context(FakeLlama(bare_tokenizer(model)).running())
-            text = TextModel(reranker_at(fake.url, model))
+            fake = await stack.enter_async_context(FakeLlama(bare_tokenizer(tiny_gguf)).running())
+            text = TextModel(reranker_at(fake.url, tiny_gguf))
             await text.start(lambda line: None)
             stack.push_async_callback(text.close)
             fake.requests.clear()
@@ -146,9 +161,9 @@ async def test_another_worker_takes_over_after_a_killed_server(model: Path) -> N
         assert (await system.state(wanted.id)).attempt == 2
 
 
-async def test_what_does_not_rank_is_refused(server: FakeLlama, model: Path) -> None:
-    server.statuses["/v1/rerank"] = 501
-    reranker = reranker_at(server.url, model, engine_start_timeout=1)
+async def test_what_does_not_rank_is_refused(llama: FakeLlama, tiny_gguf: Path) -> None:
+    llama.statuses["/v1/rerank"] = 501
+    reranker = reranker_at(llama.url, tiny_gguf, engine_start_timeout=1)
     with pytest.raises(ConfigurationError, match=r"cannot serve .* status 501"):
         await reranker.start(lambda line: None)
     await reranker.close()

@@ -96,6 +96,8 @@ async def _vectors(http: Http, inputs: Sequence[Sequence[int]], dimensions: int 
     answer = await http.json(_PATH, body, None)
     try:
         told = {one["index"]: _vector(one["embedding"]) for one in answer["data"]}
+        if len(answer["data"]) != len(inputs):
+            raise ValueError
         return [told[place] for place in range(len(inputs))]
     except (LookupError, TypeError, ValueError, binascii.Error) as exc:
         raise ServerFailed(f"{_PATH} was not answered with vectors: {type(exc).__name__}") from exc

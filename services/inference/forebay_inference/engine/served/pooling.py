@@ -4,6 +4,7 @@ vLLM's pooling runner as of 0.32, llama.cpp's `--embedding` and `--reranking`, S
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Final, Literal
 
@@ -18,6 +19,7 @@ from forebay_inference.engine.served.metrics import samples
 Task = Literal["embed", "rerank"]
 
 _PART_INPUTS: Final = 64
+_TOO_LONG: Final = re.compile(r"too large to process|context (size|length)|maximum model length")
 _DTYPE: Final = ("--dtype", "{dtype}")
 """Without it, both servers compute the float32 weights of an embedding model in 16 bits."""
 
@@ -131,4 +133,6 @@ def refused(error: ServerFailed, param: str) -> InvalidRequest | None:
         message = json.loads(error.detail)["error"]["message"]
     except (ValueError, LookupError, TypeError):
         message = str(error)
-    return InvalidRequest(f"The engine refuses the request: {str(message)[:MESSAGE_LENGTH]}", param=param)
+    told = str(message)[:MESSAGE_LENGTH]
+    code = "context_length_exceeded" if _TOO_LONG.search(told) else None
+    return InvalidRequest(f"The engine refuses the request: {told}", param=param, code=code)

@@ -76,12 +76,12 @@ async def _scores(http: Http, query: str, documents: Sequence[str]) -> tuple[lis
         results = answer if isinstance(answer, list) else answer["results"]
         usage = {} if isinstance(answer, list) else answer["usage"]
         told = {one["index"]: float(one["relevance_score" if "relevance_score" in one else "score"]) for one in results}
+        if len(results) != len(documents):
+            raise ValueError
         scores = [told[place] for place in range(len(documents))]
         tokens = int(usage.get("total_tokens") or 0)
     except (LookupError, TypeError, ValueError, AttributeError) as exc:
         raise ServerFailed(f"{_PATH} was not answered with scores: {type(exc).__name__}") from exc
-    if not all(map(math.isfinite, scores)):
-        raise ServerFailed(f"{_PATH} was answered with a score that is no number")
     return scores, tokens
 
 

@@ -1,8 +1,9 @@
 """A model that is asked in text: prompts made of requests, and the text of the tokens that an engine generates."""
 
 import asyncio
+import math
 import struct
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import cached_property, partial
@@ -171,6 +172,7 @@ class TextModel:
         missing = {index: tokens for index, tokens in enumerate(inputs) if index not in resume}
         async with aclosing(embedder.embed(missing, request.dimensions)) as vectors:
             async for index, values in vectors:
+                _refuse_infinite(struct.unpack(f"<{len(values) // 4}f", values))
                 yield Vector(index, values)
                 yield Finished(index, "stop")
 
@@ -185,6 +187,7 @@ class TextModel:
         async with aclosing(reranker.rerank(query, dict(enumerate(documents)))) as parts:
             async for scores, taken in parts:
                 tokens += taken
+                _refuse_infinite(scores.values())
                 for index, score in scores.items():
                     if index not in resume:
                         yield Vector(index, struct.pack("<f", score))
@@ -284,6 +287,12 @@ def _can_go_on(request: InferenceRequest, can: Capabilities, *, ranked: bool) ->
     drawn = sampling.seed is not None and sampling.temperature > 0
     limited = ranked or drawn or bool(given(sampling, can.restarts))
     return can.resumes == "exact" or (can.resumes == "greedy" and not limited)
+
+
+def _refuse_infinite(numbers: Iterable[float]) -> None:
+    """Raises EngineFault for a number that JSON does not have."""
+    if not math.isfinite(sum(numbers)):
+        raise EngineFault("the model computed a number that is not finite")
 
 
 def _length(request: InferenceRequest) -> int:
