@@ -27,6 +27,7 @@ from forebay_inference.engine.model import CANNOT_RESUME, ModelFacts
 from forebay_inference.engine.protocol import EngineFault, EngineStatus
 from forebay_inference.engine.served.dialect import MESSAGE_LENGTH
 from forebay_inference.engine.served.http import Http, ServerFailed
+from forebay_inference.engine.served.silence import until_silent
 
 _LOOK_S: Final = 5.0
 _PATHS: Final = {
@@ -132,17 +133,10 @@ class OpenAIModel:
         return EngineStatus(self._fault, self._sequences, self._steps)
 
     async def _watch(self, http: Http) -> None:
-        """Find out when the server answers no more."""
-        heard = time.monotonic()
-        while self._fault is None:
-            await asyncio.sleep(_LOOK_S)
-            try:
-                await _models(http)
-                heard = time.monotonic()
-            except ServerFailed as exc:
-                silent_s = time.monotonic() - heard
-                if silent_s >= self._settings.engine_stall_timeout:
-                    self._fault = f"the server has not answered for {silent_s:.0f} s: {exc}"
+        """Find out when the server answers no more. It may be started anew within that time."""
+        patience_s = self._settings.engine_stall_timeout
+        silence = await until_silent(lambda: _models(http), _LOOK_S, patience_s, gone_s=patience_s)
+        self._fault = f"the server {silence}"
 
     async def close(self) -> None:
         """See `Model.close`."""

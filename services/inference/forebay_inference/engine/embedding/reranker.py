@@ -4,22 +4,18 @@ import asyncio
 import json
 import struct
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import cast
 
 import torch
 from sentence_transformers import CrossEncoder
 
 from forebay_contracts.settings import InferenceSettings
-from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
-from forebay_inference.engine.embedding.batch import EmbeddingBatch, Job
-from forebay_inference.engine.embedding.engine import refuse_quantization, rows_of
-from forebay_inference.engine.protocol import EngineFault, EngineStatus, LoadedModel
-from forebay_inference.engine.threads import in_daemon_thread
+from forebay_contracts.wire.errors import InvalidRequest
+from forebay_inference.engine.embedding.local import LocalEngine, rows_of
+from forebay_inference.engine.protocol import LoadedModel
 from forebay_inference.engine.tokenizer import LibraryTokenizer
-from forebay_inference.engine.transformers.devices import resolve_device, use_cpus
-from forebay_inference.models.store import ensure_model
 
 
 class _Pair(list[int]):
@@ -28,13 +24,12 @@ class _Pair(list[int]):
     types: list[int] | None = None
 
 
-class CrossEncoderEngine:
+class CrossEncoderEngine(LocalEngine):
     """Serves one model. Construct, `start`, `rerank` often, `close`. A score is what `CrossEncoder.predict` gives."""
 
     def __init__(self, settings: InferenceSettings) -> None:
-        self._settings = settings
+        super().__init__(settings)
         self._model: CrossEncoder | None = None
-        self._batch: EmbeddingBatch | None = None
 
     async def start(self, progress: Callable[[str], None]) -> LoadedModel:
         """Fetch, load and warm up; see `Engine.start`.
@@ -42,34 +37,15 @@ class CrossEncoderEngine:
         Raises:
             ConfigurationError: the model or the device cannot be had.
         """
-        refuse_quantization(self._settings)
-        self._model = model = await in_daemon_thread(lambda: self._load(progress))
+        self._model = model = (await self._loaded(CrossEncoder, _fault, progress)).eval()
         progress("warming up")
 
         def score(batch: list[Sequence[int]]) -> list[bytes]:
             return _score(model, batch)
 
         score([self._pair("warm", "up")])
-        self._batch = EmbeddingBatch(score, self._settings.llm_batch_size, asyncio.get_running_loop())
-        self._batch.start()
+        self._begin(score)
         return LoadedModel(LibraryTokenizer(model.tokenizer), self._longest(model), "none", str(model.device))
-
-    def _load(self, progress: Callable[[str], None]) -> CrossEncoder:
-        settings = self._settings
-        folder = ensure_model(settings.default_model, settings.data_dir, progress, settings.hf_token)
-        if not _is_cross_encoder(folder):
-            # The library would load it, with a head of random weights.
-            raise ConfigurationError(
-                f"DEFAULT_MODEL={settings.default_model} is no cross-encoder: config.json names no "
-                "...ForSequenceClassification of one label"
-            )
-        device = resolve_device(settings.model_device)
-        use_cpus(device)
-        progress(f"loading the weights ({device})")
-        try:
-            return CrossEncoder(str(folder), device=str(device), local_files_only=True).eval()
-        except UnpicklingError as exc:
-            raise ConfigurationError(f"{folder}: its .bin file holds more than weights, and is not loaded") from exc
 
     @staticmethod
     def _longest(model: CrossEncoder) -> int:
@@ -103,35 +79,20 @@ class CrossEncoderEngine:
         self, query: str, documents: Mapping[int, str]
     ) -> AsyncGenerator[tuple[Mapping[int, float], int], None]:
         """See `Reranker.rerank`."""
-        batch = self._batch
-        if batch is None:
-            raise EngineFault("the engine is not started, or closed")
         pairs = await asyncio.to_thread(self._pairs, query, documents)
-        job = Job(pairs)
-        batch.submit(job)
-        try:
-            while job.unfinished:
-                found = await job.next_vectors()
+        async with aclosing(self._computed(pairs)) as passes:
+            async for found in passes:
                 scores = {index: struct.unpack("<f", values)[0] for index, values in found}
                 yield scores, sum(len(pairs[index]) for index in scores)
-        finally:
-            batch.cancel(job)
-
-    def status(self) -> EngineStatus:
-        """See `Engine.status`."""
-        return EngineStatus(None, 0, 0) if self._batch is None else self._batch.status()
-
-    async def close(self) -> None:
-        """See `Engine.close`."""
-        batch, self._batch = self._batch, None
-        if batch is not None:
-            await in_daemon_thread(batch.stop)
 
 
-def _is_cross_encoder(folder: Path) -> bool:
+def _fault(folder: Path) -> str | None:
     config = json.loads((folder / "config.json").read_text())
     labels = config.get("num_labels") or len(config.get("id2label") or ())
-    return "ForSequenceClassification" in str(config.get("architectures")) and labels == 1
+    if "ForSequenceClassification" in str(config.get("architectures")) and labels == 1:
+        return None
+    # The library would load it, with a head of random weights.
+    return "is no cross-encoder: config.json names no ...ForSequenceClassification of one label"
 
 
 def _score(model: CrossEncoder, batch: list[Sequence[int]]) -> list[bytes]:

@@ -18,6 +18,7 @@ from forebay_inference.engine.protocol import EngineFault, EngineStatus, Tokeniz
 from forebay_inference.engine.served.dialect import Load, NotReady, Served, ServerDialect
 from forebay_inference.engine.served.http import Http, ServerFailed, ServerGone
 from forebay_inference.engine.served.process import ServerProcess, filled, free_port, require
+from forebay_inference.engine.served.silence import until_silent
 from forebay_inference.engine.served.tokenizer import bare_tokenizer
 from forebay_inference.engine.threads import in_daemon_thread
 from forebay_inference.engine.tokenizer import LibraryTokenizer
@@ -35,8 +36,6 @@ _GONE_S: Final = 5.0
 """Time after which nobody waits any more for a server that is gone."""
 _LOOK_S: Final = 1.0
 """Pause between two questions for the server's load."""
-_ANSWER_S: Final = 10.0
-"""Time for an answer to one."""
 
 
 class Server:
@@ -199,24 +198,18 @@ class Server:
         return EngineStatus(self.fault, self.sequences, self._load.steps + self.steps, self._load.cache_usage)
 
     async def _watch(self, http: Http) -> None:
-        """Ask for the server's load, and find out when it answers no more."""
-        loop, patience_s = asyncio.get_running_loop(), self._settings.engine_stall_timeout
-        answer_s, silent_s = min(_ANSWER_S, patience_s), 0.0
-        while self.fault is None:
-            asked = loop.time()
-            try:
-                async with asyncio.timeout(answer_s):
-                    load = await self._dialect.load(http)
-                if load.steps < self._load.steps and self.process is None:
-                    # It may serve another model now, or its adapters under other numbers.
-                    self._fault = f"{self._dialect.name} was started anew"
-                self._load, silent_s = load, 0.0
-            except Exception as exc:  # an answer may be wrong in any way
-                # While this process is stopped, the server cannot answer it.
-                silent_s += min(loop.time() - asked, answer_s) + _LOOK_S
-                if silent_s >= (min(_GONE_S, patience_s) if isinstance(exc, ServerGone) else patience_s):
-                    self._fault = f"{self._dialect.name} has not answered for {silent_s:.0f} s"
-            await asyncio.sleep(_LOOK_S)
+        """Find out when the server answers no more."""
+        silence = await until_silent(
+            lambda: self._look(http), _LOOK_S, self._settings.engine_stall_timeout, gone_s=_GONE_S
+        )
+        self._fault = self.fault or f"{self._dialect.name} {silence}"
+
+    async def _look(self, http: Http) -> None:
+        load = await self._dialect.load(http)
+        if load.steps < self._load.steps and self.process is None:
+            # It may serve another model now, or its adapters under other numbers.
+            self._fault = f"{self._dialect.name} was started anew"
+        self._load = load
 
     async def close(self) -> None:
         """See `Engine.close`."""
