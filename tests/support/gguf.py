@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFType, GGUFWriter, Keys, TokenType
+from gguf import GGUFType, GGUFWriter, Keys, PoolingType, TokenType
 from tokenizers import pre_tokenizers
 
 END = "<|end|>"
@@ -11,8 +11,11 @@ _WIDTH, _LAYERS = 32, 2
 _TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
-def write_tiny_gguf(path: Path) -> Path:
-    """Write it to `path`; the same weights each time. Most of its answers are no UTF-8. Returns the path."""
+def write_tiny_gguf(path: Path, *, ranks: bool = False) -> Path:
+    """Write it to `path`; the same weights each time. Most of its answers are no UTF-8. Returns the path.
+
+    With `ranks`, it has a classifier.
+    """
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", END]
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(_LAYERS)
@@ -32,6 +35,9 @@ def write_tiny_gguf(path: Path) -> Path:
     writer.add_eos_token_id(len(vocabulary) - 1)
     writer.add_chat_template(_TEMPLATE)
     shapes = {"token_embd": (len(vocabulary), _WIDTH), "output": (len(vocabulary), _WIDTH), "output_norm": (_WIDTH,)}
+    if ranks:
+        writer.add_pooling_type(PoolingType.RANK)
+        shapes["cls.output"] = (1, _WIDTH)
     for layer in range(_LAYERS):
         shapes |= {f"blk.{layer}.{name}": (_WIDTH,) for name in ("attn_norm", "ffn_norm")}
         shapes |= {f"blk.{layer}.{name}": (_WIDTH, _WIDTH) for name in ("attn_q", "attn_output")}

@@ -17,6 +17,12 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
+@pytest.fixture(scope="session")
+def tiny_ranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a classifier."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "ranker.gguf", ranks=True)
+
+
 @pytest_asyncio.fixture
 async def llama(tiny_gguf: Path) -> AsyncIterator[FakeLlama]:
     """The server."""

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from gguf import GGUFWriter
 
 from forebay_contracts.settings import InferenceSettings
 from forebay_contracts.wire.errors import ConfigurationError, InvalidRequest
@@ -21,7 +20,10 @@ from forebay_contracts.wire.heartbeats import WorkerInfo
 from forebay_contracts.wire.request import CompletionType
 from forebay_inference.__main__ import build_model
 from forebay_inference.engine.protocol import EngineFault
+from forebay_inference.engine.served import gguf_head
 from forebay_inference.engine.served import reranker as served_reranker
+from forebay_inference.engine.served.embedder import ServedEmbedder
+from forebay_inference.engine.served.gguf_head import Head
 from forebay_inference.engine.served.http import Http, ServerFailed
 from forebay_inference.engine.served.pooling import POOLING, LlamaCppPooling, refused
 from forebay_inference.engine.served.reranker import ServedReranker
@@ -39,8 +41,8 @@ def reranker_at(url: str, model: Path, **settings: Any) -> ServedReranker:
 
 
 @pytest_asyncio.fixture
-async def reranker(llama: FakeLlama, tiny_gguf: Path) -> AsyncIterator[ServedReranker]:
-    started = reranker_at(llama.url, tiny_gguf)
+async def reranker(llama: FakeLlama, tiny_ranker: Path) -> AsyncIterator[ServedReranker]:
+    started = reranker_at(llama.url, tiny_ranker)
     await started.start(lambda line: None)
     llama.requests.clear()
     yield started
@@ -91,11 +93,11 @@ async def test_a_broken_answer_is_a_fault_of_its_request_alone(
     assert (await scores(reranker, "q", {0: "d"}))[0] == {0: 0.5}
 
 
-async def test_a_score_that_json_does_not_have_is_a_fault(llama: FakeLlama, tiny_gguf: Path) -> None:
+async def test_a_score_that_json_does_not_have_is_a_fault(llama: FakeLlama, tiny_ranker: Path) -> None:
     async def broken(response: web.StreamResponse) -> None:
         await response.write(b'{"results": [{"index": 0, "relevance_score": "nan"}], "usage": {}}')
 
-    text = TextModel(reranker_at(llama.url, tiny_gguf))
+    text = TextModel(reranker_at(llama.url, tiny_ranker))
     await text.start(lambda line: None)
     llama.behaviours.append(broken)
     with pytest.raises(EngineFault, match="not finite"):
@@ -124,7 +126,7 @@ def test_a_document_that_is_too_long_has_its_code(status: int, said: str) -> Non
     assert error.code == "context_length_exceeded"
 
 
-async def test_another_worker_takes_over_after_a_killed_server(tiny_gguf: Path) -> None:
+async def test_another_worker_takes_over_after_a_killed_server(tiny_ranker: Path) -> None:
     documents = tuple("x" * (place % 7) for place in range(100))
     async with twins() as system, contextlib.AsyncExitStack() as stack:
         fakes = []
@@ -135,8 +137,8 @@ async def test_another_worker_takes_over_after_a_killed_server(tiny_gguf: Path) 
             await asyncio.Event().wait()
 
         for name in ("w1", "w2"):
-            fake = await stack.enter_async_context(FakeLlama(bare_tokenizer(tiny_gguf)).running())
-            text = TextModel(reranker_at(fake.url, tiny_gguf))
+            fake = await stack.enter_async_context(FakeLlama(bare_tokenizer(tiny_ranker)).running())
+            text = TextModel(reranker_at(fake.url, tiny_ranker))
             await text.start(lambda line: None)
             stack.push_async_callback(text.close)
             fake.requests.clear()
@@ -161,9 +163,9 @@ async def test_another_worker_takes_over_after_a_killed_server(tiny_gguf: Path) 
         assert (await system.state(wanted.id)).attempt == 2
 
 
-async def test_what_does_not_rank_is_refused(llama: FakeLlama, tiny_gguf: Path) -> None:
+async def test_what_does_not_rank_is_refused(llama: FakeLlama, tiny_ranker: Path) -> None:
     llama.statuses["/v1/rerank"] = 501
-    reranker = reranker_at(llama.url, tiny_gguf, engine_start_timeout=1)
+    reranker = reranker_at(llama.url, tiny_ranker, engine_start_timeout=1)
     with pytest.raises(ConfigurationError, match=r"cannot serve .* status 501"):
         await reranker.start(lambda line: None)
     await reranker.close()
@@ -177,14 +179,27 @@ async def test_sglang_tells_a_bare_list() -> None:
         await http.close()
 
 
-@pytest.mark.parametrize(("architecture", "probabilities"), [("bert", False), ("qwen3", True)])
-def test_which_scores_of_llama_cpp_are_logits(tmp_path: Path, architecture: str, *, probabilities: bool) -> None:
-    writer = GGUFWriter(path := tmp_path / "m.gguf", architecture)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    assert served_reranker._tells_probabilities(path) is probabilities
+@pytest.mark.parametrize(("architecture", "relevance"), [("bert", served_reranker._sigmoid), ("qwen3", float)])
+async def test_which_scores_of_llama_cpp_are_logits(
+    tiny_ranker: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, relevance: Any
+) -> None:
+    monkeypatch.setattr(gguf_head, "head_of", lambda file: Head(architecture, classifies=True, ranks=True))
+    reranker = reranker_at("http://h", tiny_ranker)
+    await reranker._read(tiny_ranker)
+    assert reranker._relevance is relevance
     assert 0 <= served_reranker._sigmoid(-1e4) <= served_reranker._sigmoid(1e4) <= 1
+
+
+async def test_a_file_for_another_task_ends_the_start(tiny_gguf: Path, tiny_ranker: Path) -> None:
+    """llama.cpp would serve it, with numbers that mean nothing."""
+    embedder = ServedEmbedder(
+        InferenceSettings(_env_file=None, default_model=str(tiny_ranker), engine_url="http://h"),
+        LlamaCppPooling("embed"),
+    )
+    for engine, said in ((embedder, "set MODEL_TASK=rerank"), (reranker_at("http://h", tiny_gguf), "no cross-encoder")):
+        with pytest.raises(ConfigurationError, match=said):
+            await engine.start(lambda line: None)
+        await engine.close()
 
 
 @pytest.mark.parametrize("engine", POOLING)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.protocol import EngineStatus, LoadedModel
 from forebay_inference.engine.served.dialect import ServerDialect
 from forebay_inference.engine.served.http import Http, ServerFailed
 from forebay_inference.engine.served.pooling import parts, refused
 from forebay_inference.engine.served.server import Server
+from forebay_inference.engine.threads import in_daemon_thread
 
 _PATH: Final = "/v1/embeddings"
 _FLOAT_BYTES: Final = 4
@@ -37,6 +39,8 @@ class ServedEmbedder:
         """
         server = self._server
         model, tokenizer = await server.fetched(progress)
+        if self._dialect.weights == "gguf":
+            await _refuse_ranker(model)
         async with server.starting(model, tuple, progress) as http:
             served = await server.identified(http, tokenizer, progress)
             progress("warming up")
@@ -86,6 +90,13 @@ class ServedEmbedder:
     async def close(self) -> None:
         """See `Engine.close`."""
         await self._server.close()
+
+
+async def _refuse_ranker(file: Path) -> None:
+    from forebay_inference.engine.served.gguf_head import head_of
+
+    if (await in_daemon_thread(lambda: head_of(file))).ranks:  # llama.cpp would answer with whatever its memory holds
+        raise ConfigurationError(f"{file} is a cross-encoder and computes scores: set MODEL_TASK=rerank")
 
 
 async def _vectors(http: Http, inputs: Sequence[Sequence[int]], dimensions: int | None) -> list[bytes]:

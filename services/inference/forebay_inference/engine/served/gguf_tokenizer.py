@@ -60,12 +60,6 @@ def tokenizer_of(file: Path) -> Any:
     return tokenizer
 
 
-def architecture_of(file: Path) -> str:
-    """The architecture that the GGUF file names; empty if none."""
-    field = GGUFReader(file).get_field("general.architecture")
-    return "" if field is None else str(field.contents())
-
-
 def _word_pieces(tokens: list[str]) -> BertTokenizer:
     """BERT's tokenizer, which the library does not read of a GGUF file.
 

@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Final
 
 from forebay_contracts.settings import InferenceSettings
+from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.engine.protocol import EngineStatus, LoadedModel
 from forebay_inference.engine.served.dialect import ServerDialect
 from forebay_inference.engine.served.http import Http, ServerFailed
 from forebay_inference.engine.served.pooling import parts, refused
 from forebay_inference.engine.served.server import Server
+from forebay_inference.engine.threads import in_daemon_thread
 
 _PATH: Final = "/v1/rerank"
 _PART_CHARACTERS: Final = 65_536
+_TELL_PROBABILITIES: Final = "qwen3"
+"""Of models of this architecture, llama.cpp tells a score from 0 to 1. Of others it is the logit."""
 
 
 class ServedReranker:
@@ -32,13 +36,23 @@ class ServedReranker:
         """
         server = self._server
         model, tokenizer = await server.fetched(progress)
-        if self._dialect.weights == "gguf" and not _tells_probabilities(model):
-            self._relevance = _sigmoid
+        if self._dialect.weights == "gguf":
+            await self._read(model)
         async with server.starting(model, tuple, progress) as http:
             served = await server.identified(http, tokenizer, progress)
             progress("warming up")
             await _scores(http, "The", ["The"])
         return LoadedModel(tokenizer, served.context_length, served.quantization, self._dialect.name)
+
+    async def _read(self, file: Path) -> None:
+        """Find out what the scores of llama.cpp will be; raises ConfigurationError where they would mean nothing."""
+        from forebay_inference.engine.served.gguf_head import head_of
+
+        head = await in_daemon_thread(lambda: head_of(file))
+        if not head.classifies:
+            raise ConfigurationError(f"{file} is no cross-encoder: the file has no classifier")
+        if not head.architecture.startswith(_TELL_PROBABILITIES):
+            self._relevance = _sigmoid
 
     async def rerank(
         self, query: str, documents: Mapping[int, str]
@@ -87,10 +101,3 @@ async def _scores(http: Http, query: str, documents: Sequence[str]) -> tuple[lis
 
 def _sigmoid(score: float) -> float:
     return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
-
-
-def _tells_probabilities(file: Path) -> bool:
-    """Whether llama.cpp tells a score from 0 to 1 of the GGUF file. Otherwise it is the logit."""
-    from forebay_inference.engine.served.gguf_tokenizer import architecture_of
-
-    return architecture_of(file).startswith("qwen3")

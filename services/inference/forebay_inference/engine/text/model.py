@@ -75,9 +75,10 @@ class TextModel:
         return loaded
 
     def can_resume(self, request: InferenceRequest) -> bool:
-        """See `Model.can_resume`. The answer to `best_of` is told at its end, so nothing of it would be kept."""
+        """See `Model.can_resume`. The answer to `best_of` is told at its end, so nothing of it would be kept. Scores
+        are computed again."""
         if request.completion_type in POOLING or self._generator is None:
-            return True
+            return request.completion_type is not CompletionType.RERANK
         can = self._generator.capabilities
         if (request.best_of or 0) > request.n or not _can_go_on(request, can, ranked=False):
             return False
