@@ -172,6 +172,7 @@ async def test_another_vector_takes_over_where_a_killed_server_ended(tiny_gguf: 
         for fake in fakes:
             fake.behaviours.append(first_part(fake))
         wanted = request(completion_type=CompletionType.EMBEDDING, prompts=inputs, stream=False, messages=())
+        assert text.can_resume(wanted)
         async with system.dispatcher.submit(wanted) as answer:
             await second.wait()
             (killed,) = [fake for fake in fakes if fake.requests]

@@ -147,6 +147,7 @@ async def test_another_worker_takes_over_after_a_killed_server(tiny_ranker: Path
             fakes.append(fake)
         prompts = ("qqq", *documents)
         wanted = request(completion_type=CompletionType.RERANK, prompts=prompts, stream=False, messages=())
+        assert not text.can_resume(wanted)  # so a deferred one does not give way
         async with system.dispatcher.submit(wanted) as answer:
             await hangs.wait()
             (killed,) = [fake for fake in fakes if fake.requests]
