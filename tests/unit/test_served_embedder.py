@@ -63,8 +63,11 @@ async def test_each_input_gets_its_vector_in_parts(llama: FakeLlama, embedder: S
     assert [len(body["input"]) for body in llama.requests] == [64, 64, 23, 1]
     assert embedder.status()[:3] == (None, 0, 4)
     assert not any("dimensions" in body for body in llama.requests)
-    await vectors(embedder, {0: [1]}, 2)
-    assert llama.requests[-1]["dimensions"] == 2
+    await vectors(embedder, {0: [1]}, 2)  # what it has anyway
+    assert "dimensions" not in llama.requests[-1]
+    llama.behaviours.append(lambda response: writes(response, {"data": [{"index": 0, "embedding": [1.0]}]}))
+    assert [values async for values in embedder.embed({0: [1]}, 1)] == [(0, struct.pack("<f", 1))]
+    assert llama.requests[-1]["dimensions"] == 1
 
 
 async def writes(response: web.StreamResponse, answer: Any) -> None:

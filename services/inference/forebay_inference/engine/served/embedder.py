@@ -66,6 +66,8 @@ class ServedEmbedder:
             InvalidRequest: the server refuses an input, or the number of dimensions.
         """
         server, http = self._server, self._server.serving()
+        if dimensions == self._dimensions:
+            dimensions = None  # vLLM refuses any number for a checkpoint that was not made to be cut
         server.sequences += len(inputs)
         left = len(inputs)
         try:
