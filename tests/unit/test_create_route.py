@@ -216,6 +216,27 @@ async def test_each_row_of_the_table_is_a_route(system: Twins, endpoint: Any) ->
     assert endpoint.body.__name__ in document["components"]["schemas"]
 
 
+async def test_an_api_that_is_stopped_ends_its_answers_with_an_error(system: Twins) -> None:
+    whole, stream = (
+        RawClient(system, body("tokens=1")),
+        RawClient(system, body("", stream=True), forebay_stream="early"),
+    )
+    await stream.has(2)
+    waiting = list(system.dispatcher.waiting)
+    assert len(waiting) == 2
+    for client in (whole, stream):
+        # As uvicorn does at the end of DRAIN_TIMEOUT.
+        client.served.cancel()
+        await client.served
+    start, end = whole.sent
+    assert (start["status"], json.loads(end["body"])["error"]["code"]) == (503, "api_stopped")
+    assert (b"x-should-retry", b"true") in start["headers"]
+    assert b'"code":"api_stopped"' in stream.sent[-1]["body"]
+    assert not stream.sent[-1].get("more_body")
+    for request_id in waiting:
+        assert (await system.state(request_id)).status is RequestStatus.CANCELLED
+
+
 async def test_a_request_that_a_worker_here_passes_on_to_here_is_refused(system: Twins) -> None:
     first = RawClient(system, body("tokens=1", stream=True), forebay_stream="early")
     await first.has(2)

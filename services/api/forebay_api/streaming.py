@@ -1,12 +1,13 @@
 """Writes an answer as events while it comes."""
 
+import asyncio
 import contextlib
 
 from forebay_api.http.sse import EventStream
 from forebay_api.in_flight.answer import ClientLeft, SlowReader
 from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.openai.format import StreamWriter
-from forebay_contracts.wire.errors import ApiError
+from forebay_contracts.wire.errors import ApiError, ApiStopped
 
 
 async def write_stream(
@@ -27,8 +28,10 @@ async def write_stream(
         await stream.write(writer.closing(answer.completed), last=True)
     except (ClientLeft, SlowReader) as exc:
         answer.fail(exc)
-    except ApiError as exc:
+    except (ApiError, asyncio.CancelledError) as exc:
+        # uvicorn cancels what runs at the end of DRAIN_TIMEOUT.
+        error = ApiStopped() if isinstance(exc, asyncio.CancelledError) else exc
         with contextlib.suppress(SlowReader):
-            await stream.write(writer.failure(exc), last=True)
-        return exc
+            await stream.write(writer.failure(error), last=True)
+        return error
     return None

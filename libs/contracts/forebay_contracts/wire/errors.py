@@ -5,6 +5,7 @@ ForebayError
 ├── QueueError
 │   ├── QueueFull                 503 queue_full
 │   ├── QueueUnavailable          503 queue_unavailable
+│   ├── ApiStopped                503 api_stopped
 │   ├── ModelUnavailable          503 model_unavailable
 │   ├── QueueConflict             another write came first
 │   │   └── AnswerTaken           another attempt, or whoever cancelled it, wrote the answer on
@@ -90,6 +91,15 @@ class ModelUnavailable(QueueError):
     accepted."""
 
     code = "model_unavailable"
+
+
+class ApiStopped(QueueError):
+    """The api was stopped, and its DRAIN_TIMEOUT ended before the answer was whole."""
+
+    code = "api_stopped"
+
+    def __init__(self) -> None:
+        super().__init__("This api was stopped before the answer was whole.")
 
 
 class QueueConflict(QueueError):

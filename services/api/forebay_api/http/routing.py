@@ -1,5 +1,6 @@
 """Finds the route of a request, and answers its errors."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Final
 
@@ -12,7 +13,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forebay_api.http.errors import ErrorAnswers
-from forebay_contracts.wire.errors import ApiError
+from forebay_contracts.wire.errors import ApiError, ApiStopped
 
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
@@ -36,8 +37,10 @@ class Routes:
         if route := self._routes.get((scope["method"], scope["path"])):
             try:
                 await route(scope, receive, send)
-            except Exception as exc:
-                answer = await self._answer(Request(scope), exc)
+            except (Exception, asyncio.CancelledError) as exc:
+                # uvicorn cancels what runs at the end of DRAIN_TIMEOUT.
+                error = ApiStopped() if isinstance(exc, asyncio.CancelledError) else exc
+                answer = await self._answer(Request(scope), error)
                 # If an answer has begun, uvicorn refuses a second one and closes the connection.
                 await answer(scope, receive, send)
         elif scope["method"] == "HEAD":
