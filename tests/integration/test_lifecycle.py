@@ -329,6 +329,23 @@ async def test_waiting_requests_survive_a_restart_of_everything_but_their_api(na
         assert answers == ["t0", "t0 t1", "t0 t1 t2"]
 
 
+async def test_an_api_that_may_not_drain_tells_its_clients_at_once(nats_server: NatsServer) -> None:
+    async with running(nats_server, max_concurrent_requests=2, drain_timeout=0) as stack:
+        api, began = stack.apis[0], time.monotonic()
+        url = f"{api.url}/v1/chat/completions"
+        whole = asyncio.create_task(stack.http.post(url, json=chat_body(SLOW)))
+        async with stack.http.stream("POST", url, json=chat_body(SLOW, stream=True)) as streamed:
+            lines = streamed.aiter_lines()
+            await anext(lines)
+            await holds(stack, 2)
+            assert await api.stop() == 0
+            rest = [line async for line in lines]
+        assert "api_stopped" in rest[-2]
+        answer = await whole
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "api_stopped")
+        assert time.monotonic() - began < 20, "generating takes twice as long"
+
+
 async def test_unknown_request(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=0) as stack:
         response = await stack.http.get(f"{stack.apis[0].url}/v1/queue/request/{UNKNOWN}")

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -82,7 +83,7 @@ async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
             timeout_keep_alive=KEEP_ALIVE_S,
             limit_concurrency=MAX_CONNECTIONS,
             backlog=BACKLOG,
-            timeout_graceful_shutdown=int(settings.drain_timeout) or None,
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
         )
         await Server(config, context).serve(sockets)
 
