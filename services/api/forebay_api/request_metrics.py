@@ -14,25 +14,31 @@ _histogram: Final = functools.partial(Histogram, registry=REGISTRY)
 
 ADMITTED: Final = _counter("forebay_requests_admitted", "Requests that the queue took", ("model", "type"))
 REJECTED: Final = _counter(
-    "forebay_requests_rejected", "Completion requests that were answered without being queued", ("reason",)
+    "forebay_requests_rejected",
+    "Completion requests that were answered without being queued",
+    ("reason",),
 )
 FINISHED: Final = _counter(
-    "forebay_requests_finished", "Admitted requests that ended, as their clients see it", ("model", "type", "outcome")
+    "forebay_requests_finished",
+    "Admitted requests by their end as their client saw it: completed, failed, timed_out, cancelled",
+    ("model", "type", "outcome"),
 )
 SECONDS: Final = _histogram(
     "forebay_request_seconds", "Time from a request's arrival to its end", ("model", "type", "outcome"), buckets=WAIT_S
 )
 STORED: Final = _counter(
-    "forebay_stored_requests_finished", "Requests whose answer is stored, by how they ended", ("model", "outcome")
+    "forebay_stored_requests_finished",
+    "Requests whose answer is stored, by their end; the api that admitted the request counts it",
+    ("model", "outcome"),
 )
 KEY_REQUESTS: Final = _counter(
     "forebay_key_requests",
-    "Completion requests by the name of the key that they came with: that the queue took, or the key's limit refused",
+    "Completion requests by the name of their key: admitted to the queue, or refused by a limit of the key",
     ("key", "result"),
 )
 WEBHOOKS: Final = _counter(
     "forebay_webhook_posts",
-    "Posts of events to webhooks, by whether the receiver took the event",
+    "Posts of events to the receivers of webhooks: delivered or failed",
     ("endpoint", "result"),
 )
 PUBLISH: Final = _histogram("forebay_publish_seconds", "Time until the queue took or refused a request", buckets=FAST_S)

@@ -30,7 +30,10 @@ INTER_TOKEN: Final = Histogram(
     registry=REGISTRY,
 )
 TOKENS: Final = Counter(
-    "forebay_tokens", "Tokens that the engine took (input) and made (output)", ("model", "direction"), registry=REGISTRY
+    "forebay_tokens",
+    "Tokens that the engine read (input) and generated (output), those of failed requests included",
+    ("model", "direction"),
+    registry=REGISTRY,
 )
 REDELIVERIES: Final = Counter(
     "forebay_request_redeliveries",

@@ -75,13 +75,13 @@ class QueueError(ApiError):
 
 
 class QueueFull(QueueError):
-    """The stream holds MAX_QUEUE_SIZE requests already."""
+    """The queue holds MAX_QUEUE_SIZE unfinished requests. Nothing was accepted."""
 
     code = "queue_full"
 
 
 class QueueUnavailable(QueueError):
-    """NATS cannot be reached or did not answer in time. A worker cancels what was stored all the same."""
+    """NATS cannot be reached, or did not answer in time. What it stored all the same, a worker cancels unrun."""
 
     code = "queue_unavailable"
 
@@ -125,13 +125,13 @@ class WaitingRoomFull(QueueError):
 
 
 class FileStoreFull(QueueError):
-    """FILE_STORE_BYTES are used. Nothing was stored."""
+    """All files together have FILE_STORE_BYTES. Nothing was stored."""
 
     code = "file_store_full"
 
 
 class StateUnreadable(ApiError):
-    """The stored state of a request is of another version, or of another program."""
+    """Another version of Forebay, or another program, wrote the state of the request."""
 
     code = "state_unreadable"
 
@@ -205,7 +205,7 @@ class RequestTimeout(RequestError):
 
 
 class RequestTooLarge(RequestError):
-    """The body is larger than MAX_REQUEST_BYTES, or the request larger than a message of NATS may be."""
+    """The body is larger than MAX_REQUEST_BYTES, a file than MAX_FILE_BYTES, or the request than a message of NATS."""
 
     status = 413
     type = "invalid_request_error"
@@ -237,11 +237,11 @@ class TokenLimitReached(KeyLimitReached):
 
 
 class DailyTokensSpent(TokenLimitReached):
-    """The same for a day (UTC). A client that tries again soon tries in vain."""
+    """The client's key has used the tokens that it may use in a day (UTC). Nothing was accepted."""
 
 
 class RequestCancelled(RequestError):
-    """The request was cancelled through the queue's own interface while its client waited."""
+    """The request was cancelled by `DELETE`, the page or the command line, while its client waited."""
 
     status = 499
     type = "invalid_request_error"
@@ -249,7 +249,7 @@ class RequestCancelled(RequestError):
 
 
 class TooManyListeners(RequestError):
-    """This api process has its full number of listeners to queue events. The queue itself is not full."""
+    """This api process has its full number of listeners to `/v1/queue/events`. The queue itself is not full."""
 
     status = 503
     code = "too_many_listeners"
@@ -263,7 +263,7 @@ class LoopDetected(RequestError):
 
 
 class InferenceFailed(RequestError):
-    """The generation failed, or all attempts were used."""
+    """The generation failed, or all MAX_DELIVERIES attempts failed."""
 
     status = 500
     code = "inference_failed"

@@ -33,21 +33,24 @@ _HEADERS: Final = frozenset(
 
 
 class UnknownHost(InvalidRequest):
-    """`Host` is no name of this api."""
+    """Without keys: the client asks by a name that is not in ALLOWED_HOSTS."""
 
     status = 421
     code = "unknown_host"
 
 
 class ForeignPage(InvalidRequest):
-    """A page of another site sent the request."""
+    """Without keys: the page that asks has an origin that is not in CORS_ORIGINS."""
 
     status = 403
     code = "foreign_origin"
 
 
 class NotJson(InvalidRequest):
-    """The body is not declared as JSON. A page may send other types to another site without asking."""
+    """Without keys: the body is not declared as JSON, or an upload not as a form.
+
+    A page may send other types to another site without asking.
+    """
 
     status = 415
     code = "unsupported_media_type"

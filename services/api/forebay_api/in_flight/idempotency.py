@@ -56,7 +56,7 @@ class Claim(Message):
 
 
 class KeyReused(InvalidRequest):
-    """The key was used with another body."""
+    """The Idempotency-Key was used with another body."""
 
     status = 422
     code = "idempotency_key_reused"

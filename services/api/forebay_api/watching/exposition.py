@@ -59,13 +59,16 @@ class QueueGauges(Collector):
         deferred = gauge("forebay_queue_deferred", "Requests in the waiting room", labels=["model"])
         for line in lines:
             deferred.add_metric([line.model], line.deferred)
-        workers = gauge("forebay_workers", "Workers alive, by what they are doing", labels=["model", "status"])
+        workers = gauge("forebay_workers", "Workers that are loading, ready or draining", labels=["model", "status"])
         for model in sorted({line.model for line in lines} | {worker.model for worker in self.workers}):
             for status in WorkerStatus:
                 count = sum(worker.model == model and worker.status is status for worker in self.workers)
                 workers.add_metric([model, status.value], count)
         used = gauge("forebay_answer_log_bytes", "Bytes of stored answers and of what was asked for")
-        most = gauge("forebay_answer_log_max_bytes", "Most bytes of stored answers, as the live stream has it")
+        most = gauge(
+            "forebay_answer_log_max_bytes",
+            "The live limit of these bytes: ANSWER_LOG_BYTES, or less if the NATS account stores less",
+        )
         if self.answers:
             used.add_metric([], self.answers.used)
             most.add_metric([], self.answers.most)
@@ -74,7 +77,9 @@ class QueueGauges(Collector):
     def _usage(self) -> Iterator[GaugeMetricFamily]:
         labels = ["model", "key"]
         requests = GaugeMetricFamily(
-            "forebay_usage_today_requests", "Requests that have ended since midnight (UTC)", labels=labels
+            "forebay_usage_today_requests",
+            "Requests that have ended since midnight (UTC); key is empty without a key",
+            labels=labels,
         )
         tokens = GaugeMetricFamily(
             "forebay_usage_today_tokens",
