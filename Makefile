@@ -16,7 +16,7 @@ PIP = $(BIN)/python -m pip install --no-compile --disable-pip-version-check \
 
 TOOLS := build/tools
 
-.PHONY: install run test test-clients test-vllm test-gpu test-containers images check bench bench-prepare bench-report soak audit sbom check-kubernetes clean
+.PHONY: install run test test-clients test-vllm test-gpu test-containers images check bench bench-prepare bench-report docs soak audit sbom check-kubernetes clean
 
 # What running needs. Whatever tests or checks adds the rest.
 install: $(RUNS)
@@ -83,6 +83,19 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_links.py
+	$(MAKE) docs
+
+# The site of the docs, in build/site/html; strict: a dead link ends it. In an environment of its own (90 MB).
+SITE := build/site
+$(SITE)/venv/.installed: constraints/docs.txt
+	$(PYTHON) -m venv $(SITE)/venv
+	$(SITE)/venv/bin/python -m pip install -q -r $<
+	touch $@
+
+docs: $(STAMP) $(SITE)/venv/.installed
+	$(BIN)/python scripts/docs_site.py
+	$(SITE)/venv/bin/zensical build --strict --clean
+	$(BIN)/python -m pytest -q -m docs tests/docs
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)

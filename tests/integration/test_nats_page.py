@@ -149,7 +149,7 @@ def test_the_context_has_the_keys_that_nats_knows() -> None:
 
 def test_each_metric_and_setting_of_troubleshooting_is_there() -> None:
     page = (ROOT / "docs/troubleshooting.md").read_text()
-    metrics = (ROOT / "docs/observability.md").read_text()
+    metrics = (ROOT / "docs/reference/metrics.md").read_text()
     named = set(re.findall(r"forebay_[a-z_]+", page))
     assert len(named) >= 6
     assert {name for name in named if f"`{name}`" not in metrics} == set()

@@ -24,7 +24,6 @@ from support.service import Api, Worker
 from support.stack import MODEL, Stack, data_dir, running
 from support.view import idle
 
-DOCS = Path(__file__).parents[2] / "docs" / "observability.md"
 MODEL_DIR = data_dir()
 """Read here: a test's own environment has no DATA_DIR."""
 NAME = f"HuggingFaceTB/{MODEL}"
@@ -291,12 +290,6 @@ async def test_a_taken_port_is_refused_at_start(nats_server: NatsServer) -> None
         worker = await stack.launched_worker(metrics_port=stack.apis[0].port)
         assert await worker.ended() == 2
         assert f"cannot serve metrics on 127.0.0.1:{stack.apis[0].port}" in worker.log[-1]
-
-
-def test_the_docs_hold_every_metric() -> None:
-    rows = re.findall(r"^\| `(forebay_\w+)` \| ([\w, ]*) ?\|", DOCS.read_text(), re.MULTILINE)
-    documented = {name: set(re.findall(r"\w+", labels)) for name, labels in rows}
-    assert documented == {name: metric.labels for name, metric in defined().items()}
 
 
 def test_names_and_labels_keep_to_the_conventions() -> None:
