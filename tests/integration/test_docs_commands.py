@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from support.docs import ROOT, commands, programs
+from support.docs import PAGES, ROOT, commands, programs
 from support.stack import Stack, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -33,6 +33,20 @@ SAID = {
     "usage": ['"object":"list"', '"data":'],
 }
 """Of each page, some of what its commands print."""
+
+ELSEWHERE = {
+    "README": "integration/test_nats_page.py",
+    "clients": "clients/test_coding_agents.py",
+    "containers": "containers/test_compose.py",
+    "engines": "integration/test_up_llamacpp.py",
+    "kubernetes": "kubernetes/test_manifests.py",
+    "models": "integration/test_rerank_model.py",
+    "nats-cli": "integration/test_nats_page.py",
+    "security-nats": "security/test_nats_roles_at_work.py",
+    "sizing": "unit/test_docs_commands.py",
+    "vllm": "vllm/test_vllm.py",
+}
+"""Pages whose commands need more than a running system, or change it: what follows them."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -88,6 +102,11 @@ async def shell(stack: Stack, folder: Path) -> AsyncIterator[Any]:
     finally:
         process.stdin.close()
         await process.wait()
+
+
+async def test_the_commands_of_every_page_are_followed_somewhere() -> None:
+    assert {page.stem for page in PAGES if commands(page)} - SAID.keys() - ELSEWHERE.keys() == set()
+    assert [test for test in ELSEWHERE.values() if not (ROOT / "tests" / test).exists()] == []
 
 
 @pytest.mark.parametrize("page", SAID)
