@@ -94,6 +94,12 @@ def test_three_gpus_have_three_times_the_slots_and_the_queue_of_the_plan() -> No
     assert f"{queue[1]} = {3 * int(queue[1])})" in page
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_in_a_list_is_fenced_and_four_spaces_in(page: Path) -> None:
+    """What git hosts and the site both show as code."""
+    assert re.findall(r"^(?:\d+\.|-) .*\n\n {5,7}\S.*", page.read_text(), re.MULTILINE) == []
+
+
 def test_every_page_is_in_the_navigation_of_the_site_once() -> None:
     def pages(entries: list[dict[str, object]]) -> list[str]:
         found = []
