@@ -1,16 +1,11 @@
-"""Writes docs/reference from the code: settings, endpoints, errors, metrics and commands.
-
-`python scripts/reference.py` writes the pages. `--check` writes nothing, and exits with 1 if a page is not current.
-"""
+"""Writes docs/reference from the code: settings, endpoints, errors, metrics and commands."""
 
 import inspect
 import re
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
-from unittest.mock import MagicMock
 
 from pydantic.fields import FieldInfo
 
@@ -36,25 +31,23 @@ _BAD_BODY: Final = (
 _UNEXPECTED: Final = "Something unexpected. The api's log has it, with the id of the request."
 
 
-def main(arguments: list[str]) -> int:
-    """Write the pages, or compare them."""
-    written = pages()
-    if "--check" in arguments:
-        old = [name for name, text in written.items() if not _is(FOLDER / name, text)]
-        for name in old:
-            print(f"docs/reference/{name} is not current: run `python scripts/reference.py`", file=sys.stderr)
-        return 1 if old else 0
+def main() -> None:
+    """Write the pages."""
     FOLDER.mkdir(exist_ok=True)
-    for name, text in written.items():
+    for name, text in pages().items():
         (FOLDER / name).write_text(text)
-    return 0
 
 
 def pages() -> dict[str, str]:
     """The text of each page, by the name of its file."""
-    made = (settings(), endpoints(), error_codes(), metrics(), commands())
-    names = ("settings.md", "endpoints.md", "errors.md", "metrics.md", "commands.md")
-    return {name: "\n".join(lines) + "\n" for name, lines in zip(names, made, strict=True)}
+    made = {
+        "settings.md": settings(),
+        "endpoints.md": endpoints(),
+        "errors.md": error_codes(),
+        "metrics.md": metrics(),
+        "commands.md": commands(),
+    }
+    return {name: "\n".join(lines) + "\n" for name, lines in made.items()}
 
 
 def settings() -> Iterator[str]:
@@ -117,7 +110,7 @@ def endpoints() -> Iterator[str]:
         "Parameters: [chat completions, completions](../engine.md#parameters), [responses](../responses.md), "
         "[messages](../messages.md), [embeddings](../models.md#embeddings), [reranking](../models.md#reranking).",
     )
-    context = MagicMock(settings=ApiSettings(_env_file=None))
+    context = types.SimpleNamespace(settings=ApiSettings(_env_file=None))
     served = app.create_app(context)
     while not hasattr(served, "_rest"):
         served = served._app
@@ -244,9 +237,5 @@ def _text(text: str) -> str:
     return re.sub(r"(?<![`\w])([A-Z]{2,}(?:_[A-Z]+)+)(?![`\w])", r"`\1`", text)
 
 
-def _is(page: Path, text: str) -> bool:
-    return page.exists() and page.read_text() == text
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()
