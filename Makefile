@@ -94,7 +94,7 @@ $(SITE)/venv/.installed: constraints/docs.txt
 
 docs: $(STAMP) $(SITE)/venv/.installed
 	$(BIN)/python scripts/docs_site.py
-	$(SITE)/venv/bin/zensical build --strict --clean
+	$(SITE)/venv/bin/zensical build --strict --clean -f $(SITE)/zensical.toml
 	$(BIN)/python -m pytest -q -m docs tests/docs
 
 bench: $(STAMP)
@@ -123,7 +123,7 @@ sbom: $(STAMP) $(TOOLS)/bin/python
 	$(BIN)/python scripts/check_sbom.py build/sbom.json
 
 clean:
-	rm -rf $(VENV) build *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # In an environment of its own: checkov pins what others use too.
 check-kubernetes: $(STAMP)

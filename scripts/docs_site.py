@@ -1,4 +1,4 @@
-"""Copies what the site of the docs shows into build/site/docs, with links that hold there. `make docs` builds it.
+"""Prepares the site of the docs in build/site: pages with links that hold there, and the navigation.
 
 A page of the repository outside of docs gets a name there (`PAGES`). A source file that a page links to is copied as
 text. Exit code 1, with a sentence, if a link leads to something else.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
+DOCS: Final = ROOT / "docs"
 SITE: Final = ROOT / "build" / "site" / "docs"
 PAGES: Final = {
     "ARCHITECTURE.md": "architecture.md",
@@ -31,8 +32,8 @@ class DeadLink(Exception):
 def main() -> int:
     """Fill the folder anew."""
     shutil.rmtree(SITE, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", SITE, ignore=shutil.ignore_patterns("*.md"))
-    pages = {page: page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")}
+    shutil.copytree(DOCS, SITE, ignore=shutil.ignore_patterns("*.md", "*.toml"))
+    pages = {page: page.relative_to(DOCS) for page in DOCS.rglob("*.md")}
     pages |= {ROOT / page: Path(name) for page, name in PAGES.items()}
     try:
         for page, name in pages.items():
@@ -41,7 +42,21 @@ def main() -> int:
     except DeadLink as exc:
         print(exc, file=sys.stderr)
         return 1
+    config = (DOCS / "zensical.toml").read_text()
+    nav = f"[project]\nnav = [\n{_navigation((SITE / 'README.md').read_text())}]\n"
+    (SITE.parent / "zensical.toml").write_text(config.replace("[project]\n", nav))
     return 0
+
+
+def _navigation(index: str) -> str:
+    """The pages of the table of all pages, by its sections, as TOML."""
+    lines = ['"README.md",']
+    for row in index.partition("## Pages by task")[2].splitlines():
+        if section := re.match(r"\| \*\*(.+)\*\* \|", row):
+            lines += [*(["]},"] if len(lines) > 1 else []), f'{{"{section[1]}" = [']
+        for title, page in re.findall(r"\[([^]]+)\]\((.+?)\)", row):
+            lines.append(f'{{"{title.replace("`", "")}" = "{page}"}},')
+    return "\n".join([*lines, "]},\n"])
 
 
 def _linked(page: Path, pages: dict[Path, Path]) -> str:
@@ -53,8 +68,8 @@ def _linked(page: Path, pages: dict[Path, Path]) -> str:
         target = Path(os.path.normpath(page.parent / found["target"]))
         if target in pages:
             name = pages[target]
-        elif target.is_relative_to(ROOT / "docs"):
-            name = target.relative_to(ROOT / "docs")
+        elif target.is_relative_to(DOCS):
+            name = target.relative_to(DOCS)
         elif target.is_file() and target.suffix != ".md":
             name = Path("source", f"{target.relative_to(ROOT)}.txt")
             (SITE / name).parent.mkdir(parents=True, exist_ok=True)

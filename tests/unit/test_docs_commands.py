@@ -1,7 +1,6 @@
 """Each `forebay` command of the docs: the command line takes its options, and the settings before it can hold."""
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -100,15 +99,10 @@ def test_code_in_a_list_is_fenced_and_four_spaces_in(page: Path) -> None:
     assert re.findall(r"^(?:\d+\.|-) .*\n\n {5,7}\S.*", page.read_text(), re.MULTILINE) == []
 
 
-def test_every_page_is_in_the_navigation_of_the_site_once() -> None:
-    def pages(entries: list[dict[str, object]]) -> list[str]:
-        found = []
-        for entry in entries:
-            (value,) = entry.values()
-            found += pages(value) if isinstance(value, list) else [str(value)]
-        return found
-
-    nav = pages(tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"])
-    docs = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
-    others = ["architecture.md", "contributing.md", "changelog.md", "benchmark-scripts.md"]
-    assert sorted(nav) == sorted([*docs, *others])
+def test_every_page_is_in_the_table_of_the_front_page_once() -> None:
+    docs = ROOT / "docs"
+    table = (docs / "README.md").read_text().partition("## Pages by task")[2]
+    named = [link for link in re.findall(r"\]\((.+?)\)", table) if not link.startswith("../")]
+    assert sorted(named) == sorted(
+        str(page.relative_to(docs)) for page in docs.rglob("*.md") if page.name != "README.md"
+    )
