@@ -15,13 +15,15 @@ ROOT: Final = Path(__file__).parents[1]
 DOCS: Final = ROOT / "docs"
 SITE: Final = ROOT / "build" / "site" / "docs"
 PAGES: Final = {
+    "README.md": "overview.md",
     "ARCHITECTURE.md": "architecture.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "tests/benchmarks/README.md": "benchmark-scripts.md",
 }
 _CODE_OR_LINK: Final = re.compile(
-    r"^(```|~~~).*?^\1|`[^`\n]*`|(?<=\]\()(?!#|[a-z]+:)(?P<target>[^)#\s]+)", re.MULTILINE | re.DOTALL
+    r"^(```|~~~).*?^\1|`[^`\n]*`|(?:(?<=\]\()|(?<=src=\")|(?<=srcset=\"))(?!#|[a-z]+:)(?P<target>[^)#\"\s]+)",
+    re.MULTILINE | re.DOTALL,
 )
 
 
