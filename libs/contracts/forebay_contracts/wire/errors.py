@@ -256,7 +256,10 @@ class TooManyListeners(RequestError):
 
 
 class LoopDetected(RequestError):
-    """A request has come back to where it waits for its answer. It would wait for itself."""
+    """A worker with INFERENCE_ENGINE=openai asks the Forebay whose request it has, also over others in between.
+
+    The request would wait for itself.
+    """
 
     status = 508
     code = "loop_detected"
