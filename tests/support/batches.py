@@ -89,12 +89,13 @@ class InMemoryFiles:
 
 
 class InMemoryBatches:
-    """As `Batches`, without a queue. `history` holds every record that was written."""
+    """As `Batches`, without a queue. `history` holds every record that was written, `announced` ids and statuses."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Kept[BatchRecord]] = {}
         self._revisions = itertools.count(1)
         self.history: list[BatchRecord] = []
+        self.announced: list[tuple[str, str]] = []
 
     async def get(self, batch_id: str) -> Kept[BatchRecord] | None:
         return self._kept.get(batch_id)
@@ -106,6 +107,9 @@ class InMemoryBatches:
         self._kept[record.id] = Kept(record, next(self._revisions))
         self.history.append(record)
         return self._kept[record.id].revision
+
+    async def announce(self, record: BatchRecord, status: str) -> None:
+        self.announced.append((record.id, status))
 
 
 class _Models:
@@ -131,6 +135,7 @@ class Batched:
             None,  # type: ignore[arg-type]
             contextlib.nullcontext,
             None,  # type: ignore[arg-type]
+            state_ttl_s=3_600,
         )
         self.context: Any = SimpleNamespace(
             settings=load(ApiSettings, _env_file=None),
@@ -139,7 +144,8 @@ class Batched:
             carried=CarriedRequests(twins.dispatcher, self.stored, twins.states, twins.answers),
             models=_Models(),
             dispatcher=twins.dispatcher,
-            webhooks=SimpleNamespace(wanted=lambda *_: False),
+            webhooks=SimpleNamespace(wanted=lambda *_: True),
+            limits=SimpleNamespace(check_tokens=lambda _: None),
         )
 
     async def create(self, data: bytes, *, window: int = 10, expires_in_s: float = 60) -> BatchRecord:
@@ -164,7 +170,7 @@ class Batched:
         async def run() -> None:
             kept = await self.batches.get(record.id)
             assert kept is not None
-            await Run(self.context, kept.record, kept.revision, name).run()
+            await Run(self.context, kept, name).run()
 
         return asyncio.create_task(run())
 

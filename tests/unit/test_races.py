@@ -13,7 +13,7 @@ from forebay_contracts.queueing.protocols import Stored
 from forebay_contracts.telemetry.metrics import REGISTRY
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InferenceFailed, QueueConflict, QueueUnavailable, StateUnreadable
-from forebay_contracts.wire.frames import Delta, Started
+from forebay_contracts.wire.frames import Delta, Failed, Started, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestState, RequestStatus
 from forebay_inference.attempt import ownership
@@ -52,6 +52,17 @@ async def test_an_unreadable_message_with_an_unreadable_state_leaves_the_queue(s
     await system.runner().run(delivery)
     assert delivery.verbs == ["term"]
     assert await failed_in_the_counter(system) == 1
+
+
+async def test_an_unreadable_message_ends_the_log_of_its_answer(system: Twins) -> None:
+    wanted = request()
+    headers = {names.HEADER_MSG_ID: wanted.id, names.HEADER_REPLY_TO: names.answer_subject(wanted.id)}
+    system.queue.put(b"{", headers)
+    delivery = await pulled(system)
+    await system.runner().run(delivery)
+    (record,) = await system.answers.read(wanted.id)
+    assert isinstance(decode_frame(record.frames[-1]), Failed)
+    assert delivery.verbs == ["term"]
 
 
 async def test_a_newer_version_that_took_the_request_over_keeps_it(system: Twins) -> None:

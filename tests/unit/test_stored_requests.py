@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import AnswerLogFull, ApiError
 from forebay_contracts.wire.frames import Failed, decode_frame
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_contracts.wire.state import RequestStatus
+from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.twins import Twins, request, twins
 
 NONE: Any = None
@@ -28,7 +29,7 @@ def stored_request(orders: str = "", seconds: float = 30) -> InferenceRequest:
     return made.model_copy(update={"reply_to": names.answer_subject(made.id), "deadline": made.created_at + seconds})
 
 
-def an_api(system: Twins) -> StoredRequests:
+def an_api(system: Twins, state_ttl_s: float = 3_600) -> StoredRequests:
     return StoredRequests(
         system.dispatcher,
         system.queue,
@@ -38,6 +39,7 @@ def an_api(system: Twins) -> StoredRequests:
         NONE,
         contextlib.nullcontext,
         NONE,
+        state_ttl_s=state_ttl_s,
     )
 
 
@@ -266,6 +268,63 @@ async def test_a_reader_of_an_answer_that_expires_does_not_wait(system: Twins) -
         with pytest.raises(ApiError, match="not stored any more"):
             await text_of(late)
     assert (await other.so_far(wanted)).done
+
+
+async def test_an_attempt_whose_beginning_has_expired_begins_again(system: Twins) -> None:
+    api = an_api(system)
+    wanted = stored_request("tokens=6 delay_ms=21")
+    async with api.submit(wanted) as answer:
+        delivery = await system.queue.pull()
+        dying = asyncio.create_task(system.runner("w1").run(delivery))
+        async with asyncio.timeout(5):
+            while len(await system.answers.read(wanted.id)) < 4:  # noqa: ASYNC110 - the worker tells no test
+                await asyncio.sleep(0.001)
+        dying.cancel()
+        del system.answers._answers[wanted.id][:2]
+        system.worker("w2")
+        system.queue.forget_deliveries()
+        await text_of(answer)
+    async with api.read(wanted) as late:
+        assert await text_of(late) == "t0 t1 t2 t3 t4 t5"
+
+
+async def test_a_second_admission_after_the_end_does_not_end_again(system: Twins) -> None:
+    """Of an api that stood still for longer than the duplicate window, after the answer was removed."""
+    api = an_api(system)
+    wanted = stored_request("tokens=2")
+    runner = system.worker()
+    async with api.submit(wanted) as answer:
+        await text_of(answer)
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
+    await system.empty()
+    await system.answers.purge(wanted.id)
+    write = system.states.write
+
+    async def write_late(state: RequestState, revision: int) -> int:
+        await asyncio.sleep(0.05)
+        return await write(state, revision)
+
+    system.states.write = write_late  # type: ignore[method-assign]
+    system.queue.lose(1)
+    await system.queue.publish(wanted.model_copy(update={"created_at": time.time()}))
+    await system.empty()
+    assert not runner.running
+    frames = [frame for record in await system.answers.read(wanted.id) for frame in record.frames]
+    assert not any(frame.startswith(b'{"type":"completed"') for frame in frames)
+
+
+async def test_the_state_of_a_request_that_waits_is_kept(system: Twins) -> None:
+    api = an_api(system, state_ttl_s=0.03)
+    wanted = stored_request()
+    async with api.submit(wanted) as answer, asyncio.timeout(5):
+        await system.reaches(wanted.id, RequestStatus.QUEUED)
+        while len(system.states.history) < 4:  # noqa: ASYNC110 - a store tells nobody that it is written
+            await asyncio.sleep(0.001)
+        system.worker()
+        await text_of(answer)
+    states = {state.status for state in system.states.history[:4]}
+    assert states == {RequestStatus.QUEUED}
+    await system.reaches(wanted.id, RequestStatus.COMPLETED)
 
 
 async def test_a_deleted_answer_leaves_nothing_behind(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,17 @@ def _built(
     dispatcher = Dispatcher(instance, admission, states, cancellation, limits.one_more, lambda: heartbeat.lapsed)
     records = Records(connection)
     failed = FailedRequests(connection)
-    stored = StoredRequests(dispatcher, admission, states, cancellation, answers, records, limits.one_more, failed)
+    stored = StoredRequests(
+        dispatcher,
+        admission,
+        states,
+        cancellation,
+        answers,
+        records,
+        limits.one_more,
+        failed,
+        settings.request_state_ttl,
+    )
     workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
     rates = Rates()
     room = JetStreamRoom(connection, admission)

@@ -204,7 +204,9 @@ def have(records: Sequence[Record]) -> Resume:
         for frame in map(decode_frame, record.frames):
             match frame:
                 case Delta():
-                    tokens.setdefault(frame.index, []).extend(frame.tokens)
+                    held = tokens.setdefault(frame.index, [])
+                    if frame.offset == len(held):  # else RESPONSE_TTL has removed the tokens before it
+                        held.extend(frame.tokens)
                 case Completed():
                     return Resume(wanted=False, outcome=outcome_of(frame), usage=frame.usage, cut=frame.cut)
                 case Failed():

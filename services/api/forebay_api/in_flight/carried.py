@@ -16,8 +16,14 @@ from forebay_contracts.queueing.protocols import AnswerLog, StateStore
 from forebay_contracts.wire.errors import ApiError, InferenceFailed, QueueUnavailable
 from forebay_contracts.wire.request import InferenceRequest
 
-END_KEPT_S: Final = 60.0
-"""How long the last record of an answer stays that is kept elsewhere."""
+END_KEPT_S: Final = 1_800.0
+"""How long the last record of an answer stays that is kept elsewhere, as far as there is room."""
+
+END_KEPT_LEAST_S: Final = 60.0
+"""The same without room, or beyond MAX_ENDS."""
+
+MAX_ENDS: Final = 10_000
+"""Most last records that stay for longer than that."""
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +56,7 @@ class CarriedRequests:
             coming = await held.enter_async_context(self._answers.follow(request.id, fresh=fresh))
             sequence = None if fresh else await self._sequence(request.id)
             if sequence is None:
+                await self._free_ends()
                 await self._stored.need_room()
                 sequence = await self._dispatcher.admit(request)
                 if not fresh:
@@ -91,8 +98,11 @@ class CarriedRequests:
     async def free(self, request_id: str) -> None:
         """Remove an answer that is kept elsewhere, and END_KEPT_S later its last record too.
 
-        An attempt that begins late takes an empty log for an answer that has not begun, and would run to its end again.
-        The last record stays until RESPONSE_TTL if the request may be in the queue twice.
+        No answer is written to its end twice. Nothing follows a last record that is there. Once it is removed, an
+        attempt could write into the empty log. But an attempt writes the end only after its claim, and until
+        REQUEST_STATE_TTL each claim finds the final state. So the attempt would have to claim before the end, and then
+        to stand still for END_KEPT_S. The message of a request that may be in the queue twice can come later than that:
+        there the last record stays until RESPONSE_TTL.
         """
         with contextlib.suppress(ApiError):  # RESPONSE_TTL removes it too
             await self._answers.purge(request_id, keep=1)
@@ -100,8 +110,16 @@ class CarriedRequests:
                 self._twice.discard(request_id)
             else:
                 self._freed.append((time.monotonic(), request_id))
-            while self._freed and self._freed[0][0] < time.monotonic() - END_KEPT_S:
-                _, earlier = self._freed.popleft()
-                stored = await self._states.get(earlier)
-                if stored is None or stored.state.status.final:
-                    await self._answers.purge(earlier)
+            await self._free_ends()
+
+    async def _free_ends(self) -> None:
+        """Remove the last records that have stayed long enough."""
+        has_room = await self._answers.has_room()
+        while self._freed:
+            kept_s = END_KEPT_S if has_room and len(self._freed) <= MAX_ENDS else END_KEPT_LEAST_S
+            if self._freed[0][0] > time.monotonic() - kept_s:
+                return
+            _, earlier = self._freed.popleft()
+            stored = await self._states.get(earlier)
+            if stored is None or stored.state.status.final:
+                await self._answers.purge(earlier)

@@ -51,7 +51,8 @@ log = logging.getLogger(__name__)
 class StoredRequests:
     """Admits requests whose answer is stored, and reads stored answers.
 
-    `one_more` counts a request of its key until it has ended, and raises KeyLimitReached or defers it.
+    `one_more` counts a request of its key until it has ended, and raises KeyLimitReached or defers it. `state_ttl_s` is
+    REQUEST_STATE_TTL.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class StoredRequests:
         records: Records,
         one_more: Callable[[InferenceRequest], AbstractContextManager[InferenceRequest]],
         failed: FailedRequests,
+        state_ttl_s: float,
     ) -> None:
         self._failed = failed
+        self._state_ttl_s = state_ttl_s
         self._dispatcher = dispatcher
         self._admission = admission
         self._states = states
@@ -299,12 +302,22 @@ class StoredRequests:
         return task
 
     async def _end_at_deadline(self, request: InferenceRequest, overdue_s: float) -> None:
-        await asyncio.sleep(request.deadline - clock.now() + overdue_s)
+        while (left_s := request.deadline - clock.now() + overdue_s) > (pause_s := self._state_ttl_s / 3):
+            await asyncio.sleep(pause_s)
+            await self._keep_state(request)
+        await asyncio.sleep(left_s)
         while True:
             with contextlib.suppress(ForebayError):
                 await self._end_late(request)
                 return
             await asyncio.sleep(END_RETRY_S)
+
+    async def _keep_state(self, request: InferenceRequest) -> None:
+        """Write the state again, before `state_ttl_s` removes it: an unknown request would be admitted again."""
+        with contextlib.suppress(ForebayError):
+            stored = await self._states.get(request.id)
+            if stored is not None and not stored.state.status.final:
+                await self._states.write(stored.state, stored.revision)
 
     async def _end_late(self, request: InferenceRequest) -> None:
         _, sequence = self._watched.get(request.id, (request, None))

@@ -288,7 +288,8 @@ class AttemptRunner:
         return have
 
     async def _settle(self, attempt: Attempt, ended: Ended) -> None:
-        if ended.how is not End.COMPLETED:
+        # In the log, an end is final: no attempt writes it that may not be the first, or whose request has ended.
+        if ended.how is not End.COMPLETED or names.is_logged(attempt.request.reply_to):
             await attempt.own(ended)
         if ended.how is End.FAULT:
             log.error(

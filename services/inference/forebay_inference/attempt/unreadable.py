@@ -43,8 +43,13 @@ async def end_unreadable(
 
     async def tell(_: Told, ended: Ended) -> RequestStatus | None:
         reply_to = delivery.headers.get(names.HEADER_REPLY_TO, "")
-        if names.is_reply_subject(reply_to) and ended.error is not None:
-            await channel(reply_to, 0).send(failed(delivery.num_delivered, ended.error).encode())
+        if ended.error is None:
+            return None
+        frame = failed(delivery.num_delivered, ended.error).encode()
+        if known and reply_to == names.answer_subject(request_id):  # its readers wait for the end in the log
+            return (await channel(reply_to, 0).ask(frame)).outcome
+        if names.is_reply_subject(reply_to):
+            await channel(reply_to, 0).send(frame)
         return None
 
     async def record(status: RequestStatus, ended: Ended) -> None:
