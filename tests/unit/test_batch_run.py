@@ -1,14 +1,19 @@
 """A batch on the in-memory twins: what is written, whatever happens while it runs."""
 
 import asyncio
+import contextlib
 from collections import Counter
 from typing import Any
 
 import pytest
 
 from forebay_api.batches.output import Output
+from forebay_api.batches.run import Run
+from forebay_api.clients.keys import ANYBODY
+from forebay_api.openai.batches.routes import cancel_batch
 from forebay_contracts.queueing.protocols import Superseded
-from forebay_contracts.wire.errors import QueueConflict
+from forebay_contracts.wire.errors import DailyTokensSpent, InvalidRequest, QueueConflict
+from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 from support.batches import batched, line
 from support.twins import twins
@@ -19,6 +24,7 @@ def _reports_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("forebay_api.batches.run.REPORT_S", 0.02)
 
 
+DEEP = b'{"metadata": ' + 300 * b'{"a":' + b"1" + 300 * b"}" + b", "
 SLOW = "tokens=5 delay_ms=20"
 
 
@@ -50,7 +56,7 @@ async def test_each_line_is_answered_once_and_its_answer_leaves_the_log(monkeypa
 
 async def test_wrong_lines_go_into_the_error_file() -> None:
     wrong = {
-        "invalid_json_line": [b"no json\n", b"[]\n"],
+        "invalid_json_line": [b"no json\n", b"[]\n", line("deep").replace(b'{"model', DEEP + b'"model')],
         "missing_required_parameter": [b'{"method":"POST"}\n', b'{"custom_id":"b","method":"POST","url":"%s"}\n'],
         "invalid_method": [line("get", method="GET")],
         "invalid_url": [line("url", url="/v1/embeddings")],
@@ -85,6 +91,16 @@ async def test_a_file_without_a_request_fails_the_batch(data: bytes, code: str) 
         assert (ended.status, ended.output_file_id) == ("failed", None)
         assert ended.errors[0].code == code
         assert ended.object()["errors"]["data"][0]["code"] == code
+
+
+async def test_others_have_their_turn_while_a_file_is_validated() -> None:
+    async with twins() as made, batched(made) as batches:
+        running = batches.run(await batches.create(b"no json\n" * 2_000))
+        turns = 0
+        while not running.done():
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns > 2_000 / 50
 
 
 async def test_too_many_lines_fail_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +200,15 @@ async def test_a_cancelled_batch_keeps_what_it_has() -> None:
         await made.empty()
 
 
+async def test_a_batch_that_is_cancelled_before_it_runs_has_its_event() -> None:
+    async with twins() as made, batched(made) as batches:
+        record = await batches.create(line())
+        assert (await cancel_batch(record.id, batches.context, ANYBODY))["status"] == "cancelled"
+        assert batches.batches.announced == [(record.id, "cancelled")]
+        with pytest.raises(InvalidRequest, match="cannot be cancelled"):
+            await cancel_batch(record.id, batches.context, ANYBODY)
+
+
 async def test_an_expired_batch_keeps_what_it_has() -> None:
     async with twins() as made, batched(made) as batches:
         made.worker(slots=1)
@@ -193,6 +218,55 @@ async def test_an_expired_batch_keeps_what_it_has() -> None:
         errors = await batches.lines(ended.error_file_id)
         assert {one["error"]["code"] for one in errors} == {"batch_expired"}
         assert ended.object()["expired_at"] is not None
+        assert batches.batches.announced == [(ended.id, "expired")]
+
+
+@pytest.mark.parametrize(("status", "reason"), [("expired", "batch_expired"), ("cancelled", "batch_cancelled")])
+async def test_a_batch_that_stops_before_it_was_validated(status: str, reason: str) -> None:
+    async with twins() as made, batched(made) as batches:
+        record = await batches.create(b"no json\n" + line("a"), expires_in_s=-1 if status == "expired" else 60)
+        if status == "cancelled":
+            kept = await batches.batches.get(record.id)
+            assert kept is not None
+            await batches.batches.put(kept.record.to("cancelling", run="another"), kept.revision)
+        ended = await batches.ends(record)
+        errors = await batches.lines(ended.error_file_id)
+        assert (ended.status, [one["error"]["code"] for one in errors]) == (status, ["invalid_json_line", reason])
+
+
+async def test_a_run_that_was_slow_to_begin_finds_the_one_before_it() -> None:
+    async with twins() as made, batched(made) as batches:
+        made.worker(slots=2)
+        record = await batches.create(b"".join(line(f"r{number}", SLOW) for number in range(8)), window=2)
+        kept = await batches.batches.get(record.id)
+        assert kept is not None
+        first = batches.run(record, "first")
+        while (await batches.record(record)).completed == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        with contextlib.suppress(QueueConflict):
+            await Run(batches.context, kept, "second").run()
+        with pytest.raises((Superseded, QueueConflict)):
+            await first
+        ended = await batches.ends(record)
+        output = await batches.lines(ended.output_file_id)
+        assert Counter(one["custom_id"] for one in output) == {f"r{number}": 1 for number in range(8)}
+        assert (ended.completed, ended.failed) == (8, 0)
+
+
+async def test_a_key_that_has_used_its_tokens_makes_it_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.batches.run.RETRY_S", 0.01)
+    asked: list[str | None] = []
+
+    def check(key: str | None) -> None:
+        asked.append(key)
+        if len(asked) < 3:
+            raise DailyTokensSpent("no tokens are left", 60)
+
+    async with twins() as made, batched(made) as batches:
+        made.worker()
+        batches.context.limits.check_tokens = check
+        ended = await batches.ends(await batches.create(line()))
+        assert (ended.completed, len(asked)) == (1, 3)
 
 
 async def test_a_full_queue_makes_it_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +286,47 @@ async def test_a_full_queue_makes_it_wait(monkeypatch: pytest.MonkeyPatch) -> No
         assert (await batches.record(record)).completed == 12
 
 
-async def test_the_input_file_is_gone() -> None:
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+async def test_the_input_file_is_gone(status: str) -> None:
     async with twins() as made, batched(made) as batches:
-        record = await batches.create(line())
+        record = await batches.create(line("a", "delay_ms=10000") + line("b", "delay_ms=10000"))
+        first = batches.run(record)
+        while len(made.queue.room.waiting) < 2:  # noqa: ASYNC110 - a room tells no test
+            await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        for number in (1, 2):
+            await made.reaches(str(record.named(str(number))), RequestStatus.QUEUED)
         batches.files.files.clear()
+        if status == "cancelled":
+            kept = await batches.batches.get(record.id)
+            assert kept is not None
+            await batches.batches.put(kept.record.to("cancelling"), kept.revision)
         ended = await batches.ends(record)
-        assert (ended.status, ended.errors[0].param) == ("failed", "input_file_id")
+        assert (ended.status, ended.errors[0].param) == (status, "input_file_id")
+        assert not made.queue.room.waiting
+
+
+async def test_answers_are_not_read_while_much_is_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.batches.output.MAX_WAITING_BYTES", 0)
+    monkeypatch.setattr("forebay_api.batches.output.RETRY_S", 0.01)
+    async with twins() as made, batched(made) as batches:
+        made.worker()
+        batches.files.full = True
+        record = await batches.create(b"".join(line(f"r{number}") for number in range(12)), window=12)
+        read: list[str] = []
+        whole = batches.context.carried.whole
+
+        async def counted(request: InferenceRequest) -> Any:
+            read.append(request.id)
+            return await whole(request)
+
+        batches.context.carried.whole = counted
+        running = batches.run(record)
+        for number in range(1, 13):
+            await made.reaches(str(record.named(str(number))), RequestStatus.COMPLETED)
+        await asyncio.sleep(0.2)  # nothing tells that nothing happens
+        assert len(read) < 9
+        batches.files.full = False
+        await running
+        assert (await batches.record(record)).completed == 12

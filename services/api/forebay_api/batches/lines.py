@@ -82,7 +82,10 @@ def parsed(data: bytes | None, url: str) -> Line:
     body = found.get("body")
     if not isinstance(body, dict):
         raise WrongLine("missing_required_parameter", "Missing required parameter: 'body', an object.", custom_id)
-    return Line(custom_id, orjson.dumps(body))
+    try:
+        return Line(custom_id, orjson.dumps(body))
+    except orjson.JSONEncodeError:
+        raise WrongLine("invalid_json_line", "The body is nested too deeply.", custom_id) from None
 
 
 class Uniqueness:

@@ -27,6 +27,9 @@ GATHER_S: Final = 0.1
 RETRY_S: Final = 1.0
 """Pause while the store is full or away."""
 
+MAX_WAITING_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of lines that wait to be written, beyond which nobody reads further answers."""
+
 MAX_PART_LINES: Final = 500
 """Most lines of a part. Their numbers stand in a header."""
 
@@ -114,6 +117,12 @@ class Output:
         if half.flushing is None:
             half.flushing = asyncio.create_task(self._flush_soon(half))
         await asyncio.shield(half.flushing)
+
+    async def room(self) -> None:
+        """Wait while much has to be written."""
+        for half in self._halves.values():
+            if half.size > MAX_WAITING_BYTES:
+                await self._flush(half)
 
     async def flush(self) -> None:
         """Write what waits."""

@@ -20,7 +20,7 @@ from forebay_contracts.queueing.protocols import Delivery, Superseded
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError
 
-RUNNING: Final = 4
+RUNNING: Final = 16
 """Most batches that one api process runs at once. The others wait."""
 
 KEEP_S: Final = BATCH_ACK_WAIT_S / 4
@@ -70,7 +70,7 @@ class BatchQueue:
         try:
             kept = await self._context.batches.get(batch_id)
             if kept is not None and kept.record.status not in FINAL:
-                await Run(self._context, kept.record, kept.revision, uuid.uuid4().hex).run()
+                await Run(self._context, kept, uuid.uuid4().hex).run()
             await delivery.ack()
         except asyncio.CancelledError:
             with contextlib.suppress(NatsError):

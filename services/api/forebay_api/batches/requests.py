@@ -1,6 +1,5 @@
 """From a line of a batch to its request, and from the answer to what the output file says."""
 
-import asyncio
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -19,9 +18,6 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueError
 from forebay_contracts.wire.request import InferenceRequest, Tier
 from forebay_contracts.wire.state import Usage
-
-READ_AT_ONCE: Final = 4
-"""Most answers that are held whole at a time."""
 
 DELTA_BYTES: Final = 100
 """About what one delta is in the log."""
@@ -42,7 +38,6 @@ class LineRequests:
     def __init__(self, context: Context, record: BatchRecord) -> None:
         self._context = context
         self._record = record
-        self._reading = asyncio.Semaphore(READ_AT_ONCE)
         self.endpoint = lines.BY_PATH[record.endpoint]
 
     def id_of(self, number: int) -> str:
@@ -84,10 +79,9 @@ class LineRequests:
 
     async def answer(self, line: LineRequest) -> tuple[bytes, Usage]:
         """The line of the output file of a request that has ended, and its tokens. Raises the request's error."""
-        async with self._reading:
-            answer = await self._context.carried.whole(line.request)
-            completed = answer.completed
-            assert completed is not None
-            body: Any = await off_loop(DELTA_BYTES * answer.unread, line.format.whole, answer.take(), completed)
+        answer = await self._context.carried.whole(line.request)
+        completed = answer.completed
+        assert completed is not None
+        body: Any = await off_loop(DELTA_BYTES * answer.unread, line.format.whole, answer.take(), completed)
         fragment = orjson.Fragment(body)
         return lines.answer_line(line.request.id, line.custom_id, 200, fragment), completed.usage

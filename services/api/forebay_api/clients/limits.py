@@ -55,9 +55,12 @@ class KeyLimits:
             KeyLimitReached: its key has as many as it may have, or has used its tokens.
         """
         name = request.key
+        try:
+            self.check_tokens(name)
+        except KeyLimitReached:
+            bound(request_metrics.KEY_REQUESTS, name or "", "refused").inc()
+            raise
         client = self._keys.of(name) if name is not None else None
-        if name is not None and client is not None:
-            self._check_tokens(name, client)
         if name is None or request.deferred:
             yield request
             return
@@ -88,12 +91,10 @@ class KeyLimits:
     def _unfinished(self, name: str) -> int:
         return self.unfinished.get(name, 0) + sum(api.unfinished.get(name, 0) for api in self._others())
 
-    def _check_tokens(self, name: str, client: Client) -> None:
-        try:
+    def check_tokens(self, name: str | None) -> None:
+        """Raises KeyLimitReached if the key of this name has used its tokens."""
+        if name is not None and (client := self._keys.of(name)) is not None:
             self._tokens.check(client)
-        except KeyLimitReached:
-            bound(request_metrics.KEY_REQUESTS, name, "refused").inc()
-            raise
 
     def _refusal(self, name: str, most: int) -> KeyLimitReached:
         bound(request_metrics.KEY_REQUESTS, name, "refused").inc()

@@ -93,6 +93,8 @@ async def cancel_batch(batch_id: str, context: Running, caller: Caller) -> dict[
                 await context.batches.put(record, kept.revision)
             except QueueConflict:
                 continue
+            if record.status == "cancelled" and context.webhooks.wanted(record.key, "batch"):
+                await context.batches.announce(record, record.status)
         return record.object()
 
 

@@ -2,17 +2,19 @@
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Final
+from typing import Final, cast
 
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
 from forebay_api.in_flight.records import Kept, Records, key_of
-from forebay_api.openai.batches.record import KIND, BatchRecord
+from forebay_api.openai.batches.record import KIND, BatchRecord, Status
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.queueing.events import publish_event
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError, QueueFull, QueueUnavailable
+from forebay_contracts.wire.event import EventType, event
 
 PUBLISH_TIMEOUT_S: Final = 5.0
 """How long the queue of batches may take to answer."""
@@ -55,6 +57,11 @@ class Batches:
     def scan(self) -> AsyncIterator[BatchRecord]:
         """All batches, by their last change."""
         return self._records.scan(KIND, None, BatchRecord)
+
+    async def announce(self, record: BatchRecord, status: Status) -> None:
+        """Tell webhooks that a batch has ended. A repetition has the same event id."""
+        kind = cast(EventType, f"batch.{status}")
+        await publish_event(self._requests, event(kind, record.id, clock.now(), record.key))
 
     async def _queue(self, batch_id: str) -> None:
         subject = names.batch_subject(batch_id)
