@@ -12,7 +12,9 @@ import pytest
 import pytest_asyncio
 from openai.types import Batch
 
+from forebay_api.in_flight.files import CHUNK_BYTES, Files
 from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import FileStoreFull
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
@@ -113,10 +115,14 @@ async def test_what_is_no_upload(stack: Stack) -> None:
     with pytest.raises(openai.APIStatusError) as too_large:
         await alice.files.create(file=("a", b"x" * 1_000_001), purpose="batch")
     assert (too_large.value.status_code, too_large.value.code) == (413, "request_too_large")
-    for purpose, seconds, param in (("vision", 3_600, "purpose"), ("batch", 60, "expires_after.seconds")):
+    for purpose, seconds, param in (
+        ("vision", 3_600, "purpose"),
+        ("batch", 60, "expires_after.seconds"),
+        ("batch", 10**400, "expires_after.seconds"),
+    ):
         with pytest.raises(openai.BadRequestError) as wrong:
             await alice.files.create(
-                file=("a", b"x"),
+                file=("a", b"x" * 200_000),  # more than a chunk: it is stored before the form is whole
                 purpose=purpose,  # type: ignore[arg-type]
                 expires_after={"anchor": "created_at", "seconds": seconds},
             )
@@ -149,6 +155,24 @@ async def test_a_full_store_refuses_uploads_by_name(stack: Stack) -> None:
     assert full.value.response.headers["x-should-retry"] == "false"
     for one in made:
         await alice.files.delete(one.id)
+
+
+async def test_a_full_store_removes_what_killed_uploads_have_left(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, last = of(stack, "alice"), 0
+    file = await alice.files.create(file=("a", CONTENT), purpose="batch")
+    files = Files(stack.connection)
+    for _ in range(18):
+        last = await files.append("0" * 32, bytes(CHUNK_BYTES), last, 3_600)
+    with pytest.raises(FileStoreFull):  # the upload may still be coming
+        await files.need_room(1_000_000)
+    monkeypatch.setattr("forebay_api.in_flight.files.ORPHAN_S", 0.0)
+    await Files(stack.connection).need_room(1_000_000)
+    left = await stack.connection.jetstream.stream_info(FILES, subjects_filter="$O.inference-files.C.>")
+    assert list((left.state.subjects or {}).values()) == [4]
+    assert (await alice.files.content(file.id)).content == CONTENT
+    await alice.files.delete(file.id)
 
 
 @pytest.mark.parametrize(

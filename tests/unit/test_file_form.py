@@ -1,9 +1,13 @@
-"""The form of an upload, read in pieces of any size."""
+"""The form of an upload, read in pieces of any size, and a download that breaks off."""
+
+from collections.abc import AsyncIterator, MutableMapping
+from typing import Any
 
 import pytest
 
 from forebay_api.openai.files.form import MAX_FIELDS_BYTES, Form
-from forebay_contracts.wire.errors import InvalidRequest
+from forebay_api.openai.files.routes import Content
+from forebay_contracts.wire.errors import InvalidRequest, QueueUnavailable
 
 TYPE = "multipart/form-data; boundary=xyz"
 FILE = b'--xyz\r\nContent-Disposition: form-data; name="file"; filename="a b.jsonl"\r\nContent-Type: text/plain\r\n\r\n'
@@ -46,3 +50,22 @@ def test_what_is_no_form_of_a_file(data: bytes, reason: str) -> None:
 def test_what_is_no_form(kind: str) -> None:
     with pytest.raises(InvalidRequest, match="must be a form"):
         Form(kind)
+
+
+def test_a_boundary_has_a_limit() -> None:
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        Form(f"multipart/form-data; boundary={'b' * 20_000}")
+
+
+async def test_a_download_that_breaks_off_has_no_end() -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield b"a"
+        raise QueueUnavailable("the file was deleted")
+
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    await Content(content()).stream_response(send)
+    assert [message.get("more_body", True) for message in sent] == [True, True]

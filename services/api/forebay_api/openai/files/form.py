@@ -3,12 +3,15 @@
 Starlette's own form spools each file to the disk first.
 """
 
+import logging
 from typing import Final
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from forebay_contracts.wire.errors import InvalidRequest
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each form that cannot be read
 
 MAX_FIELDS_BYTES: Final = 16 * 1024
 """Most bytes of all parts but the file, their headers included."""
@@ -32,19 +35,22 @@ class Form:
         self._disposition = b""
         self._field, self._name = bytearray(), ""
         self._small = 0
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": lambda data, start, end: self._keep(self._header, data[start:end]),
-                "on_header_value": lambda data, start, end: self._keep(self._value, data[start:end]),
-                "on_header_end": self._end_header,
-                "on_headers_finished": self._end_headers,
-                "on_part_data": self._data,
-                "on_part_end": self._end,
-                "on_end": self._end_form,
-            },
-        )
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": lambda data, start, end: self._keep(self._header, data[start:end]),
+                    "on_header_value": lambda data, start, end: self._keep(self._value, data[start:end]),
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._end_headers,
+                    "on_part_data": self._data,
+                    "on_part_end": self._end,
+                    "on_end": self._end_form,
+                },
+            )
+        except FormParserError as exc:
+            raise InvalidRequest(f"The form cannot be read: {exc}") from exc
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece of the body; returns the bytes of the file in it. Raises InvalidRequest."""

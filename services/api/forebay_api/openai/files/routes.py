@@ -3,6 +3,7 @@
 Source: https://platform.openai.com/docs/api-reference/files.
 """
 
+import logging
 import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final, Literal
@@ -10,16 +11,19 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Send
 
 from forebay_api.clients.keys import Client
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http.documented import ERRORS_OF_UPLOADS
 from forebay_api.in_flight.files import File
-from forebay_api.openai.files.upload import upload
+from forebay_api.openai.files.upload import MAX_KEPT_S, upload
 from forebay_api.openai.lists import Order, page
-from forebay_contracts.wire.errors import RequestNotFound
+from forebay_contracts.wire.errors import ApiError, RequestNotFound
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
+
+log = logging.getLogger(__name__)
 
 _ID: Final = re.compile(r"file-[0-9a-f]{32}")
 
@@ -35,7 +39,7 @@ _FORM: Final[dict[str, Any]] = {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"type": "string", "enum": ["batch", "user_data"]},
                         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": MAX_KEPT_S},
                     },
                 }
             }
@@ -106,7 +110,19 @@ async def retrieve_content(file_id: str, context: Running, caller: Caller) -> Re
     content = context.files.content(file)
     headers = {"content-length": str(file.size), "content-disposition": "attachment"}
     first = await anext(content, b"")  # an error until here is an HTTP status
-    return StreamingResponse(_whole(first, content), media_type="application/octet-stream", headers=headers)
+    return Content(_whole(first, content), media_type="application/octet-stream", headers=headers)
+
+
+class Content(StreamingResponse):
+    """The bytes of a file; it breaks off where they cannot be read."""
+
+    async def stream_response(self, send: Send) -> None:
+        """See StreamingResponse."""
+        try:
+            await super().stream_response(send)
+        except ApiError as exc:
+            # The answer has begun, so only its missing end can tell: uvicorn closes the connection.
+            log.warning("[Files] a download broke off: %s", exc)
 
 
 async def _whole(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -21,11 +21,18 @@ PREFIX: Final = "file-"
 """What the id of a file begins with."""
 
 
+MAX_KEPT_S: Final = 2_592_000
+"""The longest time that `expires_after` may say."""
+
+LOOK_CHUNKS: Final = 64
+"""An upload looks for room before each so many chunks: others come at the same time, and its length may be unknown."""
+
+
 class ExpiresAfter(StrictModel):
     """How long a file is kept from its creation on."""
 
     anchor: Literal["created_at"]
-    seconds: Annotated[int, Field(ge=3_600, le=2_592_000)]
+    seconds: Annotated[int, Field(ge=3_600, le=MAX_KEPT_S)]
 
 
 class UploadFields(StrictModel):
@@ -70,8 +77,9 @@ async def upload(request: Request, files: Files, key: str | None, max_bytes: int
 
 
 def _seconds(form: Form) -> float:
+    """How long the form says, as far as it has come, that its file is to be kept; 0.0 if it does not say."""
     given = form.fields.get("expires_after[seconds]", "")
-    return float(given) if given.isdecimal() else 0.0
+    return min(float(given), MAX_KEPT_S) if given.isdecimal() else 0.0
 
 
 def _fields(form: Form) -> UploadFields:
@@ -112,6 +120,8 @@ class _Writer:
         chunk = bytes(self._buffer[:CHUNK_BYTES])
         del self._buffer[:CHUNK_BYTES]
         self._digest.update(chunk)
+        if self._chunks % LOOK_CHUNKS == LOOK_CHUNKS - 1:
+            await self._files.need_room(0)
         self.last = await self._files.append(self.nuid, chunk, self.last, self.ttl_s)
         self._chunks += 1
 
