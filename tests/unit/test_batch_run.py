@@ -37,6 +37,7 @@ def answers(lines: list[dict[str, Any]]) -> dict[str, str]:
 
 
 async def test_each_line_is_answered_once_and_its_answer_leaves_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.in_flight.carried.WRITTEN_S", 0.0)
     monkeypatch.setattr("forebay_api.in_flight.carried.END_KEPT_S", 0.0)
     async with twins() as made, batched(made) as batches:
         made.worker()

@@ -231,7 +231,7 @@ class Run:
             await asyncio.wait([ended])
             kind, line, usage = await self._written(ready)
             await self._output.add(kind, ready.number, line, usage)
-            await self._context.carried.free(ready.request.id)
+            self._context.carried.free(ready.request.id)
         finally:
             del self._in_flight[ready.number]
             self._in_flight_bytes -= size

@@ -1,7 +1,6 @@
 """Requests for which no client waits, such as the lines of a batch: admitted once, and read when they have ended."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -13,8 +12,11 @@ from forebay_api.in_flight.live_answer import LiveAnswer
 from forebay_api.in_flight.reader import Reader
 from forebay_api.in_flight.stored import StoredRequests
 from forebay_contracts.queueing.protocols import AnswerLog, StateStore
-from forebay_contracts.wire.errors import ApiError, InferenceFailed, QueueUnavailable
+from forebay_contracts.wire.errors import InferenceFailed, QueueUnavailable
 from forebay_contracts.wire.request import InferenceRequest
+
+WRITTEN_S: Final = 1.0
+"""How long an answer stays whole that is kept elsewhere: a killed NATS may lose what it has taken just before."""
 
 END_KEPT_S: Final = 1_800.0
 """How long the last record of an answer stays that is kept elsewhere, as far as there is room."""
@@ -95,8 +97,8 @@ class CarriedRequests:
         """Cancel a request, unless it has ended."""
         await self._stored.cancel(request, reason)
 
-    async def free(self, request_id: str) -> None:
-        """Remove an answer that is kept elsewhere, and END_KEPT_S later its last record too.
+    def free(self, request_id: str) -> None:
+        """Remove an answer that is kept elsewhere after WRITTEN_S, and END_KEPT_S later its last record too.
 
         No answer is written to its end twice. Nothing follows a last record that is there. Once it is removed, an
         attempt could write into the empty log. But an attempt writes the end only after its claim, and until
@@ -104,13 +106,17 @@ class CarriedRequests:
         to stand still for END_KEPT_S. The message of a request that may be in the queue twice can come later than that:
         there the last record stays until RESPONSE_TTL.
         """
-        with contextlib.suppress(ApiError):  # RESPONSE_TTL removes it too
-            await self._answers.purge(request_id, keep=1)
-            if request_id in self._twice:
-                self._twice.discard(request_id)
-            else:
-                self._freed.append((time.monotonic(), request_id))
-            await self._free_ends()
+        loop = asyncio.get_running_loop()
+        loop.call_later(WRITTEN_S, lambda: self._stored.background(self._free(request_id)))
+
+    async def _free(self, request_id: str) -> None:
+        # If NATS is away, or this api dies before, RESPONSE_TTL removes it.
+        await self._answers.purge(request_id, keep=1)
+        if request_id in self._twice:
+            self._twice.discard(request_id)
+        else:
+            self._freed.append((time.monotonic(), request_id))
+        await self._free_ends()
 
     async def _free_ends(self) -> None:
         """Remove the last records that have stayed long enough."""
