@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from forebay_api.batches.output import Output
+from forebay_api.batches.owned import OwnedRecord
 from forebay_api.batches.run import Run
 from forebay_api.clients.keys import ANYBODY
 from forebay_api.openai.batches.routes import cancel_batch
@@ -252,6 +253,19 @@ async def test_a_run_that_was_slow_to_begin_finds_the_one_before_it() -> None:
         output = await batches.lines(ended.output_file_id)
         assert Counter(one["custom_id"] for one in output) == {f"r{number}": 1 for number in range(8)}
         assert (ended.completed, ended.failed) == (8, 0)
+
+
+async def test_a_record_that_was_read_before_the_last_change_is_left_out() -> None:
+    async with twins() as made, batched(made) as batches:
+        kept = await batches.batches.get((await batches.create(line())).id)
+        assert kept is not None
+        owned = OwnedRecord(batches.context.batches, kept, "run")
+        await owned.claim()
+        claimed = await batches.batches.get(kept.record.id)
+        await owned.save(lambda record: record.to("cancelling"))
+        batches.batches._kept[kept.record.id] = claimed  # type: ignore[assignment]
+        await owned.read()
+        assert owned.cancelled
 
 
 async def test_a_key_that_has_used_its_tokens_makes_it_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,9 @@ MAX_BATCHES = 1_000
 MAX_BATCH_S = 7 * 86_400
 """The longest completion window of a batch."""
 
+BATCH_GRACE_S = 86_400
+"""How much longer than the longest batch its record is kept at least, for its end to be read."""
+
 BATCH_ACK_WAIT_S = 10
 """A batch whose api says nothing for so long goes on at another one."""
 
@@ -196,7 +199,7 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
             allow_direct=True,
             num_replicas=replicas,
         ),
-        _bucket(names.BATCHES_BUCKET, "Batches", max(settings.file_ttl, MAX_BATCH_S), replicas),
+        _bucket(names.BATCHES_BUCKET, "Batches", max(settings.file_ttl, MAX_BATCH_S + BATCH_GRACE_S), replicas),
         StreamConfig(
             name=names.BATCHES,
             description="Batches that have not ended",

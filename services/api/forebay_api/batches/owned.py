@@ -57,7 +57,9 @@ class OwnedRecord:
 
     async def read(self) -> None:
         """Take the record as it is now. Raises Superseded if another run owns it, and QueueUnavailable."""
-        self._take(await self._batches.get(self.record.id))
+        kept = await self._batches.get(self.record.id)
+        if kept is None or kept.revision >= self._revision:  # else it was read before the last change
+            self._take(kept)
 
     async def save(self, change: Callable[[BatchRecord], BatchRecord], *, claim: bool = False) -> None:
         """Change the record. `claim`: whoever owns it. Raises Superseded."""
