@@ -313,10 +313,13 @@ class StoredRequests:
             await asyncio.sleep(END_RETRY_S)
 
     async def _keep_state(self, request: InferenceRequest) -> None:
-        """Write the state again, before `state_ttl_s` removes it: an unknown request would be admitted again."""
+        """Write the state of a request that waits again, before `state_ttl_s` removes it.
+
+        An unknown request would be admitted again. One that has begun is known by its log.
+        """
         with contextlib.suppress(ForebayError):
             stored = await self._states.get(request.id)
-            if stored is not None and not stored.state.status.final:
+            if stored is not None and stored.state.status is RequestStatus.QUEUED:
                 await self._states.write(stored.state, stored.revision)
 
     async def _end_late(self, request: InferenceRequest) -> None:
