@@ -114,6 +114,10 @@ async def test_failed_work_is_seen_and_runs_again(nats_server: NatsServer, tmp_p
         again = [names.retry_id(one) for one in chats[1:]]
         assert [line.split()[-1] for line in retried.stdout.splitlines()] == again
         await stack.all_reach(again, RequestStatus.FAILED)
+        # The first id finds what has failed last.
+        third = (await alice.post(f"/v1/queue/request/{chats[1]}/retry")).json()["retried_as"]
+        assert third == names.retry_id(again[0])
+        await stack.all_reach([third], RequestStatus.FAILED)
         refused = await run("retry", chats[0], *url, env=env)
         assert refused.code == 1
         assert "No failed request" in refused.stderr

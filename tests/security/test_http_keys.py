@@ -295,6 +295,8 @@ async def test_a_file_that_cannot_be_meant_ends_the_start(nats_server: NatsServe
         (f'[a]\nsha256 = "{"0" * 64}"\n[b]\nsha256 = "{"0" * 64}"', r"\[a\] and \[b\] have the same key"),
         (f'[a]\nsha256 = "{"0" * 64}"\nmax_requests = 0', r"\[a\] max_requests: Input should be greater than"),
         (f'[a]\nsha256 = "{"0" * 64}"\nadmin = true', r"\[a\] admin: Extra inputs are not permitted"),
+        ("a = " + "9" * 5000, "not TOML: "),
+        ("a = " + "[" * 5000, "not TOML: "),
         ("\n".join(f'[k{n}]\nsha256 = "{n:064x}"' for n in range(1001)), "it holds more than 1000 names"),
     ],
 )
@@ -317,13 +319,18 @@ def test_the_command_makes_a_key_and_its_entry() -> None:
             [sys.executable, "-m", "forebay_cli", "key", *arguments], capture_output=True, text=True, check=False
         )
 
-    made = run("alice", "--max-requests", "5", "--operator")
+    asked = {"max_requests": 5, "tokens_per_minute": 6, "tokens_per_day": 7, "weight": 2.5}
+    options = [f"--{field.replace('_', '-')}={value}" for field, value in asked.items()]
+    made = run("alice", *options, "--tier=flex", "--tier=default", "--operator")
     assert made.returncode == 0, made.stderr
     # The entry goes to stdout, so that `>> keys.toml` takes it and nothing else; the key is shown this once.
     (key,) = (word for word in made.stderr.split() if word.startswith(keys.PREFIX))
     entry = keys.parse(made.stdout)["alice"]
-    assert entry == keys.KeyEntry(sha256=(keys.digest(key.encode()),), max_requests=5, operator=True)
+    tiers = ("flex", "default")
+    assert entry == keys.KeyEntry(sha256=(keys.digest(key.encode()),), tiers=tiers, operator=True, **asked)  # type: ignore[arg-type]
+    assert set(asked) | {"sha256", "tiers", "operator"} == set(keys.KeyEntry.model_fields)
     assert len(key) >= 43
     assert run("alice").stdout != run("alice").stdout
-    refused = run("Alice B")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    for wrong in (["Alice B"], ["alice", "--tier=gold"]):
+        refused = run(*wrong)
+        assert (refused.returncode, refused.stdout) == (2, "")

@@ -20,6 +20,7 @@ need would cost each request more than all other work of the api.
 """
 
 import hashlib
+import json
 import re
 import secrets
 import tomllib
@@ -81,10 +82,10 @@ def parse(text: str) -> dict[str, KeyEntry]:
     """
     try:
         entries = _entries.validate_python(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigurationError(f"not TOML: {exc}") from None
     except ValidationError as exc:
         raise ConfigurationError("; ".join(_sentence(error) for error in exc.errors(include_input=False))) from None
+    except (ValueError, RecursionError) as exc:  # TOMLDecodeError, and what the parser lets through
+        raise ConfigurationError(f"not TOML: {exc}") from None
     if not entries:
         # Without any key the api is open to all. An empty file is a mistake and must not open it.
         raise ConfigurationError("it holds no key")
@@ -109,23 +110,22 @@ def digest(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()
 
 
-def written(
-    name: str,
-    key: str,
-    *,
-    max_requests: int | None = None,
-    tokens_per_minute: int | None = None,
-    tokens_per_day: int | None = None,
-    operator: bool = False,
-) -> str:
-    """The entry of the file for a new key. Raises ConfigurationError if `name` is not allowed."""
+def written(name: str, key: str, **fields: Any) -> str:
+    """The entry of the file for a new key; `fields` are those of `KeyEntry`, and None leaves one out.
+
+    Raises:
+        ConfigurationError: `name` or a field is not allowed.
+    """
     _check_name(name)
-    lines = [f"[{name}]", f'sha256 = "{digest(key.encode())}"']
-    limits = {"max_requests": max_requests, "tokens_per_minute": tokens_per_minute, "tokens_per_day": tokens_per_day}
-    lines += [f"{limit} = {most}" for limit, most in limits.items() if most is not None]
-    if operator:
-        lines.append("operator = true")
-    return "\n".join(lines) + "\n"
+    given = {field: value for field, value in fields.items() if value is not None}
+    try:
+        entry = KeyEntry(sha256=(digest(key.encode()),), **given)
+    except ValidationError as exc:
+        raise ConfigurationError("; ".join(f"{one['loc'][0]}: {one['msg']}" for one in exc.errors())) from None
+    # Numbers, strings, true, false and lists of them are written in TOML as in JSON.
+    values = entry.model_dump(exclude_defaults=True) | {"sha256": entry.sha256[0]}
+    lines = [f"{field} = {json.dumps(value)}" for field, value in values.items()]
+    return "\n".join([f"[{name}]", *lines, ""])
 
 
 def _check_name(name: str) -> None:

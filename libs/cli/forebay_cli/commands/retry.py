@@ -2,6 +2,7 @@
 
 import time
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -37,7 +38,7 @@ def retry(
         done, problems = [], []
         for one in chosen:
             try:
-                done.append(client.post(f"queue/request/{one}/retry").json())
+                done.append(client.post(f"queue/request/{quote(one, safe='')}/retry").json())
             except ApiFailure as exc:
                 problems.append(f"{one}: {exc}")
     if as_json:

@@ -87,7 +87,7 @@ def about(queued: InferenceRequest, **more: Unpack[Fields]) -> dict[str, Fields]
 def _of_query(exc: RequestValidationError) -> errors.InvalidRequest:
     """The first fault of a query."""
     fault = exc.errors()[0]
-    param = str(fault["loc"][-1])
+    param = next(part for part in reversed(fault["loc"]) if isinstance(part, str))  # of a list: not the place in it
     return errors.InvalidRequest(f"Invalid '{param}': {fault['msg']}.", param=param, code="invalid_value")
 
 

@@ -56,20 +56,29 @@ class Retries:
     async def retry(self, owner: str, request_id: str) -> str:
         """Run a failed request of `owner` (see `FailedRequests`) again; returns its new id.
 
-        If it runs again already, nothing happens.
+        If it runs again already, nothing happens. If that has failed too, that one runs again: `request_id` may be the
+        first of the requests that were to answer the object.
 
         Raises:
             RequestNotFound: it is not kept, or what it was to answer was deleted.
             QueueFull, QueueUnavailable, KeyLimitReached, AnswerLogFull: it is still kept.
         """
         async with self._one_by_one:
-            failed = await self._failed.get(owner, request_id)
-            if failed is None:
-                again = await self._states.get(names.retry_id(request_id))
-                if again is not None and owner in ("*", owner_token(again.state.key)):
-                    return again.state.id
+            tried, newest = request_id, None
+            failed = await self._failed.get(owner, tried)
+            while failed is None:
+                tried = names.retry_id(tried)
+                failed = await self._failed.get(owner, tried)  # it is kept for longer than its state
+                again = await self._states.get(tried)
+                if failed is None and again is not None and owner in ("*", owner_token(again.state.key)):
+                    newest = tried
+                elif failed is None:
+                    break
+            if failed is not None:
+                return await self._run(failed)
+            if newest is None:
                 raise RequestNotFound(f"No failed request {request_id!r} is kept.", param="request_id")
-            return await self._run(failed)
+            return newest
 
     async def _run(self, failed: FailedRequest) -> str:
         old, request = failed.request, failed.again()
