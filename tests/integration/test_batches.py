@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -268,9 +269,15 @@ async def test_another_api_goes_on_where_one_was_killed(nats_server: NatsServer)
             while (batch.request_counts is None) or batch.request_counts.completed < 20:
                 await asyncio.sleep(0.05)
                 batch = await stack.openai(0).batches.retrieve(batch.id)
+        metrics = (await stack.http.get(f"{stack.apis[0].url}/metrics")).text
+        assert 'forebay_batches{status="running"} 1.0' in metrics
         await stack.api()
         await stack.apis[0].kill()
         ended = await reaches(stack.openai(1), batch, "completed")
+        metrics = (await stack.http.get(f"{stack.apis[1].url}/metrics")).text
+        assert 'forebay_batches_finished_total{status="completed"} 1.0' in metrics
+        (lines,) = re.findall(r'forebay_batch_lines_total{result="completed"} (\d+)', metrics)
+        assert 0 < int(lines) <= 100  # the other api has counted its own
         output = await lines_of(stack.openai(1), ended.output_file_id)
         assert Counter(one["custom_id"] for one in output) == {f"r{number}": 1 for number in range(120)}
         texts = {one["response"]["body"]["choices"][0]["message"]["content"] for one in output}

@@ -10,8 +10,9 @@ import httpx
 import openai
 import pytest
 
+from forebay_api.clients import usage_history
 from forebay_contracts import keys
-from forebay_contracts.queueing.usage import grouped, last_days
+from forebay_contracts.queueing.usage import DAY_S, grouped, last_days
 from forebay_contracts.wire import names
 from forebay_contracts.wire.state import RequestStatus
 from support.answers import chat_body, summary, user
@@ -82,7 +83,9 @@ async def test_totals_are_exact_although_a_worker_and_nats_are_killed(nats_serve
         assert all(row.queue_seconds > 0 for row in rows)
 
 
-async def test_who_sees_what_and_who_is_stopped(nats_server: NatsServer, tmp_path: Path) -> None:
+async def test_who_sees_what_and_who_is_stopped(
+    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with with_keys(nats_server, tmp_path) as stack:
         client = stack.openai(api_key=KEYS["bob"])
         raw = await client.chat.completions.with_raw_response.create(model=MODEL, messages=user("[[tokens=70]]"))
@@ -93,6 +96,7 @@ async def test_who_sees_what_and_who_is_stopped(nats_server: NatsServer, tmp_pat
         assert told == {
             "x-ratelimit-limit-requests": "5",
             "x-ratelimit-remaining-requests": "5",
+            "x-ratelimit-reset-requests": "0ms",
             "x-ratelimit-limit-tokens": "60",
             "x-ratelimit-remaining-tokens": "60",
             "x-ratelimit-reset-tokens": "0ms",
@@ -115,6 +119,8 @@ async def test_who_sees_what_and_who_is_stopped(nats_server: NatsServer, tmp_pat
             ("alice", NAME, 1, 3)
         ]
         assert (await seen(stack, "alice", key="bob"))["data"] == []
+        assert (await seen(stack, "alice", model=MODEL))["data"] == alice
+        assert (await seen(stack, "alice", model="135M-Instruct"))["data"] == []
         everything = await seen(stack, "ops", group_by="key")
         assert [row["key"] for row in everything["data"]] == ["alice", "bob"]
         assert set(everything["data"][0]) == set(everything["total"]) | {"key"}
@@ -131,6 +137,13 @@ async def test_who_sees_what_and_who_is_stopped(nats_server: NatsServer, tmp_pat
             nats_url=nats_server.url,
         )
         assert shown.json() == alice
+        shown = await forebay("usage", "--by", "key", "--json", data_dir=tmp_path, nats_url=nats_server.url)
+        assert shown.json() == everything["data"]
+        # Of a day that is over, the sums stay.
+        monkeypatch.setattr(usage_history, "LATE_S", -DAY_S)
+        await usage_history.thin_out(stack.connection)
+        assert (await stack.connection.jetstream.stream_info(names.USAGE)).state.messages == 2
+        assert await seen(stack, "ops", group_by="key") == everything
         metrics = (await stack.http.get(f"{stack.apis[0].url}/metrics")).text
         assert f'forebay_usage_today_tokens{{direction="output",key="alice",model="{NAME}"}} 3.0' in metrics
 

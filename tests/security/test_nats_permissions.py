@@ -88,6 +88,7 @@ ACTIONS: dict[str, tuple[str, str, set[str]]] = {
     "beat-as-api": ("publish", "$KV.inference-apis.some-api", {"api"}),
     "count": ("publish", "inference.counters.completed", {"api", "inference"}),
     "count-usage": ("publish", "inference.usage.2026-11-30.some-model.some-key", {"api", "inference", "admin"}),
+    "thin-usage": ("publish", f"{JS}STREAM.PURGE.INFERENCE_USAGE", {"api", "admin"}),
     "read-usage": ("publish", f"{JS}DIRECT.GET.INFERENCE_USAGE", {"api", "operator", "admin"}),
     "read-limits": ("publish", f"{JS}STREAM.INFO.INFERENCE", set(ROLES)),
     "read-request": ("publish", f"{JS}DIRECT.GET.INFERENCE", {"api", "operator", "admin"}),

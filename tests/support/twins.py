@@ -92,6 +92,8 @@ class Twins:
             API, self.queue, self.states, self.cancellation, contextlib.nullcontext, lambda: self.away
         )
         self.weights: dict[str | None, float] = {}
+        self.spent: set[str | None] = set()
+        """Keys that have used their tokens."""
         self.movers: list[Mover] = []
         self.used: list[Used] = []
         self._workers: list[WorkerInfo] = []
@@ -149,7 +151,13 @@ class Twins:
     def mover(self) -> Mover:
         """The mover of another api. The first one looks when something is told to one of them."""
         self.movers.append(
-            Mover(self.queue.room, self.states, lambda: self._workers, lambda key: self.weights.get(key, 1.0))
+            Mover(
+                self.queue.room,
+                self.states,
+                lambda: self._workers,
+                lambda key: self.weights.get(key, 1.0),
+                lambda key: key not in self.spent,
+            )
         )
         return self.movers[-1]
 

@@ -77,6 +77,16 @@ async def test_what_was_used_too_much_is_paid_back(counters: Counters) -> None:
     counters.limits.check(ALICE)
 
 
+async def test_what_was_used_elsewhere_is_not_taken_for_used_now(counters: Counters) -> None:
+    """This api had nothing to read for an hour, while the key used less than its limit by another one."""
+    counters.now += 3600
+    await counters.uses("alice", 30_000)
+    counters.limits.check(ALICE)
+    await counters.uses("alice", 600)
+    with pytest.raises(TokenLimitReached):
+        counters.limits.check(ALICE)
+
+
 async def test_a_day_ends_at_midnight(counters: Counters) -> None:
     await counters.uses("bob", 999)
     counters.limits.check(BOB)

@@ -271,6 +271,18 @@ async def test_what_is_not_lost_is_not_published_again(system: Twins) -> None:
     assert (await system.state(wanted.id)).attempt == 1
 
 
+async def test_a_key_without_tokens_waits_and_the_others_go_on(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.in_flight.mover.LOOK_AGAIN_S", 0.02)
+    system.spent.add("alice")
+    system.worker(slots=2)
+    held, other = flex("tokens=2", key="alice"), flex("tokens=2", key="bob")
+    async with system.dispatcher.submit(held) as answer:
+        assert await system.text(other) == text(2)
+        assert system.queue.room.waiting
+        system.spent.clear()  # nobody tells of it
+        assert "".join([delta.text async for some in answer.deltas() for delta in some]) == text(2)
+
+
 def keys_of(tmp_path: Path, fields: str) -> ApiKeys:
     file = tmp_path / "keys.toml"
     file.write_text(f'[alice]\nsha256 = "{"0" * 64}"\n{fields}\n')
@@ -292,6 +304,30 @@ def test_what_a_key_has_beyond_its_bound_is_deferred(tmp_path: Path) -> None:
     refusing = KeyLimits(keys_of(tmp_path, "max_requests = 1"), list, UNLIMITED)
     with refusing.one_more(request(key="alice")), pytest.raises(KeyLimitReached):
         refusing.one_more(request(key="alice")).__enter__()
+
+
+def test_headers_tell_when_the_requests_of_a_key_should_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, now = keys_of(tmp_path, "max_requests = 2"), 1000.0
+    monkeypatch.setattr("forebay_api.clients.limits.time.monotonic", lambda: now)
+    limits, alice = KeyLimits(keys, list, UNLIMITED), keys.of("alice")
+    assert alice is not None
+
+    def told() -> dict[str, str]:
+        names = {b"x-ratelimit-remaining-requests": "remaining", b"x-ratelimit-reset-requests": "reset"}
+        return {names[name]: value.decode() for name, value in limits.headers(alice) if name in names}
+
+    assert told() == {"remaining": "2", "reset": "0ms"}
+    with limits.one_more(request(key="alice")):
+        assert told() == {"remaining": "1"}  # nothing is known of how long it takes
+        now += 90
+    with limits.one_more(request(key="alice")), limits.one_more(request(key="alice")):
+        assert told() == {"remaining": "0", "reset": "1m30s"}
+        with pytest.raises(KeyLimitReached) as refused, limits.one_more(request(key="alice")):
+            pass
+        assert refused.value.retry_after_s == 45
+    assert told() == {"remaining": "2", "reset": "0ms"}
 
 
 @pytest.mark.parametrize(

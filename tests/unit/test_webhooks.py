@@ -142,6 +142,11 @@ def test_whom_the_file_names() -> None:
     ("lines", "sentence"),
     [
         ('url = "ftp://a.example"', "[a] url: expected http:// or https:// and a host"),
+        ('url = "http://[::1"', "[a] url: it is no URL"),
+        ('url = "http://xn--/"', "[a] url: it is no URL"),
+        ('url = "http://a.example/\\u0000"', "[a] url: it is no URL"),
+        ("events = []", "[a] events: "),
+        ('key = "Alice"', "[a] key: String should match pattern"),
         ('secret = "whsec_c2hvcnQ="', "[a] secret: expected whsec_ and the base64 of 24 to 64 bytes"),
         ('events = ["response.done"]', "[a] events: Input should be 'response.completed'"),
         ('method = "GET"', "[a] method: Extra inputs are not permitted"),
@@ -248,6 +253,57 @@ async def test_who_is_gone_gets_it_no_more() -> None:
         await system.publish(some())
         await system.empty()
         assert len(made["gone"].posts) == 1
+
+
+async def test_whatever_one_receiver_answers_the_others_get_theirs() -> None:
+    """Both are on one host, where a client with cookies would send those of the one to the other."""
+    heads, wrong = [], [b"", b"\0\xff\r\n\r\n", b"HTTP/1.1 500 no\r\nset-cookie: a=\xff; Path=/\r\n\r\n"]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        bad = b"POST /bad" in heads[-1] and wrong
+        writer.write(wrong.pop() if bad else b"HTTP/1.1 204 ok\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server, delivering({}) as system:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        file = "\n".join(f'[{name}]\nurl = "{url}/{name}"\nsecret = "{SECRET}"' for name in ("bad", "good"))
+        system.deliverer._endpoints.named = parse(file)
+        for number in range(2):
+            await system.publish(some(number=number))
+            await system.empty()
+    assert not wrong
+    assert sum(b"POST /good" in head for head in heads) == 2
+    assert not [head for head in heads if b"cookie" in head.lower()]
+
+
+async def test_an_event_goes_to_no_receiver_that_has_become_anothers() -> None:
+    async with receivers("orders") as made, delivering(made) as system:
+        now_bobs = parse(written(made, key='"bob"'))
+        system.deliverer._endpoints.named = now_bobs
+        await system.publish(
+            event("response.completed", OBJECT, clock.now(), "alice").model_copy(update={"endpoint": "orders"})
+        )
+        await system.publish(event("response.completed", OBJECT, clock.now(), "bob", run="bobs"))
+        await made["orders"].receives(1)
+        assert len(made["orders"].posts) == 1
+
+
+async def test_why_there_is_no_connection_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with receivers("plain") as made, delivering(made) as system:
+        named = system.deliverer._endpoints.named
+        named["plain"] = named["plain"].model_copy(update={"url": made["plain"].url.replace("http", "https")})
+        await system.publish(some())
+        async with asyncio.timeout(5):
+            while "to plain: no connection: [SSL" not in caplog.text:  # noqa: ASYNC110 - a log tells nobody
+                await asyncio.sleep(0.005)
+
+
+def test_an_environment_without_a_client_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/none.pem")
+    with pytest.raises(ConfigurationError, match="webhooks cannot be posted"):
+        Delivering({})
 
 
 async def test_an_event_waits_for_a_file_that_names_its_receiver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from fastapi import Depends
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from forebay_api.batches.queue import BatchQueue
-from forebay_api.clients import limit_headers
+from forebay_api.clients import limit_headers, usage_history
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.clients.limits import KeyLimits
 from forebay_api.clients.token_limits import TokenLimits
@@ -67,6 +68,9 @@ from forebay_contracts.telemetry import tracing
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo
+
+if TYPE_CHECKING:
+    from forebay_api.webhooks.delivery import Deliverer
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +142,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
         context = _built(settings, connection, states, instance, keys, limits, heartbeat, endpoints)
+        deliverer = _deliverer(context) if settings.webhooks_file is not None else None
         await context.workers.start()
         await apis.start()
         await Listener(connection, context.dispatcher, context.stored, context.mover).start()
@@ -145,12 +150,14 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         context.mover.look_at_all()
         running_batches = BatchQueue(context)
         running_batches.start()
-        delivering = asyncio.create_task(_deliver(context)) if settings.webhooks_file is not None else None
+        delivering = asyncio.create_task(deliverer.run()) if deliverer is not None else None
+        thinning = asyncio.create_task(usage_history.follow(connection))
         log.info("[RequestQueue] api %s takes requests for %s", instance, settings.served_model)
         try:
             async with tokens.followed():
                 yield context
         finally:
+            thinning.cancel()
             await context.mover.close()
             await running_batches.close()
             if delivering is not None:
@@ -163,8 +170,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
             await heartbeat.stop()
 
 
-async def _deliver(context: Context) -> None:
-    """Deliver the events of webhooks."""
+def _deliverer(context: Context) -> "Deliverer":
+    """Posts the events of webhooks. Raises ConfigurationError."""
     # Imported here, since HTTP clients take 10 MB of memory.
     from forebay_api.webhooks.delivery import Deliverer
 
@@ -172,7 +179,7 @@ async def _deliver(context: Context) -> None:
     deliveries = JetStreamDeliveries(connection, names.WEBHOOKS_CONSUMER, names.WEBHOOKS)
     publish = functools.partial(publish_event, connection.requests)
     timeout_s, longest_pause_s = settings.webhook_timeout, settings.webhook_retry_max
-    await Deliverer(context.webhooks, deliveries, publish, timeout_s, longest_pause_s).run()
+    return Deliverer(context.webhooks, deliveries, publish, timeout_s, longest_pause_s)
 
 
 def _built(
@@ -206,14 +213,16 @@ def _built(
     workers = Presence(connection, names.WORKERS_BUCKET, WorkerInfo)
     rates = Rates()
     room = JetStreamRoom(connection, admission)
-    mover = Mover(room, states, workers.alive, keys.weight)
+    mover = Mover(room, states, workers.alive, keys.weight, limits.has_tokens)
 
     async def numbers() -> QueueStatus:
         status = await queue_status(connection, states, settings, workers.alive())
         rates.sample(status)
         return status
 
-    exposition = Exposition(connection, numbers, answers.size, workers.alive, lambda: states.usage(last_days(1)))
+    all_batches = Batches(connection)
+    today = lambda: states.usage(last_days(1))  # noqa: E731
+    exposition = Exposition(connection, numbers, answers.size, workers.alive, today, all_batches.counts)
     return Context(
         settings=settings,
         connection=connection,
@@ -225,7 +234,7 @@ def _built(
         responses=Responses(records, stored),
         carried=CarriedRequests(dispatcher, stored, states, answers),
         files=Files(connection),
-        batches=Batches(connection),
+        batches=all_batches,
         idempotent=IdempotentRequests(connection, stored),
         workers=workers,
         models=Models(settings, workers.alive, lambda: known_models(connection)),

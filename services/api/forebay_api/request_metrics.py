@@ -41,6 +41,14 @@ WEBHOOKS: Final = _counter(
     "Posts of events to the receivers of webhooks: delivered or failed",
     ("endpoint", "result"),
 )
+BATCH_LINES: Final = _counter(
+    "forebay_batch_lines",
+    "Lines of batches that have ended: completed, or failed if they are in the error file",
+    ("result",),
+)
+BATCHES: Final = _counter(
+    "forebay_batches_finished", "Batches that have ended: completed, failed, expired or cancelled", ("status",)
+)
 PUBLISH: Final = _histogram("forebay_publish_seconds", "Time until the queue took or refused a request", buckets=FAST_S)
 
 

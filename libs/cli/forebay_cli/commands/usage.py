@@ -9,13 +9,20 @@ from forebay_cli.declarations import AsJson, synchronous
 from forebay_cli.nats_connection import connected, load_settings
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.usage import UsageRow, grouped, last_days, total
+from forebay_contracts.wire.errors import ConfigurationError
 
-COLUMNS = ("day", "model", "key", "requests", "prompt tokens", "cached", "completion tokens", "queue s")
+GROUPS = ("day", "model", "key")
+
+COUNTS = ("requests", "prompt tokens", "cached", "completion tokens", "queue s")
 
 
 @synchronous
 async def usage(
     days: Annotated[int, typer.Option(help="Today (UTC), and the days before it.", min=1, max=3_660)] = 7,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help="Sum over all else than day, model or key; repeat for more.", show_default="day, model, key"),
+    ] = None,
     key: Annotated[str | None, typer.Option(help="Only of this key.")] = None,
     model: Annotated[str | None, typer.Option(help="Only of this model: its name, or the end of it.")] = None,
     as_json: AsJson = False,
@@ -24,17 +31,20 @@ async def usage(
 
     Requests that have ended, tokens in and out, and seconds in the queue. Days are those of UTC.
     """
+    groups = tuple(dict.fromkeys(by or GROUPS))
+    if not set(groups) <= set(GROUPS):
+        raise ConfigurationError(f"--by takes {', '.join(GROUPS)}")
     async with connected(load_settings()) as link:
         rows = await KeyValueStateStore(link).usage(last_days(days), None if key is None else [key])
     rows = [row for row in rows if model is None or f"/{row.model}".endswith(f"/{model}")]
-    rows = grouped(rows, ("day", "model", "key"))
+    rows = grouped(rows, groups)
     if as_json:
         console.print_json([row.model_dump(exclude_unset=True) for row in rows])
     else:
-        rows.append(total(rows, day="total"))
-        console.print_tables(console.table("Usage", COLUMNS, [_cells(row) for row in rows]))
+        rows.append(total(rows, **{groups[0]: "total"}))
+        console.print_tables(console.table("Usage", (*groups, *COUNTS), [_cells(row, groups) for row in rows]))
 
 
-def _cells(row: UsageRow) -> tuple[object, ...]:
+def _cells(row: UsageRow, groups: tuple[str, ...]) -> tuple[object, ...]:
     counts = row.requests, row.prompt_tokens, row.cached_tokens, row.completion_tokens
-    return row.day, row.model, row.key, *counts, f"{row.queue_seconds:.1f}"
+    return *(getattr(row, group) for group in groups), *counts, f"{row.queue_seconds:.1f}"

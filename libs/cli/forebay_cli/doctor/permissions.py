@@ -99,6 +99,7 @@ PUBLISHES: Final = {
         _ACROSS_ACCOUNTS,
         names.USAGE_SUBJECTS,
         *_READS_USAGE,
+        f"{_JS}STREAM.PURGE.{names.USAGE}",
     ),
     "inference": (
         f"{_JS}CONSUMER.MSG.NEXT.{names.STREAM}.*",

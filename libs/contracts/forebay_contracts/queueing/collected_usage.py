@@ -45,9 +45,9 @@ class CollectedUsage:
             self._task = asyncio.create_task(self._collect())
 
     async def _collect(self) -> None:
-        await asyncio.sleep(COLLECT_S)
-        give_up_at = time.monotonic() + DUPLICATE_WINDOW_S / 2
-        await self._count(give_up_at)
+        while self._sums:  # more may come while it is counted
+            await asyncio.sleep(COLLECT_S)
+            await self._count(time.monotonic() + DUPLICATE_WINDOW_S / 2)
 
     async def _count(self, give_up_at: float = 0) -> None:
         """Count once: a try whose answer was lost is repeated under the same name, for at most this time."""

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import orjson
+from prometheus_client import Counter
 
+from forebay_api import request_metrics
 from forebay_api.in_flight.files import BATCH_CHUNKS, CHUNK_BYTES, File, FileMetadata, Files, digest_of, sequence_of
 from forebay_api.openai.batches.record import BatchRecord, BatchUsage
 from forebay_api.openai.files.upload import PREFIX
 from forebay_contracts.nats import clock
+from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import FileStoreFull, QueueConflict, QueueUnavailable
 from forebay_contracts.wire.state import Usage
@@ -35,6 +38,8 @@ MAX_PART_LINES: Final = 500
 
 Kind = Literal["output", "error"]
 
+_COMPLETED, _FAILED = (bound(request_metrics.BATCH_LINES, result) for result in ("completed", "failed"))
+
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +48,7 @@ class _Half:
     """One of the two files. `last`: the sequence of its last chunk; `lines`: how many are in it."""
 
     nuid: str
+    written: Counter
     last: int = 0
     lines: int = 0
     waiting: list[tuple[int, bytes, Usage | None]] = field(default_factory=list)
@@ -59,8 +65,8 @@ class Output:
         self._record = record
         digits = record.id.removeprefix("batch_")
         self._halves: dict[Kind, _Half] = {
-            "output": _Half(f"{BATCH_CHUNKS}-{digits}-output"),
-            "error": _Half(f"{BATCH_CHUNKS}-{digits}-error"),
+            "output": _Half(f"{BATCH_CHUNKS}-{digits}-output", _COMPLETED),
+            "error": _Half(f"{BATCH_CHUNKS}-{digits}-error", _FAILED),
         }
         self._done = bytearray()
         self.usage = BatchUsage()
@@ -179,6 +185,7 @@ class Output:
             end = start + CHUNK_BYTES
             half.last = await self._append(half, data[start:end], header if end >= len(data) else None)
         self._count(half, known)
+        half.written.inc(len(part))
 
     async def _append(self, half: _Half, chunk: bytes, lines: str | None) -> int:
         ttl_s = max(self._record.expires_at - clock.now(), 0) + self._record.kept_s

@@ -1,7 +1,8 @@
 """A bound for each key, so that one client cannot take the whole queue."""
 
 import contextlib
-from collections import Counter, defaultdict
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
@@ -9,14 +10,14 @@ from forebay_api import request_metrics
 from forebay_api.clients import limit_headers
 from forebay_api.clients.keys import ApiKeys, Client
 from forebay_api.clients.token_limits import TokenLimits
-from forebay_api.watching.drain_rate import DrainRate
+from forebay_api.watching.drain_rate import MAX_RETRY_AFTER_S
 from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire.errors import KeyLimitReached
 from forebay_contracts.wire.heartbeats import ApiInfo
 from forebay_contracts.wire.request import InferenceRequest, Tier
 
-RETRY_AFTER_S: Final = 1
-"""Retry-After as long as nothing is known about how fast a key's requests end."""
+NEWEST: Final = 0.2
+"""How much the newest request of a key counts in the mean time that its requests take."""
 
 
 class KeyLimits:
@@ -27,7 +28,8 @@ class KeyLimits:
     key can exceed the bound by as many again for each further api that it asks.
 
     Requests of the tier flex are not counted: the waiting room has a bound of its own. With `defers` (KEY_OVERFLOW), a
-    request beyond the bound waits there too. Limits on tokens hold for every request.
+    request beyond the bound waits there too. Limits on tokens hold for every request, and
+    again when it leaves the room.
     """
 
     def __init__(
@@ -42,8 +44,8 @@ class KeyLimits:
         self._others = others
         self._tokens = tokens
         self._defers = defers
-        self._ended: Counter[str] = Counter()
-        self._rates: defaultdict[str, DrainRate] = defaultdict(DrainRate)
+        self._took_s: dict[str, float] = {}
+        """The mean time of a request by name, from its admission to its end."""
         self.unfinished: dict[str, int] = {}
         """The count of this api by name."""
 
@@ -70,20 +72,34 @@ class KeyLimits:
             yield request.model_copy(update={"tier": Tier.OVERFLOW})
             return
         self.unfinished[name] = self.unfinished.get(name, 0) + 1
+        began = time.monotonic()
         try:
             yield request
         finally:
-            self._ended[name] += 1
+            took_s = time.monotonic() - began
+            mean_s = self._took_s.get(name, took_s)
+            self._took_s[name] = mean_s + NEWEST * (took_s - mean_s)
             self.unfinished[name] -= 1
             if not self.unfinished[name]:
                 del self.unfinished[name]
+
+    def has_tokens(self, name: str | None) -> bool:
+        """Whether the key of this name has tokens left."""
+        try:
+            self.check_tokens(name)
+        except KeyLimitReached:
+            return False
+        return True
 
     def headers(self, client: Client) -> list[tuple[bytes, bytes]]:
         """What an answer tells the client of its limits."""
         found: list[tuple[bytes, bytes]] = []
         if client.max_requests is not None and client.name is not None:
-            left = client.max_requests - self._unfinished(client.name)
-            found += limit_headers.headers("requests", client.max_requests, max(left, 0))
+            unfinished = self._unfinished(client.name)
+            # All that are in the queue now have ended after about the time that one takes.
+            reset_s = self._took_s.get(client.name) if unfinished else 0.0
+            left = max(client.max_requests - unfinished, 0)
+            found += limit_headers.headers("requests", client.max_requests, left, reset_s)
         if (tokens := self._tokens.left(client)) is not None:
             found += limit_headers.headers("tokens", *tokens)
         return found
@@ -98,10 +114,9 @@ class KeyLimits:
 
     def _refusal(self, name: str, most: int) -> KeyLimitReached:
         bound(request_metrics.KEY_REQUESTS, name, "refused").inc()
-        rate = self._rates[name]
-        rate.sample(self._ended[name])
+        seconds = math.ceil(self._took_s.get(name, 0.0) / most)
         return KeyLimitReached(
             f"Your key `{name}` has {most} requests in the queue, as many as it may have: "
             "try again when one of them has ended.",
-            rate.retry_after_s() or RETRY_AFTER_S,
+            min(max(seconds, 1), MAX_RETRY_AFTER_S),
         )

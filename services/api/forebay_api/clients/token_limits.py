@@ -35,8 +35,9 @@ class Account:
     out: float = 0.0
 
     def charge(self, day: str, used: int, per_minute: int | None) -> None:
-        """Take what was `used` on `day`, as it was read now."""
-        self.out = self.out_now(per_minute) + max(used - self.used if day == self.day else used, 0)
+        """Take what was `used` on `day`, as it was read now. It may have been used at any time since the last read."""
+        self.out += max(used - self.used if day == self.day else used, 0)
+        self.out = self.out_now(per_minute)
         self.day, self.used, self.at = day, used, time.monotonic()
 
     def out_now(self, per_minute: int | None) -> float:

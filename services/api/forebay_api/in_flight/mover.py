@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 class Mover:
     """Moves by the idle slots of the `workers` that are alive, and by the `weight` of each key.
 
+    `may_run` says whether a key has tokens left: without, its requests wait.
+
     Models are named by their tokens.
     """
 
@@ -37,7 +39,9 @@ class Mover:
         states: StateStore,
         workers: Callable[[], Iterable[WorkerInfo]],
         weight: Callable[[str | None], float],
+        may_run: Callable[[str | None], bool],
     ) -> None:
+        self._may_run = may_run
         self._room = room
         self._states = states
         self._workers = workers
@@ -121,8 +125,8 @@ class Mover:
         idle, found = await asyncio.gather(self._room.idle(model, self._slots(model)), self._room.backlog(model))
         backlog = dict(found)
         shares = self._shares[model]
-        while idle > 0 and backlog:
-            key = shares.next(backlog)
+        while idle > 0 and (able := {key: count for key, count in backlog.items() if self._may_run(key)}):
+            key = shares.next(able)
             waiting = await self._room.first(model, key)
             backlog[key] -= 1
             if waiting is None or not backlog[key]:

@@ -36,6 +36,8 @@ class QueueGauges(Collector):
         """None if NATS did not answer."""
         self.answers: LogSize | None = None
         """None if NATS did not answer."""
+        self.batches: tuple[int, int] | None = None
+        """How many batches wait, and how many run. None if NATS did not answer."""
         self.used: list[UsageRow] = []
         """What was used today, by model and key."""
         self.workers: tuple[WorkerInfo, ...] = ()
@@ -59,6 +61,11 @@ class QueueGauges(Collector):
         deferred = gauge("forebay_queue_deferred", "Requests in the waiting room", labels=["model"])
         for line in lines:
             deferred.add_metric([line.model], line.deferred)
+        batches = gauge(
+            "forebay_batches", "Batches that have not ended: waiting for an api, or running at one", labels=["status"]
+        )
+        for state, number in zip(("waiting", "running"), self.batches or (), strict=False):
+            batches.add_metric([state], number)
         workers = gauge("forebay_workers", "Workers that are loading, ready or draining", labels=["model", "status"])
         for model in sorted({line.model for line in lines} | {worker.model for worker in self.workers}):
             for status in WorkerStatus:
@@ -72,7 +79,8 @@ class QueueGauges(Collector):
         if self.answers:
             used.add_metric([], self.answers.used)
             most.add_metric([], self.answers.most)
-        yield from (up, max_size, waiting, processing, max_concurrent, deferred, workers, used, most, *self._usage())
+        yield from (up, max_size, waiting, processing, max_concurrent, deferred, batches, workers, used, most)
+        yield from self._usage()
 
     def _usage(self) -> Iterator[GaugeMetricFamily]:
         labels = ["model", "key"]
@@ -109,12 +117,14 @@ class Exposition:
         answers: Callable[[], Awaitable[LogSize]],
         workers: Callable[[], Iterable[WorkerInfo]],
         usage: Callable[[], Awaitable[list[UsageRow]]],
+        batches: Callable[[], Awaitable[tuple[int, int]]],
     ) -> None:
         self._connection = connection
         self._read_numbers = numbers
         self._read_answers = answers
         self._workers = workers
         self._read_usage = usage
+        self._read_batches = batches
         self._gauges = QueueGauges()
         self._read_at = -REFRESH_S
         self._reading = asyncio.Lock()
@@ -137,10 +147,10 @@ class Exposition:
     async def _read(self) -> None:
         gauges = self._gauges
         gauges.workers = tuple(self._workers())
-        gauges.status = gauges.answers = None
+        gauges.status = gauges.answers = gauges.batches = None
         gauges.used = []
         # While NATS is away a read would wait for it.
         if self._connection.connected:
             with contextlib.suppress(QueueUnavailable):
                 gauges.status, gauges.answers = await asyncio.gather(self._read_numbers(), self._read_answers())
-                gauges.used = await self._read_usage()
+                gauges.used, gauges.batches = await asyncio.gather(self._read_usage(), self._read_batches())

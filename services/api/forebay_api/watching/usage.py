@@ -44,8 +44,9 @@ async def get_usage(
 ) -> dict[str, Any]:
     """Requests that have ended, tokens in and out, and seconds in the queue, a day (UTC), model and key.
 
-    `from` and `to` are days; without them, it is the last seven. `group_by` (repeated) chooses what is not summed over.
-    An operator sees the usage of all keys, and `key` chooses one; others see their own. Without keys, `key` is null.
+    `from` and `to` are days; without them, it is the last seven. `model` is a name, or its part after the slash.
+    `group_by` (repeated) chooses what is not summed over. An operator sees the usage of all keys, and `key` chooses
+    one; others see their own. Without keys, `key` is null.
     """
     last = last or date.fromisoformat(day_of(clock.now()))
     first = first or date.fromordinal(max(last.toordinal() - DAYS + 1, 1))
@@ -54,7 +55,7 @@ async def get_usage(
         raise InvalidRequest(f"`to` must be 0 to {MAX_DAYS - 1} days after `from`.", param="to", code="invalid_value")
     days = [(first + timedelta(days=number)).isoformat() for number in range(count)]
     rows = await context.states.usage(days, None if caller.operator else [caller.name])
-    rows = [row for row in rows if model in (None, row.model) and key in (None, row.key)]
+    rows = [row for row in rows if key in (None, row.key) and (model is None or f"/{row.model}".endswith(f"/{model}"))]
     return {
         "object": "list",
         "first": days[0],

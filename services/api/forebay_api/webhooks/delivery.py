@@ -13,6 +13,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
+from http.cookiejar import DefaultCookiePolicy
 from typing import Final
 
 import httpx
@@ -25,7 +26,7 @@ from forebay_contracts.nats import clock
 from forebay_contracts.nats.streams import EVENT_TTL_S
 from forebay_contracts.queueing.protocols import Deliveries, Delivery
 from forebay_contracts.telemetry.metrics import bound
-from forebay_contracts.wire.errors import QueueUnavailable
+from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
 from forebay_contracts.wire.event import Event
 
 POSTS_AT_ONCE: Final = 8
@@ -69,7 +70,11 @@ class _Line:
 
 
 class Deliverer:
-    """Pulls events, and posts them. `publish` puts an event into the queue. `longest_pause_s` is between two tries."""
+    """Pulls events, and posts them. `publish` puts an event into the queue. `longest_pause_s` is between two tries.
+
+    Raises:
+        ConfigurationError: HTTPS_PROXY, SSL_CERT_FILE or the like are wrong.
+    """
 
     def __init__(
         self,
@@ -86,15 +91,14 @@ class Deliverer:
         self._longest_pause_s = longest_pause_s
         self._lines: defaultdict[str, _Line] = defaultdict(_Line)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._client = _client(timeout_s)
 
     async def run(self) -> None:
         """Deliver until it is cancelled. Another api then makes the posts that were under way."""
-        # Without a limit: each receiver has one of its own. A redirect could lead anywhere, so none is followed.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-        async with httpx.AsyncClient(timeout=self._timeout_s, follow_redirects=False, limits=limits) as client:
+        async with self._client:
             try:
                 while True:
-                    task = asyncio.create_task(self._settle(client, await self._deliveries.pull()))
+                    task = asyncio.create_task(self._settle(await self._deliveries.pull()))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
             finally:
@@ -103,7 +107,7 @@ class Deliverer:
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _settle(self, client: httpx.AsyncClient, delivery: Delivery) -> None:
+    async def _settle(self, delivery: Delivery) -> None:
         try:
             event = Event.model_validate_json(delivery.data)
         except ValidationError:
@@ -114,14 +118,14 @@ class Deliverer:
             return
         if event.endpoint is None:
             await self._settled(self._spread(event, delivery))
-        elif (endpoint := self._endpoints.named.get(event.endpoint)) is None:
+        elif (endpoint := self._endpoints.named.get(event.endpoint)) is None or not endpoint.wants(event):
             await self._settled(self._unwanted(event, delivery))
         elif (line := self._lines[event.endpoint]).busy >= POSTS_AT_ONCE:
             await self._settled(delivery.nak(min(line.turn_s(), self._longest_pause_s)))
         else:
             try:
                 with line.post():
-                    status, reason = await self._post(client, endpoint, event)
+                    status, reason = await self._post(endpoint, event)
             except asyncio.CancelledError:
                 await self._settled(delivery.nak())
                 raise
@@ -149,19 +153,21 @@ class Deliverer:
             return await delivery.ack()
         return await delivery.nak(self._pause_s(age_s))
 
-    async def _post(self, client: httpx.AsyncClient, endpoint: Endpoint, event: Event) -> tuple[int, str]:
+    async def _post(self, endpoint: Endpoint, event: Event) -> tuple[int, str]:
         """The status of the answer, 0 if there is none, and a word on it. The body of the answer is not read."""
         body = event.body()
         headers = endpoint.headers(event.id, int(clock.now()), body)
         try:
             async with (
                 asyncio.timeout(self._timeout_s),
-                client.stream("POST", endpoint.url, content=body, headers=headers) as response,
+                self._client.stream("POST", endpoint.url, content=body, headers=headers) as response,
             ):
                 return response.status_code, f"it answered {response.status_code}"
         except TimeoutError:
             return 0, f"no answer within {self._timeout_s:g} s"
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
+        except httpx.ConnectError as exc:
+            return 0, f"no connection: {exc}"  # such as a certificate that is not valid
+        except Exception as exc:  # whatever a receiver answers, other events go on
             return 0, type(exc).__name__
 
     async def _posted(self, event: Event, delivery: Delivery, status: int, reason: str) -> None:
@@ -183,3 +189,15 @@ class Deliverer:
 
     def _pause_s(self, age_s: float) -> float:
         return min(max(age_s, FIRST_PAUSE_S), self._longest_pause_s) * random.uniform(0.5, 1.5)
+
+
+def _client(timeout_s: float) -> httpx.AsyncClient:
+    # Without a limit: each receiver has one of its own. A redirect could lead anywhere, so none is followed.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    try:
+        client = httpx.AsyncClient(timeout=timeout_s, follow_redirects=False, limits=limits)
+    except (OSError, ValueError, ImportError, httpx.InvalidURL) as exc:
+        raise ConfigurationError(f"webhooks cannot be posted with this environment: {exc}") from exc
+    # Receivers on one host must not see or break each other's posts by a cookie.
+    client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
+    return client

@@ -43,18 +43,20 @@ class Endpoint(BaseModel):
 
     url: str
     secret: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1, max_length=5)]
-    key: str | None = None
-    events: Annotated[tuple[EventType, ...], BeforeValidator(_listed)] = EVENT_TYPES
+    key: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] | None = None
+    events: Annotated[tuple[EventType, ...], BeforeValidator(_listed), Field(min_length=1)] = EVENT_TYPES
 
     @field_validator("url")
     @classmethod
     def _is_http(cls, value: str) -> str:
+        import httpx  # here, since HTTP clients take 10 MB of memory
+
         try:
-            parts = urlsplit(value)
-            _ = parts.port
-        except ValueError:
+            parts = httpx.URL(value)
+            host, _ = parts.host, urlsplit(value).port  # each finds other faults
+        except (httpx.InvalidURL, ValueError):
             raise ValueError("it is no URL") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not host:
             raise ValueError("expected http:// or https:// and a host")
         return value
 
@@ -97,10 +99,10 @@ def parse(text: str) -> dict[str, Endpoint]:
     """The endpoints of a file by name. Raises ConfigurationError, which quotes nothing of the file but names."""
     try:
         entries = _entries.validate_python(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigurationError(f"not TOML: {exc}") from None
     except ValidationError as exc:
         raise ConfigurationError("; ".join(_sentence(error) for error in exc.errors(include_input=False))) from None
+    except (ValueError, RecursionError) as exc:  # TOMLDecodeError, and what the parser lets through
+        raise ConfigurationError(f"not TOML: {exc}") from None
     if len(entries) > MAX_ENDPOINTS:
         raise ConfigurationError(f"it holds more than {MAX_ENDPOINTS} names")
     for name in entries:

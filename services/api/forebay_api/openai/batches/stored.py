@@ -7,11 +7,13 @@ from typing import Final, cast
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
+from forebay_api import request_metrics
 from forebay_api.in_flight.records import Kept, Records, key_of
-from forebay_api.openai.batches.record import KIND, BatchRecord, Status
+from forebay_api.openai.batches.record import FINAL, KIND, BatchRecord, Status
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.events import publish_event
+from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ApiError, QueueFull, QueueUnavailable
 from forebay_contracts.wire.event import EventType, event
@@ -24,11 +26,14 @@ UNSAID_S: Final = 60.0
 
 _STORE_FAILED: Final = 10077
 
+_ENDED: Final = {status: bound(request_metrics.BATCHES, status) for status in FINAL}
+
 
 class Batches:
     """See the module. Each method raises QueueUnavailable without an answer from NATS."""
 
     def __init__(self, connection: Connection) -> None:
+        self._jetstream = connection.jetstream
         self._requests = connection.requests
         self._records = Records(connection, names.BATCHES_BUCKET)
 
@@ -52,7 +57,10 @@ class Batches:
 
     async def put(self, record: BatchRecord, revision: int) -> int:
         """Replace `revision` of a batch; returns the new one. Raises QueueConflict if `revision` is not the last."""
-        return await self._records.put(_key(record.id), record, revision)
+        revision = await self._records.put(_key(record.id), record, revision)
+        if record.status in _ENDED:
+            _ENDED[record.status].inc()
+        return revision
 
     def scan(self) -> AsyncIterator[BatchRecord]:
         """All batches, by their last change."""
@@ -62,6 +70,14 @@ class Batches:
         """Tell webhooks that a batch has ended. A repetition has the same event id."""
         kind = cast(EventType, f"batch.{status}")
         await publish_event(self._requests, event(kind, record.id, clock.now(), record.key))
+
+    async def counts(self) -> tuple[int, int]:
+        """How many batches wait for an api, and how many apis run."""
+        try:
+            info = await self._jetstream.consumer_info(names.BATCHES, names.BATCHES_CONSUMER)
+        except (NatsError, TimeoutError) as exc:
+            raise QueueUnavailable("the queue of batches cannot be reached") from exc
+        return info.num_pending or 0, info.num_ack_pending or 0
 
     async def _queue(self, batch_id: str) -> None:
         subject = names.batch_subject(batch_id)
