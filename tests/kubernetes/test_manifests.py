@@ -121,7 +121,7 @@ def test_hashed_keys_are_mounted_where_the_api_reads_them(manifests: Manifests) 
 
 
 def test_images_are_those_of_the_overlays_one_list(manifests: Manifests) -> None:
-    listed = yaml.safe_load((DEPLOY / "overlays" / manifests.overlay / "kustomization.yaml").read_text())["images"]
+    listed = yaml.safe_load((DEPLOY / "overlays" / manifests.name / "kustomization.yaml").read_text())["images"]
     named = {f"{image['name']}:{image['newTag']}" for image in listed}
     assert {workload.container["image"] for workload in manifests.workloads()} == named
     assert NATS_IMAGE in named  # the one that all tests and the compose file use

@@ -1,9 +1,11 @@
 """The inference servers beside a worker: the components of the manifests, and the profiles of compose."""
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import kubernetes_validate
@@ -12,8 +14,9 @@ import yaml
 
 from forebay_contracts.settings import InferenceSettings, load
 from forebay_inference.engine.served.dialects import DIALECTS
+from forebay_inference.engine.served.pooling import POOLING
 from forebay_inference.engine.served.process import filled
-from support.manifests import DEPLOY, Manifests, Object
+from support.manifests import DEPLOY, Manifests, Object, kustomized
 
 COMPOSE = yaml.safe_load((DEPLOY.parent / "compose.served.yaml").read_text())
 IMAGES = {
@@ -53,7 +56,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if overlay == "single-node":
         text += "components:\n  - ../../components/llamacpp\n"
     file.write_text(text)
-    manifests = Manifests(overlay, copy / "kubernetes")
+    manifests = kustomized(overlay, copy / "kubernetes")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in manifests.environment("forebay-inference").items():
             patch.setenv(name, value)
@@ -72,26 +75,38 @@ def environment(served: Served) -> dict[str, str]:
     for one in served.engine["env"]:
         if (key := one.get("valueFrom", {}).get("configMapKeyRef")) is None:
             found[one["name"]] = one["value"]
-        elif (value := served.manifests.config(key["name"].rpartition("-")[0]).get(key["key"])) is not None:
+        elif (value := served.manifests.config(key["name"]).get(key["key"])) is not None:
             found[one["name"]] = value
     return found
 
 
-def test_the_server_is_started_as_the_worker_would_start_it(served: Served) -> None:
+@pytest.mark.parametrize("task", ["", "embed", "rerank"])
+def test_the_server_is_started_as_the_worker_would_start_it(served: Served, task: str, tmp_path: Path) -> None:
     settings = served.settings
-    (command,) = served.engine["args"]
-    given = words(command, environment(served))
     assert settings.inference_engine == served.component.removesuffix("-cuda")
     assert settings.engine_url == "http://127.0.0.1:8000"
-    after_model = given[given.index("--host") :]
-    if settings.inference_engine == "llamacpp":
-        assert after_model[:4] == ["--host", "127.0.0.1", "--port", "8000"]
-        assert after_model[4:7] == ["--parallel", str(settings.slots), "--metrics"]
-    else:
-        filled_in = {"model": "/tmp/model", "name": "-", "python": "-", "port": 8000, "slots": settings.slots}
-        wanted = filled(DIALECTS[settings.inference_engine]().command(settings), filled_in)
-        assert wanted[wanted.index("--host") :][: len(after_model)] == after_model
-        assert "/tmp/model" in given
+    (tmp_path / "config.json").write_text('{"torch_dtype": "bfloat16"}')
+    (command,) = served.engine["args"]
+    command = command.replace("/tmp/model/config.json", f"{tmp_path}/config.json")
+    given = words(command, environment(served) | {"MODEL_TASK": task, "PATH": os.environ["PATH"]})
+    assert given == [*given[: given.index("--host")], *wanted(settings, task)]
+    assert "/tmp/model" in given
+
+
+def wanted(settings: InferenceSettings, task: str) -> list[str]:
+    """The options, from `--host` on, with which a worker would start the server."""
+    engine = settings.inference_engine
+    if engine == "llamacpp":  # the worker's own is another program
+        task_option = {"": [], "embed": ["--embedding"], "rerank": ["--reranking"]}[task]
+        limits = ["--parallel", str(settings.slots), "--metrics", "--cache-ram", "512"]
+        return ["--host", "127.0.0.1", "--port", "8000", *limits, *task_option]
+    pooling: Any = task
+    dialect = POOLING[engine](pooling) if task else DIALECTS[engine]()
+    values = {"name": "-", "port": 8000, "slots": settings.slots, "dtype": "bfloat16"}
+    command = filled(dialect.command(settings), values)
+    options = command[command.index("--host") :]
+    # What vLLM gets on this machine without a GPU.
+    return options[: options.index("--kv-cache-memory-bytes")] if "--kv-cache-memory-bytes" in options else options
 
 
 def test_the_server_outlives_the_worker_and_has_an_hour_to_load(served: Served) -> None:

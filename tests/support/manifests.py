@@ -1,6 +1,7 @@
-"""The Kubernetes manifests as `kubectl kustomize` renders them."""
+"""The Kubernetes manifests as `kubectl kustomize` renders them, or Helm."""
 
 import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "kubernetes"
 OVERLAYS = ("single-node", "production")
+CONFIG_MAPS = ("queue-config", "api-config", "inference-config", "nats-config", "nats-forebay")
 
 Object = dict[str, Any]
 
@@ -45,22 +47,12 @@ class Workload(NamedTuple):
 
 
 class Manifests:
-    """What one overlay renders to."""
+    """What an overlay, or a chart, renders to."""
 
-    def __init__(self, overlay: str, deploy: Path = DEPLOY) -> None:
-        self.overlay = overlay
-        done = subprocess.run(
-            [kubectl(), "kustomize", str(deploy / "overlays" / overlay)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        # A field that is out of date is rendered all the same, with a warning.
-        assert not done.stderr, done.stderr
-        self.text = done.stdout
-        self.objects: list[Object] = list(yaml.safe_load_all(done.stdout))
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        self.text = text
+        self.objects: list[Object] = [found for found in yaml.safe_load_all(text) if found]
 
     def of(self, *kinds: str) -> list[Object]:
         """All objects of some kinds."""
@@ -95,24 +87,41 @@ class Manifests:
         return [found for found in self.workloads() if wanted <= found.labels.items()]
 
     def config(self, name: str) -> dict[str, str]:
-        """The data of a generated ConfigMap, by its name without the hash."""
-        (found,) = (found for found in self.of("ConfigMap") if found["metadata"]["name"].rpartition("-")[0] == name)
-        data: dict[str, str] = found["data"]
+        """The data of a ConfigMap."""
+        data: dict[str, str] = self.one("ConfigMap", name)["data"]
         return data
 
     def environment(self, name: str) -> dict[str, str]:
         """What the container of a workload gets from ConfigMaps, later ones over earlier ones, and plain values."""
-        container = self.workload(name).container
+        return self.environment_of(self.workload(name).container)
+
+    def environment_of(self, container: Object) -> dict[str, str]:
+        """The same of one container."""
         found: dict[str, str] = {}
         for source in container.get("envFrom", ()):
-            found |= self.config(source["configMapRef"]["name"].rpartition("-")[0])
+            found |= self.config(source["configMapRef"]["name"])
         return found | {one["name"]: one["value"] for one in container.get("env", ()) if "value" in one}
+
+
+def kustomized(overlay: str, deploy: Path = DEPLOY) -> Manifests:
+    """An overlay, with the names of ConfigMaps without their hashes."""
+    done = subprocess.run(
+        [kubectl(), "kustomize", str(deploy / "overlays" / overlay)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # A field that is out of date is rendered all the same, with a warning.
+    assert not done.stderr, done.stderr
+    return Manifests(overlay, re.sub(rf"\b({'|'.join(CONFIG_MAPS)})-[a-z0-9]{{10}}\b", r"\1", done.stdout))
 
 
 @functools.cache
 def rendered(overlay: str) -> Manifests:
     """An overlay, rendered once a process."""
-    return Manifests(overlay)
+    return kustomized(overlay)
 
 
 def probes(workload: Workload) -> Iterator[tuple[str, Object]]:
