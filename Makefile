@@ -125,12 +125,15 @@ sbom: $(STAMP) $(TOOLS)/bin/python
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-# In an environment of its own: checkov pins what others use too.
+# In an environment of its own: checkov pins what others use too. helm-python-sdk is Helm 4 as a library (85 MB).
+CHECKOV := build/checkov
 check-kubernetes: $(STAMP)
-	test -x build/checkov/bin/checkov || { $(PYTHON) -m venv build/checkov && build/checkov/bin/python -m pip install -q 'checkov>=3.3,<4'; }
-	rm -rf build/checkov/deploy && cp -r deploy build/checkov/deploy
-	sed -i 's|components/gpu|components/vllm|' build/checkov/deploy/kubernetes/overlays/production/kustomization.yaml
-	for folder in deploy/kubernetes/overlays/* build/checkov/deploy/kubernetes/overlays/production; do \
-		$(BIN)/kubectl kustomize $$folder > build/checkov/rendered.yaml && \
-		build/checkov/bin/checkov --config-file deploy/kubernetes/.checkov.yaml -f build/checkov/rendered.yaml || exit 1; \
+	ls $(CHECKOV)/lib/python*/site-packages/helm_python >/dev/null 2>&1 || { $(PYTHON) -m venv $(CHECKOV) && \
+		$(CHECKOV)/bin/python -m pip install -q 'checkov>=3.3,<4' 'helm-python-sdk>=0.2.2,<0.3'; }
+	rm -rf $(CHECKOV)/deploy && cp -r deploy $(CHECKOV)/deploy
+	sed -i 's|components/gpu|components/vllm|' $(CHECKOV)/deploy/kubernetes/overlays/production/kustomization.yaml
+	for folder in deploy/kubernetes/overlays/* $(CHECKOV)/deploy/kubernetes/overlays/production; do \
+		$(BIN)/kubectl kustomize $$folder > $(CHECKOV)/rendered.yaml && \
+		$(CHECKOV)/bin/checkov --config-file deploy/kubernetes/.checkov.yaml -f $(CHECKOV)/rendered.yaml || exit 1; \
 	done
+	HELM_PYTHON=$(CURDIR)/$(CHECKOV)/bin/python $(BIN)/python -m pytest -m deploy $(ARGS) tests/kubernetes

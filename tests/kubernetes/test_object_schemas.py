@@ -13,7 +13,7 @@ import pytest
 from support.manifests import Manifests, Object
 
 SCHEMAS = Path(__file__).parent / "schemas"
-OPERATORS = {"keda.sh", "monitoring.coreos.com"}
+OPERATORS = {"gateway.networking.k8s.io", "keda.sh", "monitoring.coreos.com"}
 KUBERNETES = ("1.31", "1.34", "1.37")
 """The oldest that docs/kubernetes.md names, one between, and the newest that the validator knows."""
 

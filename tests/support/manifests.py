@@ -7,15 +7,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import pytest
 import yaml
+
+from forebay_contracts.settings import Settings, load
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "kubernetes"
 OVERLAYS = ("single-node", "production")
 CONFIG_MAPS = ("queue-config", "api-config", "inference-config", "nats-config", "nats-forebay")
 
 Object = dict[str, Any]
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def kubectl() -> str:
@@ -129,3 +133,11 @@ def probes(workload: Workload) -> Iterator[tuple[str, Object]]:
     for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
         if kind in workload.container:
             yield kind, workload.container[kind]["httpGet"]
+
+
+def settings(cls: type[AnySettings], environment: dict[str, str]) -> AnySettings:
+    """The settings that a process with this environment loads."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return load(cls, _env_file=None)

@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from forebay_cli import console
 from forebay_cli.declarations import AsJson
+from forebay_cli.helm_values import helm_values
 from forebay_cli.hub import config_of_hub
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.sizing.gpu_memory import (
@@ -57,6 +58,9 @@ def plan(
     ] = True,
     concurrency: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 4,
     request_seconds: Annotated[float, typer.Option(help="Seconds that one request runs.", min=0.1)] = 6.0,
+    as_helm_values: Annotated[
+        bool, typer.Option("--helm-values", help="Print values of the chart deploy/helm (docs/helm.md).")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Recommend settings that fit a model into a GPU's memory."""
@@ -80,6 +84,10 @@ def plan(
             "fits": [asdict(one) for one in fits],
         }
         console.print_json(found)
+    elif as_helm_values:
+        if best is not None:
+            values = helm_values(shape, best, settings, options, read.request_timeout)
+            console.stdout.print(values, markup=False, soft_wrap=True)
     else:
         _print(shape, gpu_bytes, fits, settings)
         if options:

@@ -1,0 +1,126 @@
+{{- define "forebay.labels" -}}
+app.kubernetes.io/part-of: forebay
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{/* An image of Forebay: (list ROOT NAME SUFFIX). */}}
+{{- define "forebay.image" -}}
+{{- $root := index . 0 -}}
+{{- with $root.Values.images.registry }}{{ trimSuffix "/" . }}/{{ end -}}
+{{ index . 1 }}:{{ $root.Values.images.tag | default $root.Chart.AppVersion }}{{ index . 2 }}
+{{- end }}
+
+{{/* The models with all defaults, and what follows from them: `served`, the name for clients; `consumer`, its name on
+NATS (names.model_token); `image`, the variant of the worker's; `onGpu`; `workers`; `concurrent`,
+MAX_CONCURRENT_REQUESTS. */}}
+{{- define "forebay.models" -}}
+{{- if not .Values.models }}
+{{- fail "\n\nmodels is empty. Make an entry with: forebay plan --gpu-memory 24GiB --model ID --helm-values > model.yaml\nand give it to helm with: -f model.yaml" }}
+{{- end }}
+{{- $models := dict }}
+{{- range $key, $given := .Values.models }}
+{{- $one := merge (dict) $given (dict "gpus" 0 "workers" 1 "slots" 1 "queue" 100 "memoryGiB" 2 "engine" "transformers" "engineOptions" "" "task" "auto" "settings" dict "nodeSelector" dict) }}
+{{- $served := dig "MODEL_NAME" "" $one.settings | default (regexMatch `^[/.~]|\.gguf$` $one.model | ternary (base $one.model | trimSuffix ".gguf") $one.model) }}
+{{- $workers := $one.gpus | default $one.workers | int }}
+{{- $onGpu := gt (int $one.gpus) 0 }}
+{{- $image := has $one.engine (list "vllm" "sglang" "llamacpp") | ternary "-served" ($onGpu | ternary "-cuda" "-cpu") }}
+{{- $derived := dict "served" $served "consumer" (regexReplaceAll "[^A-Za-z0-9_]+" $served "-" | trimAll "-") "onGpu" $onGpu "image" $image "workers" $workers "concurrent" (mul $one.slots $workers) }}
+{{- $_ := set $models $key (merge $derived $one) }}
+{{- end }}
+{{- toYaml $models }}
+{{- end }}
+
+{{/* The settings of all processes, as a map. */}}
+{{- define "forebay.settings" -}}
+{{- $nats := .Values.nats }}
+{{- $models := include "forebay.models" . | fromYaml }}
+{{- $key := .Values.defaultModel | default (keys $models | sortAlpha | first) }}
+{{- $default := get $models $key | required (printf "defaultModel: there is no %s in models" $key) }}
+{{- $queue := 0 }}
+{{- range $models }}{{ $queue = add $queue (mul .queue .workers) }}{{ end }}
+{{- $found := dict
+  "NATS_URL" ($nats.enabled | ternary (printf "tls://nats.%s.svc:4222" .Release.Namespace) $nats.url | required "nats.url is empty: give the address of your NATS, or set nats.enabled")
+  "NATS_REPLICAS" $nats.replicas
+  "DEFAULT_MODEL" $default.model
+  "MAX_CONCURRENT_REQUESTS" $default.concurrent
+  "MAX_QUEUE_SIZE" $queue
+  "REQUEST_TIMEOUT" .Values.requestTimeout
+  "NO_WORKER_POLICY" "wait"
+  "LOG_FORMAT" "json" }}
+{{- $_ := merge $found (include "forebay.modelNames" $default | fromYaml) }}
+{{- if or $nats.enabled $nats.tlsSecret }}{{ $_ := set $found "NATS_TLS_CA" "/etc/forebay/nats/ca.crt" }}{{ end }}
+{{- if or $nats.enabled (eq $nats.auth "nkey") }}{{ $_ := set $found "NATS_NKEY_SEED" "/etc/forebay/nats/seed" }}
+{{- else if eq $nats.auth "credentials" }}{{ $_ := set $found "NATS_CREDENTIALS" "/etc/forebay/nats/creds" }}{{ end }}
+{{- range $name, $value := mergeOverwrite $found .Values.settings }}
+{{ $name }}: {{ toString $value | quote }}
+{{- end }}
+{{- end }}
+
+{{/* What the consumer of a model tells of its names, as a map. */}}
+{{- define "forebay.modelNames" -}}
+{{- toYaml (pick .settings "MODEL_NAME" "MODEL_ALIASES" "MODEL_ADAPTERS") }}
+{{- end }}
+
+{{- define "forebay.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "forebay.securityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* Of every pod: (list ROOT PRIORITY_CLASS). */}}
+{{- define "forebay.pod" -}}
+{{- $root := index . 0 -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with index . 1 }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $root.Values.images.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* What a role needs to reach NATS: (list ROOT ROLE), as the sources of a projected volume. */}}
+{{- define "forebay.natsSources" -}}
+{{- $nats := (index . 0).Values.nats -}}
+{{- if or $nats.enabled (ne $nats.auth "none") }}
+- secret:
+    name: {{ get $nats.secrets (index . 1) }}
+{{- end }}
+{{- if or $nats.enabled $nats.tlsSecret }}
+- secret:
+    name: {{ $nats.tlsSecret }}
+    items:
+      - {key: ca.crt, path: ca.crt}
+{{- end }}
+{{- end }}
+
+{{- define "forebay.natsMount" -}}
+{{- if include "forebay.natsSources" (list . "api") | trim -}}
+- {name: nats-client, mountPath: /etc/forebay/nats, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "forebay.natsVolume" -}}
+{{- with include "forebay.natsSources" . | trim -}}
+- name: nats-client
+  projected:
+    defaultMode: 0440
+    sources:
+      {{- . | nindent 6 }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,236 @@
+"""The chart deploy/helm: each object fits Kubernetes, and its numbers follow from models and GPUs."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from test_object_schemas import OPERATORS, group, operator_schema
+
+from forebay_contracts.settings import ApiSettings, InferenceSettings, Settings
+from forebay_contracts.wire import names
+from support import helm
+from support.manifests import DEPLOY, Manifests, settings
+
+pytestmark = pytest.mark.deploy
+
+QWEN: dict[str, Any] = {"model": "Qwen/Qwen2.5-7B-Instruct", "gpus": 1, "slots": 12, "queue": 600, "memoryGiB": 16}
+SMOL: dict[str, Any] = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "slots": 4, "queue": 200}
+E5: dict[str, Any] = {"model": "intfloat/e5-base-v2", "engine": "embedding", "task": "embed", "workers": 2, "slots": 8}
+RERANKER: dict[str, Any] = {
+    "model": "gpustack/bge-reranker-v2-m3-GGUF/bge-reranker-v2-m3-Q8_0.gguf",
+    "gpus": 2,
+    "engine": "llamacpp",
+    "task": "rerank",
+    "slots": 8,
+}
+EXISTING: dict[str, Any] = {"enabled": False, "url": "tls://nats.example:4222"}
+PRODUCTION: dict[str, Any] = yaml.safe_load((helm.CHART / "production.yaml").read_text())
+OUTSIDE: dict[str, Any] = {
+    "ingress": {"enabled": True, "host": "llm.example", "tlsSecret": "llm-tls", "className": "nginx"},
+    "gateway": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["llm.example"]},
+}
+
+CASES: dict[str, dict[str, Any]] = {
+    "one GPU": {"models": {"qwen": QWEN}},
+    "three GPUs": {"models": {"qwen": QWEN | {"gpus": 3, "engine": "vllm"}}} | PRODUCTION | OUTSIDE,
+    "two models": {"models": {"smol": SMOL, "e5": E5}, "api": {"keys": "[keys]"}, "huggingFace": {"token": "hf_x"}},
+    "rerank": {"models": {"qwen": QWEN | {"engine": "sglang"}, "bge": RERANKER}} | PRODUCTION,
+    "existing NATS": {"models": {"qwen": QWEN}, "nats": EXISTING},
+    "Synadia Cloud": {
+        "models": {"qwen": QWEN},
+        "nats": EXISTING | {"auth": "credentials", "tlsSecret": "", "replicas": 3},
+    },
+    "open NATS": {
+        "models": {"smol": SMOL},
+        "nats": {"enabled": False, "url": "nats://nats:4222", "auth": "none", "tlsSecret": ""},
+    },
+}
+
+
+def chart(values: dict[str, Any], name: str = "chart", **options: Any) -> Manifests:
+    return Manifests(name, helm.render(values, **options))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Manifests:
+    return chart(CASES[request.param], request.param)
+
+
+# --- Kubernetes ---
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.37"])
+def test_kubernetes_and_the_operators_know_every_field(case: Manifests, version: str) -> None:
+    for found in case.objects:
+        if group(found) in OPERATORS:
+            operator_schema(found["kind"], found["apiVersion"]).validate(found)
+        else:
+            kubernetes_validate.validate(found, version, strict=True)
+
+
+def test_selectors_find_one_workload(case: Manifests) -> None:
+    for found in case.of("Deployment", "StatefulSet"):
+        own = case.workload(found["metadata"]["name"])
+        assert case.selected(found["spec"]["selector"]) == [own]
+        for spread in own.pod.get("topologySpreadConstraints", ()):
+            assert case.selected(spread["labelSelector"]) == [own]
+    for budget in case.of("PodDisruptionBudget"):
+        assert len(case.selected(budget["spec"]["selector"])) == 1
+    for service in case.of("Service"):
+        (target,) = case.selected({"matchLabels": service["spec"]["selector"]})
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= target.ports.keys()
+    for policy in case.of("NetworkPolicy"):
+        assert case.selected(policy["spec"]["podSelector"])
+
+
+def test_what_is_mounted_is_there_or_documented(case: Manifests) -> None:
+    given = {found["metadata"]["name"] for found in case.of("Secret", "ConfigMap")}
+    documented = (DEPLOY.parents[1] / "docs" / "kubernetes.md").read_text()
+    for name in (
+        set(re.findall(r"\bforebay-(?:nats-(?:api|admin|inference|tls|keys)|api-keys|hub)\b", case.text)) - given
+    ):
+        assert name in documented or name.rpartition("-")[0] + "-$role" in documented
+    for workload in case.workloads():
+        volumes = {volume["name"] for volume in workload.pod["volumes"]}
+        for container in (*workload.pod.get("initContainers", ()), *workload.pod["containers"]):
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes | {"data"}
+            for source in container.get("envFrom", ()):
+                assert source["configMapRef"]["name"] in given | {"forebay-nats-keys"}
+
+
+@pytest.mark.parametrize("name", ["three GPUs", "existing NATS"])
+def test_checkov_finds_nothing(name: str, tmp_path: Path) -> None:
+    found = chart(CASES[name])
+    for one in found.objects:
+        one["metadata"]["namespace"] = "forebay"  # Helm's --namespace
+    file = tmp_path / "rendered.yaml"
+    file.write_text(yaml.safe_dump_all(found.objects))
+    checkov = helm.helm_python().with_name("checkov")
+    done = subprocess.run(
+        [checkov, "--config-file", DEPLOY / ".checkov.yaml", "-f", file], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# --- The numbers ---
+
+
+def test_numbers_follow_from_models_and_gpus(case: Manifests) -> None:
+    models = CASES[case.name]["models"]
+    topology = next(one for one in case.workloads() if one.kind == "Job")
+    assert {one["name"] for one in topology.pod["containers"]} == models.keys()
+    queue = sum(one.get("queue", 100) * (one.get("gpus") or one.get("workers", 1)) for one in models.values())
+    for key, model in models.items():
+        workers = model.get("gpus") or model.get("workers", 1)
+        worker = settings(InferenceSettings, case.environment(f"forebay-inference-{key}"))
+        (container,) = (one for one in topology.pod["containers"] if one["name"] == key)
+        applied = settings(Settings, case.environment_of(container))
+        # Each service may apply the topology: all have to want the same.
+        assert applied == settings(Settings, case.environment(f"forebay-inference-{key}") | {"DATA_DIR": ""})
+        assert worker.slots == model["slots"]
+        assert worker.max_concurrent_requests == model["slots"] * workers
+        assert worker.max_queue_size == queue
+        assert worker.model_task == model.get("task", "auto")
+        api = settings(ApiSettings, case.environment("forebay-api"))
+        assert api.batch_window >= 2 * worker.max_concurrent_requests
+        for scaled in case.of("ScaledObject"):
+            if scaled["metadata"]["name"] == f"forebay-inference-{key}":
+                metadata = scaled["spec"]["triggers"][0]["metadata"]
+                assert metadata["consumer"] == names.model_token(worker.served_model)
+                assert (scaled["spec"]["maxReplicaCount"], metadata["lagThreshold"]) == (workers, str(worker.slots))
+    assert len(case.of("ScaledObject")) in (0, len(models))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp"])
+def test_values_of_a_plan_for_a_server_start_it_as_planned(engine: str) -> None:
+    values = helm.planned(f"plan --gpu-memory 24GiB --model 8B --engine {engine}")
+    (model,) = values["models"].values()
+    model["model"] = "org/name/file.gguf" if engine == "llamacpp" else "org/name"
+    found = chart(values)
+    ((fetch, server),) = (one.pod["initContainers"] for one in found.workloads() if "initContainers" in one.pod)
+    assert fetch["args"] == ["fetch", "--link", "/tmp/model"]
+    assert server["args"][0].endswith(model["engineOptions"])
+    assert f" {model['slots']} " in server["args"][0]
+    assert server["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+# --- NATS, secrets, upgrades ---
+
+
+def test_an_existing_nats_needs_nothing_of_the_charts(case: Manifests) -> None:
+    nats = CASES[case.name].get("nats", {})
+    if nats.get("enabled", True):
+        assert case.one("StatefulSet", "nats")
+        return
+    assert not case.of("StatefulSet")
+    loaded = settings(ApiSettings, case.environment("forebay-api"))
+    assert loaded.nats_url == nats["url"]
+    assert (loaded.nats_nkey_seed is not None) == (nats.get("auth", "nkey") == "nkey")
+    assert (loaded.nats_credentials is not None) == (nats.get("auth") == "credentials")
+    assert (loaded.nats_tls_ca is not None) == (nats.get("tlsSecret", "x") != "")
+    (policy,) = (one["spec"] for one in case.of("NetworkPolicy") if one["metadata"]["name"] == "nats-clients")
+    assert policy["egress"] == [
+        {"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [{"protocol": "TCP", "port": 4222}]}
+    ]
+
+
+def test_secrets_are_made_from_values_alone() -> None:
+    assert not chart(CASES["one GPU"]).of("Secret")
+    made = {one["metadata"]["name"] for one in chart(CASES["two models"]).of("Secret")}
+    assert made == {"forebay-api-keys", "forebay-hub"}
+
+
+def test_the_topology_is_applied_at_each_revision() -> None:
+    values = CASES["existing NATS"]
+    for options in ({}, {"is_upgrade": True, "is_install": False, "revision": 2}):
+        (job,) = chart(values, **options).of("Job")
+        assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade,post-rollback"
+        # Nothing of the release is there before the first installation.
+        pod = job["spec"]["template"]["spec"]
+        assert "priorityClassName" not in pod
+        assert all("envFrom" not in one for one in pod["containers"])
+    first = chart(CASES["one GPU"]).of("Job")
+    second = chart(CASES["one GPU"], is_upgrade=True, is_install=False, revision=2).of("Job")
+    assert [job["metadata"]["name"] for job in (*first, *second)] == ["forebay-topology-1", "forebay-topology-2"]
+    assert "annotations" not in first[0]["metadata"]
+
+
+def test_changed_settings_restart_the_pods_that_have_them() -> None:
+    def checksums(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            one["metadata"]["name"]: one["spec"]["template"]["metadata"]["annotations"]
+            for one in chart(values).of("Deployment", "StatefulSet")
+        }
+
+    before = checksums(CASES["two models"])
+    after = checksums(CASES["two models"] | {"settings": {"LOG_LEVEL": "DEBUG"}})
+    assert {name for name in before if before[name] != after[name]} == before.keys() - {"nats"}
+    models = CASES["two models"]["models"]
+    after = checksums(CASES["two models"] | {"models": models | {"e5": E5 | {"settings": {"LLM_BATCH_SIZE": 64}}}})
+    assert {name for name in before if before[name] != after[name]} == {"forebay-inference-e5"}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, "forebay plan"),
+        ({"models": {"qwen": QWEN | {"gpu": 2}}}, "gpu"),
+        ({"models": {"Qwen": QWEN}}, "Qwen"),
+        ({"models": {"qwen": QWEN | {"settings": {"WORKER_SLOTS": 3}}}}, "WORKER_SLOTS"),
+        ({"models": {"qwen": QWEN}, "defaultModel": "smol"}, "there is no smol in models"),
+        ({"models": {"qwen": QWEN}, "nats": {"enabled": False}}, "nats.url is empty"),
+        (
+            {"models": {"qwen": QWEN}, "nats": EXISTING, "autoscaling": {"workers": {"enabled": True}}},
+            "nats.monitoring",
+        ),
+        ({"models": {"qwen": QWEN}, "gateway": {"enabled": True}}, "gateway.parentRefs"),
+        ({"models": {"qwen": QWEN}, "nats": {"replicas": 2}}, "replicas"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_with_a_sentence(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(helm.ChartError, match=re.escape(says)):
+        helm.render(values)
