@@ -97,6 +97,8 @@ ACTIONS: dict[str, tuple[str, str, set[str]]] = {
     "purge": ("publish", f"{JS}STREAM.PURGE.INFERENCE", {"admin"}),
     "make-stream": ("publish", f"{JS}STREAM.CREATE.OTHER", {"admin"}),
     "change-stream": ("publish", f"{JS}STREAM.UPDATE.INFERENCE", {"admin"}),
+    "back-up": ("publish", "$JS.SNAPSHOT.ACK.INFERENCE.some-id.1.1", {"admin"}),
+    "restore": ("publish", "$JS.SNAPSHOT.RESTORE.INFERENCE.some-id", {"admin"}),
     "delete-stream": ("publish", f"{JS}STREAM.DELETE.INFERENCE", {"admin"}),
     "make-consumer": ("publish", f"{JS}CONSUMER.CREATE.INFERENCE.other", {"admin"}),
     "watch-bucket": ("publish", f"{JS}CONSUMER.CREATE.KV_inference-requests.other", {"admin"}),

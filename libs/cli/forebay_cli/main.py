@@ -28,6 +28,8 @@ COMMANDS: Final = {
     "chat": ("chat", "Chat with a model over the api."),
     "key": ("key", "Make an API key."),
     "plan": ("plan", "Recommend settings that fit a model into a GPU's memory."),
+    "backup": ("backup", "Save what is stored on NATS into a folder."),
+    "restore": ("backup", "Make the streams and buckets of a backup again."),
     "topology": ("topology", "Show or apply the streams, consumers and buckets on NATS."),
 }
 """Each command: its module in `forebay_cli.commands`, and its line in `forebay --help`."""
