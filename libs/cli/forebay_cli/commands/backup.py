@@ -25,7 +25,10 @@ async def backup(
     folder: Annotated[Path, typer.Argument(help="A new folder for the backup.", metavar="DIR", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Save all streams and buckets, while the services run. Each stream is as it was at one moment of its own."""
+    """Save what is stored on NATS into a folder.
+
+    The services may run. Each stream is as it was at one moment of its own.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigurationError(f"{folder} is not empty: name a new folder")
     read = load_settings()
@@ -46,7 +49,10 @@ async def restore(
     replace: Annotated[bool, typer.Option("--replace", help="Delete the streams that are there first.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make the streams and buckets of a backup again, while no service runs. Then run `forebay topology apply`."""
+    """Make the streams and buckets of a backup again.
+
+    No service may run. Run `forebay topology apply` afterwards.
+    """
     saved = snapshots.saved_in(folder)
     read = load_settings()
     async with connected(read) as link:
