@@ -125,6 +125,7 @@ sbom: $(STAMP) $(TOOLS)/bin/python
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
+# The manifests, the chart, nginx and the units of systemd. Needs Debian's nginx-light and systemd.
 # In an environment of its own: checkov pins what others use too. helm-python-sdk is Helm 4 as a library (85 MB).
 CHECKOV := build/checkov
 check-kubernetes: $(STAMP)
@@ -136,4 +137,4 @@ check-kubernetes: $(STAMP)
 		$(BIN)/kubectl kustomize $$folder > $(CHECKOV)/rendered.yaml && \
 		$(CHECKOV)/bin/checkov --config-file deploy/kubernetes/.checkov.yaml -f $(CHECKOV)/rendered.yaml || exit 1; \
 	done
-	HELM_PYTHON=$(CURDIR)/$(CHECKOV)/bin/python $(BIN)/python -m pytest -m deploy $(ARGS) tests/kubernetes
+	HELM_PYTHON=$(CURDIR)/$(CHECKOV)/bin/python $(BIN)/python -m pytest -m deploy $(ARGS) tests/kubernetes tests/deploy
