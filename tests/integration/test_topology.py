@@ -11,6 +11,7 @@ import pytest
 from forebay_contracts.nats import streams, topology
 from forebay_contracts.nats.connection import Connection, connect
 from forebay_contracts.nats.consumers import consumers
+from forebay_contracts.nats.storage import bounded
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
 from forebay_contracts.settings import Settings, load
@@ -99,6 +100,28 @@ def limited(folder: Path, store: str, account: str) -> NatsServer:
         "no_auth_user: a\n"
     )
     return NatsServer(folder, "-c", str(conf))
+
+
+async def test_each_stream_has_a_bound_where_the_account_wants_one(tmp_path: Path) -> None:
+    server = limited(tmp_path, "1GB", "1GB, max_bytes_required: true, disk_max_stream_bytes: 300MB")
+    server.start()
+    try:
+        async with connected(server) as connection:
+            assert await topology.ensure(connection, settings(server), MODEL)
+            assert await topology.ensure(connection, settings(server), MODEL) == []
+            made = [info.config for info in await connection.jetstream.streams_info()]
+    finally:
+        server.stop()
+    assert len(made) == len(streams.stream_configs(settings(server)))
+    assert all(1_000_000 < config.max_bytes <= 300 * 2**20 for config in made)
+    assert sum(config.max_bytes for config in made) < 2**30
+
+
+@pytest.mark.parametrize("storage", [5e9, 1e9, 8e6])
+def test_bounds_of_all_streams_are_within_the_account(storage: float) -> None:
+    configs = bounded(streams.stream_configs(Settings(_env_file=None), storage), storage)
+    assert all(config.max_bytes for config in configs)
+    assert sum(config.max_bytes for config in configs) <= storage
 
 
 async def test_an_installation_without_stored_answers_gets_them(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ async def ask(link: Connection, request: str) -> dict[str, Any]:
     return answer
 
 
-async def check(link: Connection, _: Settings) -> list[Finding]:
+async def check(link: Connection, settings: Settings) -> list[Finding]:
     """The storage used.
 
     Raises:
@@ -38,7 +38,9 @@ async def check(link: Connection, _: Settings) -> list[Finding]:
         raise JetStreamOff("the server has none") from None
     if "error" in info:
         raise JetStreamOff(info["error"].get("description"))
-    used, most = info["storage"], info["limits"]["max_storage"]
+    # Some accounts have limits by the number of replicas.
+    limited = (info.get("tiers") or {}).get(f"R{settings.nats_replicas}", info)
+    used, most = limited["storage"], limited["limits"]["max_storage"]
     if most > 0 and used * 100 >= most * FULL_PERCENT:
         message = f"{used * 100 // most} % of the account's storage of {size(most)} is used"
         return [Finding("jetstream", "warning", message, "raise the account's max_storage, or lower MAX_QUEUE_SIZE")]

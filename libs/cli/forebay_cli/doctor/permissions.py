@@ -148,6 +148,7 @@ PUBLISHES: Final = {
         f"{_JS}STREAM.MSG.DELETE.{names.DEFERRED}",
         f"{_GET}{_REQUESTS}.>",
         names.USAGE_SUBJECTS,
+        "$JS.SNAPSHOT.>",  # `forebay backup` and `forebay restore`
     ),
 }
 """By role, the subjects that it publishes to. `$SYS.REQ.USER.INFO`, which this check itself asks, is left out."""

@@ -7,7 +7,6 @@ as a user that may.
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,7 +19,8 @@ from nats.js.errors import APIError, NotFoundError
 
 from forebay_contracts.nats import permissions
 from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.streams import API_CONSUMERS, consumer_config, stream_configs
+from forebay_contracts.nats.storage import wanted_streams
+from forebay_contracts.nats.streams import API_CONSUMERS, consumer_config
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
@@ -167,7 +167,7 @@ async def _parts(connection: Connection, settings: Settings, consumer: ConsumerC
         ConfigurationError: another model has the consumer.
     """
     js = connection.jetstream
-    for wanted in stream_configs(settings, await _storage(connection, settings)):
+    for wanted in await wanted_streams(connection, settings):
         live = await _live(js.stream_info(wanted.name))
         name = f"stream {wanted.name}"
         yield _Part(name, wanted.name, wanted, live, _differences(name, live, wanted))
@@ -219,14 +219,3 @@ def _differences(name: str, live: Any, wanted: Any) -> list[str]:
         for field, (old, new) in pairs.items()
         if new is not None and new != old and not (old in _ZERO and new in _ZERO)
     ]
-
-
-async def _storage(connection: Connection, settings: Settings) -> float | None:
-    """Bytes that the account may store for each replica: inf if that is unbounded, None if this user may not ask."""
-    allowed = await permissions.own(connection)
-    if allowed is not None and not allowed.publish.permit("$JS.API.INFO"):
-        return None
-    # An account with tiers has its limits in the tiers, so this is unbounded.
-    limit: int = (await connection.jetstream.account_info()).limits.max_storage
-    # The server counts each replica.
-    return limit // settings.nats_replicas if limit > 0 else math.inf
