@@ -178,6 +178,19 @@ def test_an_existing_nats_needs_nothing_of_the_charts(case: Manifests) -> None:
     ]
 
 
+def test_large_numbers_are_written_whole() -> None:
+    bytes_ = 2_147_483_648
+    model = QWEN | {"queue": 2_000_000, "settings": {"ENGINE_START_TIMEOUT": 0.5, "ACK_WAIT": 1_000_000}}
+    values = {"settings": {"ANSWER_LOG_BYTES": bytes_}, "api": {"settings": {"MAX_FILE_BYTES": bytes_}}}
+    found = chart({"models": {"qwen": model}} | values)
+    assert (
+        found.environment("forebay-api").items() >= {"MAX_FILE_BYTES": str(bytes_), "MAX_QUEUE_SIZE": "2000000"}.items()
+    )
+    worker = found.environment("forebay-inference-qwen")
+    assert (worker["ENGINE_START_TIMEOUT"], worker["ACK_WAIT"]) == ("0.5", "1000000")
+    assert found.environment("forebay-topology-1")["ANSWER_LOG_BYTES"] == str(bytes_)
+
+
 def test_secrets_are_made_from_values_alone() -> None:
     assert not chart(CASES["one GPU"]).of("Secret")
     made = {one["metadata"]["name"] for one in chart(CASES["two models"]).of("Secret")}

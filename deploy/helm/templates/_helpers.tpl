@@ -31,6 +31,11 @@ MAX_CONCURRENT_REQUESTS. */}}
 {{- toYaml $models }}
 {{- end }}
 
+{{/* The value of a setting. Helm has numbers as floats, and would write a large one as 1e+09. */}}
+{{- define "forebay.value" -}}
+{{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ toString . }}{{ end }}
+{{- end }}
+
 {{/* The settings of all processes, as a map. */}}
 {{- define "forebay.settings" -}}
 {{- $nats := .Values.nats }}
@@ -53,7 +58,7 @@ MAX_CONCURRENT_REQUESTS. */}}
 {{- if or $nats.enabled (eq $nats.auth "nkey") }}{{ $_ := set $found "NATS_NKEY_SEED" "/etc/forebay/nats/seed" }}
 {{- else if eq $nats.auth "credentials" }}{{ $_ := set $found "NATS_CREDENTIALS" "/etc/forebay/nats/creds" }}{{ end }}
 {{- range $name, $value := mergeOverwrite $found .Values.settings }}
-{{ $name }}: {{ toString $value | quote }}
+{{ $name }}: {{ include "forebay.value" $value | quote }}
 {{- end }}
 {{- end }}
 

@@ -1,0 +1,59 @@
+"""`forebay plan --helm-values`: an entry of the chart's `models`. tests/kubernetes renders the chart with it."""
+
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from forebay_cli.commands.plan import fit_all, options_of, settings_of
+from forebay_cli.helm_values import helm_values
+from forebay_cli.main import app
+from forebay_contracts.sizing.gpu_memory import recommended
+from forebay_contracts.sizing.model_shape import of_params
+
+
+def values(name: str, engine: str = "transformers") -> tuple[str, dict[str, Any]]:
+    """The key and the entry for 7.6 billion parameters in 24 GiB."""
+    shape = of_params(name, 7_600_000_000, 28, 4, 128)
+    best = recommended(fit_all(shape, 24 << 30, 8192, None, requests_per_slot=50, engine=engine, flash=False), 4, 8192)
+    assert best is not None
+    found = yaml.safe_load(helm_values(shape, best, settings_of(best, engine), options_of(best, engine), 300.0))
+    assert found["requestTimeout"] == 300
+    ((key, entry),) = found["models"].items()
+    return key, entry
+
+
+def test_an_entry_has_the_numbers_of_one_worker() -> None:
+    key, entry = values("Qwen/Qwen2.5-7B-Instruct")
+    assert key == "qwen2-5-7b-instruct"
+    assert entry == {
+        "model": "Qwen/Qwen2.5-7B-Instruct",
+        "gpus": 1,
+        "slots": 12,
+        "queue": 600,
+        "memoryGiB": 16,
+        "settings": {"MODEL_QUANTIZATION": "none", "LLM_BATCH_SIZE": "512"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "model"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "vllm", "Qwen/Qwen2.5-7B-Instruct"),
+        ("Qwen/Qwen2.5-7B-Instruct", "llamacpp", ""),  # which file?
+        ("7.6B", "sglang", ""),
+    ],
+)
+def test_a_servers_slots_are_the_charts_to_give(name: str, engine: str, model: str) -> None:
+    _, entry = values(name, engine)
+    assert (entry["engine"], entry["model"]) == (engine, model)
+    assert entry["engineOptions"].startswith("--")
+    assert not {"--max-num-seqs", "--max-running-requests", "--parallel"} & set(entry["engineOptions"].split())
+    assert "GGUF" not in entry["engineOptions"]
+
+
+def test_what_does_not_fit_gives_no_values() -> None:
+    result = CliRunner().invoke(app, ["plan", "--gpu-memory", "1GiB", "--model", "7.6B", "--helm-values"])
+    assert result.stdout == ""
+    assert result.exit_code != 0
