@@ -1,5 +1,6 @@
 """The chart deploy/helm: each object fits Kubernetes, and its numbers follow from models and GPUs."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -13,7 +14,9 @@ from test_object_schemas import OPERATORS, group, operator_schema
 from forebay_contracts.settings import ApiSettings, InferenceSettings, Settings
 from forebay_contracts.wire import names
 from support import helm
+from support.command import run
 from support.manifests import DEPLOY, Manifests, settings
+from support.nats import NatsServer
 
 pytestmark = pytest.mark.deploy
 
@@ -28,6 +31,7 @@ RERANKER: dict[str, Any] = {
     "slots": 8,
 }
 EXISTING: dict[str, Any] = {"enabled": False, "url": "tls://nats.example:4222"}
+OPEN: dict[str, Any] = {"enabled": False, "url": "nats://nats:4222", "auth": "none", "tlsSecret": ""}
 PRODUCTION: dict[str, Any] = yaml.safe_load((helm.CHART / "production.yaml").read_text())
 OUTSIDE: dict[str, Any] = {
     "ingress": {"enabled": True, "host": "llm.example", "tlsSecret": "llm-tls", "className": "nginx"},
@@ -44,10 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
         "models": {"qwen": QWEN},
         "nats": EXISTING | {"auth": "credentials", "tlsSecret": "", "replicas": 3},
     },
-    "open NATS": {
-        "models": {"smol": SMOL},
-        "nats": {"enabled": False, "url": "nats://nats:4222", "auth": "none", "tlsSecret": ""},
-    },
+    "open NATS": {"models": {"smol": SMOL}, "nats": OPEN},
 }
 
 
@@ -210,6 +211,25 @@ def test_the_topology_is_applied_at_each_revision() -> None:
     second = chart(CASES["one GPU"], is_upgrade=True, is_install=False, revision=2).of("Job")
     assert [job["metadata"]["name"] for job in (*first, *second)] == ["forebay-topology-1", "forebay-topology-2"]
     assert "annotations" not in first[0]["metadata"]
+
+
+async def test_the_topology_of_two_models_is_what_each_service_wants(nats_server: NatsServer) -> None:
+    """The Job's containers, on a real server; then no service finds anything to change, as none may change it."""
+    found = chart({"models": {"smol": SMOL, "e5": E5}, "nats": OPEN})
+
+    async def apply(environment: dict[str, str], *options: str) -> str:
+        env = os.environ | environment | {"NATS_URL": nats_server.url}
+        ended = await run("topology", "apply", *options, env=env)
+        assert ended.code == 0, ended.stderr
+        return ended.stdout
+
+    (job,) = (one for one in found.workloads() if one.kind == "Job")
+    applied = [await apply(found.environment_of(one)) for one in job.pod["containers"]]
+    assert "consumer intfloat-e5-base-v2 made" in applied[0]
+    assert applied[1] == "consumer HuggingFaceTB-SmolLM2-135M-Instruct made\n"
+    assert found.environment("forebay-api")["DEFAULT_MODEL"] == SMOL["model"]  # of requests that name none
+    for workload in ("forebay-api", "forebay-inference-e5", "forebay-inference-smol"):
+        assert await apply(found.environment(workload), "--dry-run") == "nothing to change\n"
 
 
 def test_changed_settings_restart_the_pods_that_have_them() -> None:

@@ -40,7 +40,13 @@ MAX_CONCURRENT_REQUESTS. */}}
 {{- define "forebay.settings" -}}
 {{- $nats := .Values.nats }}
 {{- $models := include "forebay.models" . | fromYaml }}
-{{- $key := .Values.defaultModel | default (keys $models | sortAlpha | first) }}
+{{- $keys := keys $models | sortAlpha }}
+{{- $generate := list }}
+{{- range $keys }}
+{{- $one := get $models . }}
+{{- if not (or (has $one.task (list "embed" "rerank")) (eq $one.engine "embedding")) }}{{ $generate = append $generate . }}{{ end }}
+{{- end }}
+{{- $key := .Values.defaultModel | default (concat $generate $keys | first) }}
 {{- $default := get $models $key | required (printf "defaultModel: there is no %s in models" $key) }}
 {{- $queue := 0 }}
 {{- range $models }}{{ $queue = add $queue (mul .queue .workers) }}{{ end }}
