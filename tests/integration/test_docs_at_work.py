@@ -36,14 +36,17 @@ SAID = {
 
 ELSEWHERE = {
     "README": "integration/test_nats_page.py",
+    "backup": "integration/test_backup.py",
     "clients": "clients/test_coding_agents.py",
     "containers": "containers/test_compose.py",
     "engines": "integration/test_up_llamacpp.py",
     "kubernetes": "kubernetes/test_manifests.py",
     "models": "integration/test_rerank_model.py",
     "nats-cli": "integration/test_nats_page.py",
+    "own-nats": "deploy/test_own_nats.py",
     "security-nats": "security/test_nats_roles_at_work.py",
     "sizing": "unit/test_docs_commands.py",
+    "systemd": "deploy/test_systemd.py",
     "vllm": "vllm/test_vllm.py",
 }
 """Pages whose commands need more than a running system, or change it: what follows them."""
