@@ -43,7 +43,7 @@ async def test_topology_is_applied_and_shown(tmp_path: Path, nats_server: NatsSe
     async def run(*command: str, **settings: object) -> Ended:
         return await forebay("topology", *command, data_dir=tmp_path, nats_url=nats_server.url, **settings)
 
-    assert (await run("show")).stderr.startswith("forebay: the topology is not complete yet")
+    assert (await run("show")).error.startswith("forebay: the topology is not complete yet")
     dry = (await run("apply", "--dry-run", "--json")).json()
     assert "stream INFERENCE is not there" in dry["changes"]
     assert (await run("show")).code == 1
@@ -56,6 +56,7 @@ async def test_topology_is_applied_and_shown(tmp_path: Path, nats_server: NatsSe
     assert (await run("apply", "--json", max_queue_size=7)).json() == {
         "changes": ["stream INFERENCE: max_msgs 100 → 7"],
         "warnings": [],
+        "server": nats_server.url,
     }
     shown = (await run("show", "--json")).json()
     assert shown["streams"][0]["name"] == "INFERENCE"
@@ -74,7 +75,7 @@ async def test_no_model_is_made_up(tmp_path: Path, nats_server: NatsServer) -> N
     assert (await apply(default_model="org/one")).code == 0
     refused = await apply(max_queue_size=7)
     assert (refused.code, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("forebay: neither DEFAULT_MODEL nor --model is given, and HuggingFaceTB/SmolLM2-")
+    assert refused.error.startswith("forebay: neither DEFAULT_MODEL nor --model is given, and HuggingFaceTB/SmolLM2-")
     assert "(org/one)" in refused.stderr
     assert (await apply("--dry-run")).code == 2
     assert (await apply(default_model="org/two")).stdout == "consumer org-two made\n"
@@ -112,17 +113,21 @@ async def test_status_requests_and_cancel(tmp_path: Path) -> None:
         assert found["id"] in (await forebay("requests", data_dir=tmp_path)).stdout
         assert (await forebay("requests", "--status", "failed", "--json", data_dir=tmp_path)).json() == []
 
+        url = (tmp_path / "nats" / "url").read_text().strip()
         called_off = await forebay("cancel", found["id"], "--json", data_dir=tmp_path)
         assert (called_off.code, called_off.json()) == (
             0,
-            {"id": found["id"], "cancelled": True, "status": "cancelled"},
+            {"id": found["id"], "cancelled": True, "status": "cancelled", "server": url},
         )
         assert (await running_one).status_code == 499
         again = await forebay("cancel", found["id"], data_dir=tmp_path)
         assert again.code == 1
-        assert again.stderr == f"forebay: request {found['id']} has ended already: cancelled\n"
+        assert again.error == f"forebay: request {found['id']} has ended already: cancelled\n"
         again = await forebay("cancel", found["id"], "--json", data_dir=tmp_path)
-        assert (again.code, again.json()) == (1, {"id": found["id"], "cancelled": False, "status": "cancelled"})
+        assert (again.code, again.json()) == (
+            1,
+            {"id": found["id"], "cancelled": False, "status": "cancelled", "server": url},
+        )
         waiting = asyncio.create_task(running.chat("[[tokens=1000 delay_ms=100]]"))
         while not (listed := (await forebay("requests", "--status", "processing", "--json", data_dir=tmp_path)).json()):
             pass
@@ -132,7 +137,7 @@ async def test_status_requests_and_cancel(tmp_path: Path) -> None:
         for name in ("nobody", "*", "not an id"):
             unknown = await forebay("cancel", name, data_dir=tmp_path)
             assert unknown.code == 1
-            assert unknown.stderr.startswith(f"forebay: no request {name} is known: ")
+            assert unknown.error.startswith(f"forebay: no request {name} is known: ")
 
 
 async def test_chat(tmp_path: Path) -> None:
@@ -147,9 +152,9 @@ async def test_chat(tmp_path: Path) -> None:
         assert "t0 t1\n" in talk.stdout
         wrong = await forebay("chat", "hello", "--api-key", "wrong", **common)
         assert wrong.code == 1
-        assert re.fullmatch(r"forebay: invalid_api_key: .*\(HTTP 401; request [0-9a-f-]{36}\)\n", wrong.stderr)
+        assert re.fullmatch(r"forebay: invalid_api_key: .*\(HTTP 401; request [0-9a-f-]{36}\)\n", wrong.error)
         unknown = await forebay("chat", "hello", "--api-key", "right", "--model", "nope", **common)
-        assert re.fullmatch(r"forebay: model_not_found: .*\(HTTP 404; request \S+\)\n", unknown.stderr)
+        assert re.fullmatch(r"forebay: model_not_found: .*\(HTTP 404; request \S+\)\n", unknown.error)
 
         as_json = (await forebay("chat", "[[tokens=3]]", "--json", "--api-key", "right", **common)).json()
         assert list(as_json) == ["id", "model", "content", "finish_reason", "usage"]
@@ -174,7 +179,7 @@ async def test_a_conversation_outlives_the_api(tmp_path: Path, nats_server: Nats
         api = stack.apis[0]
         talk = await launch(
             "chat",
-            *("--base-url", f"{api.url}/v1"),
+            *("--base-url", api.url),  # as `up` prints it
             env=environment(tmp_path),
             stdin=asyncio.subprocess.PIPE,
         )
@@ -185,6 +190,7 @@ async def test_a_conversation_outlives_the_api(tmp_path: Path, nats_server: Nats
             talk.stdin.write(b"[[tokens=2]]\n")
             assert await talk.stdout.readline() == b"> t0 t1\n"
             await api.stop()
+            assert await talk.stderr.readline() == f"server: {api.url} (--base-url)\n".encode()
             assert b"talking to" in await talk.stderr.readline()
             talk.stdin.write(b"[[tokens=3]]\n")
             assert b"cannot reach the api at" in await talk.stderr.readline()
@@ -199,7 +205,7 @@ async def test_a_conversation_outlives_the_api(tmp_path: Path, nats_server: Nats
 async def test_chat_without_an_api(tmp_path: Path) -> None:
     ended = await forebay("chat", "hello", "--base-url", "http://127.0.0.1:9/v1", data_dir=tmp_path)
     assert ended.code == 1
-    assert ended.stderr.startswith("forebay: cannot reach the api at http://127.0.0.1:9/v1: ")
+    assert ended.error.startswith("forebay: cannot reach the api at http://127.0.0.1:9/v1: ")
     wrong = await forebay("chat", "hello", "--base-url", "http://127.0.0.1:port/v1", data_dir=tmp_path)
     assert wrong.code == 2
     assert wrong.stderr.startswith("forebay: 'http://127.0.0.1:port/v1' is no address of an api: ")
@@ -235,6 +241,6 @@ async def test_requests_are_filtered(tmp_path: Path) -> None:
         assert f"attempt 3 on worker {worker['id']}: the simulated engine was ordered to fail" in told.stdout
         unknown = await forebay("requests", "--id", "no-such", data_dir=tmp_path)
         assert unknown.code == 1
-        assert unknown.stderr.startswith("forebay: no request no-such is known: it was refused before it was queued")
+        assert unknown.error.startswith("forebay: no request no-such is known: it was refused before it was queued")
         running.process.send_signal(signal.SIGTERM)
         await running.ended()

@@ -10,6 +10,7 @@ import pytest
 
 from forebay_cli.commands import services
 from forebay_cli.local import nats_server
+from forebay_cli.local.running import exclusive, running
 from forebay_contracts.nats import connection as connection_module
 from forebay_contracts.nats.connection import connect
 from forebay_contracts.settings import Settings, load
@@ -61,7 +62,7 @@ async def test_only_the_owner_is_let_in(tmp_path: Path, monkeypatch: pytest.Monk
         # A service that is started beside it, too.
         monkeypatch.setenv("DATA_DIR", str(tmp_path))
         monkeypatch.delenv("NATS_URL", raising=False)
-        assert services._embedded_nats() == {"NATS_URL": url, "NATS_NKEY_SEED": str(folder / "user.seed")}
+        assert services._with_nats() == {"NATS_URL": url, "NATS_NKEY_SEED": str(folder / "user.seed")}
 
         seed = (folder / "user.seed").read_text().strip()
         logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
@@ -103,7 +104,7 @@ async def test_credentials_of_another_server_are_refused(tmp_path: Path) -> None
 
 
 async def test_the_server_of_another_user_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with nats_server.exclusive(tmp_path):
+    with exclusive(tmp_path):
         (tmp_path / "nats").mkdir()
 
         def denied(path: Path) -> str:
@@ -111,4 +112,4 @@ async def test_the_server_of_another_user_is_named(tmp_path: Path, monkeypatch: 
 
         monkeypatch.setattr(Path, "read_text", denied)  # root may read everything
         with pytest.raises(ConfigurationError, match="belongs to another user"):
-            await asyncio.to_thread(nats_server.running, tmp_path)
+            await asyncio.to_thread(running, tmp_path)

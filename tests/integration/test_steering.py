@@ -78,13 +78,14 @@ async def test_steering_answers_in_json(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
         paused = json.loads((await forebay(stack, "pause", MODEL, "--for", "1h30m", "--json")).stdout)
         assert paused.pop("paused_until") == pytest.approx(time.time() + 5400, abs=60)
-        assert paused == {"model": f"HuggingFaceTB/{MODEL}", "running": 0}
+        server = {"server": nats_server.url}
+        assert paused == {"model": f"HuggingFaceTB/{MODEL}", "running": 0} | server
         for was in (True, False):
             resumed = json.loads((await forebay(stack, "resume", MODEL, "--json")).stdout)
-            assert resumed == {"model": f"HuggingFaceTB/{MODEL}", "was_paused": was, "waiting": 0}
+            assert resumed == {"model": f"HuggingFaceTB/{MODEL}", "was_paused": was, "waiting": 0} | server
         worker = stack.workers[0]
         drained = json.loads((await forebay(stack, "drain", worker.id, "--json")).stdout)
-        assert drained == {"worker": worker.id, "running": 0}
+        assert drained == {"worker": worker.id, "running": 0} | server
         assert await worker.ended() == 0
 
 

@@ -155,6 +155,9 @@ async def test_up_uses_the_nats_that_it_is_given(tmp_path: Path, nats_server: Na
         assert not running.children("nats-server")
         answer = await running.chat("[[tokens=2]]")
         assert answer.status_code == 200
+        seen = await forebay("status", "--json", "--data-dir", str(tmp_path / "data"), data_dir=tmp_path)
+        assert seen.json()["server"] == nats_server.url
+        assert "(`forebay up` on " in seen.stderr
         running.process.send_signal(signal.SIGINT)
         assert (await running.ended()).code == 0
 

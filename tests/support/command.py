@@ -30,6 +30,11 @@ class Ended:
     def json(self) -> Any:
         return json.loads(self.stdout)
 
+    @property
+    def error(self) -> str:
+        """What follows the line that names the server."""
+        return re.sub(r"\Aserver: .*\n", "", self.stderr)
+
 
 def environment(data_dir: Path, **settings: object) -> dict[str, str]:
     values = {"DATA_DIR": data_dir, "DRAIN_TIMEOUT": 5, "ACK_WAIT": 2, "COLUMNS": 200} | settings

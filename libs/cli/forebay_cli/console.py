@@ -76,6 +76,11 @@ def say(text: str) -> None:
     stderr.print(text, markup=False)
 
 
+def say_server(address: str, named_by: str | None) -> None:
+    """Print which server a command asks, and why this one."""
+    say(f"server: {address} ({named_by or 'the usual address: nothing names another'})")
+
+
 def say_of_child(child: str, line: str) -> None:
     """Print a log line of a child process on stderr."""
     say(f"{child}: {line}")

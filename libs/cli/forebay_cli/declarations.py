@@ -4,6 +4,7 @@ import asyncio
 import functools
 import re
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import typer
@@ -11,6 +12,14 @@ import typer
 from forebay_contracts.wire.errors import ConfigurationError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DataDir = Annotated[
+    Path | None, typer.Option(help="Ask the `forebay up` that runs on this folder.", show_default="DATA_DIR")
+]
+
+NatsUrl = Annotated[
+    str | None, typer.Option(help="Ask this NATS server.", show_default="NATS_URL, else that of `forebay up`")
+]
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}

@@ -1,16 +1,19 @@
-"""The connection of a command to NATS: its settings, and its errors as sentences."""
+"""The connection of a command to NATS: which server it asks, and its errors as sentences."""
 
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import NamedTuple, Self
 
 from nats.errors import Error as NatsError
 
-from forebay_cli.local import nats_server
+from forebay_cli import console
+from forebay_cli.local.running import running
 from forebay_contracts.nats import clock, connection
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.settings import Settings, load
-from forebay_contracts.wire.errors import ForebayError, QueueUnavailable
+from forebay_contracts.wire.errors import ConfigurationError, ForebayError, QueueUnavailable
 
 
 class NotPermitted(ForebayError):
@@ -38,16 +41,47 @@ def permission_violations() -> Iterator[list[str]]:
         connection.log.removeFilter(collect)
 
 
-def load_settings() -> Settings:
-    """The settings. Without NATS_URL, they lead to the server of the `forebay up` that runs on DATA_DIR."""
-    read = load(Settings)
-    if read.nats_url is not None:
-        return read
-    return read.model_copy(update=nats_server.running(read.data_dir))
+class Target(NamedTuple):
+    """The NATS of a command: the settings that lead to it, and what has named it. None: nothing has."""
+
+    settings: Settings
+    named_by: str | None
+
+    def named(self) -> Self:
+        """This target, for a command that changes something.
+
+        Raises:
+            ConfigurationError: nothing has named it. Whatever answers on the usual port may be another system.
+        """
+        if self.named_by is None:
+            raise ConfigurationError(
+                f"no NATS server is named, and no `forebay up` runs on DATA_DIR={self.settings.data_dir}: "
+                "give --data-dir or --nats-url, or set NATS_URL"
+            )
+        return self
+
+
+def target(data_dir: Path | None = None, nats_url: str | None = None) -> Target:
+    """The NATS that --nats-url names, or the `forebay up` of --data-dir, or NATS_URL, or the `forebay up` of DATA_DIR.
+
+    Raises:
+        ConfigurationError: a setting is wrong, or no `forebay up` runs on the --data-dir that is given.
+    """
+    given = {"data_dir": data_dir, "nats_url": nats_url}
+    read = load(Settings, **{name: value for name, value in given.items() if value is not None})
+    if nats_url is not None:
+        return Target(read, "--nats-url")
+    if data_dir is None and read.nats_url is not None:
+        return Target(read, "NATS_URL")
+    if (up := running(read.data_dir)) is not None:
+        return Target(read.model_copy(update=up.access), f"`forebay up` on {read.data_dir}")
+    if data_dir is not None:
+        raise ConfigurationError(f"no `forebay up` runs on --data-dir {data_dir}")
+    return Target(read, None)
 
 
 @contextlib.asynccontextmanager
-async def connected(read: Settings) -> AsyncIterator[Connection]:
+async def connected(at: Target) -> AsyncIterator[Connection]:
     """A connection for one command. Inside, every error of nats-py becomes one of ours.
 
     Raises:
@@ -55,7 +89,8 @@ async def connected(read: Settings) -> AsyncIterator[Connection]:
         NotPermitted: the call failed because a permission is missing.
     """
     with permission_violations() as violations:
-        async with connection.connected(read, "forebay") as link:
+        async with connection.connected(at.settings, "forebay") as link:
+            console.say_server(link.server, at.named_by)
             await clock.measure(link.requests)
             try:
                 yield link

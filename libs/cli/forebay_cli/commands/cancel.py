@@ -6,8 +6,8 @@ import typer
 
 from forebay_cli import console
 from forebay_cli.commands.requests import find
-from forebay_cli.declarations import AsJson, synchronous
-from forebay_cli.nats_connection import connected, load_settings
+from forebay_cli.declarations import AsJson, DataDir, NatsUrl, synchronous
+from forebay_cli.nats_connection import connected, target
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.cancellation import Cancellation, NatsCancelNotices
@@ -16,9 +16,14 @@ from forebay_contracts.wire.errors import QueueConflict
 
 
 @synchronous
-async def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
+async def cancel(
+    request_id: Annotated[str, typer.Argument(metavar="ID")],
+    data_dir: DataDir = None,
+    nats_url: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
     """Cancel a request that waits or runs. Exit code 1: it has ended already."""
-    async with connected(load_settings()) as link:
+    async with connected(target(data_dir, nats_url).named()) as link:
         known = await find(link, request_id)
         request_id = known.id
         states = KeyValueStateStore(link)
@@ -27,7 +32,7 @@ async def cancel(request_id: Annotated[str, typer.Argument(metavar="ID")], as_js
         latest = await states.get(request_id)
     ended = (latest.state if latest else known).status
     if as_json:
-        console.print_json({"id": request_id, "cancelled": done, "status": ended})
+        console.print_json({"id": request_id, "cancelled": done, "status": ended, "server": link.server})
     if not done:
         raise QueueConflict(f"request {request_id} has ended already: {ended.value}")
     if not as_json:

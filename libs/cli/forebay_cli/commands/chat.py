@@ -17,11 +17,12 @@ from forebay_cli.api_client import (
     ApiKey,
     BaseUrl,
     api_client,
+    api_target,
     describe,
     request_of,
     unreachable,
 )
-from forebay_cli.declarations import AsJson
+from forebay_cli.declarations import AsJson, DataDir
 from forebay_contracts.wire.errors import ConfigurationError
 
 
@@ -30,13 +31,14 @@ def chat(
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     model: Annotated[str | None, typer.Option(help="Model.", show_default="the first that is served")] = None,
+    data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Chat with a model over the api."""
     if as_json and message is None:
         raise ConfigurationError("--json is for one answer: give a MESSAGE")
     # The api bounds the time of an answer.
-    with api_client(base_url, api_key, timeout_s=None) as client:
+    with api_client(api_target(base_url, api_key, data_dir), timeout_s=None) as client:
         chosen = model or _first_model(client)
         if message is None:
             _converse(client, chosen)

@@ -7,8 +7,8 @@ import typer
 from nats.errors import NoRespondersError
 
 from forebay_cli import console
-from forebay_cli.declarations import AsJson, synchronous
-from forebay_cli.nats_connection import connected, load_settings
+from forebay_cli.declarations import AsJson, DataDir, NatsUrl, synchronous
+from forebay_cli.nats_connection import connected, target
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestError
 
@@ -20,10 +20,15 @@ class WorkerNotFound(RequestError):
 
 
 @synchronous
-async def drain(worker: Annotated[str, typer.Argument(metavar="WORKER_ID")], as_json: AsJson = False) -> None:
+async def drain(
+    worker: Annotated[str, typer.Argument(metavar="WORKER_ID")],
+    data_dir: DataDir = None,
+    nats_url: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
     """Let one worker finish its running requests and exit, as SIGTERM does."""
     unknown = WorkerNotFound(f"there is no worker {worker}: `forebay status` lists them")
-    async with connected(load_settings()) as link:
+    async with connected(target(data_dir, nats_url).named()) as link:
         # The id becomes part of a subject.
         if not names.is_request_id(worker):
             raise unknown
@@ -33,4 +38,4 @@ async def drain(worker: Annotated[str, typer.Argument(metavar="WORKER_ID")], as_
             raise unknown from exc
     running = json.loads(answer.data).get("running", 0)
     text = f"{worker} drains: it takes no new requests, finishes {running} and exits"
-    console.print_result({"worker": worker, "running": running}, text, as_json=as_json)
+    console.print_result({"worker": worker, "running": running, "server": link.server}, text, as_json=as_json)

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from forebay_cli import console
-from forebay_cli.declarations import AsJson, duration_s, synchronous
-from forebay_cli.nats_connection import connected, load_settings
+from forebay_cli.declarations import AsJson, DataDir, NatsUrl, duration_s, synchronous
+from forebay_cli.nats_connection import connected, target
 from forebay_contracts.nats import clock, permissions
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
@@ -47,6 +47,8 @@ async def requests(
         bool, typer.Option("--failed", help="Only those that `forebay retry` can run again, oldest first.")
     ] = False,
     limit: Annotated[int, typer.Option(help="Most requests to show.", min=1, max=10_000)] = 20,
+    data_dir: DataDir = None,
+    nats_url: NatsUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the newest requests and their states."""
@@ -59,7 +61,7 @@ async def requests(
         )
 
     texts: list[str] | None = None
-    async with connected(load_settings()) as link:
+    async with connected(target(data_dir, nats_url)) as link:
         if failed and request_id is None:
             kept = await FailedRequests(link).page("*", most=MAX_FAILED_READ)
             found = list(islice(filter(wanted, kept or ()), limit))

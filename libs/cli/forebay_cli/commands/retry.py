@@ -8,8 +8,8 @@ import httpx
 import typer
 
 from forebay_cli import console
-from forebay_cli.api_client import ApiFailure, ApiKey, BaseUrl, api_client
-from forebay_cli.declarations import AsJson, duration_s
+from forebay_cli.api_client import ApiFailure, ApiKey, BaseUrl, api_client, api_target
+from forebay_cli.declarations import AsJson, DataDir, duration_s
 from forebay_contracts.wire.errors import ConfigurationError
 
 TIMEOUT_S = 30.0
@@ -28,12 +28,13 @@ def retry(
     ] = None,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
+    data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Run failed requests again: one, or all of a model or of a time. Exit code 1: one could not be."""
     if (request_id is None) == (model is None and since_s is None):
         raise ConfigurationError("give the ID of a failed request, or --model, --since or both")
-    with api_client(base_url, api_key, TIMEOUT_S) as client:
+    with api_client(api_target(base_url, api_key, data_dir).named(), TIMEOUT_S) as client:
         chosen = [request_id] if request_id is not None else _failed(client, model, since_s)
         done, problems = [], []
         for one in chosen:

@@ -7,22 +7,30 @@ from typing import Annotated
 
 import typer
 
+Folder = Annotated[Path | None, typer.Option("--data-dir", help="Models and logs.", show_default="DATA_DIR")]
 
-def api() -> None:
+NatsUrl = Annotated[
+    str | None, typer.Option(help="The NATS server.", show_default="NATS_URL, else that of `forebay up` on DATA_DIR")
+]
+
+
+def api(data_dir: Folder = None, nats_url: NatsUrl = None) -> None:
     """Run the api in the foreground, for containers."""
-    _become("forebay_api", _embedded_nats())
+    _become("forebay_api", _with_nats(data_dir, nats_url))
 
 
-def inference() -> None:
+def inference(data_dir: Folder = None, nats_url: NatsUrl = None) -> None:
     """Run one worker in the foreground, for containers."""
-    _become("forebay_inference", _embedded_nats())
+    _become("forebay_inference", _with_nats(data_dir, nats_url))
 
 
 def fetch(
     link: Annotated[Path | None, typer.Option(help="Make this a symbolic link to it, for a server beside.")] = None,
+    data_dir: Folder = None,
 ) -> None:
     """Fetch and convert the model into DATA_DIR, then exit. Run it before the first worker or in an init container."""
-    _become("forebay_inference.fetch", {}, *([] if link is None else [str(link)]))
+    given = {} if data_dir is None else {"DATA_DIR": str(data_dir)}
+    _become("forebay_inference.fetch", given, *([] if link is None else [str(link)]))
 
 
 def _become(module: str, settings: dict[str, str], *arguments: str) -> None:
@@ -30,13 +38,14 @@ def _become(module: str, settings: dict[str, str], *arguments: str) -> None:
     os.execve(sys.executable, [sys.executable, "-m", module, *arguments], os.environ | settings)
 
 
-def _embedded_nats() -> dict[str, str]:
-    """Without NATS_URL, the settings of the server of the `forebay up` that runs on DATA_DIR."""
-    if os.environ.get("NATS_URL"):
-        return {}
-    # Imported here, since it takes 0.3 s and containers have NATS_URL.
-    from forebay_cli.nats_connection import load_settings
+def _with_nats(data_dir: Path | None = None, nats_url: str | None = None) -> dict[str, str]:
+    """The settings that the options give, and without NATS_URL those of the `forebay up` that runs on DATA_DIR."""
+    given: dict[str, object] = {"DATA_DIR": data_dir, "NATS_URL": nats_url}
+    if not (nats_url or os.environ.get("NATS_URL")):
+        # Imported here, since it takes 0.3 s and containers have NATS_URL.
+        from forebay_cli.local.running import ACCESS
+        from forebay_cli.nats_connection import target
 
-    read = load_settings()
-    access = {"NATS_URL": read.nats_url, "NATS_NKEY_SEED": read.nats_nkey_seed}
-    return {name: str(value) for name, value in access.items() if value is not None}
+        read = target(data_dir).named().settings
+        given |= {name.upper(): getattr(read, name) for name in ACCESS}
+    return {name: str(value) for name, value in given.items() if value is not None}

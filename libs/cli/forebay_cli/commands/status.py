@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from forebay_cli import console
-from forebay_cli.declarations import AsJson, synchronous
-from forebay_cli.nats_connection import connected, load_settings
+from forebay_cli.declarations import AsJson, DataDir, NatsUrl, synchronous
+from forebay_cli.nats_connection import connected, target
 from forebay_contracts.nats import presence
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import ModelQueue, QueueStatus, queue_status
@@ -36,22 +36,25 @@ async def status(
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Refresh every second; goes on while NATS is unreachable.")
     ] = False,
+    data_dir: DataDir = None,
+    nats_url: NatsUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the queue's numbers, the models and the workers."""
-    read = load_settings()
-    async with connected(read) as link:
+    at = target(data_dir, nats_url)
+    async with connected(at) as link:
         states = KeyValueStateStore(link)
 
         async def look() -> Seen:
             workers = await presence.read(link, names.WORKERS_BUCKET, WorkerInfo)
-            return await queue_status(link, states, read, workers), workers
+            return await queue_status(link, states, at.settings, workers), workers
 
         if watch:
             await watching(look, as_json=as_json)
         seen = await look()
+        server = link.server
     if as_json:
-        console.print_json(_as_json(*seen))
+        console.print_json(_as_json(*seen) | {"server": server})
     else:
         console.print_tables(*tables(*seen))
 

@@ -12,8 +12,8 @@ from nats.js.errors import NotFoundError
 from rich.table import Table
 
 from forebay_cli import console
-from forebay_cli.declarations import AsJson, synchronous
-from forebay_cli.nats_connection import NotPermitted, connected, load_settings
+from forebay_cli.declarations import AsJson, DataDir, NatsUrl, synchronous
+from forebay_cli.nats_connection import NotPermitted, connected, target
 from forebay_contracts.nats import presence
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.consumers import consumers, model_of
@@ -42,6 +42,8 @@ async def apply(
         typer.Option(help="Whose consumer: the model's name for clients.", show_default="DEFAULT_MODEL's"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes, but make none.")] = False,
+    data_dir: DataDir = None,
+    nats_url: NatsUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring streams, buckets and the consumer of one model in line with the settings. No message is lost.
@@ -49,13 +51,14 @@ async def apply(
     It applies all settings of the environment: run it with the deployment's whole environment, once for each model.
     The next start of a service reverts what its own environment does not have.
     """
-    read = load_settings()
+    at = target(data_dir, nats_url)
+    read = at.settings
     is_named = model is not None or not {"default_model", "model_name"}.isdisjoint(read.model_fields_set)
     model = model or read.served_model
     # The settings have the names of their own model only. Another model keeps those that its workers wrote.
     own = model == read.served_model
     aliases, adapters = (read.served_aliases, read.model_adapters) if own else (None, None)
-    async with connected(read) as link:
+    async with connected(at if dry_run else at.named()) as link:
         if not dry_run and not await may_change(link):
             raise NotPermitted(
                 "this NATS user may not change streams or consumers: use `admin` of deploy/nats/forebay.conf; "
@@ -70,24 +73,24 @@ async def apply(
             workers = await presence.read(link, names.WORKERS_BUCKET, WorkerInfo)
     warnings = _too_few_slots(model, read.max_concurrent_requests, workers)
     text = "\n".join((*(changes or ["nothing to change"]), *warnings))
-    console.print_result({"changes": changes, "warnings": warnings}, text, as_json=as_json)
+    console.print_result({"changes": changes, "warnings": warnings, "server": link.server}, text, as_json=as_json)
 
 
 @topology.command()
 @synchronous
-async def show(as_json: AsJson = False) -> None:
+async def show(data_dir: DataDir = None, nats_url: NatsUrl = None, as_json: AsJson = False) -> None:
     """Show streams, consumers and buckets with their live limits."""
-    read = load_settings()
-    async with connected(read) as link:
+    at = target(data_dir, nats_url)
+    async with connected(at) as link:
         try:
-            owned = [config.name for config in stream_configs(read)]
+            owned = [config.name for config in stream_configs(at.settings)]
             streams = await asyncio.gather(*(link.jetstream.stream_info(name) for name in owned))
         except NotFoundError as exc:
             raise QueueUnavailable("the topology is not complete yet: `forebay topology apply` makes it") from exc
         stream_rows = [_stream_row(info) for info in streams]
         consumer_rows = [_consumer_row(info) for info in await consumers(link)]
     if as_json:
-        console.print_json({"streams": stream_rows, "consumers": consumer_rows})
+        console.print_json({"streams": stream_rows, "consumers": consumer_rows, "server": link.server})
         return
     console.print_tables(_table("Streams and buckets", stream_rows), _table("Consumers, one a model", consumer_rows))
 

@@ -16,6 +16,7 @@ from forebay_cli import console
 from forebay_cli.declarations import synchronous
 from forebay_cli.local import addresses, nats_server
 from forebay_cli.local.cards import card_of_worker, visible_cards
+from forebay_cli.local.running import Running, exclusive
 from forebay_cli.local.supervisor import Child, ChildDied, Supervisor
 from forebay_contracts.nats import connection, presence, topology
 from forebay_contracts.nats.connection import Connection
@@ -52,13 +53,22 @@ async def up(
         Path | None,
         typer.Option(help="Models, the NATS store, logs (DATA_DIR).", show_default="~/.cache/forebay"),
     ] = None,
+    nats_url: Annotated[
+        str | None, typer.Option(help="A NATS server that runs already (NATS_URL).", show_default="one of its own")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every log line of every process.")] = False,
 ) -> None:
     """Start nats-server (unless NATS_URL is set), the api and workers on this machine.
 
     Prints `ready http://HOST:PORT` once requests are answered. SIGINT and SIGTERM let running requests finish.
     """
-    options = {"api_host": host, "api_port": port, "inference_engine": engine, "data_dir": data_dir}
+    options = {
+        "api_host": host,
+        "api_port": port,
+        "inference_engine": engine,
+        "data_dir": data_dir,
+        "nats_url": nats_url,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     raise typer.Exit(await _run(Deployment(given, workers, verbose=verbose)))
 
@@ -100,6 +110,7 @@ class Deployment:
             settings = self.api
             if settings.nats_url is None:
                 settings = settings.model_copy(update=await self._start_nats())
+            Running.of(self.url, settings).write(self.data_dir)
             async with connection.connected(settings, "forebay up") as link:
                 await self._start_services(link, settings)
         finally:
@@ -165,7 +176,7 @@ class Deployment:
 async def _run(deployment: Deployment) -> int:
     """Start everything, print the ready line, and end everything on SIGINT or SIGTERM; returns the exit code."""
     deployment.check_port()
-    with nats_server.exclusive(deployment.data_dir):
+    with exclusive(deployment.data_dir):
         stopped = _stop_on_signals(deployment.supervisor)
         code = 0
         try:

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from forebay_cli import console
-from forebay_cli.declarations import AsJson, synchronous
-from forebay_cli.nats_connection import connected, load_settings
+from forebay_cli.declarations import AsJson, DataDir, NatsUrl, synchronous
+from forebay_cli.nats_connection import connected, target
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.usage import UsageRow, grouped, last_days, total
 from forebay_contracts.wire.errors import ConfigurationError
@@ -25,6 +25,8 @@ async def usage(
     ] = None,
     key: Annotated[str | None, typer.Option(help="Only of this key.")] = None,
     model: Annotated[str | None, typer.Option(help="Only of this model: its name, or the end of it.")] = None,
+    data_dir: DataDir = None,
+    nats_url: NatsUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what each key used of each model, a day.
@@ -34,7 +36,7 @@ async def usage(
     groups = tuple(dict.fromkeys(by or GROUPS))
     if not set(groups) <= set(GROUPS):
         raise ConfigurationError(f"--by takes {', '.join(GROUPS)}")
-    async with connected(load_settings()) as link:
+    async with connected(target(data_dir, nats_url)) as link:
         rows = await KeyValueStateStore(link).usage(last_days(days), None if key is None else [key])
     rows = [row for row in rows if model is None or f"/{row.model}".endswith(f"/{model}")]
     rows = grouped(rows, groups)

@@ -5,9 +5,10 @@ from collections.abc import Awaitable, Callable
 
 from nats.errors import Error as NatsError
 
+from forebay_cli import console
 from forebay_cli.doctor import clocks, jetstream, permissions, services, topology
 from forebay_cli.doctor.findings import Finding
-from forebay_cli.nats_connection import permission_violations
+from forebay_cli.nats_connection import Target, permission_violations
 from forebay_contracts.nats import connection
 from forebay_contracts.nats.connection import Connection, Role
 from forebay_contracts.settings import Settings
@@ -31,16 +32,19 @@ _FIXES = {
 """By words in a ConfigurationError of the connection or the topology."""
 
 
-async def findings(read: Settings, role: Role) -> list[Finding]:
+async def findings(at: Target, role: Role) -> list[Finding]:
     """Connect and run the checks."""
+    read = at.settings
     with permission_violations() as violations:
         try:
             async with connection.connected(read, "forebay doctor", role) as link:
                 version = link.client.connected_server_version
-                found = [Finding("nats", "ok", f"nats-server {version.major}.{version.minor}.{version.patch} answers")]
+                number = f"{version.major}.{version.minor}.{version.patch}"
+                found = [Finding("nats", "ok", f"nats-server {number} answers at {link.server}")]
+                console.say_server(link.server, at.named_by)
                 found += await _with_connection(link, read, role, violations)
         except QueueUnavailable as exc:
-            fix = "start it (`forebay up` brings its own), or set NATS_URL to its address"
+            fix = "start it (`forebay up` brings its own), or give its address (NATS_URL, --nats-url, --data-dir)"
             return [Finding("nats", "problem", str(exc), fix)]
         except ConfigurationError as exc:
             return [_wrong_setting("nats", exc)]

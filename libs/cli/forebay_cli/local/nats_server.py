@@ -4,21 +4,17 @@ Other users of the machine can connect to its port. So it has one user, with an 
 DATA_DIR can read, and no further port.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import secrets
 import shutil
 import sysconfig
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import nkeys
 
 from forebay_cli.local.addresses import free_port, why_not_listen
+from forebay_cli.local.running import write
 from forebay_contracts.wire.errors import ConfigurationError
 
 HOST: Final = "127.0.0.1"
@@ -68,9 +64,9 @@ def prepare(data_dir: Path, max_request_bytes: int) -> tuple[list[str], dict[str
         store=str(folder).replace("\\", "\\\\").replace('"', '\\"'),
     )
     context = {"description": f"Forebay in {data_dir}", "url": url, "nkey": str(folder / _SEED)}
-    _write(folder / "server.conf", config)
-    _write(folder / "context.json", json.dumps(context | {"inbox_prefix": "_INBOX.cli"}) + "\n")
-    _write(folder / "url", url + "\n")
+    write(folder / "server.conf", config)
+    write(folder / "context.json", json.dumps(context | {"inbox_prefix": "_INBOX.cli"}) + "\n")
+    write(folder / "url", url + "\n")
     return [binary, "--config", str(folder / "server.conf")], _access(folder, url)
 
 
@@ -88,20 +84,8 @@ def _user(seed: Path) -> str:
     except (FileNotFoundError, nkeys.NkeysError, ValueError):
         pass
     made: bytes = nkeys.encode_seed(secrets.token_bytes(32), nkeys.PREFIX_BYTE_USER)
-    _write(seed, made.decode())
+    write(seed, made.decode())
     return str(nkeys.from_seed(bytearray(made)).public_key, "ascii")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that only its owner can read. A process that is killed meanwhile leaves the old one."""
-    descriptor, made = tempfile.mkstemp(dir=path.parent)  # mode 0600
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(made, path)
-    except OSError as exc:
-        os.unlink(made)
-        raise OSError(exc.errno, exc.strerror, str(path)) from exc
 
 
 def find_binary() -> str:
@@ -113,62 +97,3 @@ def find_binary() -> str:
             "or set NATS_URL to a running server"
         )
     return found
-
-
-@contextlib.contextmanager
-def exclusive(data_dir: Path) -> Iterator[None]:
-    """Lock DATA_DIR for this process, and forget the URL of an earlier server there.
-
-    The kernel releases the lock however the process ends.
-
-    Raises:
-        ConfigurationError: another `forebay up` holds it, or it cannot be written.
-    """
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        lock = (data_dir / "up.lock").open("ab+", buffering=0)
-    except OSError as exc:
-        raise ConfigurationError(f"DATA_DIR={data_dir} cannot be used: {exc.strerror}") from exc
-    with lock:
-        if not _try_lock(lock.fileno()):
-            lock.seek(0)
-            raise ConfigurationError(
-                f"`forebay up` already runs on DATA_DIR={data_dir} (process {lock.read().decode() or 'unknown'}): "
-                f"stop it, or give this one another --data-dir"
-            )
-        try:
-            lock.truncate(0)
-            lock.write(str(os.getpid()).encode())
-            (data_dir / "nats" / "url").unlink(missing_ok=True)
-        except OSError as exc:
-            raise ConfigurationError(f"DATA_DIR={data_dir} cannot be used: {exc.strerror}") from exc
-        yield
-
-
-def running(data_dir: Path) -> dict[str, Any]:
-    """The settings with which a client connects to the server of the `forebay up` that runs on DATA_DIR; none runs: {}.
-
-    Raises:
-        ConfigurationError: it runs, and belongs to another user.
-    """
-    folder = data_dir.absolute() / "nats"
-    try:
-        with (folder.parent / "up.lock").open() as lock:
-            if _try_lock(lock.fileno()):
-                return {}
-        url = (folder / "url").read_text().strip()
-    except PermissionError as exc:
-        raise ConfigurationError(
-            f"the NATS server of DATA_DIR={data_dir} belongs to another user: run this as that user, or set NATS_URL"
-        ) from exc
-    except OSError:
-        return {}
-    return _access(folder, url) if url else {}
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -39,7 +39,8 @@ class Connection:
     """A NATS client, its JetStream context, and `requests` for the hot paths.
 
     `on_reconnect` holds what must be done again after an outage, `on_close` what must be done at the end. `since` is
-    when the connection last began or was lost (monotonic seconds).
+    when the connection last began or was lost (monotonic seconds). `server` is the URL of the server that it reached
+    last, without user and password.
     """
 
     def __init__(self, client: Client) -> None:
@@ -49,6 +50,7 @@ class Connection:
         self.on_reconnect: list[Callable[[], Awaitable[None]]] = []
         self.on_close: list[Callable[[], Awaitable[None]]] = []
         self.errors_before_start: list[Exception] = []
+        self.server = ""
         self.up = asyncio.Event()
         self.since = time.monotonic()
         self._started = False
@@ -75,6 +77,7 @@ class Connection:
             )
         self.client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
         self._started = True
+        self.server = self._connected_server()
         self.since = time.monotonic()
         self.up.set()
 
@@ -102,6 +105,10 @@ class Connection:
         except OSError as exc:
             log.debug("closed a connection that was lost: %r", exc)
 
+    def _connected_server(self) -> str:
+        url = self.client.connected_url
+        return "" if url is None else _without_secrets(url.geturl())
+
     async def _disconnected(self) -> None:
         self.up.clear()
         self.since = time.monotonic()
@@ -110,6 +117,7 @@ class Connection:
 
     async def _reconnected(self) -> None:
         log.info("[RequestQueue] connected to NATS again")
+        self.server = self._connected_server()
         self.since = time.monotonic()
         self.up.set()
         for action in self.on_reconnect:
