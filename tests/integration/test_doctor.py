@@ -50,7 +50,7 @@ async def test_a_healthy_deployment(nats_server: NatsServer, tmp_path: Path) -> 
     async with running(nats_server) as stack:
         code, found = await doctor(stack.env(), tmp_path)
         assert {name: finding["severity"] for name, finding in found.items() if name != "disk"} == dict.fromkeys(
-            ("nats", "permissions", "jetstream", "topology", "clocks", "models", "services", "model"), "ok"
+            ("nats", "permissions", "jetstream", "topology", "limits", "clocks", "models", "services", "model"), "ok"
         )
         assert code == (1 if found["disk"]["severity"] == "problem" else 0)
         assert found["services"]["message"] == "1 api, 1 worker processes are alive"

@@ -229,6 +229,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "schema_version": 1,
             "id": worker_id,
             "model": f"HuggingFaceTB/{MODEL}",
+            "limits": {"max_concurrent_requests": 3, "ack_wait": 2},
             "aliases": [MODEL],
             "adapters": [],
             "status": "ready",

@@ -203,6 +203,41 @@ async def test_changed_settings_are_applied_without_losing_a_message(nats_server
     assert (consumer.config.max_ack_pending, consumer.num_pending) == (4, 5)
 
 
+async def test_a_default_overrides_nothing(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        told = {"max_queue_size": 7, "max_concurrent_requests": 3, "ack_wait": 9, "usage_days": 9, "file_ttl": 864_000}
+        told |= {"response_ttl": 99_000, "request_state_ttl": 1800, "answer_log_bytes": 2**21, "key_max_deferred": 5}
+        await topology.ensure(connection, settings(nats_server, **told), MODEL)
+        for join in (topology.drift, topology.ensure):
+            assert await join(connection, settings(nats_server), MODEL) == []
+        found = await topology.live_limits(connection, settings(nats_server, ack_wait=5), MODEL)
+        assert {name: found.live[name] for name in told} == told
+        differences = found.differences()
+        assert len(differences) == len(told)
+        assert differences[0] == "ACK_WAIT=5 is set here, and NATS has 9: another process was told so"
+        assert "MAX_QUEUE_SIZE is 7 on NATS and stays so: it is not set here (default 100)" in differences
+        # What is set is applied, and nothing else.
+        assert await topology.ensure(connection, settings(nats_server, max_queue_size=100), MODEL) == [
+            "stream INFERENCE: max_msgs 7 → 100"
+        ]
+
+
+async def test_a_default_does_not_win_a_race(nats_server: NatsServer) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        first, second, third = [await stack.enter_async_context(connected(nats_server)) for _ in range(3)]
+        told = settings(nats_server, max_queue_size=7, max_concurrent_requests=3)
+        silent = settings(nats_server)
+        # Nothing is there yet; then all but the consumer of another model.
+        for model in (MODEL, "org/other"):
+            await asyncio.gather(
+                topology.ensure(first, silent, model),
+                topology.ensure(second, told, model),
+                topology.ensure(third, silent, model),
+            )
+            live = (await topology.live_limits(first, silent, model)).live
+            assert (live["max_queue_size"], live["max_concurrent_requests"]) == (7, 3)
+
+
 async def test_a_smaller_queue_keeps_what_was_admitted(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         await topology.ensure(connection, settings(nats_server), MODEL)

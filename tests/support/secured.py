@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,7 @@ class Site:
         )
         async with asyncio.timeout(60):
             printed, _ = await process.communicate()
-        return process.returncode, printed.decode()
+        return process.returncode, re.sub(r"^server: .*\n", "", printed.decode(), flags=re.MULTILINE)
 
 
 class ClusteredSite(Site):

@@ -52,6 +52,7 @@ from forebay_api.webhooks.endpoints import Endpoints
 from forebay_contracts.nats import clock, topology
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.consumers import known_models
+from forebay_contracts.nats.limits import Watch
 from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
@@ -122,6 +123,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
     endpoints = Endpoints(settings.webhooks_file)
     async with keys.followed(), endpoints.followed(), connecting as connection, clock.followed(connection.requests):
         await topology.ensure(connection, settings, settings.served_model)
+        shared = Watch(functools.partial(topology.live_limits, connection, settings, settings.served_model))
         await clock.measure(connection.requests)
         instance = f"api-{uuid.uuid4().hex[:12]}"
         apis = Presence(connection, names.APIS_BUCKET, ApiInfo)
@@ -137,11 +139,14 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 version=VERSION,
                 started_at=started_at,
                 heartbeat_at=time.time(),
+                model=settings.served_model,
+                limits=dict(shared.limits.told),
                 unfinished=limits.unfinished,
             )
 
         heartbeat = Heartbeat(connection, names.APIS_BUCKET, describe)
-        context = _built(settings, connection, states, instance, keys, limits, heartbeat, endpoints)
+        context = _built(settings, connection, states, instance, keys, limits, heartbeat, endpoints, apis, shared)
+        await shared.look()
         deliverer = _deliverer(context) if settings.webhooks_file is not None else None
         await context.workers.start()
         await apis.start()
@@ -154,7 +159,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         thinning = asyncio.create_task(usage_history.follow(connection))
         log.info("[RequestQueue] api %s takes requests for %s", instance, settings.served_model)
         try:
-            async with tokens.followed():
+            async with tokens.followed(), shared.followed():
                 yield context
         finally:
             thinning.cancel()
@@ -191,6 +196,8 @@ def _built(
     limits: KeyLimits,
     heartbeat: Heartbeat[ApiInfo],
     endpoints: Endpoints,
+    apis: Presence[ApiInfo],
+    shared: Watch,
 ) -> Context:
     """The parts, before any of them has started."""
     admission = JetStreamAdmission(connection, patience_s=settings.admission_patience)
@@ -216,7 +223,8 @@ def _built(
     mover = Mover(room, states, workers.alive, keys.weight, limits.has_tokens)
 
     async def numbers() -> QueueStatus:
-        status = await queue_status(connection, states, settings, workers.alive())
+        live = shared.limits.live
+        status = await queue_status(connection, states, settings, workers.alive(), apis.alive(), live)
         rates.sample(status)
         return status
 

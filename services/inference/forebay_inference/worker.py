@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from forebay_contracts.nats import clock, topology
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.limits import Watch
 from forebay_contracts.nats.presence import Heartbeat, Presence
 from forebay_contracts.process import calm_collector
 from forebay_contracts.queueing.protocols import Deliveries
@@ -65,6 +67,7 @@ class Worker:
         watch(settings.slots, lambda: len(runner.running), engine)
         self._watch = EngineWatch(engine, settings.engine_stall_timeout)
         self._started_at = time.time()
+        self._shared = Watch(functools.partial(topology.live_limits, connection, settings, settings.served_model))
         self._status = WorkerStatus.LOADING
         self._progress: str | None = None
         self._model: LoadedModel | ModelFacts | None = None
@@ -80,14 +83,16 @@ class Worker:
         await topology.ensure(
             self._connection, settings, settings.served_model, settings.served_aliases, settings.model_adapters
         )
+        await self._shared.look()
         await clock.measure(self._connection.requests)
         await self._apis.start()
         await self._heartbeat.start()
         await self._listen_for_drain(stop)
         try:
-            if not await self._load(stop):
-                return
-            await self._serve(stop)
+            async with self._shared.followed():
+                if not await self._load(stop):
+                    return
+                await self._serve(stop)
             if (fault := self._watch.fault()) is not None:
                 raise InferenceFailed(f"the engine broke: {fault}")
         finally:
@@ -172,12 +177,17 @@ class Worker:
             # This request may have broken the engine, so unlike a hand-over that counts as an attempt.
             attempt.stop(Ended(End.HANDED_OVER) if fault is None else Ended(End.FAULT, fault=fault))
         if late:
-            await asyncio.wait(late, timeout=self._settings.ack_wait)
+            await asyncio.wait(late, timeout=self._ack_wait_s)
+
+    @property
+    def _ack_wait_s(self) -> float:
+        """What holds on NATS. Another process may have been told otherwise than this one."""
+        return self._shared.limits.live.get("ack_wait", self._settings.ack_wait)
 
     async def _keep_alive(self) -> None:
         """Restart the ack wait of every running request, and stop those whose api is gone."""
         while True:
-            await asyncio.sleep(self._settings.ack_wait / KEEP_ALIVE_FRACTION)
+            await asyncio.sleep(self._ack_wait_s / KEEP_ALIVE_FRACTION)
             for attempt in list(self._runner.running.values()):
                 api = names.api_of(attempt.request.reply_to)
                 if api and not self._apis.is_alive(api):
@@ -240,6 +250,7 @@ class Worker:
             started_at=self._started_at,
             heartbeat_at=time.time(),
             model=self._settings.served_model,
+            limits=dict(self._shared.limits.told),
             aliases=self._settings.served_aliases,
             adapters=tuple(self._settings.model_adapters),
             status=self._status,

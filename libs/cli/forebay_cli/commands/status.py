@@ -15,13 +15,13 @@ from rich.text import Text
 from forebay_cli import console
 from forebay_cli.declarations import AsJson, DataDir, NatsUrl, synchronous
 from forebay_cli.nats_connection import connected, target
-from forebay_contracts.nats import presence
+from forebay_contracts.nats import presence, topology
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import ModelQueue, QueueStatus, queue_status
 from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueUnavailable
-from forebay_contracts.wire.heartbeats import WorkerInfo
+from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo
 
 WATCH_INTERVAL_S = 1.0
 
@@ -47,7 +47,9 @@ async def status(
 
         async def look() -> Seen:
             workers = await presence.read(link, names.WORKERS_BUCKET, WorkerInfo)
-            return await queue_status(link, states, at.settings, workers), workers
+            apis = await presence.read(link, names.APIS_BUCKET, ApiInfo)
+            shared = await topology.live_limits(link, at.settings, at.settings.served_model)
+            return await queue_status(link, states, at.settings, workers, apis, shared.live), workers
 
         if watch:
             await watching(look, as_json=as_json)
@@ -94,8 +96,10 @@ def _as_json(numbers: QueueStatus, workers: list[WorkerInfo]) -> dict[str, Any]:
 
 def tables(numbers: QueueStatus, workers: list[WorkerInfo]) -> list[Table]:
     """The tables for a person. The workers come first, since a small screen is cut below."""
-    fields = numbers.model_dump(exclude={"workers", "workers_ready", "models"})
+    fields = numbers.model_dump(exclude={"workers", "workers_ready", "models", "differences"})
+    differing = [console.table("Limits that differ", ("found",), [[one] for one in numbers.differences])]
     return [
+        *(differing if numbers.differences else ()),
         console.table(
             f"Workers: {numbers.workers_ready} of {numbers.workers} ready",
             ("id", "busy", "status", "model", "engine"),

@@ -23,6 +23,7 @@ from forebay_contracts.nats.topology import (
     START_RETRY_S,
     drift,
     ensure,
+    live_limits,
     may_change,
 )
 from forebay_contracts.wire import names
@@ -48,8 +49,8 @@ async def apply(
 ) -> None:
     """Bring streams, buckets and the consumer of one model in line with the settings. No message is lost.
 
-    It applies all settings of the environment: run it with the deployment's whole environment, once for each model.
-    The next start of a service reverts what its own environment does not have.
+    It applies the limits that the environment sets: run it with the deployment's whole environment, once for each
+    model. The next start of a service reverts what its own environment sets otherwise.
     """
     at = target(data_dir, nats_url)
     read = at.settings
@@ -67,11 +68,12 @@ async def apply(
         if not is_named:
             await _require_known(link, model)
         changes = await (drift if dry_run else ensure)(link, read, model, aliases, adapters)
+        stays = [] if dry_run else (await live_limits(link, read, model)).differences()
         workers: list[WorkerInfo] = []
         # A cluster that has just made the bucket may not answer for it yet. The changes are made all the same.
         with contextlib.suppress(QueueUnavailable):
             workers = await presence.read(link, names.WORKERS_BUCKET, WorkerInfo)
-    warnings = _too_few_slots(model, read.max_concurrent_requests, workers)
+    warnings = [*stays, *_too_few_slots(model, read.max_concurrent_requests, workers)]
     text = "\n".join((*(changes or ["nothing to change"]), *warnings))
     console.print_result({"changes": changes, "warnings": warnings, "server": link.server}, text, as_json=as_json)
 

@@ -76,6 +76,7 @@ async def _checks(link: Connection, read: Settings) -> list[Finding]:
         return [Finding("jetstream", "problem", f"JetStream is off: {exc}", fix)]
     checks: dict[str, Check] = {
         "topology": topology.check,
+        "limits": topology.check_limits,
         "clocks": clocks.check,
         "models": services.check_models,
         "services": services.check_services,

@@ -82,7 +82,7 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
         room_bytes = int(storage * ROOM_SHARE) if storage < math.inf else None
         answer_bytes = int(min(settings.answer_log_bytes, storage * ANSWER_SHARE))
         file_bytes = int(min(settings.file_store_bytes, storage * FILE_SHARE))
-        failed_bytes = int(answer_bytes * FAILED_SHARE)
+        failed_bytes = int(answer_bytes * FAILED_SHARE) or None
     replicas = settings.nats_replicas
     return [
         StreamConfig(

@@ -10,14 +10,16 @@ from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
 from pydantic import BaseModel, ConfigDict
 
+from forebay_contracts.nats import limits
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.consumers import consumers, model_of
+from forebay_contracts.nats.limits import Values
 from forebay_contracts.queueing import room
 from forebay_contracts.queueing.protocols import StateStore
 from forebay_contracts.settings import Settings
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueUnavailable
-from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
+from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
 from forebay_contracts.wire.state import RequestStatus
 
 
@@ -46,7 +48,8 @@ class QueueStatus(BaseModel):
     The first nine fields are those of the reference document, in its order. `total_failed` includes the timed-out
     requests; `total_timed_out` counts them alone. `active_requests` is waiting and processing together, which
     `max_queue_size` bounds. `deferred` is how many wait in the waiting room besides. `total_queued` counts a request
-    again each time that it gives way.
+    again each time that it gives way. `differences` has a sentence for each limit that a service was told otherwise
+    than others, or than what is live.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,12 +69,18 @@ class QueueStatus(BaseModel):
     workers_ready: int
     deferred: int = 0
     models: tuple[ModelQueue, ...] = ()
+    differences: tuple[str, ...] = ()
 
 
 async def queue_status(
-    connection: Connection, states: StateStore, settings: Settings, workers: Iterable[WorkerInfo]
+    connection: Connection,
+    states: StateStore,
+    settings: Settings,
+    workers: Iterable[WorkerInfo],
+    apis: Iterable[ApiInfo] = (),
+    shared: Values | None = None,
 ) -> QueueStatus:
-    """Read the queue's numbers. `workers` are those alive now.
+    """Read the queue's numbers. `workers` and `apis` are those alive now; `shared` are the live limits of streams.
 
     The limits are those that the server has now. `settings` gives them if no model has a consumer yet.
 
@@ -94,12 +103,12 @@ async def queue_status(
     active = stream.state.messages
     # The two are read a moment apart: a request that ended in between must not make the other number negative.
     processing = min(sum(consumer.num_ack_pending or 0 for consumer in live), active)
-    limits = [consumer.config.max_ack_pending or 0 for consumer in live]
+    concurrent = [consumer.config.max_ack_pending or 0 for consumer in live]
     timed_out = totals[RequestStatus.TIMED_OUT]
     return QueueStatus(
         queue_size=active - processing,
         processing_count=processing,
-        max_concurrent=sum(limits) if limits else settings.max_concurrent_requests,
+        max_concurrent=sum(concurrent) if concurrent else settings.max_concurrent_requests,
         max_queue_size=stream.config.max_msgs or 0,
         total_processed=totals[RequestStatus.COMPLETED],
         total_failed=totals[RequestStatus.FAILED] + timed_out,
@@ -113,6 +122,11 @@ async def queue_status(
         workers_ready=ready,
         deferred=sum(deferred.values()),
         models=tuple(sorted((model_queue(one, deferred[one.name]) for one in live), key=lambda line: line.model)),
+        differences=tuple(
+            limits.differences(
+                shared or {}, {model_of(one): limits.read({}, one.config) for one in live}, [*alive, *apis]
+            )
+        ),
     )
 
 

@@ -18,13 +18,19 @@ class WorkerStatus(StrEnum):
 
 
 class ServiceInfo(Message):
-    """A service's heartbeat. Times: seconds since the epoch."""
+    """A service's heartbeat. Times: seconds since the epoch.
+
+    `model` is whose consumer it has made. `limits` are those of the shared limits that its environment sets, by the
+    names of their settings; None: it is older and does not say.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     id: str
     version: str
     started_at: float
     heartbeat_at: float
+    model: str | None = None
+    limits: dict[str, float] | None = None
 
     def encode(self) -> bytes:
         """The heartbeat as JSON, every field written out."""

@@ -25,13 +25,14 @@ export function showQueue({ at, status, workers }) {
   put($("rate"), rate ? `${rate.toFixed(1)}/s` : "");
   drawChart();
   showModels(at, status.models, workers);
+  $("differences").replaceChildren(...(status.differences ?? []).map((text) => element("li", "", text)));
 }
 
 export function forgetQueue() {
   chart.length = 0;
   series.clear();
   for (const tile of document.querySelectorAll("#tiles [id]")) put(tile, tile.id === "rate" ? "" : "–");
-  for (const id of ["chart", "models", "workers"]) $(id).replaceChildren();
+  for (const id of ["chart", "models", "workers", "differences"]) $(id).replaceChildren();
   for (const id of ["chart-top", "chart-half", "chart-span"]) put($(id), "");
   $("chart").setAttribute("aria-label", "no data yet");
 }
