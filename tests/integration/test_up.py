@@ -21,15 +21,21 @@ pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("usual_port_is_t
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 async def test_up_answers_and_ends_with_zero(tmp_path: Path, ending: signal.Signals) -> None:
-    async with up(tmp_path, "--workers", "2", max_concurrent_requests=2) as running:
+    async with up(tmp_path, "--model", "org/one", "--model", "org/two") as running:
         children = running.children()
         assert len(running.children("forebay_inference")) == 2
-        answer = await running.chat("[[tokens=3]]")
-        assert answer.json()["choices"][0]["message"]["content"] == "t0 t1 t2"
+        for model in ("one", "two"):
+            answer = (await running.chat("[[tokens=3]]", model=model)).json()
+            assert (answer["model"], answer["choices"][0]["message"]["content"]) == (f"org/{model}", "t0 t1 t2")
         running.process.send_signal(ending)
         ended = await running.ended()
     assert (ended.code, ended.stdout) == (0, ""), ended.stderr
     assert not [child for child in children if child.is_running()]
+    # What there is now, and a request to copy.
+    assert f"page    {running.url}/\n" in ended.stderr
+    assert "models  org/one  (1 worker: simulated)\n          org/two  (1 worker: simulated)\n" in ended.stderr
+    assert f"curl {running.url}/v1/chat/completions -H" in ended.stderr
+    assert "draining: 0 requests running, 0 waiting; at most " in ended.stderr
     logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert logs == ["api.log", "nats-server.log", "worker-1.log", "worker-2.log"]
 
@@ -111,6 +117,8 @@ async def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
         with contextlib.suppress(httpx.TransportError):
             await request
     assert ended.code == 1
+    assert line.startswith("draining: 1 request running, 0 waiting; at most 12")
+    assert ended.stderr.endswith("\nstopped at once: what ran was cut off\n"), ended.stderr
 
 
 async def test_two_on_one_data_dir_are_refused(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from forebay_contracts.wire.errors import ConfigurationError, ForebayError
 
 EXIT_FAILED: Final = 1
 EXIT_CONFIGURATION: Final = 2
+EXIT_INTERRUPTED: Final = 130
 
 
 def run(action: Callable[[], Any], fail: Callable[[str], None]) -> int:
     """Run `action`; returns the exit status. `fail` prints an error.
 
-    Exit status 2: wrong configuration; 1: any other failure, also that stdout cannot be written. Where nobody reads
-    stdout any more, nothing is printed.
+    Exit status 2: wrong configuration; 130: Ctrl-C; 1: any other failure, also that stdout cannot be written. Where
+    nobody reads stdout any more, nothing is printed.
     """
     _settle_streams()
     code = _status(action, fail)
@@ -35,6 +36,8 @@ def _status(action: Callable[[], Any], fail: Callable[[str], None]) -> int:
         return exc.code if isinstance(exc.code, int) else EXIT_FAILED if exc.code else 0
     except BrokenPipeError:
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except ForebayError as exc:
         fail(str(exc))
         return EXIT_CONFIGURATION if isinstance(exc, ConfigurationError) else EXIT_FAILED

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import os
 import re
 import signal
@@ -79,7 +78,7 @@ class Child:
 
     def __post_init__(self) -> None:
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
-        self.ending = False
+        self.ending = self.killed = False
         self._showing = False
         self._awaited: dict[bytes, asyncio.Event] = {}
         self.ended: asyncio.Task[int] = asyncio.create_task(self._wait())
@@ -97,7 +96,7 @@ class Child:
 
     def kill(self) -> None:
         """Kill the process and everything that it started."""
-        self.ending = True
+        self.ending = self.killed = True
         self._kill_group()
 
     async def _wait(self) -> int:
@@ -132,7 +131,7 @@ class Child:
         text = line.decode(errors="replace")
         if text.strip():
             self.last_lines.append(text)
-            if self._showing or self.verbose:
+            if (self._showing or self.verbose) and not self.killed:
                 self.show(self.name, text)
         for awaited, event in self._awaited.items():
             if awaited in line:
@@ -148,6 +147,8 @@ class Supervisor:
         self._verbose = verbose
         self._stages: defaultdict[int, list[Child]] = defaultdict(list)
         self._died: list[Child] = []
+        self.killed = False
+        """Whether all were killed, so that no end is a fault."""
         self._one_died = asyncio.Event()
 
     async def start(
@@ -203,8 +204,10 @@ class Supervisor:
 
     def kill(self) -> None:
         """Kill all children."""
-        for child in itertools.chain(*self._stages.values()):
-            child.kill()
+        self.killed = True
+        for _, children in sorted(self._stages.items(), reverse=True):
+            for child in children:
+                child.kill()
 
 
 async def _pipe() -> tuple[asyncio.StreamReader, int]:
@@ -228,6 +231,8 @@ async def _end(child: Child, patience_s: Callable[[Child], float]) -> str | None
         child.kill()
         await child.ended
         return f"{child.name} did not end within {patience_s(child):g} s and was killed"
+    if child.killed:
+        return None
     code = child.ended.result()
     # SIGTERM itself ends a process that has no handler yet.
     return None if code in (0, -signal.SIGTERM) else _obituary(child, code)
