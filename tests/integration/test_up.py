@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from forebay_cli.local.running import exclusive
 from support.command import END_TIMEOUT_S, Up, forebay, settled, up
 from support.nats import NatsServer
 from support.stack import MODEL
@@ -126,6 +127,16 @@ async def test_two_on_one_data_dir_are_refused(tmp_path: Path) -> None:
         second = await forebay("up", "--port", "0", "--engine", "simulated", data_dir=tmp_path)
         assert second.code == 2
         assert f"`forebay up` already runs on DATA_DIR={tmp_path} (process {running.process.pid})" in second.stderr
+        talk = await forebay("run", "org/other", "hi", data_dir=tmp_path)
+        assert talk.code == 2
+        assert f"serves HuggingFaceTB/{MODEL} and not org/other: stop it and start it with " in talk.error
+
+
+async def test_a_model_runs_for_a_chat(tmp_path: Path) -> None:
+    talk = await forebay("run", "org/one", "[[tokens=2]]", "--engine", "simulated", data_dir=tmp_path, api_port=0)
+    assert (talk.code, talk.stdout) == (0, "t0 t1\n"), talk.stderr
+    with exclusive(tmp_path):  # nothing of it runs any more
+        assert (tmp_path / "logs" / "api.log").exists()
 
 
 async def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "resume": ("pause", "Hand out requests of a paused model again."),
     "drain": ("drain", "Let one worker finish its running requests and exit, as SIGTERM does."),
     "chat": ("chat", "Chat with a model over the api."),
+    "run": ("run", "Chat with a model on this machine; starts it for that if nobody has."),
     "key": ("key", "Make an API key."),
     "plan": ("plan", "Recommend settings that fit a model into a GPU's memory."),
     "backup": ("backup", "Save what is stored on NATS into a folder."),
@@ -48,7 +49,6 @@ app = typer.Typer(
     cls=LazyGroup,
     help="OpenAI-compatible inference behind a durable NATS JetStream queue.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -3,14 +3,15 @@
 It is not asynchronous, so that Ctrl-C reaches what waits: the prompt or the answer.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Annotated, Final
 
 import httpx
 import typer
 
-from forebay_cli import console
+from forebay_cli import console, prompt, queue_place
 from forebay_cli.api_client import (
     REQUEST_ID_HEADER,
     ApiFailure,
@@ -23,7 +24,11 @@ from forebay_cli.api_client import (
     unreachable,
 )
 from forebay_cli.declarations import AsJson, DataDir
+from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import ConfigurationError
+
+ANSWER_TIMEOUT_S: Final = None
+"""The api bounds the time of an answer."""
 
 
 def chat(
@@ -37,21 +42,29 @@ def chat(
     """Chat with a model over the api."""
     if as_json and message is None:
         raise ConfigurationError("--json is for one answer: give a MESSAGE")
-    # The api bounds the time of an answer.
-    with api_client(api_target(base_url, api_key, data_dir), timeout_s=None) as client:
-        chosen = model or _first_model(client)
-        if message is None:
-            _converse(client, chosen)
-            return
-        answer = _answer_as_json if as_json else _answer
-        answer(client, chosen, [{"role": "user", "content": message}])
+    with api_client(api_target(base_url, api_key, data_dir), ANSWER_TIMEOUT_S) as client:
+        talk(client, model or _first_model(client), message, as_json=as_json)
+
+
+def talk(client: httpx.Client, model: str, message: str | None, *, as_json: bool = False) -> None:
+    """Print the answer to `message`; without one, hold a conversation.
+
+    Raises:
+        ApiFailure: the api does not answer, or answers with an error.
+    """
+    if message is None:
+        _converse(client, model)
+        return
+    answer = _answer_as_json if as_json else _answer
+    answer(client, model, [{"role": "user", "content": message}])
 
 
 def _converse(client: httpx.Client, model: str) -> None:
-    """Ask line by line until the input ends. An error is printed, and the conversation goes on."""
+    """Ask one message after another until the input ends. An error is printed, and the conversation goes on."""
     console.say(f"talking to {model}; an empty line starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends")
+    read = prompt.reader(load(Settings).data_dir / "chat_history")
     history: list[dict[str, str]] = []
-    while (line := _read_line()) is not None:
+    while (line := _read(read)) is not None:
         if not line.strip():
             history.clear()
             continue
@@ -70,9 +83,9 @@ def _converse(client: httpx.Client, model: str) -> None:
             history += [question, {"role": "assistant", "content": text}]
 
 
-def _read_line() -> str | None:
+def _read(read: Callable[[], str]) -> str | None:
     try:
-        return input("> ")
+        return read()
     except (EOFError, KeyboardInterrupt):
         return None
 
@@ -108,8 +121,14 @@ def _answer(client: httpx.Client, model: str, messages: list[dict[str, str]]) ->
     """Print the answer as it is generated; returns the whole."""
     text = ""
     body = {"model": model, "messages": messages, "stream": True}
-    with client.stream("POST", "chat/completions", json=body) as response:
+    watched = console.stdout.is_terminal
+    with (
+        client.stream("POST", "chat/completions", json=body, headers=queue_place.EARLY if watched else {}) as response,
+        queue_place.shown(client, response) if watched else contextlib.nullcontext() as arrived,
+    ):
         for piece in _pieces(response):
+            if arrived is not None and piece:
+                arrived()
             text += piece
             console.stdout.out(piece, end="")
     console.stdout.out("")

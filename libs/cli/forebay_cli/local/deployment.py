@@ -178,8 +178,11 @@ class Deployment:
             async with asyncio.timeout(DRAIN_POLL_S), connection.connected(self.settings, "forebay up") as link:
                 workers = await presence.read(link, names.WORKERS_BUCKET, WorkerInfo)
                 lines = await consumers(link)
-        running = sum(worker.busy for worker in workers if worker.id in ids)
-        waiting = sum(line.num_pending or 0 for line in lines if model_of(line) in models)
+        of_models = [line for line in lines if model_of(line) in models]
+        waiting = sum(line.num_pending or 0 for line in of_models)
+        # What NATS has handed out is exact. On a shared one it is other workers' too, and heartbeats are a second old.
+        ours = sum(worker.busy for worker in workers if worker.id in ids)
+        running = sum(line.num_ack_pending or 0 for line in of_models) if self.api.nats_url is None else ours
         return f"{running} request{'' if running == 1 else 's'} running, {waiting} waiting; "
 
     def _patience_s(self, child: Child) -> float:
