@@ -22,7 +22,7 @@ SECOND = "Qwen/Qwen2.5-1.5B-Instruct"
 PRELUDE = f"""
 set -eo pipefail
 curl() {{ command curl --fail-with-body -sS "$@"; }}
-forebay() {{ case $1 in up|api|inference|fetch) ;; *) {sys.executable} -m forebay_cli "$@" </dev/null;; esac; }}
+forebay() {{ case $1 in up|api|inference|fetch|run) ;; *) {sys.executable} -m forebay_cli "$@" </dev/null;; esac; }}
 """
 """The services run already: that `forebay up` and the like take what they are given is a unit test."""
 

@@ -1,16 +1,20 @@
 """What a person sees of the queue on a terminal of 80 columns and 24 lines: all of it."""
 
 import io
-import re
 import time
 
+import pytest
+from nats.js.api import StreamConfig, StreamInfo, StreamState
 from rich.console import Console, Group
 from rich.table import Table
 
 from forebay_cli import console
-from forebay_cli.commands import status
+from forebay_cli.commands import plan, status, topology, usage
+from forebay_cli.commands.plan import fit_all
 from forebay_cli.commands.requests import request_table, requests_table
 from forebay_contracts.queueing.status import ModelQueue, QueueStatus
+from forebay_contracts.queueing.usage import UsageRow
+from forebay_contracts.sizing.model_shape import of_params
 from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 
@@ -47,22 +51,48 @@ def printed(made: Table) -> str:
     return terminal.file.getvalue()
 
 
-def column(text: str, name: str) -> str:
-    """What stands below a column's name, the folds taken out."""
-    lines = text.splitlines()
-    heads = next(line for line in lines if re.search(rf"\b{name}\b", line))
-    start = heads.index(name)
-    following = re.search(r"\S", heads[start + len(name) :])
-    end = None if following is None else start + len(name) + following.start()
-    return "".join(line[start:end] for line in lines[lines.index(heads) + 2 :]).replace(" ", "")
-
-
 def test_a_narrow_terminal_loses_nothing_of_a_request() -> None:
-    text = printed(requests_table([request()]))
-    assert REQUEST_ID in text
-    assert column(text, "model") == MODEL
-    assert column(text, "error") == f"{ERROR} ({FAULT})".replace(" ", "")
-    assert "…" not in text
+    text = printed(requests_table([request()], 80))
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines()), text
+    (_, _, heads, more, _, first, second, *folds) = (line.rstrip() for line in text.splitlines())
+    assert (heads.split(), more.split()) == (
+        ["id", "status", "queued", "waited", "error"],
+        ["model", "type", "attempt", "ran", "tokens"],
+    )
+    assert first.split()[:2] == [REQUEST_ID, "timed_out"]
+    assert second.split()[:4] == [MODEL, "completion", "3", "350.00"]
+    error = "".join(line[heads.index("error") :].strip() for line in (first, second, *folds)).replace(" ", "")
+    assert error == f"{ERROR} ({FAULT})3456".replace(" ", "")
+
+
+def test_a_wide_terminal_has_a_line_a_request() -> None:
+    assert len(requests_table([request()]).columns) == 10
+
+
+def test_the_other_tables_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.stdout, "width", 80)
+    used = UsageRow(
+        day="2026-11-30",
+        model=MODEL,
+        key="a-team-with-a-long-name",
+        requests=1_234_567,
+        prompt_tokens=123_456_789,
+        cached_tokens=12_345_678,
+        completion_tokens=12_345_678,
+        queue_seconds=12_345.6,
+    )
+    model = of_params("8B", 8_000_000_000)
+    fits = fit_all(model, 24 << 30, 8192, None, requests_per_slot=50)
+    config = StreamConfig(name="KV_inference-responses", subjects=["$KV.inference-responses.>"], max_age=31_536_000)
+    state = StreamState(messages=123_456, bytes=2**30, first_seq=1, last_seq=123_456, consumer_count=1)
+    stream = StreamInfo(config=config, state=state)
+    for made in (
+        console.table(usage.TITLE, (*usage.GROUPS, *usage.COUNTS), [usage._cells(used, usage.GROUPS)]),
+        console.table("8B", plan.COLUMNS, [plan._row(model, one) for one in fits]),
+        topology._table("Streams", [topology._stream_row(stream)]),
+    ):
+        text = printed(made)
+        assert all(len(line.rstrip()) <= 80 for line in text.splitlines()), text
 
 
 def test_names_stay_whole_beside_values_that_fold() -> None:

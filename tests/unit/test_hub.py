@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -154,6 +156,18 @@ def test_no_hub_is_one_sentence(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
     assert "give a local folder or GGUF file" in refusal(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refusal(tmp_path)
+
+
+def test_a_full_disk_says_so_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000))
+    hub.repositories["org/large"] = {"config.json": b"{}", "model.safetensors": bytes(5_300_000)}
+    said = f"DEFAULT_MODEL=org/large could not be fetched: {tmp_path}: the disk is full: 5.3 MB are needed, and 0.2"
+    assert refusal(tmp_path, "org/large") == f"{said} MB are free"
+    assert hub.fetched == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    assert "could not be fetched: not enough free disk space" in refusal(tmp_path)  # for the index of its weights
 
 
 def test_a_folder_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:

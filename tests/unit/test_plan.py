@@ -80,13 +80,13 @@ def fitted(shape: ModelShape, gib: float, quantization: str, context: int, max_s
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GiB", 24 << 30), ("24G", 24 << 30), ("24 gib", 24 << 30), ("24GB", 24 * 10**9), ("0.5TiB", 1 << 39)],
+    [(text, 24 << 30) for text in ("24GiB", "24G", "24", "24 gib")] + [("24GB", 24 * 10**9), ("0.5TiB", 1 << 39)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["24", "GiB", "", "-1GiB", "24GiB more"])
+@pytest.mark.parametrize("text", ["GiB", "", "-1GiB", "24GiB more"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigurationError, match="is no amount of memory"):
         parse_size(text)

@@ -22,6 +22,7 @@ PIPE_WIDTH = 240
 """Columns of a table where stdout is no terminal."""
 
 LONG_COLUMNS = {"model": 12, "status": 10, "engine": 12, "error": 24, "subjects": 20, "found": 30, "fix": 20}
+LONG_COLUMNS |= {"key": 6, "quantization": 12, "error\ntokens": 12}
 """The columns that fold on a narrow terminal, with the width that each keeps. The others are never cut."""
 
 VALUE_MIN_WIDTH = 20
@@ -124,7 +125,8 @@ def _table(title: str, columns: Sequence[tuple[str, int | None]], rows: Sequence
     made = Table(title=title, show_header=any(names), padding=(0, 1, 0, 0), **looks)
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     for number, (name, least) in enumerate(columns):
-        widest = max(cell_len(row[number]) for row in (names, *cells) if number < len(row))
+        lines = [line for row in (names, *cells) if number < len(row) for line in row[number].split("\n")]
+        widest = max(map(cell_len, lines))
         width = widest if least is None else min(least, widest)
         made.add_column(name, no_wrap=least is None, overflow="fold", min_width=width)
     for row in cells:
@@ -135,6 +137,13 @@ def _table(title: str, columns: Sequence[tuple[str, int | None]], rows: Sequence
 def print_tables(*tables: Table, on: Console = stdout) -> None:
     """Print tables. A terminal that is too narrow for one wraps its lines, so that nothing is cut."""
     for made in tables:
-        # A column is followed by a space and a line of the box; one more line comes before the first.
-        needed = sum(column.min_width or 0 for column in made.columns) + 2 * len(made.columns) + 1
-        Console(file=on.file, highlight=False, width=max(on.width, needed)).print(made, crop=False)
+        if needed_width(made) > on.width:
+            made.padding = 0
+        Console(file=on.file, highlight=False, width=max(on.width, needed_width(made))).print(made, crop=False)
+
+
+def needed_width(made: Table) -> int:
+    """The columns that a table takes with all that may fold folded."""
+    # A column is followed by its padding and a line of the box; one more line comes before the first.
+    _, right, _, left = made.padding
+    return sum((column.min_width or 0) + left + right + 1 for column in made.columns) + 1

@@ -25,6 +25,8 @@ from forebay_contracts.sizing.gpu_memory import (
 from forebay_contracts.sizing.model_shape import find_folder, of_config, of_folder, of_params, parse_params, parse_size
 from forebay_contracts.wire.errors import ConfigurationError
 
+COLUMNS = ("quantization", "weights", "KV cache", "activations", "left", "context", "concurrent", "batch", "queue")
+
 
 class PlanSettings(Settings):
     """What a plan reads of the settings: those of a worker may be the ones that do not fit yet."""
@@ -34,12 +36,13 @@ class PlanSettings(Settings):
 
 def plan(
     gpu_bytes: Annotated[
-        int, typer.Option("--gpu-memory", help="Memory of the GPU, as 24GiB.", parser=parse_size, metavar="SIZE")
+        int, typer.Option("--gpu-memory", help="Memory of the GPU: 24 or 24GiB.", parser=parse_size, metavar="SIZE")
     ],
-    model: Annotated[
+    named: Annotated[
         str | None,
-        typer.Option(help="A hub id, a folder, or a size like 8B.", show_default="DEFAULT_MODEL"),
+        typer.Argument(metavar="MODEL", help="A hub id, a folder, or a size like 8B.", show_default="DEFAULT_MODEL"),
     ] = None,
+    model: Annotated[str | None, typer.Option(help="The same as MODEL.")] = None,
     layers: Annotated[int | None, typer.Option(help="With a size: its layers.", min=1)] = None,
     kv_heads: Annotated[int | None, typer.Option(help="With a size: heads of keys and values.", min=1)] = None,
     head_dim: Annotated[int | None, typer.Option(help="With a size: numbers in a head.", min=1)] = None,
@@ -65,7 +68,7 @@ def plan(
 ) -> None:
     """Recommend settings that fit a model into a GPU's memory."""
     read = load(PlanSettings)
-    shape = _shape(model or read.default_model, read, layers, kv_heads, head_dim)
+    shape = _shape(model or named or read.default_model, read, layers, kv_heads, head_dim)
     context = min(context, shape.context_length)
     per_slot = max(1, int(read.request_timeout / request_seconds))
     fits = fit_all(shape, gpu_bytes, context, quantization, requests_per_slot=per_slot, engine=engine, flash=flash)
@@ -173,12 +176,11 @@ def _shape(
 
 
 def _print(shape: ModelShape, gpu_bytes: int, fits: list[Fit], settings: dict[str, str]) -> None:
-    columns = ("quantization", "weights", "KV cache", "activations", "left", "context", "concurrent", "batch", "queue")
     title = (
         f"{shape.name}: {shape.params / 1e9:.2f} billion parameters, {fits[0].kv_bytes_per_token / 1024:g} KiB of "
-        f"KV cache a token, in {_gib(gpu_bytes)} less {_gib(RESERVE_BYTES)} for CUDA"
+        f"KV cache a token, in {_gib(gpu_bytes)} less {_gib(RESERVE_BYTES)} for CUDA; sizes in GiB"
     )
-    console.print_tables(console.table(title, columns, [_row(shape, one) for one in fits]))
+    console.print_tables(console.table(title, COLUMNS, [_row(shape, one) for one in fits]))
     for name, value in settings.items():
         console.stdout.print(f"{name}={value}", markup=False)
 
@@ -187,11 +189,15 @@ def _row(shape: ModelShape, one: Fit) -> tuple[object, ...]:
     partly = shape.expert_params and one.quantization in ("int8", "nf4", "fp4")
     quantization = f"{one.quantization} (experts bf16)" if partly else one.quantization
     if not one.slots:
-        return (quantization, _gib(one.weights_bytes), "does not fit", *[None] * 6)
+        return (quantization, _number(one.weights_bytes), "no room", *[None] * 6)
     left = one.free_bytes - one.cache_bytes - one.activation_bytes
     sizes = (one.weights_bytes, one.cache_bytes, one.activation_bytes, left)
-    return (quantization, *map(_gib, sizes), one.context, one.slots, one.batch_tokens, one.queue_size)
+    return (quantization, *map(_number, sizes), one.context, one.slots, one.batch_tokens, one.queue_size)
+
+
+def _number(size: int) -> str:
+    return f"{size / (1 << 30):.2f}"
 
 
 def _gib(size: int) -> str:
-    return f"{size / (1 << 30):.2f} GiB"
+    return f"{_number(size)} GiB"

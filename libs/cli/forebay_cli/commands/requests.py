@@ -4,6 +4,7 @@ import heapq
 import time
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from textwrap import wrap
 from typing import Annotated
 
 import typer
@@ -28,6 +29,9 @@ MAX_STATES_READ = 20_000
 
 MAX_FAILED_READ = 10_000
 """The failed requests that are searched, the oldest."""
+
+
+ID_WIDTH = 36
 
 
 @synchronous
@@ -75,7 +79,9 @@ async def requests(
         more = {} if texts is None else {"answer": texts}
         console.print_json([state.model_dump(mode="json") | more for state in found])
     else:
-        console.print_tables(requests_table(found) if request_id is None else request_table(found[0], texts or ()))
+        console.print_tables(
+            requests_table(found, console.stdout.width) if request_id is None else request_table(found[0], texts or ())
+        )
 
 
 async def find(link: Connection, request_id: str) -> RequestState:
@@ -122,10 +128,28 @@ def request_table(state: RequestState, texts: Sequence[str] = ()) -> Table:
     return console.pairs(f"Request {state.id}", known | times | usage | answer)
 
 
-def requests_table(states: Iterable[RequestState]) -> Table:
-    """A line for each of `states`."""
+def requests_table(states: Iterable[RequestState], width: int = console.PIPE_WIDTH) -> Table:
+    """A line for each of `states`; where the terminal has fewer columns than that takes, more lines each."""
     columns = ("id", "status", "type", "model", "queued", "waited", "ran", "attempt", "tokens", "error")
-    return console.table("Requests", columns, [_row(state) for state in states])
+    rows = [_row(state) for state in states]
+    made = console.table("Requests", columns, rows)
+    if console.needed_width(made) <= width:
+        return made
+    return console.table("Requests", _stacked(columns), [_stacked(row) for row in rows])
+
+
+def _stacked(row: Sequence[object]) -> list[str]:
+    """A row with two cells above each other: for that 80 columns have room."""
+    one, status, kind, model, queued, waited, ran, attempt, tokens, error = (
+        "" if cell is None else str(cell) for cell in row
+    )
+    return [
+        "\n".join([one, *wrap(model, ID_WIDTH)]),
+        f"{status}\n{kind}",
+        f"{queued}\n{attempt}",
+        f"{waited}\n{ran}",
+        f"{error}\n{tokens}",
+    ]
 
 
 def _row(state: RequestState) -> tuple[object, ...]:

@@ -30,6 +30,9 @@ from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
 from forebay_contracts.wire.heartbeats import WorkerInfo, WorkerStatus
 
+WIDE_COLUMNS = ("subjects", "last_seq", "retention", "discard", "storage", "model", "redelivered", "pulls_waiting")
+"""What is left out of the tables where the terminal is narrow."""
+
 topology = typer.Typer(
     help="Show or apply the streams, consumers and buckets on NATS.", no_args_is_help=True, add_completion=False
 )
@@ -161,4 +164,9 @@ def _consumer_row(info: ConsumerInfo) -> dict[str, Any]:
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    return console.table(title, list(rows[0]) if rows else [""], [list(row.values()) for row in rows])
+    """All of `rows`, or on a narrow terminal the columns that people look for first."""
+    made = console.table(title, list(rows[0]) if rows else [""], [list(row.values()) for row in rows])
+    if not rows or console.needed_width(made) <= console.stdout.width:
+        return made
+    shown = [name for name in rows[0] if name not in WIDE_COLUMNS]
+    return console.table(f"{title} (--json has more)", shown, [[row[name] for name in shown] for row in rows])

@@ -13,7 +13,9 @@ from forebay_contracts.wire.errors import ConfigurationError
 
 GROUPS = ("day", "model", "key")
 
-COUNTS = ("requests", "prompt tokens", "cached", "completion tokens", "queue s")
+COUNTS = ("requests", "prompt", "cached", "compl.", "queue s")
+
+TITLE = "Usage: requests, tokens of prompts, of these from a cache, of completions, and seconds in the queue"
 
 
 @synchronous
@@ -44,7 +46,7 @@ async def usage(
         console.print_json([row.model_dump(exclude_unset=True) for row in rows])
     else:
         rows.append(total(rows, **{groups[0]: "total"}))
-        console.print_tables(console.table("Usage", (*groups, *COUNTS), [_cells(row, groups) for row in rows]))
+        console.print_tables(console.table(TITLE, (*groups, *COUNTS), [_cells(row, groups) for row in rows]))
 
 
 def _cells(row: UsageRow, groups: tuple[str, ...]) -> tuple[object, ...]:

@@ -19,10 +19,11 @@ MANIFEST = "SHA256SUMS"
 def findings(read: Settings) -> list[Finding]:
     """Run the checks."""
     data_dir = read.data_dir
-    return [*_disk(data_dir), *_model_cache(read.default_model, data_dir)]
+    return [*disk(data_dir), *_model_cache(read.default_model, data_dir)]
 
 
-def _disk(data_dir: Path) -> Iterator[Finding]:
+def disk(data_dir: Path) -> Iterator[Finding]:
+    """Whether DATA_DIR can be written, and how much room its disk has."""
     there = next(folder for folder in (data_dir, *data_dir.absolute().parents) if folder.exists())
     if not os.access(there, os.W_OK):
         yield Finding("disk", "problem", f"{there} cannot be written", "set DATA_DIR to a folder that can")

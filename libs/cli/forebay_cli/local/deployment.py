@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from forebay_cli import console
+from forebay_cli.doctor import machine
 from forebay_cli.local import addresses, nats_server
 from forebay_cli.local.cards import card_of_worker, visible_cards
 from forebay_cli.local.running import Running
@@ -85,6 +86,9 @@ class Deployment:
 
     async def bring_up(self) -> None:
         """Start everything; return when all workers and the api are ready."""
+        for finding in machine.disk(self.data_dir):
+            if finding.severity == "problem":
+                console.say(f"{finding.message}: NATS and models may find no room; {finding.fix}")
         try:
             if self.api.nats_url is None:
                 self.settings = self.api.model_copy(update=await self._start_nats())

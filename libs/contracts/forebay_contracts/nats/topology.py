@@ -36,7 +36,7 @@ _TRY_AGAIN = (10005, 10008, 10009, 10058, 10105, 10148)
 """No suitable peers, JetStream unavailable, cluster not available: a new cluster has no leader yet. Stream name in use,
 consumer exists: another service has just made it with other settings."""
 
-_ADVICE = {10047: ": give it more storage, or lower ANSWER_LOG_BYTES or FILE_STORE_BYTES"}
+_ADVICE = {10047: ": give it more disk or a higher limit, or lower ANSWER_LOG_BYTES or FILE_STORE_BYTES"}
 """What helps, by the server's error code. Insufficient storage: it reserves bytes of the answer log and of files."""
 
 _ZERO = (None, False, 0, -1, "")

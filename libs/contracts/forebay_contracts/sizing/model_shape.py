@@ -12,7 +12,7 @@ from typing import Any, Final
 from forebay_contracts.sizing.gpu_memory import BF16_BYTES, ModelShape
 from forebay_contracts.wire.errors import ConfigurationError
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?", re.IGNORECASE)
 _PARAMS = re.compile(r"(\d+(?:\.\d+)?)\s*([MB])", re.IGNORECASE)
 _POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 _CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -35,7 +35,7 @@ _TYPICAL_CONTEXT: Final = 131_072
 
 
 def parse_size(text: str) -> int:
-    """`24GiB` (or `24G`) and `24GB` in bytes: binary with an i or without a B, else decimal.
+    """`24GiB` (or `24G`, or `24`) and `24GB` in bytes: binary with an i or without a B, else decimal.
 
     Raises:
         ConfigurationError: it is no size.
@@ -45,7 +45,7 @@ def parse_size(text: str) -> int:
         raise ConfigurationError(f"{text!r} is no amount of memory: write 24GiB or 24GB")
     number, unit, binary = found.groups()
     decimal = not binary and text.strip().upper().endswith("B")
-    return int(float(number) * (1000 if decimal else 1024) ** _POWERS[unit.upper()])
+    return int(float(number) * (1000 if decimal else 1024) ** _POWERS[(unit or "G").upper()])
 
 
 def parse_params(text: str) -> int | None:

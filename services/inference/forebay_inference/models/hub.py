@@ -21,6 +21,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.models.progress import step_progress
+from forebay_inference.models.room import clause, require_room
 from forebay_inference.models.sources import bytes_in
 
 _TIMEOUT_S: Final = 5
@@ -175,6 +176,7 @@ def _fetched(model: str, folder: Path, progress: Callable[[str], None], token: s
         raise ConfigurationError(f"its index names weights that the hub does not have: {', '.join(sorted(missing))}")
     blobs = folder / f"models--{model.replace('/', '--')}" / "blobs"
     total = sum(sizes[name] for name in files)
+    require_room(folder, total - bytes_in(blobs))
 
     def look() -> None:
         # The files of another revision count too.
@@ -223,8 +225,10 @@ def _reason(model: str, error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'DATA_DIR'}: {error.strerror.lower()}"
+        return f"{error.filename or 'DATA_DIR'}: {clause(error.strerror)}"
     cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "disk space" in cause:  # as the hub's client says it, without an errno
+        return clause(cause)
     return (
         f"the model hub at {constants.ENDPOINT} cannot be reached ({cause}); "
         "give a local folder or GGUF file as DEFAULT_MODEL where there is no hub"

