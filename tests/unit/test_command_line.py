@@ -43,7 +43,8 @@ def test_what_needs_no_command_imports_none(argument: str, printed: Iterable[str
 
 @pytest.mark.parametrize("options", [[], ["--data-dir", "."]])
 @pytest.mark.parametrize(
-    "command", ["cancel x", "pause x", "resume x", "drain x", "topology apply", "retry x", "api", "inference"]
+    "command",
+    ["cancel x", "pause x", "resume x", "drain x", "topology apply", "restore .", "retry x", "api", "inference"],
 )
 def test_what_changes_something_guesses_no_server(
     command: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

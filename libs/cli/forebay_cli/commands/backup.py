@@ -7,8 +7,8 @@ import typer
 from nats.js.errors import NotFoundError
 
 from forebay_cli import console, snapshots
-from forebay_cli.declarations import AsJson, synchronous
-from forebay_cli.nats_connection import connected, load_settings
+from forebay_cli.declarations import AsJson, DataDir, NatsUrl, synchronous
+from forebay_cli.nats_connection import connected, target
 from forebay_contracts.nats import presence
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.streams import stream_configs
@@ -23,6 +23,8 @@ _HEARTBEATS = {names.bucket_stream(names.WORKERS_BUCKET), names.bucket_stream(na
 @synchronous
 async def backup(
     folder: Annotated[Path, typer.Argument(help="A new folder for the backup.", metavar="DIR", show_default=False)],
+    data_dir: DataDir = None,
+    nats_url: NatsUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Save what is stored on NATS into a folder.
@@ -31,13 +33,13 @@ async def backup(
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigurationError(f"{folder} is not empty: name a new folder")
-    read = load_settings()
-    async with connected(read) as link:
+    at = target(data_dir, nats_url)
+    async with connected(at) as link:
         # It holds what clients have asked and were answered.
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = [
             await snapshots.save(link.client, config.name, folder)
-            for config in stream_configs(read)
+            for config in stream_configs(at.settings)
             if config.name not in _HEARTBEATS and config.name is not None
         ]
     _print(f"saved in {folder}", [one for one in found if one is not None], as_json)
@@ -47,15 +49,17 @@ async def backup(
 async def restore(
     folder: Annotated[Path, typer.Argument(help="The folder of a backup.", metavar="DIR", show_default=False)],
     replace: Annotated[bool, typer.Option("--replace", help="Delete the streams that are there first.")] = False,
+    data_dir: DataDir = None,
+    nats_url: NatsUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Make the streams and buckets of a backup again.
 
     No service may run. Run `forebay topology apply` afterwards.
     """
+    at = target(data_dir, nats_url).named()
     saved = snapshots.saved_in(folder)
-    read = load_settings()
-    async with connected(read) as link:
+    async with connected(at) as link:
         await _require_no_service(link)
         there = [one.name for one in saved if await _exists(link, one.name)]
         if there and not replace:
@@ -65,7 +69,7 @@ async def restore(
         for name in there:
             await link.jetstream.delete_stream(name)
         for one in saved:
-            await snapshots.restore(link.client, one, folder, read.nats_replicas)
+            await snapshots.restore(link.client, one, folder, at.settings.nats_replicas)
     _print(f"restored from {folder}", saved, as_json)
 
 
