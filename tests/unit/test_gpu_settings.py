@@ -64,7 +64,7 @@ def test_with_flash_attention_passes_overlap_and_are_recorded(caplog: pytest.Log
         ({"capability": (7, 5)}, "the GPU is older than Ampere"),
         ({"size": 512}, "heads of 256 numbers at most"),
         ({"plain": False}, "keep keys and values of different sizes"),
-        ({"kernels": False}, "install forebay[gpu]"),
+        ({"kernels": False}, "pip install 'forebay[gpu]'"),
     ],
 )
 def test_without_it_the_worker_warns_and_goes_on(

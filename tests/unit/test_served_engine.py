@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 import pytest
@@ -19,7 +19,6 @@ from forebay_contracts.settings import InferenceSettings, load
 from forebay_contracts.wire.errors import ApiError, ConfigurationError, InvalidRequest
 from forebay_contracts.wire.request import InferenceRequest, Sampling
 from forebay_contracts.wire.state import RequestStatus
-from forebay_inference.__main__ import build_model
 from forebay_inference.engine.protocol import EngineFault, LoadedModel, Step, TokenRequest
 from forebay_inference.engine.served import server as served_server
 from forebay_inference.engine.served.engine import ServedEngine
@@ -457,17 +456,6 @@ async def test_a_missing_package_is_told_before_anything_is_fetched(monkeypatch:
     engine = ServedEngine(InferenceSettings(_env_file=None, inference_engine="llamacpp"), LlamaCpp())
     with pytest.raises(ConfigurationError, match="llamacpp needs the package no_such_package"):
         await engine.start(pytest.fail)
-
-
-@pytest.mark.parametrize(("engine", "extra"), [("llamacpp", "llamacpp"), ("sglang", "served"), ("openai", "served")])
-def test_a_missing_client_is_told_with_its_extra(
-    monkeypatch: pytest.MonkeyPatch, engine: Literal["llamacpp", "sglang", "openai"], extra: str
-) -> None:
-    monkeypatch.setitem(sys.modules, "forebay_inference.engine.served.engine", None)
-    monkeypatch.setitem(sys.modules, "forebay_inference.engine.openai", None)
-    settings = InferenceSettings(_env_file=None, inference_engine=engine, engine_url="http://h")
-    with pytest.raises(ConfigurationError, match=rf"INFERENCE_ENGINE={engine} needs .*'forebay\[{extra}\]'"):
-        build_model(settings)
 
 
 def test_no_torch_is_needed(model: Path) -> None:

@@ -31,12 +31,17 @@ def raise_file_limit(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
-def calm_collector() -> None:
-    """Make garbage collection cheap; call it when all long-lived objects exist. Later collections skip these objects.
+def collect_seldom() -> None:
+    """Collect the young generation every 10,000 allocations instead of 700.
 
-    The young generation is collected every 10,000 allocations instead of 700: a request allocates hundreds of objects,
-    which reference counting frees.
+    A request allocates hundreds of objects, which reference counting frees. Imports allocate millions, which stay:
+    without the collections between them, a worker is ready 0.7 s earlier.
     """
+    gc.set_threshold(10_000, 10, 40)
+
+
+def calm_collector() -> None:
+    """Make garbage collection cheap; call it when all long-lived objects exist. Later collections skip them."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 10, 40)
+    collect_seldom()

@@ -10,10 +10,11 @@ from typing import Final
 
 import uvloop
 
+from forebay_contracts import extras
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection, connected
 from forebay_contracts.nats.presence import Presence
-from forebay_contracts.process import raise_file_limit
+from forebay_contracts.process import collect_seldom, raise_file_limit
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
 from forebay_contracts.queueing.deliveries import JetStreamDeliveries
@@ -47,6 +48,7 @@ SPARE_FILES: Final = 256
 
 def build_model(settings: InferenceSettings) -> Model:
     """The model that a worker serves, on the engine that INFERENCE_ENGINE names."""
+    extras.require(settings.inference_engine)
     # Imported here, since they take seconds, and each needs libraries that others do without.
     match settings.inference_engine:
         case "simulated":
@@ -64,13 +66,7 @@ def build_model(settings: InferenceSettings) -> Model:
 
             return TextModel(TransformersEngine(settings), closed_schemas=settings.closed_schemas)
         case served:
-            try:
-                return _served_model(settings, served)
-            except ModuleNotFoundError as exc:
-                extra = served if served in ("llamacpp", "vllm") else "served"
-                raise ConfigurationError(
-                    f"INFERENCE_ENGINE={served} needs {exc.name}: pip install 'forebay[{extra}]'"
-                ) from exc
+            return _served_model(settings, served)
 
 
 def _served_model(settings: InferenceSettings, engine: str) -> Model:
@@ -144,6 +140,7 @@ async def serve(settings: InferenceSettings) -> None:
 
 def main() -> int:
     """Work; the exit status."""
+    collect_seldom()  # before the imports of the engine
     try:
         settings = load(InferenceSettings)
         logs.configure(settings)

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from forebay_contracts import program
+from forebay_contracts import extras, program
 from forebay_contracts.settings import InferenceSettings, load
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_inference.models.adapters import Kind, ensure_adapters
@@ -17,6 +17,7 @@ def fetch(link: Path | None = None) -> None:
     if settings.inference_engine in ("simulated", "openai"):
         print(f"the {settings.inference_engine} engine has no model")
         return
+    extras.require(settings.inference_engine)
     ensure = ensure_gguf if settings.inference_engine == "llamacpp" else ensure_model
     place = ensure(settings.default_model, settings.data_dir, _tell, settings.hf_token)
     if link is not None and link.resolve() != place.resolve():

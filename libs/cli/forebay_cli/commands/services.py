@@ -2,10 +2,13 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from forebay_contracts import extras
 
 Folder = Annotated[Path | None, typer.Option("--data-dir", help="Models and logs.", show_default="DATA_DIR")]
 
@@ -16,11 +19,13 @@ NatsUrl = Annotated[
 
 def api(data_dir: Folder = None, nats_url: NatsUrl = None) -> None:
     """Run the api in the foreground, for containers."""
+    extras.require("api")
     _become("forebay_api", _with_nats(data_dir, nats_url))
 
 
 def inference(data_dir: Folder = None, nats_url: NatsUrl = None) -> None:
     """Run one worker in the foreground, for containers."""
+    _require_engine()
     _become("forebay_inference", _with_nats(data_dir, nats_url))
 
 
@@ -29,8 +34,17 @@ def fetch(
     data_dir: Folder = None,
 ) -> None:
     """Fetch and convert the model into DATA_DIR, then exit. Run it before the first worker or in an init container."""
+    _require_engine()
     given = {} if data_dir is None else {"DATA_DIR": str(data_dir)}
     _become("forebay_inference.fetch", given, *([] if link is None else [str(link)]))
+
+
+def _require_engine() -> None:
+    """Find out whether anything of an engine is installed. The service finds out whether it is the right one."""
+    if find_spec("jinja2") is None:
+        from forebay_contracts.settings import InferenceSettings, load  # here, since it takes 0.3 s
+
+        extras.require(load(InferenceSettings).inference_engine)
 
 
 def _become(module: str, settings: dict[str, str], *arguments: str) -> None:

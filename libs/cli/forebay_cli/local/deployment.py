@@ -16,6 +16,7 @@ from forebay_cli.local.cards import card_of_worker, visible_cards
 from forebay_cli.local.running import Running
 from forebay_cli.local.supervisor import Child, Supervisor
 from forebay_cli.nats_connection import permission_violations
+from forebay_contracts import extras
 from forebay_contracts.nats import connection, presence, topology
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.consumers import consumers, model_of
@@ -58,6 +59,8 @@ class Deployment:
         of_models = [load(InferenceSettings, **given, default_model=model) for model in models]
         self.workers = [one for one in of_models or [load(InferenceSettings, **given)] for _ in range(workers_each)]
         _check_models(of_models)
+        own_nats = [extras.NATS_SERVER] if self.api.nats_url is None else []
+        extras.require("api", *(worker.inference_engine for worker in self.workers), *own_nats)
         self.data_dir = self.api.data_dir.resolve()
         self.port = self.api.api_port or addresses.free_port("127.0.0.1")
         self.supervisor = Supervisor(self.data_dir / "logs", console.say_of_child, verbose=verbose)

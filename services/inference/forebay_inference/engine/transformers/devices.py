@@ -1,5 +1,7 @@
 """The device that a model runs on, and the CPUs that it may use."""
 
+import os
+
 import torch
 
 from forebay_contracts.wire.errors import ConfigurationError
@@ -27,6 +29,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def use_cpus(device: torch.device) -> None:
-    """Let torch compute on all CPUs that this process may use, where `device` is the CPU."""
+    """Let torch compute on all CPUs that this process may use, where `device` is the CPU, and compile nothing there."""
     if device.type == "cpu":
         torch.set_num_threads(usable_cpus())
+        # bitsandbytes decorates with torch.compile what runs on no CPU here; the compiler's imports take 0.7 s.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -69,7 +69,7 @@ def why_no_flash(model: Any, shape: CacheShape) -> str | None:
     if is_flash_attn_3_available(kernels_fallback_ok=True) or is_flash_attn_2_available(kernels_fallback_ok=True):
         return None
     return (
-        "install forebay[gpu], which fetches it from the model hub at the first start, or flash-attn "
+        "pip install 'forebay[gpu]', which fetches it from the model hub at the first start, or flash-attn "
         "(docs/engine.md#on-a-gpu)"
     )
 
