@@ -10,13 +10,15 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 # Python files are compiled when they are first imported: most of what a package has is never imported.
+# What is compiled must be kept, or each start compiles it again: 7 s.
+export PYTHONDONTWRITEBYTECODE :=
 PIP = $(BIN)/python -m pip install --no-compile --disable-pip-version-check \
     $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
     $(shell nvidia-smi >/dev/null 2>&1 || echo -c constraints/cpu.txt)
 
 TOOLS := build/tools
 
-.PHONY: install run test test-clients test-vllm test-gpu test-containers images check bench bench-prepare bench-report docs soak audit sbom check-kubernetes clean
+.PHONY: install run test test-clients test-vllm test-gpu test-containers images dist check bench bench-prepare bench-report docs record soak audit sbom check-kubernetes clean
 
 # What running needs. Whatever tests or checks adds the rest.
 install: $(RUNS)
@@ -57,10 +59,22 @@ $(VLLM)/.installed: scripts/install_vllm.py
 test-vllm: $(STAMP) $(VLLM)/.installed
 	VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm $(ARGS) tests/vllm tests/unit/test_engine_contract.py
 
-# Of the engine that DOCKER_HOST names. WHEELHOUSE=1 where builds have no network.
+# Of the engine that DOCKER_HOST names. WHEELHOUSE=1 where builds have no network. PUSH=REGISTRY also pushes them.
+IMAGES ?= api cpu served
 images: $(STAMP)
 	PYTHON=$(BIN)/python deploy/images/bases.sh
-	PYTHON=$(BIN)/python deploy/images/build.sh api cpu served
+	PYTHON=$(BIN)/python deploy/images/build.sh $(IMAGES)
+
+# The wheel, the sdist and the Helm chart of the last commit, in dist/. URL is the page of the repository.
+PACKAGING := build/packaging
+$(PACKAGING)/.installed:
+	$(PYTHON) -m venv $(PACKAGING)
+	$(PACKAGING)/bin/python -m pip install -q "build>=1.3,<2" "twine>=6,<7" "setuptools>=80" "setuptools-scm>=9" \
+		"helm-python-sdk>=0.2.2,<0.3"
+	touch $@
+
+dist: $(PACKAGING)/.installed
+	$(PACKAGING)/bin/python scripts/dist.py $(URL)
 
 # With an engine of its own where none answers. What runs against NATS in a container as well is all of
 # tests/integration that takes its NATS from the fixtures, but for the models: these ask the same of NATS, and take long.
@@ -105,6 +119,10 @@ bench-prepare: $(STAMP)
 
 bench-report: $(STAMP)
 	$(BIN)/python tests/benchmarks/report.py $(ARGS)
+
+# The picture of the README; it takes a minute.
+record: $(RUNS)
+	$(BIN)/python scripts/record_first_minute.py docs/images/first-minute.svg
 
 soak: $(STAMP)
 	$(BIN)/python tests/faults/soak.py $(ARGS)

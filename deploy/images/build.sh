@@ -5,6 +5,8 @@
 #   PYTHON         the Python 3.11 whose pip that is (default .venv/bin/python)
 #   DOCKER_FLAGS   further options of docker build
 #   VERSION        of Forebay (default: from git's tags, or 0 if PYTHON has no setuptools-scm)
+#   PUSH           a registry's folder, such as ghcr.io/OWNER, to which each image is pushed under the names that the Helm
+#                  chart asks for: forebay-api:VERSION, forebay-inference:VERSION-cpu
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -33,6 +35,11 @@ build() {  # build NAME FILE LOCK OPTIONS...
     # shellcheck disable=SC2086
     docker build ${DOCKER_FLAGS:-} --build-arg "VERSION=$version" --build-arg "REVISION=$revision" \
         "${options[@]}" "${@:4}" -t "$1" -f "deploy/images/$2.Dockerfile" .
+    if [ -n "${PUSH:-}" ]; then
+        local variant=-${1#*:}
+        local name=$PUSH/${1%:*}:$version${variant#-latest}
+        docker tag "$1" "$name" && docker push --quiet "$name"
+    fi
 }
 
 for image in "${@:-api cpu}"; do
