@@ -196,7 +196,10 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
         subjects = await jetstream(stack, "STREAM.INFO.KV_inference-requests", {"subjects_filter": "$KV.>"})
         assert subjects["state"]["subjects"] == {f"$KV.inference-requests.{one}": 1 for one in ids}
         _, state, _ = await message(stack, "KV_inference-requests", last_by_subj=f"$KV.inference-requests.{ids[0]}")
-        times = {name: state.pop(name) for name in ("timestamp", "queued_at", "started_at", "finished_at", "deadline")}
+        times = {
+            name: state.pop(name)
+            for name in (*("timestamp", "queued_at", "started_at", "first_token_at", "finished_at", "deadline"),)
+        }
         assert state == {
             "schema_version": 1,
             "id": ids[0],
@@ -217,8 +220,13 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
             "notify": None,
             "cut": False,
             "retryable": False,
+            "tier": "default",
+            "attempts": [],
+            "attempt_at": None,
+            "resumed": 0,
         }
-        assert times["timestamp"] == times["queued_at"] < times["started_at"] < times["finished_at"] < times["deadline"]
+        assert times["timestamp"] == times["queued_at"] < times["started_at"] < times["first_token_at"]
+        assert times["first_token_at"] <= times["finished_at"] < times["deadline"]
 
         worker_id, api_id = stack.workers[0].id, stack.apis[0].id
         worker = await heartbeat_at_rest(stack, worker_id)

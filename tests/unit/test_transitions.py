@@ -6,7 +6,7 @@ import pytest
 
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.transitions import ALLOWED, LOST, TransitionRefused
-from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
+from forebay_contracts.wire.state import MAX_ATTEMPTS, RequestState, RequestStatus, Usage
 from support.twins import request
 
 
@@ -58,3 +58,27 @@ def test_a_fault_is_kept_for_who_runs_the_system() -> None:
 def test_no_duration_is_negative_where_clocks_disagree() -> None:
     late = state(RequestStatus.PROCESSING, queued_at=4_000_000_000.0)
     assert transitions.ended(late, RequestStatus.COMPLETED, usage=Usage()).finished_at == late.queued_at
+
+
+def test_the_past_attempts_are_kept_with_what_became_of_them() -> None:
+    wanted = request()
+    lost = transitions.claimed(transitions.claimed(None, wanted, "w1", 1), wanted, "w2", 1)
+    assert [(one.number, one.worker, one.fault, one.ended_at) for one in lost.attempts] == [
+        (1, "w1", f"attempt 1 on worker w1: {LOST}", None)
+    ]
+    assert lost.attempt_at is not None
+    failed = transitions.claimed(transitions.faulted(lost, "no memory", tokens=41), wanted, "w3", 1)
+    assert [(one.number, one.worker, one.tokens) for one in failed.attempts] == [(1, "w1", None), (2, "w2", 41)]
+    assert failed.attempts[1].fault == "attempt 2 on worker w2: no memory"
+    assert failed.attempts[1].began_at == lost.attempt_at
+    given = transitions.claimed(transitions.gave_way(failed, tokens=50), wanted, "w4", 2, 1)
+    assert [one.fault for one in given.attempts][2:] == [None]
+    assert RequestState.model_validate_json(given.encode()) == given
+
+
+def test_a_state_keeps_a_bounded_number_of_attempts() -> None:
+    wanted, last = request(), None
+    for turn in range(MAX_ATTEMPTS + 5):
+        last = transitions.gave_way(transitions.claimed(last, wanted, "w", 1, turn))
+    assert last is not None
+    assert [one.number for one in last.attempts] == list(range(6, MAX_ATTEMPTS + 6))

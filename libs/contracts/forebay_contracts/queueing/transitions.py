@@ -13,7 +13,7 @@ from forebay_contracts.nats import clock
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueConflict
 from forebay_contracts.wire.request import InferenceRequest
-from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
+from forebay_contracts.wire.state import MAX_ATTEMPTS, PastAttempt, RequestState, RequestStatus, Usage
 
 ALLOWED: Final[Mapping[RequestStatus | None, frozenset[RequestStatus]]] = {
     None: frozenset(RequestStatus) - {RequestStatus.COMPLETED},
@@ -66,6 +66,7 @@ def _first(request: InferenceRequest, sequence: int | None, **rest: Any) -> Requ
         key=request.key,
         logged=names.is_logged(request.reply_to),
         notify=names.object_of(request.record) if request.notify and request.record else None,
+        tier=request.tier.value,
         **rest,
     )
 
@@ -93,22 +94,29 @@ def claimed(
         turn=turn,
         started_at=state.started_at or max(clock.now(), state.queued_at),
         fault=_fault_before(state),
+        attempts=_attempts_before(state),
+        attempt_at=max(clock.now(), state.queued_at) if state.attempt else None,
     )
 
 
-def faulted(state: RequestState, reason: str) -> RequestState:
-    """The attempt failed, and another one will follow."""
-    return _changed(state, state, RequestStatus.PROCESSING, fault=_fault(state, reason))
+def faulted(state: RequestState, reason: str, tokens: int | None = None) -> RequestState:
+    """The attempt failed with so many tokens of the answer, and another one will follow."""
+    fault = _fault(state, reason)
+    attempts = _past(state, ended_at=clock.now(), fault=fault, tokens=tokens)
+    return _changed(state, state, RequestStatus.PROCESSING, fault=fault, attempts=attempts)
 
 
-def handed_over(state: RequestState) -> RequestState:
+def handed_over(state: RequestState, tokens: int | None = None) -> RequestState:
     """The worker has to stop: the request waits for another worker and keeps its tokens. The attempt did not fail."""
-    return _changed(state, state, RequestStatus.QUEUED, worker=None, handed_over=state.handed_over + 1)
+    attempts = _past(state, ended_at=clock.now(), tokens=tokens)
+    return _changed(
+        state, state, RequestStatus.QUEUED, worker=None, handed_over=state.handed_over + 1, attempts=attempts
+    )
 
 
-def gave_way(state: RequestState) -> RequestState:
+def gave_way(state: RequestState, tokens: int | None = None) -> RequestState:
     """The request goes back into the waiting room, with its tokens. The attempt did not fail."""
-    return handed_over(state).model_copy(update={"sequence": None, "turn": state.turn + 1})
+    return handed_over(state, tokens).model_copy(update={"sequence": None, "turn": state.turn + 1})
 
 
 def ended(
@@ -120,10 +128,13 @@ def ended(
     fault: str | None = None,
     usage: Usage | None = None,
     cut: bool = False,
+    first_token_at: float | None = None,
+    resumed: int = 0,
 ) -> RequestState:
     """The request ended as `outcome`. `error` is what its client got, `fault` why its last attempt failed."""
     finished_at = max(clock.now(), state.started_at or state.queued_at)
     changes: dict[str, Any] = {"error": error, "usage": usage, "finished_at": finished_at, "cut": cut}
+    changes |= {"first_token_at": first_token_at, "resumed": resumed}
     if fault is not None:
         changes["fault"] = _fault(state, fault)
     return _changed(state if stored else None, state, outcome, **changes)
@@ -145,3 +156,16 @@ def _fault_before(state: RequestState) -> str | None:
     """Why the last attempt failed. One that ended without a report gets the fault LOST."""
     silent = state.status is RequestStatus.PROCESSING and not (state.fault or "").startswith(_fault(state, ""))
     return _fault(state, LOST) if silent else state.fault
+
+
+def _attempts_before(state: RequestState) -> tuple[PastAttempt, ...]:
+    """All attempts before the one that claims now. One that ended without a report is not yet among them."""
+    known = not state.attempt or (bool(state.attempts) and state.attempts[-1].number == state.attempt)
+    return state.attempts if known else _past(state, fault=_fault_before(state))
+
+
+def _past(state: RequestState, **end: Any) -> tuple[PastAttempt, ...]:
+    """The attempts, the present one with its end among them."""
+    began_at = state.attempt_at or state.started_at
+    past = PastAttempt(number=state.attempt, worker=state.worker, began_at=began_at, **end)
+    return (*state.attempts, past)[-MAX_ATTEMPTS:]

@@ -1,9 +1,12 @@
 """The state of a request: the value in the KV bucket `inference-requests`."""
 
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 from forebay_contracts.wire.message import SCHEMA_VERSION, Message
+
+MAX_ATTEMPTS: Final = 10
+"""Most past attempts that a state keeps, the newest."""
 
 
 class Usage(Message):
@@ -39,6 +42,21 @@ class RequestStatus(StrEnum):
         return self not in (RequestStatus.QUEUED, RequestStatus.PROCESSING)
 
 
+class PastAttempt(Message):
+    """An attempt that another one followed. Times: seconds since the epoch.
+
+    `ended_at` None: it ended without a report. `fault` None: it did not fail, but handed the request over or gave way.
+    `tokens` are those of the answer that there were at its end, as far as it said so.
+    """
+
+    number: int
+    worker: str | None
+    began_at: float | None
+    ended_at: float | None = None
+    fault: str | None = None
+    tokens: int | None = None
+
+
 class RequestState(Message):
     """The value in the KV bucket `inference-requests`, its key the request id. Times: seconds since the epoch.
 
@@ -47,7 +65,10 @@ class RequestState(Message):
     answer log, and not to one api. `notify` is the id of the object whose event its end is, for webhooks. `cut`: the
     answer ended at its most tokens. `retryable`: the request is kept, and can be run again. `sequence` is that of its
     message in the stream INFERENCE, and `deferred` the one in the waiting room, while it waits there. `turn` is how
-    often it has given way to another request.
+    often it has given way to another request. `tier` None: an older service wrote it. `attempts` are the last
+    MAX_ATTEMPTS attempts before the present one, which began at `attempt_at` if it is not the first. `first_token_at`
+    and `resumed` are of the attempt that ended the request: when it made its first token, unless it resumed an answer,
+    and how many tokens that answer had.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -74,6 +95,11 @@ class RequestState(Message):
     notify: str | None = None
     cut: bool = False
     retryable: bool = False
+    tier: str | None = None
+    attempts: tuple[PastAttempt, ...] = ()
+    attempt_at: float | None = None
+    first_token_at: float | None = None
+    resumed: int = 0
 
     def encode(self) -> bytes:
         """The state as JSON with all fields, for people who read it with `nats kv get`."""

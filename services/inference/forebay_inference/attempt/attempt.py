@@ -95,14 +95,14 @@ class Attempt:
         await self.own(ended)
         match status:
             case RequestStatus.PROCESSING:
-                await self.ownership.fault(ended.fault or "")
+                await self.ownership.fault(ended.fault or "", self.reply.completion_tokens)
             case RequestStatus.QUEUED if ended.how is End.YIELDED:
                 # The state goes first: the message of an earlier turn is void then, and two are never valid.
-                await self.ownership.give_way()
+                await self.ownership.give_way(self.reply.completion_tokens)
                 self.measured.ended("yielded")
                 await self.put_back(self.request, self.turn + 1, self.delivery.headers)
             case RequestStatus.QUEUED:
-                await self.ownership.hand_over()
+                await self.ownership.hand_over(self.reply.completion_tokens)
                 self.measured.ended("handed_over")
             case _ if ended.how is not End.UNREADABLE:
                 await self._record_end(status, ended)
@@ -118,6 +118,8 @@ class Attempt:
             usage=ended.usage or self.used,
             cut=ended.cut,
             spent=ended.how is End.SPENT,
+            first_token_at=self.measured.first_token_at,
+            resumed=self.reply.resumed,
         )
         # The message of a refusal may quote the request. The client and the state get it, the log gets its code.
         code = (error.code or error.type) if error and error.status < 500 and not ended.reason else None

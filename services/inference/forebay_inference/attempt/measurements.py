@@ -57,6 +57,11 @@ class Measured:
         else:
             self._metrics.redeliveries.inc()
 
+    @property
+    def first_token_at(self) -> float | None:
+        """Seconds since the epoch; None if this attempt made no first token."""
+        return None if self.first_token_s is None else self._request.created_at + self.first_token_s
+
     def generating(self) -> None:
         """The engine gets the request."""
         self._phase = tracing.start("prefill", within=self._span)

@@ -93,17 +93,17 @@ class Ownership:
         except Superseded:
             return False
 
-    async def hand_over(self) -> None:
+    async def hand_over(self, tokens: int) -> None:
         """Give the request back for another worker. Raises Superseded or EndedBefore."""
-        await self._write(transitions.handed_over(self._own.state))
+        await self._write(transitions.handed_over(self._own.state, tokens))
 
-    async def give_way(self) -> None:
+    async def give_way(self, tokens: int) -> None:
         """Give the request back for a later turn. Raises Superseded or EndedBefore."""
-        await self._write(transitions.gave_way(self._own.state))
+        await self._write(transitions.gave_way(self._own.state, tokens))
 
-    async def fault(self, reason: str) -> None:
+    async def fault(self, reason: str, tokens: int) -> None:
         """Record that this attempt failed and another will follow. Raises Superseded or EndedBefore."""
-        await self._write(transitions.faulted(self._own.state, reason))
+        await self._write(transitions.faulted(self._own.state, reason, tokens))
 
     async def end(
         self,
@@ -114,6 +114,8 @@ class Ownership:
         usage: Usage | None = None,
         cut: bool = False,
         spent: bool = False,
+        first_token_at: float | None = None,
+        resumed: int = 0,
     ) -> RequestStatus:
         """Write how the request ended and count it. `spent`: keep it first, if it is stored.
 
@@ -122,7 +124,16 @@ class Ownership:
         Raises:
             Superseded: a newer attempt owns the request.
         """
-        state = transitions.ended(self._own.state, outcome, error=error, fault=fault, usage=usage, cut=cut)
+        state = transitions.ended(
+            self._own.state,
+            outcome,
+            error=error,
+            fault=fault,
+            usage=usage,
+            cut=cut,
+            first_token_at=first_token_at,
+            resumed=resumed,
+        )
         if spent and outcome is RequestStatus.FAILED and self._request.record is not None:
             state = await self._kept(state)
         try:

@@ -48,6 +48,8 @@ class Reply:
         self.attempt = 1
         self.prompt_tokens = self.returned = 0
         """Of the prompts: all their tokens, and those of them that are sent back."""
+        self.resumed = 0
+        """Tokens of the answer that an earlier attempt made."""
         self._channel = channel
         self._request = request
         self._worker = worker
@@ -77,6 +79,7 @@ class Reply:
         # A first attempt has yet to find out whether the request is valid.
         resume = await self._channel.ask(self._started(accepted=self.attempt > 1))
         self._lengths = {choice.index: len(choice.tokens) for choice in resume.choices}
+        self.resumed = self.completion_tokens
         self._sent, self._held, self._tails = [], {}, []
         return resume
 
