@@ -72,6 +72,15 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
             "usage": None,
             "retryable": False,
             "retried_as": None,
+            "key": None,
+            "tier": "default",
+            "turn": 0,
+            "deadline": queued["timestamp"] + 60,
+            "logged": False,
+            "attempts": [],
+            "attempt_at": None,
+            "first_token_at": None,
+            "resumed": 0,
         }
         worker = await stack.worker()
         await stack.reaches(request_id, RequestStatus.PROCESSING)
@@ -88,10 +97,11 @@ async def test_states_of_a_whole_life(nats_server: NatsServer) -> None:
         assert (await task).status_code == 200
         await stack.reaches(request_id, RequestStatus.COMPLETED)
         completed = await request_state(stack, request_id)
-        assert processing["started_at"] < completed["finished_at"] <= time.time()
+        assert processing["started_at"] < completed["first_token_at"] < completed["finished_at"] <= time.time()
         assert completed == processing | {
             "status": "completed",
             "finished_at": completed["finished_at"],
+            "first_token_at": completed["first_token_at"],
             "usage": {"prompt_tokens": 3, "completion_tokens": 20, "cached_tokens": 0, "reasoning_tokens": 0},
         }
         # What a watcher of the bucket saw: each state once, in order, nothing else.

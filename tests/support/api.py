@@ -48,6 +48,8 @@ def app(system: Twins) -> ASGIApp:
             rates=Rates(),
             numbers=NONE,
             feed=NONE,
+            answers=NONE,
+            history=NONE,
             exposition=None,
         )
     )

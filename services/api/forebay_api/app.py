@@ -43,10 +43,11 @@ from forebay_api.openai.responses import conversation_routes as conversations
 from forebay_api.openai.responses import routes as responses
 from forebay_api.openai.responses.stored import Responses
 from forebay_api.routes import ENDPOINTS
-from forebay_api.watching import health, page, queue, usage
+from forebay_api.watching import health, page, queue, requests, steering, usage
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
+from forebay_api.watching.history import History
 from forebay_api.watching.served_models import Models
 from forebay_api.webhooks.endpoints import Endpoints
 from forebay_contracts.nats import clock, topology
@@ -92,6 +93,8 @@ def create_app(context: Context) -> ASGIApp:
         files.router,
         batches.router,
         queue.router,
+        requests.router,
+        steering.router,
         usage.router,
     ):
         rest.include_router(router, dependencies=keyed, responses=ERRORS)
@@ -159,7 +162,7 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         thinning = asyncio.create_task(usage_history.follow(connection))
         log.info("[RequestQueue] api %s takes requests for %s", instance, settings.served_model)
         try:
-            async with tokens.followed(), shared.followed():
+            async with tokens.followed(), shared.followed(), context.history.followed():
                 yield context
         finally:
             thinning.cancel()
@@ -255,4 +258,10 @@ def _built(
         webhooks=endpoints,
         failed=failed,
         retries=Retries(failed, records, stored, states, answers),
+        answers=answers,
+        history=History(
+            lambda: queue_status(connection, states, settings, workers.alive()),
+            workers.alive,
+            lambda: states.usage(last_days(1)),
+        ),
     )

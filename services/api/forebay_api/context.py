@@ -21,12 +21,13 @@ from forebay_api.openai.responses.stored import Responses
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.exposition import Exposition
 from forebay_api.watching.feed import Feed
+from forebay_api.watching.history import History
 from forebay_api.watching.served_models import Models
 from forebay_api.webhooks.endpoints import Endpoints
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.nats.presence import Presence
 from forebay_contracts.queueing.failed import FailedRequests
-from forebay_contracts.queueing.protocols import StateStore
+from forebay_contracts.queueing.protocols import AnswerLog, StateStore
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.heartbeats import WorkerInfo
@@ -59,6 +60,8 @@ class Context:
     webhooks: Endpoints
     failed: FailedRequests
     retries: Retries
+    answers: AnswerLog
+    history: History
     draining: bool = False
 
 

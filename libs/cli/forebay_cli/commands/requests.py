@@ -16,12 +16,12 @@ from forebay_cli.nats_connection import connected, target
 from forebay_contracts.nats import clock, permissions
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.answer_log import JetStreamAnswerLog
+from forebay_contracts.queueing.answer_texts import answer_texts
 from forebay_contracts.queueing.failed import FailedRequests
 from forebay_contracts.queueing.recent_requests import recent_states
 from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import RequestNotFound
-from forebay_contracts.wire.frames import Completed, Delta, decode_frame
 from forebay_contracts.wire.state import RequestState, RequestStatus
 
 MAX_STATES_READ = 20_000
@@ -106,13 +106,7 @@ async def stored_texts(link: Connection, state: RequestState) -> list[str] | Non
     own = await permissions.own(link) if state.logged else None
     if own is None or not own.publish.permit(f"$JS.API.DIRECT.GET.{names.ANSWERS}"):
         return None
-    texts: dict[int, str] = {}
-    for record in await JetStreamAnswerLog(link).read(state.id):
-        for frame in map(decode_frame, record.frames):
-            deltas = (frame,) if isinstance(frame, Delta) else frame.deltas if isinstance(frame, Completed) else ()
-            for delta in deltas:
-                texts[delta.index] = texts.get(delta.index, "") + delta.text
-    return [texts[index] for index in sorted(texts)]
+    return await answer_texts(JetStreamAnswerLog(link), state.id)
 
 
 def request_table(state: RequestState, texts: Sequence[str] = ()) -> Table:

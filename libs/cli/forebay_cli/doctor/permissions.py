@@ -47,6 +47,8 @@ _ACROSS_ACCOUNTS = "_R_.>"
 
 _BETWEEN_WORKERS = (names.CONVERSATION_SUBJECTS, names.handover_subject("*"))
 
+_STEERS = (f"{_JS}CONSUMER.PAUSE.{names.STREAM}.*", names.drain_subject("*"))
+
 
 def _values(bucket: str) -> str:
     return names.bucket_subjects(bucket).replace(">", "*")
@@ -100,6 +102,7 @@ PUBLISHES: Final = {
         names.USAGE_SUBJECTS,
         *_READS_USAGE,
         f"{_JS}STREAM.PURGE.{names.USAGE}",
+        *_STEERS,
     ),
     "inference": (
         f"{_JS}CONSUMER.MSG.NEXT.{names.STREAM}.*",
@@ -133,8 +136,7 @@ PUBLISHES: Final = {
         f"{_JS}CONSUMER.DURABLE.CREATE.{names.STREAM}.*",
         f"{_JS}CONSUMER.DURABLE.CREATE.{names.BATCHES}.*",
         f"{_JS}CONSUMER.DURABLE.CREATE.{names.WEBHOOKS}.*",
-        f"{_JS}CONSUMER.PAUSE.{names.STREAM}.*",
-        names.drain_subject("*"),
+        *_STEERS,
         # `forebay cancel`
         _values(names.REQUESTS_BUCKET),
         names.counter_subject(RequestStatus.CANCELLED),

@@ -18,9 +18,11 @@ ForebayError
     │   └── UnsupportedByModel    400 model_not_supported
     ├── InvalidApiKey             401
     ├── TierNotAllowed            403 service_tier_not_allowed
+    ├── SteeringNotAllowed        403 steering_not_allowed
     ├── ModelNotFound             404
     │   └── AdapterNotFound       404
     ├── RequestNotFound           404
+    ├── WorkerNotFound            404 worker_not_found
     ├── RequestTimeout            408
     ├── RequestTooLarge           413
     ├── KeyLimitReached           429 rate_limit_exceeded
@@ -173,6 +175,14 @@ class TierNotAllowed(RequestError):
     code = "service_tier_not_allowed"
 
 
+class SteeringNotAllowed(RequestError):
+    """Only operators pause, resume and drain, and only if the NATS user of the api may."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "steering_not_allowed"
+
+
 class ModelNotFound(RequestError):
     """No model of that name is served here."""
 
@@ -194,6 +204,14 @@ class RequestNotFound(RequestError):
     status = 404
     type = "invalid_request_error"
     code = "request_not_found"
+
+
+class WorkerNotFound(RequestError):
+    """No worker answers to this id."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "worker_not_found"
 
 
 class RequestTimeout(RequestError):

@@ -53,17 +53,23 @@ MAX_INTERVAL_S = 1.0
 SETTLE_S = 0.02
 """Time from hearing of a write until it is read: a cluster stores it a moment later."""
 
-READ_TIMEOUT_S = 2.0
+READ_TIMEOUT_S = 5.0
 """How long NATS may take to be read before listeners are told without its answer."""
 
 MAX_REQUESTS = 50
 """Most requests in one message."""
 
-MAX_KEPT = 1_000
-"""Most requests kept: those that changed last, unfinished ones before others. A key sees few of them."""
+MAX_KEPT = 6_000
+"""Most requests kept: those that changed last, unfinished ones before others. Each takes 4 KB."""
 
-MAX_CHANGES = 2_000
+MAX_CHANGES = 12_000
 """Most changes read at once, some two for each request."""
+
+DECODED_AT_ONCE = 100
+"""Changes decoded before other work of the event loop gets its turn; each takes 30 µs."""
+
+LINGER_S = 10.0
+"""How long the requests are kept after somebody listed them, if nobody listens."""
 
 _NOTHING = -1
 """The revision of a listener that is to be told the newest requests."""
@@ -109,6 +115,7 @@ class Feed:
         self._heard_write = asyncio.Event()
         self._told = asyncio.Event()
         self._closed = False
+        self._wanted_until = 0.0
         connection.on_reconnect.append(self._reconnected)
 
     @property
@@ -151,13 +158,27 @@ class Feed:
                     client, known = now, _NOTHING
         finally:
             self._listening.remove(admitted)
-            if not self._listening:
+            if not self._wanted:
                 await self._stop()
+
+    async def states(self, client: Client) -> Iterator[RequestState]:
+        """The requests that are kept and that `client` may see. Raises QueueUnavailable: NATS does not answer."""
+        if not self._connection.connected:
+            raise QueueUnavailable("NATS is away")
+        self._wanted_until = time.monotonic() + LINGER_S
+        async with self._starting:
+            if self._subscription is None:
+                await self._start()
+        return _visible(chain(self._unfinished.values(), self._ended.values()), client)
 
     async def close(self) -> None:
         """End every listener's events: the api stops."""
         self._closed = True
         self._tell()
+
+    @property
+    def _wanted(self) -> bool:
+        return bool(self._listening) or time.monotonic() < self._wanted_until
 
     def _admit(self, client: Client) -> None:
         most = MAX_LISTENERS if client.operator else MAX_LISTENERS - OPERATORS_LISTENERS
@@ -178,7 +199,7 @@ class Feed:
 
     async def _stop(self) -> None:
         subscription, self._subscription = self._subscription, None
-        if self._task is not None:
+        if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         self._stale, self._numbers_at = True, 0
         if subscription is not None:
@@ -192,7 +213,7 @@ class Feed:
         self._stale = True
 
     async def _follow(self) -> None:
-        while True:
+        while self._wanted:
             # Also told without news: a client that hears nothing assumes that the connection is lost.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(MAX_INTERVAL_S):
@@ -207,6 +228,7 @@ class Feed:
                 log.debug("the queue cannot be read: %r", exc)
             self._tell()
             await asyncio.sleep(MIN_INTERVAL_S)
+        await self._stop()
 
     async def _read(self) -> None:
         """Read the changes since the last time, and the numbers if they are due."""
@@ -218,16 +240,19 @@ class Feed:
         except BaseException:
             self._stale = True
             raise
+        newest = self._revision
         if changes:
             oldest, newest = _revision(changes[0]), _revision(changes[-1])
             stale = stale or oldest <= self._revision or newest - self._revision > MAX_CHANGES
         if stale:
             self._unfinished.clear()
             self._ended.clear()
-        for msg in changes:
+            # Until the newest one has been decoded, a listener is told all that is kept.
+            self._dropped = newest
+        for number, msg in enumerate(changes, start=1):
             self._keep((msg.headers or {})["Nats-Subject"].rsplit(".", 1)[1], _revision(msg), msg.data)
-        if stale:
-            self._dropped = self._revision
+            if number % DECODED_AT_ONCE == 0:
+                await asyncio.sleep(0)
         if time.monotonic() - self._numbers_at >= MAX_INTERVAL_S:
             self._numbers = await self._read_numbers()
             self._numbers_at = time.monotonic()

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import Any, Final
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -16,20 +16,14 @@ from forebay_api.http.peer import Peer
 from forebay_api.in_flight.answer import SlowReader
 from forebay_api.in_flight.records import owner_token
 from forebay_api.openai.lists import Limit, page
+from forebay_api.watching.requests import shown
 from forebay_contracts.nats.consumers import waiting_place
 from forebay_contracts.queueing import room
+from forebay_contracts.queueing.answer_texts import answer_texts
 from forebay_contracts.queueing.status import QueueStatus
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InvalidRequest, RequestNotFound
 from forebay_contracts.wire.state import RequestState, RequestStatus
-
-# fmt: off
-SHOWN: Final = {
-    "id", "status", "completion_type", "timestamp", "error", "fault", "model", "attempt", "worker", "queued_at",
-    "started_at", "finished_at", "usage", "retryable",
-}
-# fmt: on
-"""The fields of a state that clients see. Only operators see `fault`, which says what went wrong inside."""
 
 router = APIRouter(prefix="/v1/queue", tags=["queue"])
 
@@ -74,7 +68,19 @@ async def get_request(request_id: str, context: Running, caller: Caller) -> dict
     if state.retryable and await context.states.get(names.retry_id(request_id)) is not None:
         retried_as = names.retry_id(request_id)
     more = {"position": position, "estimated_wait_s": estimated_wait_s, "retried_as": retried_as}
-    return _shown(caller, state) | more
+    return shown(caller, state) | more
+
+
+@router.get("/request/{request_id}/answer")
+async def get_answer(request_id: str, context: Running, caller: Caller) -> dict[str, Any]:
+    """The text so far of each choice of a stored answer, for the key whose request it is; `texts` is null if it is not
+    stored."""
+    request_id = names.request_id(request_id)
+    state = await _state(context, caller, request_id)
+    if state.key != caller.name:
+        raise RequestNotFound(f"No request {request_id!r} of yours is known.", param="request_id")
+    texts = await answer_texts(context.answers, request_id) if state.logged else None
+    return {"id": request_id, "status": state.status.value, "texts": texts}
 
 
 @router.delete("/request/{request_id}")
@@ -96,7 +102,7 @@ async def list_failed(context: Running, caller: Caller, limit: Limit = 20, after
     states = await context.failed.page(_owner(caller), after, limit + 1) if known else None
     if states is None:
         raise InvalidRequest(f"There is no failed request {after!r}.", param="after")
-    return page([_shown(caller, state) for state in states], limit, "asc", "")
+    return page([shown(caller, state) for state in states], limit, "asc", "")
 
 
 @router.post("/request/{request_id}/retry")
@@ -110,11 +116,6 @@ async def retry_request(request_id: str, context: Running, caller: Caller) -> di
 
 def _owner(caller: Client) -> str:
     return "*" if caller.operator else owner_token(caller.name)
-
-
-def _shown(caller: Client, state: RequestState) -> dict[str, Any]:
-    shown = state.model_dump(include=SHOWN)
-    return shown if caller.operator else shown | {"fault": None}
 
 
 async def _registered(context: Context, request_id: str) -> None:
