@@ -14,13 +14,15 @@ from support.view import holds
 
 async def test_models_are_shown_and_offered_as_their_workers_come(nats_server: NatsServer, windows: Windows) -> None:
     async with running(nats_server, workers=0) as stack, windows.open(stack) as window:
-        state = window.page.locator("#models td:last-child span")
+        await window.to("models")
+        state = window.page.locator("#models .badge").first
         await expect(state).to_have_text("no worker")
-        await expect(state).to_have_class("state-failed")
+        await expect(state).to_have_class("badge bad")
+        await expect(window.page.locator("#chat-model option")).to_have_count(1)
         (model,) = await window.page.locator("#chat-model option").all_inner_texts()
         await heartbeat(stack, "slow", model, WorkerStatus.LOADING)
         await expect(state).to_have_text("1 loading")
-        await expect(state).to_have_class("state-loading")
+        await expect(state).to_have_class("badge warn")
         await heartbeat(stack, "other", "another/model", WorkerStatus.READY, "red", "blue")
         offered = window.page.locator("#chat-model option")
         await expect(offered).to_have_text([model, *(f"another/model{adapter}" for adapter in ("", ":red", ":blue"))])
@@ -33,12 +35,13 @@ async def test_models_are_shown_and_offered_as_their_workers_come(nats_server: N
 async def test_a_chat_by_keyboard_alone(nats_server: NatsServer, windows: Windows) -> None:
     async with running(nats_server) as stack, windows.open(stack) as window:
         await window.live()
+        await window.to("chat")
         await expect(window.page.locator("#chat-model option")).to_have_count(1)
         ahead = load(stack, 2, FOR_EVER)
         await holds(stack, 2)
         keyboard = window.page.keyboard
-        await keyboard.press("Tab")  # the link that skips to the chat
-        await keyboard.press("Enter")
+        await window.page.locator("#chat-log").focus()
+        await keyboard.press("Tab")
         await keyboard.type("[[tokens=3 delay_ms=20]]")
         await keyboard.press("Enter")
         await window.shows("#chat-status", re.compile("^in the queue: place 2"))
@@ -57,9 +60,9 @@ async def test_a_chat_by_keyboard_alone(nats_server: NatsServer, windows: Window
         await keyboard.type("[[tokens=20 delay_ms=50]]")
         await keyboard.press("Enter")
         await window.shows("#chat-log .assistant:last-child", re.compile("t2"))
-        await window.page.get_by_label("Id", exact=True).focus()
+        await window.page.get_by_role("link", name="Usage").focus()
         await window.shows("#chat-status", re.compile("20 pieces"))
-        await window.focused("#look-id")
+        await expect(window.page.get_by_role("link", name="Usage")).to_be_focused()
         # Given up for a new one, nothing is left of it.
         await window.page.get_by_label("Message").fill("[[tokens=2000 delay_ms=50]]")
         await keyboard.press("Enter")
@@ -81,6 +84,7 @@ async def test_a_chat_by_keyboard_alone(nats_server: NatsServer, windows: Window
 async def test_an_error_while_it_waits_is_told(nats_server: NatsServer, windows: Windows) -> None:
     async with running(nats_server, workers=0, request_timeout=1) as stack, windows.open(stack) as window:
         await window.shows("#connection", "no worker is ready")
+        await window.to("chat")
         await window.page.get_by_label("Message").fill("hello")
         await window.page.keyboard.press("Enter")
         await window.shows("#chat-log .failure", "the request was not finished within 1 seconds")
@@ -89,6 +93,7 @@ async def test_an_error_while_it_waits_is_told(nats_server: NatsServer, windows:
 async def test_a_chat_survives_a_reload_and_a_restart_of_the_api(nats_server: NatsServer, windows: Windows) -> None:
     async with running(nats_server) as stack, windows.open(stack) as window:
         await window.live()
+        await window.to("chat")
         await expect(window.page.locator("#chat-model option")).to_have_count(1)
         say = window.page.get_by_label("Message")
         await say.fill("[[say]]Hello.")

@@ -54,6 +54,14 @@ class Window:
         """Wait until the focus is on this element."""
         await expect(self.page.locator(selector)).to_be_focused(timeout=WAIT_MS)
 
+    async def to(self, view: str) -> None:
+        """Go to the view with this address, such as `requests?q=state:failed`."""
+        await self.page.goto(f"{self.url}#/{view}")
+
+    async def answer(self, button: str) -> None:
+        """Answer the question that the page asks."""
+        await self.page.locator("#ask").get_by_role("button", name=button).click()
+
     async def live(self) -> None:
         """Wait until the page says that it is fed."""
         await self.shows("#connection", "live")

@@ -30,6 +30,7 @@ from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.recent_requests import recent_changes
 from forebay_contracts.queueing.status import QueueStatus
+from forebay_contracts.version import VERSION
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InvalidApiKey, QueueError, QueueUnavailable, TooManyListeners
 from forebay_contracts.wire.heartbeats import WorkerInfo
@@ -86,7 +87,7 @@ class Change:
 
 
 class Feed:
-    """Server-sent events: `event: queue` with JSON of `at, connected, status, workers, reset, requests`."""
+    """Server-sent events: `event: queue` with the JSON that `get_queue_events` describes."""
 
     def __init__(
         self,
@@ -289,6 +290,8 @@ class Feed:
             told = list(islice(_visible(newest, client), MAX_REQUESTS))
         body = {
             "at": clock.now(),
+            "version": VERSION,
+            "client": {"name": client.name, "operator": client.operator},
             "connected": self._connection.connected,
             "status": self._numbers.model_dump() if self._numbers else None,
             "workers": [worker.model_dump(mode="json") for worker in self._workers()],

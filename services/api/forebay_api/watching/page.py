@@ -23,7 +23,12 @@ HEADERS = {
 DOCS_HEADERS = HEADERS | {"content-security-policy": f"{POLICY}; img-src 'self' data:"}
 
 _OURS, _SWAGGER = (files(package) / "static" for package in ("forebay_api.watching", "fastapi_offline"))
-_PAGE = ("app.js", "common.js", "queue.js", "requests.js", "chat.js", "style.css", "icon.svg")
+# fmt: off
+_PAGE = (
+    "app.js", "common.js", "hour.js", "plots.js", "rows.js", "overview.js", "requests.js", "request.js", "models.js",
+    "batches.js", "usage.js", "chat.js", "style.css", "icon.svg", "uplot.js", "uplot.css", "uplot.LICENSE",
+)
+# fmt: on
 FILES = {
     "/": _OURS / "index.html",
     **{f"/page/{name}": _OURS / name for name in _PAGE},
@@ -34,7 +39,13 @@ FILES = {
 }
 """The file of each path."""
 
-MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+MEDIA_TYPES = {
+    "html": "text/html",
+    "js": "text/javascript",
+    "css": "text/css",
+    "svg": "image/svg+xml",
+    "LICENSE": "text/plain",
+}
 
 router = APIRouter()
 

@@ -1,7 +1,7 @@
 // A chat, to try a model and to see what waiting in the queue is like. Its answers are stored: it survives a reload of
 // the page and a restart of the api.
 
-import { $, ask, askRequest, element, events, pause, put, seconds } from "./common.js";
+import { $, ask, cancelRequest, events, getRequest, make, pause, put, seconds } from "./common.js";
 
 const KEPT = "forebay-chat";
 const RETRY_MS = 1000;
@@ -31,7 +31,11 @@ export function offerModels(lines, workers) {
   select.value = models.includes(chosen) ? chosen : ready ?? models[0];
 }
 
-export function forgetChat() {
+export function open() {
+  $("chat-log").scrollTop = $("chat-log").scrollHeight;
+}
+
+export function forget() {
   stop();
   turns = [];
   keep();
@@ -46,7 +50,7 @@ function stop() {
 }
 
 function line(kind, text) {
-  const made = element("p", kind, text);
+  const made = make("p", { className: kind }, text);
   $("chat-log").append(made);
   $("chat-log").scrollTop = $("chat-log").scrollHeight;
   return made;
@@ -56,7 +60,7 @@ function line(kind, text) {
 async function tellPlace(id, signal) {
   while (!signal.aborted) {
     try {
-      const { status, position, estimated_wait_s: wait } = await askRequest(id, { signal });
+      const { status, position, estimated_wait_s: wait } = await getRequest(id, { signal });
       if (signal.aborted) return;
       if (position) chatStatus(`in the queue: place ${position}${wait ? `, about ${Math.ceil(wait)} s` : ""}`);
       if (status === "processing") chatStatus("running, no token yet");
@@ -110,7 +114,7 @@ async function show(turn) {
   }
 }
 
-const cancel = (id) => ask(`/v1/queue/request/${id}`, { method: "DELETE" }).catch(() => {});
+const cancel = (id) => cancelRequest(id).catch(() => {});
 
 // Asks, or takes the answer up again, and writes it as it comes; how long it took. `waiting` ends with the first token.
 async function receive(turn, told, answer, signal, waiting) {
@@ -136,7 +140,7 @@ async function receive(turn, told, answer, signal, waiting) {
       chatStatus((first = `first token after ${since()}`));
     }
     pieces += 1;
-    if (thought && !reasoning) answer.before((reasoning = element("p", "reasoning", "")));
+    if (thought && !reasoning) answer.before((reasoning = make("p", { className: "reasoning" })));
     (thought ? reasoning : answer).textContent += delta;
     $("chat-log").scrollTop = $("chat-log").scrollHeight;
   }
@@ -182,12 +186,13 @@ function working(busy) {
   $("chat-log").setAttribute("aria-busy", busy);
   // Not away from where the reader has gone meanwhile.
   const { activeElement } = document;
+  if ($("view-chat").hidden) return;
   if (!busy && (activeElement === document.body || $("chat-form").contains(activeElement))) $("chat-message").focus();
 }
 
 $("chat-form").addEventListener("submit", chat);
 $("chat-stop").addEventListener("click", stop);
-$("chat-clear").addEventListener("click", forgetChat);
+$("chat-clear").addEventListener("click", forget);
 $("chat-message").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();

@@ -1,176 +1,209 @@
-// The newest requests, cancelling one, running one again, and looking one up.
+// The requests: one filter line with chips that write it, fifty a page, several cancelled or run again at once.
 
-import { $, ask, askRequest, element, put, seconds } from "./common.js";
+import { $, FINAL, count, get, make, many, put, say, spaced, sure } from "./common.js";
+import { acts, requestRows } from "./rows.js";
 
-const FINAL = new Set(["completed", "failed", "cancelled", "timed_out"]);
-const MAX_ROWS = 50;
-const COLUMNS = ["id", "status", "type", "model", "worker", "queued", "waited", "ran", "attempt", "error", "action"];
-const UNKNOWN = "This request is unknown. It was refused (its answer and the api's log say why), it is older than "
-  + "REQUEST_STATE_TTL, or it belongs to another key.";
+const PAGE = 50;
+const AT_ONCE = 6; // cancelled or retried at the same time
+const LEAST_MS = 1000; // between two lists
+const STATES = ["queued", "processing", "completed", "failed", "timed_out", "cancelled"];
+const NAMES = ["state", "model", "key", "worker", "tier", "type", "older", "newer"];
+const UNITS = { s: 1, m: 60, h: 3600, d: 86_400 };
 
-const states = new Map(); // id → its newest state
-const rows = new Map(); // id → the cells of its row, by name
-let now = Date.now() / 1000; // by the clock of the api
-let looking = null; // AbortController of the look-up that is waited for
+const chosen = new Set();
+const rows = requestRows($("requests"), ["choose", "id", "status", "type", "model", "key", "worker", "queued", "waited", "ran", "attempt", "error", "action"], {
+  chosen, onChoose: showChosen, onAct: () => refresh(true),
+  onNew: (unseen) => put($("new"), unseen ? `${unseen} new, shown when pointer and focus leave the table` : ""),
+});
 
-export const say = (text) => put($("message"), text);
+let place = { q: "", order: "newest", page: 1 };
+let asking = null; // AbortController of the list that is waited for
+let askedAt = 0;
+let due = false;
 
-const clock = (at) => new Date(at * 1000).toLocaleTimeString([], { hourCycle: "h23" });
-const spaced = (name) => name.replaceAll("_", " ");
+// --- The address and the filter line ---
 
-function times({ status, queued_at, started_at, finished_at }) {
-  // Handed over, it waits again, though it had been started.
-  if (status === "queued") return { waited: seconds(now - queued_at), ran: "" };
-  return {
-    waited: seconds((started_at ?? finished_at ?? now) - queued_at),
-    ran: started_at ? seconds((finished_at ?? now) - started_at) : "",
-  };
+export function open(_, query) {
+  const next = { q: query.get("q") ?? "", order: query.get("order") === "oldest" ? "oldest" : "newest", page: Math.max(Number(query.get("page")) || 1, 1) };
+  if (next.q !== place.q || next.order !== place.order || next.page !== place.page) chosen.clear();
+  place = next;
+  $("filter").value = place.q;
+  $("order").value = place.order;
+  refresh(true);
 }
 
-// --- The table ---
-
-export function showRequests({ at, reset, requests }) {
-  now = at;
-  if (reset) states.clear();
-  for (const state of requests) states.set(state.id, state);
-  arrange();
+export function close() {
+  asking?.abort();
 }
 
-export function forgetRequests() {
-  states.clear();
-  rows.clear();
-  $("requests").replaceChildren();
-  looking?.abort();
-  $("look-result").replaceChildren();
-  put($("new"), "");
-  say("");
+export function forget() {
+  asking?.abort();
+  rows.forget();
+  chosen.clear();
+  showChosen();
+  for (const id of ["new", "range", "requests-none"]) put($(id), "");
+  $("pages").replaceChildren();
 }
 
-// While somebody points at a row, or has come to it by keyboard, no row moves: what is new waits.
-const held = () => $("requests").matches(":hover") || $("requests").querySelector(":focus-visible") !== null;
+const address = ({ q, order, page }) => {
+  const query = new URLSearchParams({ ...(q && { q }), ...(order !== "newest" && { order }), ...(page > 1 && { page }) }).toString();
+  return `#/requests${query && `?${query}`}`;
+};
 
-function arrange() {
-  const still = held();
-  const newest = [...states.values()].sort((a, b) => b.queued_at - a.queued_at);
-  for (const { id } of newest.splice(MAX_ROWS)) {
-    if (!(still && rows.has(id))) states.delete(id);
+function go(change) {
+  const to = address({ ...place, page: 1, ...change });
+  if (to === location.hash || (to === "#/requests" && location.hash === "#/requests?")) refresh(true);
+  else location.hash = to;
+}
+
+// `state:failed older:10m words` as the parameters of GET /v1/queue/requests. Throws an Error that says what is wrong.
+export function parameters(line) {
+  const query = new URLSearchParams();
+  const words = [];
+  for (const part of line.split(/\s+/).filter(Boolean)) {
+    const [, name, value] = part.match(/^([a-z]+):(.*)$/) ?? [];
+    if (!NAMES.includes(name)) words.push(part);
+    else if (!value) throw new Error(`${name}: has no value`);
+    else if (name === "state") {
+      for (const state of value.split(",")) {
+        const known = { waiting: "queued", running: "processing" }[state] ?? state;
+        if (!STATES.includes(known)) throw new Error(`state: is one of ${STATES.join(", ")}`);
+        query.append("status", known);
+      }
+    } else if (name === "older" || name === "newer") {
+      const [, amount, unit] = value.match(/^(\d+(?:\.\d+)?)([smhd])$/) ?? [];
+      if (!unit) throw new Error(`${name}: is a duration such as 90s, 10m or 2h`);
+      query.set(`${name}_s`, amount * UNITS[unit]);
+    } else query.set(name, value);
   }
-  for (const [id, cells] of rows) fill(cells, states.get(id));
-  const unseen = still ? newest.filter(({ id }) => !rows.has(id)).length : 0;
-  put($("new"), unseen ? `${unseen} new, shown when pointer and focus leave the table` : "");
-  if (still) return;
-  for (const [id, cells] of rows) {
-    if (!states.has(id)) {
-      cells.row.remove();
-      rows.delete(id);
+  if (words.length) query.set("text", words.join(" "));
+  return query;
+}
+
+// The line with one state more or less.
+function toggled(line, state) {
+  const states = line.match(/(?:^|\s)state:(\S*)/)?.[1].split(",").filter(Boolean) ?? [];
+  const next = states.includes(state) ? states.filter((one) => one !== state) : [...states, state];
+  const others = line.replace(/(?:^|\s)state:\S*/g, "").trim();
+  return [next.length ? `state:${next.join(",")}` : "", others].filter(Boolean).join(" ");
+}
+
+function showChips(counts, query) {
+  const wanted = query.getAll("status");
+  for (const state of STATES) {
+    const chip = $("chips").querySelector(`[data-state="${state}"]`) ?? addChip(state);
+    chip.setAttribute("aria-pressed", wanted.includes(state));
+    put(chip.lastChild, counts ? count(counts[state]) : "–");
+  }
+}
+
+function addChip(state) {
+  const chip = make("button", { type: "button", className: `chip state-${state}`, onclick: () => go({ q: toggled(place.q, state) }) }, `${spaced(state)} `, make("span"));
+  chip.dataset.state = state;
+  $("chips").append(chip);
+  return chip;
+}
+
+// --- The list ---
+
+export function show({ at, requests, reset }) {
+  rows.tick(at);
+  due ||= reset || requests.length > 0;
+  if (due) refresh();
+}
+
+async function refresh(now = false) {
+  if ($("view-requests").hidden || (!now && Date.now() - askedAt < LEAST_MS)) return;
+  asking?.abort();
+  const { signal } = (asking = new AbortController());
+  askedAt = Date.now();
+  due = false;
+  try {
+    const query = parameters(place.q);
+    put($("filter-error"), "");
+    query.set("order", place.order);
+    query.set("limit", PAGE);
+    query.set("offset", (place.page - 1) * PAGE);
+    showList(await get(`/v1/queue/requests?${query}`, { signal }), query);
+  } catch (error) {
+    if (signal.aborted || error.status === 401) return;
+    due = true;
+    put($("filter-error"), error.message);
+  }
+}
+
+function showList({ at, data, total, counts, complete }, query) {
+  showChips(counts, query);
+  rows.show(data, at);
+  const first = (place.page - 1) * PAGE;
+  put($("range"), total ? `${count(first + 1)} to ${count(first + data.length)} of ${count(total)}${complete ? "" : " that are kept"}` : "");
+  put($("requests-none"), total ? "" : place.q ? "No request fits this filter." : "No requests are known. They are kept for REQUEST_STATE_TTL.");
+  const link = (page, text) => make("a", { href: address({ ...place, page }) }, text);
+  const links = [first > 0 ? link(place.page - 1, "‹ previous") : "", first + PAGE < total ? link(place.page + 1, "next ›") : ""];
+  const shown = links.map((one) => one.textContent ?? "").join();
+  if ($("pages").dataset.shown !== `${shown} ${location.hash}`) {
+    $("pages").dataset.shown = `${shown} ${location.hash}`;
+    $("pages").replaceChildren(links[0], " ", links[1]);
+  }
+  showChosen();
+}
+
+// --- Several at once ---
+
+const those = (fits) => rows.states.filter((state) => chosen.has(state.id) && fits(state));
+const unfinished = (state) => !FINAL.has(state.status);
+const retryable = (state) => state.retryable;
+
+function showChosen() {
+  const shown = new Set(rows.states.map(({ id }) => id));
+  for (const id of chosen) if (!shown.has(id)) chosen.delete(id);
+  const [cancel, retry] = [those(unfinished).length, those(retryable).length];
+  put($("selected"), chosen.size ? `${chosen.size} selected` : "");
+  put($("cancel-selected"), cancel ? `Cancel ${cancel}` : "Cancel");
+  put($("retry-selected"), retry ? `Run ${retry} again` : "Run again");
+  $("cancel-selected").disabled = !cancel;
+  $("retry-selected").disabled = !retry;
+  const all = $("select-all");
+  all.checked = chosen.size > 0 && chosen.size === shown.size;
+  all.indeterminate = chosen.size > 0 && chosen.size < shown.size;
+}
+
+async function together(what, fits) {
+  const ids = those(fits).map(({ id }) => id);
+  const cancels = what === "cancel";
+  if (cancels && ids.length > 1 && !await sure({
+    title: `Cancel ${ids.length} requests?`, text: "Their clients get an error, and what runs stops.", yes: `Cancel ${ids.length}`,
+  })) return;
+  let done = 0;
+  const left = [...ids];
+  await Promise.all(Array.from({ length: AT_ONCE }, async () => {
+    for (let id = left.shift(); id; id = left.shift()) {
+      const did = await acts[what](id);
+      done += did;
     }
-  }
-  newest.forEach((state, place) => {
-    const { row } = rows.get(state.id) ?? addRow(state);
-    const there = $("requests").children[place];
-    if (there !== row) $("requests").insertBefore(row, there ?? null);
-  });
+  }));
+  if (ids.length > 1) say(cancels ? `${many(done, "request was", "requests were")} cancelled${done < ids.length ? `, ${ids.length - done} had ended` : ""}` : `${many(done, "request runs", "requests run")} again${done < ids.length ? `, ${ids.length - done} not` : ""}`);
+  chosen.clear();
+  rows.refill();
+  refresh(true);
 }
 
-function addRow(state) {
-  const cells = Object.fromEntries(COLUMNS.map((name) => [name, element("td", name)]));
-  const cancel = element("button", "", "Cancel");
-  cancel.setAttribute("aria-label", `Cancel ${state.id}`);
-  cancel.addEventListener("click", () => cancelRequest(state.id));
-  const again = element("button", "", "Run again");
-  again.setAttribute("aria-label", `Run ${state.id} again`);
-  again.addEventListener("click", () => retryRequest(state.id));
-  cells.action.append(cancel, again);
-  cells.error.append(element("div"), element("div", "quiet"));
-  // Where they are cut off.
-  cells.id.title = state.id;
-  cells.model.title = state.model;
-  cells.row = element("tr", "", ...Object.values(cells));
-  cells.row.tabIndex = -1;
-  rows.set(state.id, cells);
-  fill(cells, state);
-  return cells;
-}
-
-function fill(cells, state) {
-  cells.row.classList.toggle("gone", !state);
-  if (!state) return put(cells.status, "no longer sent");
-  const { waited, ran } = times(state);
-  const texts = {
-    id: state.id, status: spaced(state.status), type: state.completion_type, model: state.model,
-    worker: state.worker ?? "", queued: clock(state.queued_at), waited, ran, attempt: state.attempt || "",
-  };
-  for (const [name, text] of Object.entries(texts)) put(cells[name], text);
-  cells.status.className = `status state-${state.status}`;
-  const [error, fault] = cells.error.children;
-  put(error, state.error ?? "");
-  put(fault, state.fault ?? "");
-  const [cancel, again] = cells.action.children;
-  const ended = FINAL.has(state.status);
-  // The focus keeps its place, and on no other button, where one more Enter would cancel what was not meant.
-  if (ended && document.activeElement === cancel) cells.row.focus({ preventScroll: true });
-  cancel.hidden = ended;
-  again.hidden = !state.retryable;
-}
-
-async function cancelRequest(id) {
-  try {
-    const answer = await (await ask(`/v1/queue/request/${encodeURIComponent(id)}`, { method: "DELETE" })).json();
-    say(answer.cancelled ? `${id} was cancelled` : `${id} has ended already: ${spaced(answer.status)}`);
-  } catch (error) {
-    say(`${id} was not cancelled: ${error.message}`);
-  }
-}
-
-async function retryRequest(id) {
-  try {
-    const answer = await (await ask(`/v1/queue/request/${encodeURIComponent(id)}/retry`, { method: "POST" })).json();
-    say(`${id} runs again as ${answer.retried_as}`);
-  } catch (error) {
-    say(`${id} does not run again: ${error.message}`);
-  }
-}
-
-// --- Look-up ---
-
-async function lookUp(event) {
+$("filter-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  looking?.abort();
-  const { signal } = (looking = new AbortController());
-  try {
-    showFound(await askRequest($("look-id").value.trim(), { signal }));
-  } catch (error) {
-    if (!signal.aborted) showResult(error.status === 404 ? UNKNOWN : error.message);
+  const line = $("filter").value.trim();
+  // An id leads to its request.
+  if (/^(resp_)?[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}$/.test(line)) location.hash = `#/request/${line}`;
+  else go({ q: line });
+});
+$("order").addEventListener("change", () => go({ order: $("order").value }));
+$("select-all").addEventListener("change", () => {
+  for (const { id } of rows.states) {
+    if ($("select-all").checked) chosen.add(id);
+    else chosen.delete(id);
   }
-}
-
-function showResult(...content) {
-  const result = $("look-result");
-  const focused = result.contains(document.activeElement);
-  result.replaceChildren(...content);
-  if (focused) result.focus({ preventScroll: true });
-}
-
-function showFound(state) {
-  const { id, status, error, fault, ...others } = state;
-  const list = element("dl");
-  for (const [name, value] of Object.entries({ id, status, error, fault, ...others, ...times(state) })) {
-    if (value === null || value === "") continue;
-    list.append(element("dt", "", spaced(name)), element("dd", name === "status" ? `state-${value}` : "", written(name, value)));
-  }
-  if (FINAL.has(status) && !others.retryable) return showResult(list);
-  const [word, act] = others.retryable ? ["Run it again", retryRequest] : ["Cancel it", cancelRequest];
-  const button = element("button", "", word);
-  button.addEventListener("click", () => act(id).then(() => $("look-form").requestSubmit()));
-  showResult(list, button);
-}
-
-function written(name, value) {
-  if (name === "status") return spaced(value);
-  if (name.endsWith("_at") || name === "timestamp") return new Date(value * 1000).toLocaleString();
-  return typeof value === "object" ? JSON.stringify(value) : value;
-}
-
-// Later, when the pointer and the focus are where they went.
-for (const left of ["pointerleave", "focusout"]) $("requests").addEventListener(left, () => setTimeout(arrange));
-$("look-form").addEventListener("submit", lookUp);
+  rows.refill();
+  showChosen();
+});
+$("cancel-selected").addEventListener("click", () => together("cancel", unfinished));
+$("retry-selected").addEventListener("click", () => together("retry", retryable));
+showChips(null, new URLSearchParams());
