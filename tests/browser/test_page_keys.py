@@ -142,6 +142,7 @@ async def test_text_of_others_stays_text(nats_server: NatsServer, windows: Windo
         await window.shows("#chat-log .user", f"[[{HOSTILE}]]")
         await window.shows("#chat-log .failure", re.compile("does not know the order '<img'"))
         # It can be chosen, as any model can.
+        await heartbeat(stack, "hostile", HOSTILE, WorkerStatus.READY)
         await expect(window.page.locator("#chat-model option")).to_have_count(2)
         assert await window.page.locator("img").count() == 0
         assert await window.page.title() == "Forebay"
