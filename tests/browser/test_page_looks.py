@@ -147,6 +147,7 @@ async def test_screenshots_for_the_docs(nats_server: NatsServer, windows: Window
         early = load(stack, 7, "[[tokens=10 delay_ms=300]]")
         await window.shows("#queue_size", "3")
         await asyncio.gather(*early)
+        await window.shows("#queue_size", "0")
         late = load(stack, 6, "[[tokens=40 delay_ms=200]]")
         await window.shows("#queue_size", "2")
         await expect(window.page.locator("#running tr")).to_have_count(4)

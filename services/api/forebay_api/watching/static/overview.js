@@ -10,9 +10,12 @@ const RUNNING_MS = 1000;
 const FULL = 0.8; // as the alerts have it: docs/observability.md
 const SLOW_S = 60;
 const LOST_S = 600; // a worker that is gone is told of for so long
+const MAX_SEEN = 240;
 const GRAVE = new Set(["worker_lost", "nats_away"]);
 
 const running = requestRows($("running"), ["id", "status", "model", "key", "worker", "waited", "ran", "attempt", "action"], { onAct: refresh });
+
+const seen = []; // the messages of the last minutes, which are closer together than the samples of the hour
 
 let chart = null;
 let message = null; // the newest
@@ -35,6 +38,7 @@ export function close() {
 
 export function forget() {
   message = null;
+  seen.length = 0;
   for (const tile of document.querySelectorAll("#tiles [id], #totals [id]")) put(tile, tile.id === "failed-lately" ? "" : "–");
   running.forget();
   put($("running-none"), "unknown yet");
@@ -54,6 +58,8 @@ export function unknown(why) {
 export function show(newest) {
   message = newest;
   const { at, status } = message;
+  if (at <= seen.at(-1)?.at) seen.length = 0; // another api, with another clock
+  if (at - (seen.at(-1)?.at ?? 0) > 0.9 && seen.push({ at, status }) > MAX_SEEN) seen.shift();
   for (const [name, value] of Object.entries(status)) {
     const tile = document.querySelector(`#tiles #${name}, #totals #${name}`);
     if (tile) put(tile, count(value));
@@ -93,19 +99,25 @@ function offerModels(models) {
 
 function drawHour() {
   if (!chart || !hour || !message) return;
-  const { at, status } = message;
   const model = $("hour-of").value;
-  const line = status.models.find((one) => one.model === model);
-  const now = model
-    ? [line?.waiting ?? null, line?.processing ?? null, line?.deferred ?? null]
-    : [status.queue_size, status.processing_count, status.deferred];
-  const nulls = hour.at.map(() => null);
-  const old = (name) => (model ? hour.models[model]?.[name] ?? nulls : hour[name]);
-  const data = [hour.at, old("waiting"), old("processing"), old("deferred")];
-  const newest = [at, ...now].map((value, place) => (at > (hour.at.at(-1) ?? 0) ? [...data[place], value] : data[place]));
-  const most = (place) => Math.max(0, ...newest[place].filter((value) => value !== null));
-  chart.draw(newest, `${now[0]} waiting, ${now[1]} running, ${now[2]} deferred; at most ${most(1)} waiting and `
-    + `${most(2)} running since ${clock(newest[0][0] ?? at)}`);
+  const now = ({ status }) => {
+    if (!model) return [status.queue_size, status.processing_count, status.deferred];
+    const line = status.models.find((one) => one.model === model);
+    return [line?.waiting ?? null, line?.processing ?? null, line?.deferred ?? null];
+  };
+  const newest = seen.some(({ at }) => at === message.at) ? seen : [...seen, message];
+  // What was sampled while nobody looked, then what was seen here.
+  const before = hour.at.findIndex((at) => at >= newest[0].at);
+  const sampled = before < 0 ? hour.at.length : before;
+  const lines = ["waiting", "processing", "deferred"].map((name, place) => [
+    ...(model ? hour.models[model]?.[name] ?? hour.at.map(() => null) : hour[name]).slice(0, sampled),
+    ...newest.map((one) => now(one)[place]),
+  ]);
+  const times = [...hour.at.slice(0, sampled), ...newest.map(({ at }) => at)];
+  const most = (line) => Math.max(0, ...line.filter((value) => value !== null));
+  const [waiting, processing, deferred] = now(message);
+  chart.draw([times, ...lines], `${waiting} waiting, ${processing} running, ${deferred} deferred; at most `
+    + `${most(lines[0])} waiting and ${most(lines[1])} running since ${clock(times[0])}`);
   const marks = hour.marks.slice(-6).reverse();
   const key = marks.map((mark) => mark.at).join();
   if ($("marks").dataset.key !== key) {
@@ -116,7 +128,7 @@ function drawHour() {
 
 // --- Needs attention: the conditions of the alerts, in words that lead on ---
 
-const lines = (recent) => {
+const problems = (recent) => {
   const { at, status, workers } = message;
   const found = [];
   const add = (grave, text, href, label) => found.push({ grave, text, href, label });
@@ -157,7 +169,7 @@ function showRecent(recent) {
   put($("failed-lately"), failed ? ` (${count(failed)} in 5 min)` : "");
   const waits = recent.models.map((one) => one.wait_p95_s).filter((wait) => wait !== null);
   put($("p95"), waits.length ? seconds(Math.max(...waits)) : "–");
-  const found = lines(recent);
+  const found = problems(recent);
   const list = $("attention");
   const key = JSON.stringify(found);
   if (list.dataset.key === key && list.childElementCount) return;

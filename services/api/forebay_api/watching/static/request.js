@@ -92,9 +92,18 @@ function buttons(state) {
   return [
     ...(FINAL.has(state.status) ? [] : [button("cancel", "Cancel", act("cancel"))]),
     ...(state.retryable && !state.retried_as ? [button("retry", "Run again", act("retry"))] : []),
-    button("copy", "Copy id", () => navigator.clipboard?.writeText(state.id).then(() => say("The id is copied."), () => say("The browser did not let the id be copied."))),
+    button("copy", "Copy id", () => copy(state.id)),
     ...(state.retried_as ? [make("a", { href: `#/request/${state.retried_as}` }, "it runs again as another request")] : []),
   ];
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    say("The id is copied.");
+  } catch {
+    say(`The browser lets pages copy only over https or from localhost: ${text}`);
+  }
 }
 
 // --- The timeline: [time or null, text, kind] ---
@@ -118,13 +127,13 @@ function timeline(state) {
   } else if (status === "processing") steps.push([null, "is running", "processing"]);
   else {
     // Of an attempt that failed last, the fault is of this attempt alone.
-    if (state.fault && state.fault !== attempts.at(-1)?.fault) steps.push([finished_at, state.fault, "failed"]);
+    if (state.fault && state.fault !== attempts.at(-1)?.fault) steps.push([finished_at, ending(state), "failed"]);
     steps.push([finished_at, `${spaced(status)}${state.error ? `: ${state.error} (what the client was told)` : ""}`, status]);
   }
   return steps;
 }
 
-function ending({ fault, tokens }) {
+function ending({ fault, tokens }) { // of an attempt
   const after = tokens ? ` after ${count(tokens)} tokens` : "";
   return fault ? `failed${after}: ${fault.replace(/^attempt \d+ on worker [^:]*: /, "")}` : `gave the request back${after}`;
 }
