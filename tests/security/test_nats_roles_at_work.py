@@ -146,6 +146,10 @@ async def test_operators_look_and_admins_steer(own_site: Site) -> None:
             assert code == 1, printed
             assert "permissions violation" in printed.lower()
         assert not (await stack.connection.jetstream.consumer_info("INFERENCE", CONSUMER)).paused
+        # So does an api, for the page.
+        for order, body in (("pause", {"model": MODEL}), ("resume", {"model": MODEL}), ("drain", {"worker": "nobody"})):
+            answer = await stack.http.post(f"{stack.apis[0].url}/v1/queue/{order}", json=body)
+            assert answer.status_code == (404 if order == "drain" else 200), answer.text
         for steer in steering:
             code, printed = await own_site.forebay("admin", *steer)
             assert code == 0, printed

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from forebay_contracts import keys
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
@@ -99,7 +100,7 @@ async def test_what_an_operator_and_a_client_see_and_steer(nats_server: NatsServ
         paused = (await ops.post("pause", json={"model": MODEL, "for_s": 600})).json()
         assert (paused["was_paused"], paused["running"]) == (False, 0)
         (line,) = (await ops.get("status")).json()["models"]
-        assert line["paused_until"] == paused["paused_until"]
+        assert line["paused_until"] == pytest.approx(paused["paused_until"], abs=0.001)
         assert (await ops.post("resume", json={"model": MODEL})).json()["was_paused"] is True
         assert (await ops.get("status")).json()["models"][0]["paused_until"] is None
         for nobody in ("nobody", "a.b", "*"):
