@@ -145,5 +145,5 @@ async def test_text_of_others_stays_text(nats_server: NatsServer, windows: Windo
         await heartbeat(stack, "hostile", HOSTILE, WorkerStatus.READY)
         await expect(window.page.locator("#chat-model option")).to_have_count(2)
         assert await window.page.locator("img").count() == 0
-        assert await window.page.title() == "Forebay"
+        assert await window.page.title() == "Chat · Forebay"
         assert window.complaints == []

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from forebay_contracts import keys
+from forebay_contracts.wire import names
 from forebay_contracts.wire.state import RequestState, RequestStatus, Usage
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
@@ -119,6 +120,7 @@ async def test_the_answer_so_far_is_for_its_owner(nats_server: NatsServer) -> No
     async with running(nats_server, api_keys="first,second") as stack, client(stack, "first") as first:
         body = {"model": MODEL, "input": "[[tokens=3]]"}
         created = (await first.post(stack.apis[0].url + "/v1/responses", json=body)).json()
+        await stack.reaches(names.request_id(created["id"]), RequestStatus.COMPLETED)
         answer = (await first.get(f"request/{created['id']}/answer")).json()
         assert (answer["status"], answer["texts"]) == ("completed", ["t0 t1 t2"])
         refused = await first.get(f"request/{created['id']}/answer", headers={"authorization": "Bearer second"})

@@ -20,6 +20,7 @@ let place = { q: "", order: "newest", page: 1 };
 let asking = null; // AbortController of the list that is waited for
 let askedAt = 0;
 let due = false;
+let shownAt = ""; // the address of the list that is shown
 
 // --- The address and the filter line ---
 
@@ -134,7 +135,8 @@ async function refresh(now = false) {
 
 function showList({ at, data, total, counts, complete }, query) {
   showChips(counts, query);
-  rows.show(data, at);
+  rows.show(data, at, shownAt !== location.hash);
+  shownAt = location.hash;
   const first = (place.page - 1) * PAGE;
   put($("range"), total ? `${count(first + 1)} to ${count(first + data.length)} of ${count(total)}${complete ? "" : " that are kept"}` : "");
   put($("requests-none"), total ? "" : place.q ? "No request fits this filter." : "No requests are known. They are kept for REQUEST_STATE_TTL.");

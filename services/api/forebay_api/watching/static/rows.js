@@ -13,14 +13,14 @@ export function requestRows(body, columns, { chosen, onChoose, onNew, onAct } = 
   // While somebody points at a row, or has come to it by keyboard, no row moves: what is new waits.
   const held = () => (hovers.matches && body.matches(":hover")) || body.querySelector(":focus-visible") !== null;
 
-  function show(states, at) {
+  // `fresh`: they are of another filter or page, so none holds still.
+  function show(states, at, fresh = false) {
     now = at;
     order = states;
-    arrange();
+    arrange(!fresh && held());
   }
 
-  function arrange() {
-    const still = held();
+  function arrange(still = held()) {
     const wanted = new Map(order.map((state) => [state.id, state]));
     for (const [id, one] of rows) {
       one.row.classList.toggle("gone", !wanted.has(id));
