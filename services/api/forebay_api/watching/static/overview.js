@@ -58,7 +58,7 @@ export function unknown(why) {
 export function show(newest) {
   message = newest;
   const { at, status } = message;
-  if (at <= seen.at(-1)?.at) seen.length = 0; // another api, with another clock
+  if (at < seen.at(-1)?.at) seen.length = 0; // another api, with another clock
   if (at - (seen.at(-1)?.at ?? 0) > 0.9 && seen.push({ at, status }) > MAX_SEEN) seen.shift();
   for (const [name, value] of Object.entries(status)) {
     const tile = document.querySelector(`#tiles #${name}, #totals #${name}`);
