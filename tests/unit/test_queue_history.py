@@ -12,7 +12,7 @@ from support.twins import worker_info
 
 
 def status(*models: ModelQueue, **fields: Any) -> QueueStatus:
-    names = QueueStatus.model_fields.keys() - {"models", "is_running"}
+    names = QueueStatus.model_fields.keys() - {"models", "is_running", "differences"}
     return QueueStatus(**{**dict.fromkeys(names, 0), "is_running": True, "models": models, **fields})
 
 
