@@ -226,6 +226,30 @@ async def test_nobody_is_asked_about_an_empty_room(system: Twins) -> None:
     await asyncio.sleep(0.05)  # for the notice of the idle slot, after which nothing happens
 
 
+async def test_what_waited_before_the_api_began_is_moved_when_a_worker_comes(system: Twins) -> None:
+    system.queue.room.on_deferred.clear()
+    wanted = flex()
+    await system.queue.publish(wanted)
+    system.movers[0].look_at_all()  # no worker is there
+    system.worker(slots=1)
+    await until(lambda: not system.queue.room.waiting)
+
+
+async def test_what_comes_while_the_model_is_paused_is_moved_later(
+    system: Twins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay_api.in_flight.mover.LOOK_AGAIN_S", 0.01)
+    system.worker(slots=1)
+    assert await system.text(flex("tokens=1")) == text(1)
+    await asyncio.sleep(0.05)  # for the notice of the idle slot, after which nobody says it again
+    system.queue.max_concurrent = 0
+    system.queue.room.on_idle[-1](MODEL, system.used[0])
+    await until(lambda: not system.movers[0].active)
+    await system.queue.publish(flex())
+    system.queue.max_concurrent = 2  # nobody tells of it
+    await until(lambda: not system.queue.room.waiting)
+
+
 async def test_the_deadline_passes_in_the_room(system: Twins) -> None:
     wanted = flex(deadline=time.time() + 0.1)
     with pytest.raises(RequestTimeout):

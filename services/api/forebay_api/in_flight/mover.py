@@ -48,8 +48,8 @@ class Mover:
         self._shares: defaultdict[str, Shares] = defaultdict(lambda: Shares(weight))
         self._busy: set[str] = set()
         """Models without an idle slot at the last look. Whoever gets one says so."""
-        self._waits: set[str] = set()
-        """Models for which something may wait."""
+        self._empty: set[str] = set()
+        """Models for which nothing waited at the last look. The room may have waited longer than this api has run."""
         self._closed = False
         self._moving: dict[str, asyncio.Task[None]] = {}
         self._again: set[str] = set()
@@ -74,54 +74,59 @@ class Mover:
         """A slot of `model` is idle. One of the apis that are told also looks."""
         self._busy.discard(model)
         if used is not None:
-            self._waits.add(model)  # it may have given way
+            self._empty.discard(model)  # it may have given way
             self._shares[model].end(used)
 
     def deferred(self, model: str) -> None:
         """The room has taken a request. One of the apis that are told also looks, if a slot may be idle."""
-        self._waits.add(model)
+        self._empty.discard(model)
+        if model not in self._moving:
+            self._look_later(model)
 
     def look_unless_busy(self, model: str) -> None:
         """Move what can be moved, unless whoever gets an idle slot will say so."""
         if model not in self._busy:
-            self._waits.add(model)
             self.look(model)
 
     def look_at_all(self) -> None:
         """After a start or an outage: look at every model that has a worker."""
         self._busy.clear()
+        self._empty.clear()
         for model in {names.model_token(worker.model) for worker in self._workers()}:
-            self._waits.add(model)
             self.look(model)
 
     def look(self, model: str) -> None:
         """Move what can be moved. Asks nobody if nothing waits."""
-        if model in self._moving:
-            self._again.add(model)
-        elif model in self._waits and not self._closed:
-            self._moving[model] = asyncio.create_task(self._move(model))
-
-    async def _move(self, model: str) -> None:
         if (timer := self._timers.pop(model, None)) is not None:
             timer.cancel()
+        if model in self._moving:
+            self._again.add(model)
+        elif model not in self._empty and not self._closed:
+            self._moving[model] = asyncio.create_task(self._move(model))
+
+    def _look_later(self, model: str) -> None:
+        if model not in self._timers and not self._closed:
+            self._timers[model] = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, self.look, model)
+
+    async def _move(self, model: str) -> None:
         try:
             self._again.add(model)
             while model in self._again:
                 self._again.discard(model)
                 await self._move_some(model)
         except QueueError as exc:
-            self._waits.add(model)
+            self._empty.discard(model)
             log.debug("nothing is moved to %s now: %s", model, exc)
         finally:
             del self._moving[model]
-            if model in self._waits and not self._closed:
-                self._timers[model] = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, self.look, model)
+            if model not in self._empty:
+                self._look_later(model)
 
     async def _move_some(self, model: str) -> None:
         """Move a request for each idle slot."""
         # Before the look, so that what is told meanwhile is not overlooked.
         self._busy.add(model)
-        self._waits.discard(model)
+        self._empty.add(model)
         idle, found = await asyncio.gather(self._room.idle(model, self._slots(model)), self._room.backlog(model))
         backlog = dict(found)
         shares = self._shares[model]
@@ -144,7 +149,7 @@ class Mover:
         if idle > 0:
             self._busy.discard(model)
         if backlog:
-            self._waits.add(model)
+            self._empty.discard(model)
 
     def _slots(self, model: str) -> int:
         ready = (one for one in self._workers() if one.status is WorkerStatus.READY)
