@@ -18,6 +18,7 @@ from forebay_contracts.queueing.room import JetStreamPrecedence, JetStreamRoom
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueFull, WaitingRoomFull
 from forebay_contracts.wire.request import CompletionType, InferenceRequest, Tier
+from support.nats import NatsServer
 from support.seams import MAX_CONCURRENT, MAX_DEFERRED, MAX_QUEUE_SIZE, MODEL, connected
 
 TOKEN = names.model_token(MODEL)
@@ -137,6 +138,22 @@ async def test_each_key_has_a_line_and_a_bound(seams: Seams) -> None:
     with pytest.raises(QueueFull):
         await seams.room.move(waiting)
     assert (await seams.room.backlog(TOKEN))["alice"] == MAX_DEFERRED - 1
+
+
+@pytest.mark.nats
+async def test_what_is_no_request_holds_up_nothing(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        made = on_nats(connection)
+        names_of = (names.HEADER_MSG_ID, names.HEADER_DEADLINE, names.HEADER_REPLY_TO, names.HEADER_DEFERRED)
+        good = dict(zip(names_of, ("x", "1.5", "r", "chat"), strict=True))
+        wrong = ({}, {names.HEADER_MSG_ID: "a b.1"}, {names.HEADER_DEADLINE: "soon"}, {names.HEADER_DEFERRED: "*"})
+        for headers in wrong:
+            subject = names.deferred_subject(MODEL, "a")
+            await connection.jetstream.publish(subject, b"x", headers=good | headers if headers else None)
+            assert await made.room.first(TOKEN, "a") is None
+        await made.admission.publish(request("good", "a"))
+        assert await moved(made, "a") == "good"
+        assert await made.room.first(TOKEN, "a") is None
 
 
 async def test_a_request_is_removed_from_the_room(seams: Seams) -> None:

@@ -247,6 +247,17 @@ async def test_a_smaller_queue_keeps_what_was_admitted(nats_server: NatsServer) 
     assert (stream.config.max_msgs, stream.state.messages) == (2, 5)
 
 
+async def test_a_smaller_waiting_room_keeps_what_waits(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        await topology.ensure(connection, settings(nats_server), MODEL)
+        for number in range(4):
+            await connection.jetstream.publish(names.deferred_subject(MODEL, "a"), str(number).encode())
+        for wanted, left in ((3, 4), (5, 5)):
+            await topology.ensure(connection, settings(nats_server, key_max_deferred=wanted), MODEL)
+            live = await connection.jetstream.stream_info(names.DEFERRED)
+            assert (live.config.max_msgs_per_subject, live.state.messages) == (left, 4)
+
+
 async def test_a_raised_limit_serves_a_pull_that_waits(nats_server: NatsServer) -> None:
     async with connected(nats_server) as connection:
         await topology.ensure(connection, settings(nats_server), MODEL)

@@ -372,7 +372,9 @@ def test_the_tiers_of_a_key(tmp_path: Path, fields: str, asked: str | None, tier
         assert client.tier(asked) is tier
 
 
-@pytest.mark.parametrize("fields", ["weight = 0", "tiers = []", 'tiers = ["overflow"]', 'weight = "3"'])
+@pytest.mark.parametrize(
+    "fields", ["weight = 0", "weight = 1e-300", "weight = nan", "tiers = []", 'tiers = ["overflow"]', 'weight = "3"']
+)
 def test_an_entry_that_cannot_be_meant(tmp_path: Path, fields: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{fields.split()[0]}"):
         keys_of(tmp_path, fields)
@@ -424,6 +426,15 @@ def test_a_key_saves_nothing_up() -> None:
     serve(account, {"a": 1000}, lambda _: 50, 100)
     used = serve(account, {"a": 1000, "b": 1000}, lambda _: 50, 100)
     assert abs(used["a"] - used["b"]) <= 100
+
+
+def test_a_key_saves_nothing_up_although_an_attempt_of_it_never_ended() -> None:
+    account = shares()
+    account.next({"a": 1, "b": 1})
+    account.begin("its worker was killed", "a")
+    serve(account, {"b": 1000}, lambda _: 50, 100)
+    used = serve(account, {"a": 1000, "b": 1000}, lambda _: 50, 100)
+    assert abs(used["a"] - used["b"]) <= 200
 
 
 def test_what_others_have_moved_counts() -> None:

@@ -61,7 +61,7 @@ class KeyEntry(BaseModel):
     ]
     max_requests: int | None = Field(None, ge=1)
     operator: bool = False
-    weight: float = Field(1.0, gt=0, le=1_000_000)
+    weight: float = Field(1.0, ge=0.000_001, le=1_000_000)
     tiers: Annotated[
         tuple[Literal["default", "flex"], ...],
         BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),

@@ -204,6 +204,9 @@ async def _parts(connection: Connection, wanted: _Wanted) -> list[_Part]:
     settings = limits.adopted(wanted.settings, limits.read(live, of_model))
     parts = []
     for config in await wanted_streams(connection, settings):
+        if config.name == names.DEFERRED and live[config.name] is not None:
+            most = live[config.name].max_msgs_per_subject
+            config.max_msgs_per_subject = await _holding_all(js, most, config.max_msgs_per_subject)
         parts.append(_part(f"stream {config.name}", config.name, config, live[config.name]))
     for stream, shared in API_CONSUMERS.items():
         found = await _live(js.consumer_info(stream, shared.durable_name))
@@ -232,6 +235,17 @@ async def _live(info: Awaitable[Any]) -> Any:
         return (await info).config
     except NotFoundError:
         return None
+
+
+async def _holding_all(js: JetStreamContext, live: int, wanted: int | None) -> int | None:
+    """The bound of the waiting room for each key. The server would remove what waits beyond a lower one."""
+    if wanted is None or wanted >= live:
+        return wanted
+    waiting = (await js.stream_info(names.DEFERRED, subjects_filter=">")).state.subjects or {}
+    holds: int = min(max([wanted, *waiting.values()]), live)
+    if holds > wanted:
+        log.warning("[RequestQueue] topology: KEY_MAX_DEFERRED stays at %d until fewer requests wait", holds)
+    return holds
 
 
 async def _apply(connection: Connection, part: _Part) -> None:

@@ -6,6 +6,7 @@ finds the message later sees by the request's state that it was moved.
 """
 
 import logging
+import math
 import sys
 import time
 from collections import Counter, defaultdict
@@ -38,8 +39,13 @@ WORKERS: Final = "workers"
 """Queue group: one worker hears of each admission."""
 
 _NO_MESSAGE = "404"
-_NEEDED: Final = (names.HEADER_MSG_ID, names.HEADER_DEADLINE, names.HEADER_REPLY_TO, names.HEADER_DEFERRED)
-_KEPT: Final = (*_NEEDED, *names.TRACE_HEADERS)
+_KEPT: Final = (
+    names.HEADER_MSG_ID,
+    names.HEADER_DEADLINE,
+    names.HEADER_REPLY_TO,
+    names.HEADER_DEFERRED,
+    *names.TRACE_HEADERS,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +86,11 @@ class JetStreamRoom:
             headers = msg.headers or {}
             if "Nats-Sequence" in headers:
                 waiting = Waiting(int(headers["Nats-Sequence"]), headers["Nats-Subject"], headers, msg.data)
-                if all(name in headers for name in _NEEDED):
+                if _is_request(headers):
                     return waiting
-                log.error("[RequestQueue] message %d of the waiting room was removed: it is none", waiting.sequence)
+                log.error(
+                    "[RequestQueue] message %d of the waiting room was removed: it is no request", waiting.sequence
+                )
                 await self._admission.delete(waiting.sequence, deferred=True)
                 return await self.first(model, key)
             if headers.get("Status") != _NO_MESSAGE:
@@ -202,6 +210,17 @@ class JetStreamPrecedence:
             await self._connection.client.publish(names.idle_subject(self._model), data)
         except NatsError as exc:
             log.debug("an idle slot was not told: %r", exc)
+
+
+def _is_request(headers: Mapping[str, str]) -> bool:
+    """Whether a message can be moved. One that cannot would hold up all behind it."""
+    request_id, _ = names.turn_of(headers.get(names.HEADER_MSG_ID, ""))
+    try:
+        deadline = float(headers[names.HEADER_DEADLINE])
+    except (KeyError, ValueError):
+        return False
+    tokens = names.is_request_id(request_id) and names.is_request_id(headers.get(names.HEADER_DEFERRED, ""))
+    return tokens and math.isfinite(deadline) and names.HEADER_REPLY_TO in headers
 
 
 def _delivered(info: ConsumerInfo) -> int:

@@ -36,9 +36,8 @@ class Shares:
 
     def next(self, backlog: Mapping[str | None, int]) -> str | None:
         """The key of which one is to be moved; `backlog` holds those that wait, at least one."""
-        present = self._waiting.union(key for key, _ in self._out.values())
         for key in backlog:
-            if key not in present:
+            if key not in self._waiting:
                 self._used[key] = max(self._used.get(key, 0.0), self._now)
         self._waiting = frozenset(backlog)
         key = min(backlog, key=lambda one: (self._used[one], one or ""))
