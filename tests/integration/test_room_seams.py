@@ -20,6 +20,7 @@ from forebay_contracts.wire.errors import QueueFull, WaitingRoomFull
 from forebay_contracts.wire.request import CompletionType, InferenceRequest, Tier
 from support.nats import NatsServer
 from support.seams import MAX_CONCURRENT, MAX_DEFERRED, MAX_QUEUE_SIZE, MODEL, connected
+from support.twins import worker_info
 
 TOKEN = names.model_token(MODEL)
 
@@ -199,6 +200,22 @@ async def test_one_worker_hears_of_what_may_not_wait(seams: Seams) -> None:
     await until(lambda: bool(heard["second"]))
     assert heard == {"first": [sequence], "second": [sequence]}
     await seams.other.pass_on([])
+
+
+@pytest.mark.nats
+async def test_what_waits_for_its_redelivery(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        made = on_nats(connection)
+        for number in range(MAX_CONCURRENT):
+            await made.admission.publish(request(f"r{number}", tier=Tier.DEFAULT))
+        out = [await pulled(made) for _ in range(MAX_CONCURRENT)]
+        await out[0].nak()
+        for slots, waiting in ((MAX_CONCURRENT, 0), (MAX_CONCURRENT - 1, 1)):
+            info = worker_info("w", slots, MODEL).encode()
+            await connection.jetstream.publish(names.bucket_subject(names.WORKERS_BUCKET, "w"), info)
+            assert await made.precedence.awaiting_redelivery() == waiting
+        assert (await pulled(made)).sequence == out[0].sequence
+        await made.deliveries.stop()
 
 
 async def test_where_the_deliveries_are(seams: Seams) -> None:

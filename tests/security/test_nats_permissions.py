@@ -85,6 +85,7 @@ ACTIONS: dict[str, tuple[str, str, set[str]]] = {
     "read-failed": ("publish", f"{JS}DIRECT.GET.INFERENCE_FAILED", {"api", "operator", "admin"}),
     "remove-failed": ("publish", f"{JS}STREAM.PURGE.INFERENCE_FAILED", {"api", "admin"}),
     "beat-as-worker": ("publish", "$KV.inference-workers.some-worker", {"inference"}),
+    "read-workers": ("publish", f"{JS}DIRECT.GET.KV_inference-workers", set(ROLES)),
     "beat-as-api": ("publish", "$KV.inference-apis.some-api", {"api"}),
     "count": ("publish", "inference.counters.completed", {"api", "inference"}),
     "count-usage": ("publish", "inference.usage.2026-11-30.some-model.some-key", {"api", "inference", "admin"}),

@@ -57,14 +57,14 @@ def request(orders: str = "", **fields: Any) -> InferenceRequest:
     )
 
 
-def worker_info(worker: str, slots: int) -> WorkerInfo:
+def worker_info(worker: str, slots: int, model: str = MODEL) -> WorkerInfo:
     """The heartbeat of a ready worker."""
     return WorkerInfo(
         id=worker,
         version="1",
         started_at=0,
         heartbeat_at=0,
-        model=MODEL,
+        model=model,
         status=WorkerStatus.READY,
         slots=slots,
         engine="simulated",

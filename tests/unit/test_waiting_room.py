@@ -157,6 +157,34 @@ async def test_one_worker_passes_on_what_it_cannot_make_way_for(system: Twins) -
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
+async def test_it_gives_way_to_one_that_is_delivered_again(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_inference.attempt.giving_way.LOOK_AGAIN_S", 0.01)
+    quick = asyncio.create_task(system.text(request("tokens=3")))
+    lost = await system.queue.pull()  # by a worker that dies
+    long = flex("tokens=3 delay_ms=100000")
+    async with system.dispatcher.submit(long):
+        (moved,) = system.queue.room.waiting.values()
+        await system.queue.room.move(moved)
+        system.worker(slots=1)
+        await system.reaches(long.id, RequestStatus.PROCESSING)
+        system.queue.deliver_again(lost.sequence)
+        assert await quick == text(3)
+        assert (await system.state(long.id)).turn == 1
+
+
+async def test_it_gives_way_although_the_notice_was_lost(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_inference.attempt.giving_way.LOOK_AGAIN_S", 0.01)
+    system.worker(slots=1)
+    long = flex("tokens=3 delay_ms=100000")
+    waiting = asyncio.create_task(system.text(long))
+    await system.reaches(long.id, RequestStatus.PROCESSING)
+    await asyncio.sleep(0.01)  # it has looked back
+    system.queue.on_admitted.insert(0, lambda _: None)
+    assert await system.text(request("tokens=3")) == text(3)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
 async def test_an_api_that_dies_between_the_steps_of_a_move_leaves_nothing_behind(system: Twins) -> None:
     room = system.queue.room
     wanted = flex("tokens=30 delay_ms=3")

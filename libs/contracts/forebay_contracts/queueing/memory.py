@@ -127,6 +127,12 @@ class InMemoryQueue:
         return Line(max(self.delivered, default=0), len(self._messages) - len(self._out), full)
 
     @property
+    def redeliveries(self) -> int:
+        """How many wait to be delivered again while no slot waits."""
+        again = [one for one in self._messages if self.delivered[one] and one not in self._out]
+        return 0 if self._pulls else len(again)
+
+    @property
     def out(self) -> int:
         """How many are out."""
         return len(self._out)

@@ -23,6 +23,9 @@ class _Queue(Protocol):
     def line(self) -> Line: ...
 
     @property
+    def redeliveries(self) -> int: ...
+
+    @property
     def out(self) -> int: ...
 
 
@@ -125,6 +128,10 @@ class InMemoryPrecedence:
     async def line(self) -> Line:
         """Where the deliveries are."""
         return self._queue.line()
+
+    async def awaiting_redelivery(self) -> int:
+        """What waits at the queue, if no slot does."""
+        return self._queue.redeliveries
 
     async def say_idle(self, used: Used | None = None) -> None:
         """Call `on_idle`."""

@@ -111,6 +111,13 @@ class Precedence(Protocol):
     async def line(self) -> Line:
         """Raises QueueUnavailable."""
 
+    async def awaiting_redelivery(self) -> int:
+        """How many requests this worker should make way for that wait to be delivered again, and find no idle slot.
+
+        Their workers died, or handed them over. They have their places in the queue still, so `line` does not tell of
+        them. Raises QueueUnavailable.
+        """
+
     async def say_idle(self, used: Used | None = None) -> None:
         """Tell all apis, of which one acts, that a slot is idle, and what a deferred attempt has used."""
 

@@ -5,6 +5,7 @@ deletes: a process that dies in between leaves a message in both. The second mov
 finds the message later sees by the request's state that it was moved.
 """
 
+import asyncio
 import logging
 import math
 import sys
@@ -20,13 +21,13 @@ from nats.errors import Error as NatsError
 from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
 
-from forebay_contracts.nats import consumers, direct_get
+from forebay_contracts.nats import consumers, direct_get, permissions, presence
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.queueing.admission import JetStreamAdmission
 from forebay_contracts.queueing.protocols import Line, Waiting
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import QueueUnavailable
-from forebay_contracts.wire.heartbeats import Used
+from forebay_contracts.wire.heartbeats import Used, WorkerInfo, WorkerStatus
 from forebay_contracts.wire.state import RequestState
 
 ASK_TIMEOUT_S: Final = 5.0
@@ -167,6 +168,7 @@ class JetStreamPrecedence:
     def __init__(self, connection: Connection, model: str) -> None:
         self._connection = connection
         self._model = model
+        self._knows_workers: bool | None = None
         self._subscription: Subscription | None = None
 
     async def hear(self, admitted: Callable[[int], None]) -> None:
@@ -201,7 +203,30 @@ class JetStreamPrecedence:
         if info is None:
             return Line(0, 0, full=False)
         full = (info.num_ack_pending or 0) >= (info.config.max_ack_pending or 0) or not info.num_waiting
-        return Line(_delivered(info), info.num_pending or 0, full)
+        return Line(_delivered(info), info.num_pending or 0, full and not info.paused)
+
+    async def awaiting_redelivery(self) -> int:
+        """See `Precedence.awaiting_redelivery`: what is out beyond the slots of all workers, which share it."""
+        if not await self._may_know_workers():
+            return 0
+        info, workers = await asyncio.gather(
+            _consumer(self._connection, names.model_token(self._model)),
+            presence.read(self._connection, names.WORKERS_BUCKET, WorkerInfo),
+        )
+        if info is None or info.num_waiting or info.paused:
+            return 0
+        mine = [one for one in workers if one.model == self._model]
+        running = sum(one.slots if one.status is WorkerStatus.READY else one.busy for one in mine)
+        waiting: int = max((info.num_ack_pending or 0) - running, 0)
+        return math.ceil(waiting / max(len(mine), 1))
+
+    async def _may_know_workers(self) -> bool:
+        """An older configuration of NATS does not let workers read it."""
+        if self._knows_workers is None:
+            own = await permissions.own(self._connection)
+            subject = f"$JS.API.DIRECT.GET.{names.bucket_stream(names.WORKERS_BUCKET)}"
+            self._knows_workers = own is not None and own.publish.permit(subject)
+        return self._knows_workers
 
     async def say_idle(self, used: Used | None = None) -> None:
         """See `Precedence.say_idle`."""

@@ -2,6 +2,7 @@
 
 A worker that runs deferred attempts hears which requests the queue admits. One that is not delivered although no place
 is free waits for one of these attempts: so the newest of them stops within a step of the engine, and goes on later.
+Notices can be lost, and there is none of a request that is to be delivered again. So it also looks every second.
 """
 
 import asyncio
@@ -15,7 +16,13 @@ from forebay_inference.attempt.attempt import Attempt
 from forebay_inference.attempt.endings import End, Ended
 
 LOOK_S: Final = 0.005
-"""Pause between two looks whether a request that was heard of still waits."""
+"""Pause between the first two looks whether a request that was heard of still waits."""
+
+MAX_LOOK_S: Final = 0.05
+"""Longest such pause. The model may be paused."""
+
+LOOK_AGAIN_S: Final = 1.0
+"""Pause between two looks at what nobody tells, as long as deferred attempts run here."""
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +38,7 @@ class GivingWay:
         """The sequences of requests that were heard of and not seen delivered."""
         self._hears = False
         self._making_way: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, attempt: Attempt) -> None:
@@ -39,6 +47,8 @@ class GivingWay:
         if not self._hears:
             self._hears = True
             await self._precedence.hear(self._admitted)
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look_again())
         task = asyncio.create_task(self._look_back(attempt))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -62,6 +72,7 @@ class GivingWay:
 
     async def _make_way(self) -> None:
         """Until every request that was heard of is delivered, or runs no deferred attempt here any more."""
+        pause_s = LOOK_S
         try:
             while self._waiting and self._attempts:
                 line = await self._precedence.line()
@@ -69,7 +80,8 @@ class GivingWay:
                 if line.full:
                     self._stop(len(self._waiting))
                 if self._waiting:
-                    await asyncio.sleep(LOOK_S)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(1.5 * pause_s, MAX_LOOK_S)
         except QueueUnavailable as exc:
             self._waiting.clear()  # whoever waits is delivered once NATS is back, or heard of by the next look back
             log.debug("no attempt gives way: %s", exc)
@@ -85,6 +97,21 @@ class GivingWay:
             return
         if line.full and line.waiting:
             attempt.stop(Ended(End.YIELDED))
+
+    async def _look_again(self) -> None:
+        """As long as deferred attempts run here."""
+        before = None
+        while self._attempts:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            try:
+                line, again = await asyncio.gather(self._precedence.line(), self._precedence.awaiting_redelivery())
+            except QueueUnavailable as exc:
+                log.debug("nobody says whether others wait: %s", exc)
+                continue
+            stuck = line.waiting if line.full and line.delivered == before else 0
+            before = line.delivered
+            self._stop(stuck + again)
+        self._looking = None
 
     def _stop(self, places: int) -> None:
         """Have so many attempts stopping, the newest first."""
