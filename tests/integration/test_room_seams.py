@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -155,6 +156,19 @@ async def test_what_is_no_request_holds_up_nothing(nats_server: NatsServer) -> N
         await made.admission.publish(request("good", "a"))
         assert await moved(made, "a") == "good"
         assert await made.room.first(TOKEN, "a") is None
+
+
+@pytest.mark.nats
+async def test_what_gives_way_finds_a_place_in_a_full_room(nats_server: NatsServer) -> None:
+    async with connected(nats_server) as connection:
+        jetstream = connection.jetstream
+        config = (await jetstream.stream_info(names.DEFERRED)).config
+        await jetstream.update_stream(replace(config, max_bytes=10_000))
+        with contextlib.suppress(WaitingRoomFull):
+            for number in range(100):
+                await JetStreamAdmission(connection).publish(request(f"r{number}", f"key{number}"))
+        assert number < 99
+        assert await JetStreamAdmission(connection).put_back(request("back", "key0"), 1, {})
 
 
 async def test_a_request_is_removed_from_the_room(seams: Seams) -> None:

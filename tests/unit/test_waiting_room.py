@@ -157,6 +157,20 @@ async def test_one_worker_passes_on_what_it_cannot_make_way_for(system: Twins) -
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
+async def test_one_that_gave_way_is_removed_when_it_is_cancelled(system: Twins) -> None:
+    system.worker(slots=1)
+    long = flex("tokens=3 delay_ms=100000")
+    waiting = asyncio.create_task(system.text(long))
+    await system.reaches(long.id, RequestStatus.PROCESSING)
+    async with system.dispatcher.submit(request("tokens=3 delay_ms=100000")) as quick:
+        await quick.started()
+        (back,) = system.queue.room.waiting
+        assert (await system.state(long.id)).deferred == back
+        waiting.cancel()
+        await system.reaches(long.id, RequestStatus.CANCELLED)
+        await until(lambda: not system.queue.room.waiting)
+
+
 async def test_it_gives_way_to_one_that_is_delivered_again(system: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("forebay_inference.attempt.giving_way.LOOK_AGAIN_S", 0.01)
     quick = asyncio.create_task(system.text(request("tokens=3")))

@@ -106,7 +106,8 @@ def stream_configs(settings: Settings, storage: float | None = math.inf) -> list
             subjects=[names.DEFERRED_SUBJECTS, names.YIELDED_SUBJECTS],
             storage=StorageType.FILE,
             discard=DiscardPolicy.NEW,
-            max_msgs_per_subject=settings.key_max_deferred,
+            # So many can give way at once.
+            max_msgs_per_subject=max(settings.key_max_deferred, settings.max_concurrent_requests),
             discard_new_per_subject=True,
             max_bytes=room_bytes,
             duplicate_window=DUPLICATE_WINDOW_S,

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -31,6 +32,12 @@ PUBLISH_RETRY_S: Final = 0.05
 REMOVE_TIMEOUT_S: Final = 5.0
 """How long each request of `holds` and `remove` may take."""
 
+ROOM: Final = 0.9
+"""The part of the waiting room's bytes that new requests may take. The rest is for those that give way."""
+
+ROOM_CHECK_S: Final = 1.0
+"""How long a look at its size counts."""
+
 _STORE_FAILED = 10077
 _NO_RESOURCES = 10023
 _NOT_NOW = (409, 429, 503)
@@ -41,12 +48,17 @@ _GET = "$JS.API.DIRECT.GET."
 _DELETE = "$JS.API.STREAM.MSG.DELETE."
 
 
+log = logging.getLogger(__name__)
+
+
 class JetStreamAdmission:
     """See `Admission`. A publish waits up to `patience_s` while NATS is away, restarts or elects a leader."""
 
     def __init__(self, connection: Connection, *, patience_s: float = 0) -> None:
         self._connection = connection
         self._patience_s = patience_s
+        self._has_room = True
+        self._looked_at = float("-inf")
 
     async def publish(self, request: InferenceRequest) -> int:
         """See `Admission.publish`."""
@@ -54,9 +66,24 @@ class JetStreamAdmission:
         tracing.inject(headers)
         subject = names.request_subject(request.model, request.completion_type)
         if request.deferred:
+            await self._need_room()
             subject = names.deferred_subject(request.model, request.key)
             headers[names.HEADER_DEFERRED] = request.completion_type.value
         return await self.store(subject, request.encode(), headers, request.deadline)
+
+    async def _need_room(self) -> None:
+        """Raises WaitingRoomFull if what is left of its bytes is for requests that give way."""
+        if (now := time.monotonic()) - self._looked_at > ROOM_CHECK_S:
+            self._looked_at = now
+            try:
+                info = await self._connection.jetstream.stream_info(names.DEFERRED)
+            except (NatsError, TimeoutError) as exc:
+                log.debug("nobody says how full the waiting room is: %r", exc)
+                return
+            most = info.config.max_bytes or -1
+            self._has_room = most <= 0 or info.state.bytes < most * ROOM
+        if not self._has_room:
+            raise _full(names.DEFERRED)
 
     async def put_back(self, request: InferenceRequest, turn: int, trace: Mapping[str, str]) -> int:
         """See `Admission.put_back`."""

@@ -144,13 +144,14 @@ async def place(
     line = await consumers.waiting_place(connection, state.model, sys.maxsize)
     try:
         counts = await subjects(connection, f"inference.*.{names.model_token(state.model)}.*")
-        own = names.deferred_subject(state.model, state.key)
+        yielded = names.yielded_subject(state.model, state.key)
+        mine = yielded if state.turn else names.deferred_subject(state.model, state.key)
         before = 0
         if state.deferred is not None:
-            found = await direct_get.messages(connection, names.DEFERRED, own, state.deferred, most=1)
+            found = await direct_get.messages(connection, names.DEFERRED, mine, state.deferred, most=1)
             after = int((found[0].headers or {}).get("Nats-Num-Pending", 0)) if found else 0
-            before = max(counts.get(own, 0) - after - 1, 0)
-            before += counts.get(names.yielded_subject(state.model, state.key), 0)
+            before = max(counts.get(mine, 0) - after - 1, 0)
+            before += 0 if state.turn else counts.get(yielded, 0)
     except (QueueUnavailable, NatsError, TimeoutError):
         return None
     backlog: Counter[str | None] = Counter()

@@ -13,8 +13,10 @@ async def is_lost(admission: Admission, request: InferenceRequest, sequence: int
     """Whether no message of the request is stored, which was admitted at `sequence`. Raises QueueUnavailable."""
     if not request.deferred or _has_not_begun(state):
         return not await admission.holds(request.id, sequence, deferred=request.deferred)
-    # It was moved, or has given way. Of the latter, nobody knows where the message is.
-    return state is None or state.sequence is None or not await admission.holds(request.id, state.sequence)
+    # It was moved, or has given way. A worker that died meanwhile has not noted where the message is.
+    if state is None or (place := state.sequence or state.deferred) is None:
+        return True
+    return not await admission.holds(request.id, place, deferred=state.sequence is None)
 
 
 async def publish_again(admission: Admission, request: InferenceRequest, state: RequestState | None) -> int:

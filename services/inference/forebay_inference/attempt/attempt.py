@@ -22,7 +22,7 @@ _NOT_OURS: Final = (End.ENDED_BEFORE, End.MOVED_ON, End.UNREADABLE)
 log = logging.getLogger(__name__)
 
 
-PutBack = Callable[[InferenceRequest, int, Mapping[str, str]], Awaitable[object]]
+PutBack = Callable[[InferenceRequest, int, Mapping[str, str]], Awaitable[int]]
 """See `Admission.put_back`."""
 
 
@@ -100,7 +100,8 @@ class Attempt:
                 # The state goes first: the message of an earlier turn is void then, and two are never valid.
                 await self.ownership.give_way(self.reply.completion_tokens)
                 self.measured.ended("yielded")
-                await self.put_back(self.request, self.turn + 1, self.delivery.headers)
+                sequence = await self.put_back(self.request, self.turn + 1, self.delivery.headers)
+                await self.ownership.waits_at(sequence)
             case RequestStatus.QUEUED:
                 await self.ownership.hand_over(self.reply.completion_tokens)
                 self.measured.ended("handed_over")

@@ -1,6 +1,7 @@
 """The attempt that wrote a request's state last owns the request. Each of its writes names the revision before it."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -100,6 +101,12 @@ class Ownership:
     async def give_way(self, tokens: int) -> None:
         """Give the request back for a later turn. Raises Superseded or EndedBefore."""
         await self._write(transitions.gave_way(self._own.state, tokens))
+
+    async def waits_at(self, sequence: int) -> None:
+        """Note where the request waits that gave way, so that a cancel removes it. Nobody needs this otherwise."""
+        waits = self._own.state.model_copy(update={"deferred": sequence})
+        with contextlib.suppress(QueueConflict, QueueUnavailable):
+            await self._states.write(waits, self._own.revision)
 
     async def fault(self, reason: str, tokens: int) -> None:
         """Record that this attempt failed and another will follow. Raises Superseded or EndedBefore."""

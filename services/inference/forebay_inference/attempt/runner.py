@@ -159,8 +159,8 @@ class AttemptRunner:
             if request.deferred:
                 await self._giving_way.end(attempt)
 
-    async def _put_back(self, request: InferenceRequest, turn: int, trace: Mapping[str, str]) -> None:
-        await patiently(lambda: self._put_back_once(request, turn, trace))
+    async def _put_back(self, request: InferenceRequest, turn: int, trace: Mapping[str, str]) -> int:
+        return await patiently(lambda: self._put_back_once(request, turn, trace))
 
     async def _goes_on(self, request_id: str, delivery: Delivery, turn: int) -> bool:
         """Whether an attempt that runs here goes on with a new delivery of its message.
