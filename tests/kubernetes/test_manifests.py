@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from forebay_api.watching.exposition import QueueGauges
 from forebay_contracts.settings import ApiSettings, InferenceSettings, Settings, load
 from forebay_contracts.wire import names
 from support.containers import NATS_IMAGE
@@ -135,6 +136,11 @@ def test_autoscalers_fit_the_settings(production: Manifests, monkeypatch: pytest
     assert scaled["maxReplicaCount"] * worker.slots == worker.max_concurrent_requests
     assert metadata["consumer"] == names.model_token(worker.served_model)
     assert metadata["stream"] == names.STREAM
+    room = scaled["triggers"][1]["metadata"]
+    assert int(room["threshold"]) == worker.slots
+    assert set(re.findall(r'model="(.*?)"', room["query"])) == {worker.served_model}
+    gauges = {gauge.name for gauge in QueueGauges().collect()}
+    assert set(re.findall(r"forebay_\w+", room["query"])) <= gauges
     for target in (scaled["scaleTargetRef"], production.of("HorizontalPodAutoscaler")[0]["spec"]["scaleTargetRef"]):
         assert "replicas" not in production.one("Deployment", target["name"])["spec"]
 
