@@ -31,7 +31,7 @@ from benchmarks.systems import nats_server
 from support.stack import Stack, running
 
 BUDGET_S = 170
-HOUR_S = 2.0
+HOUR_S = 1.7
 SLOTS = 4
 STEP_MIN = 0.5
 """Minutes of the day for a token."""

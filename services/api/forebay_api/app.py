@@ -166,13 +166,13 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 yield context
         finally:
             thinning.cancel()
-            await context.mover.close()
             await running_batches.close()
             if delivering is not None:
                 delivering.cancel()
                 await asyncio.wait([delivering])
             await context.stored.close()
             await context.dispatcher.close()
+            await context.mover.close()  # last, since every other notice of an idle slot still comes here
             await context.workers.stop()
             await apis.stop()
             await heartbeat.stop()
