@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 from nats.aio.client import Client
@@ -191,6 +192,25 @@ class TestChannel:
         with pytest.raises(Superseded):
             await second.ask(completed(0))
         assert have(await answers.read("a")).choices[0].tokens == (1,)
+
+
+async def test_a_flush_while_a_record_is_stored_leaves_nothing_to_store() -> None:
+    class Slow(InMemoryAnswerLog):
+        async def append(self, *args: Any) -> int:
+            await asyncio.sleep(0.005)
+            return await super().append(*args)
+
+    slow = Slow()
+    sender = channel(slow)
+    await sender.send(STARTED)
+    await sender.flush()
+    await sender.send(delta(0, 1))
+    await asyncio.sleep(0.002)  # it is being stored
+    await sender.send(delta(1, 2))
+    await sender.flush()
+    assert await frames_of(slow) == [STARTED, delta(0, 1), delta(1, 2)]
+    await asyncio.sleep(0.04)  # for the timer of a further record
+    await sender.flush()
 
 
 async def _send_until_it_raises(sender: LoggedReplyChannel) -> None:

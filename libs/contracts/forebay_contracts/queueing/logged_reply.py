@@ -99,12 +99,15 @@ class LoggedReplyChannel:
             except AnswerTaken as exc:
                 raise Superseded(f"{self._request_id}: another attempt answers it") from exc
 
-    async def flush(self) -> None:
-        """Store what is collected. Raises Superseded."""
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    async def flush(self) -> None:
+        """Store what is collected. Raises Superseded."""
         await self._stored()
+        self._cancel_timer()  # the record before may have set it
         if self._collected:
             self._store()
             await self._stored()
@@ -130,8 +133,7 @@ class LoggedReplyChannel:
             return resume
 
     async def _end(self, frame: bytes, decoded: Completed | Failed) -> Resume:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel_timer()
         if isinstance(decoded, Failed) and not self._records:
             # It ends before it has generated, so it has not read what attempts before it wrote.
             records = await self._read()
@@ -140,6 +142,7 @@ class LoggedReplyChannel:
             self._last = records[-1].sequence if records else 0
         try:
             await self._stored()
+            self._cancel_timer()
             await self._store_collected(frame)
         except (AnswerTaken, Superseded):
             resume = have(await self._read())
