@@ -194,10 +194,11 @@ class TestChannel:
         assert have(await answers.read("a")).choices[0].tokens == (1,)
 
 
-async def test_a_flush_while_a_record_is_stored_leaves_nothing_to_store() -> None:
+@pytest.mark.parametrize("append_s", [0.005, 0.03])
+async def test_a_flush_while_a_record_is_stored_leaves_nothing_to_store(append_s: float) -> None:
     class Slow(InMemoryAnswerLog):
         async def append(self, *args: Any) -> int:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(append_s)
             return await super().append(*args)
 
     slow = Slow()

@@ -81,7 +81,7 @@ class LoggedReplyChannel:
 
     def _has_stored(self, storing: asyncio.Task[None]) -> None:
         # A failure stays, for the next frame to find.
-        if not storing.cancelled() and storing.exception() is None:
+        if storing is self._storing and not storing.cancelled() and storing.exception() is None:
             self._storing = None
             self._store_soon()
 
@@ -93,24 +93,30 @@ class LoggedReplyChannel:
 
     async def _stored(self) -> None:
         """Wait for the record that is being stored."""
-        if self._storing is not None:
+        if (storing := self._storing) is not None:
             try:
-                await asyncio.shield(self._storing)
+                await asyncio.shield(storing)
             except AnswerTaken as exc:
                 raise Superseded(f"{self._request_id}: another attempt answers it") from exc
+            self._has_stored(storing)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    async def _quiet(self) -> None:
+        """Wait until no record is being stored. None begins by itself: the end of the last one has set the timer."""
+        while self._storing is not None:
+            await self._stored()
+        self._cancel_timer()
+
     async def flush(self) -> None:
         """Store what is collected. Raises Superseded."""
-        await self._stored()
-        self._cancel_timer()  # the record before may have set it
-        if self._collected:
+        await self._quiet()
+        while self._collected:
             self._store()
-            await self._stored()
+            await self._quiet()
 
     async def ask(self, frame: bytes) -> Resume:
         """Read what the log has and go on from there, or end the answer. Raises Superseded."""
@@ -141,8 +147,7 @@ class LoggedReplyChannel:
                 return resume
             self._last = records[-1].sequence if records else 0
         try:
-            await self._stored()
-            self._cancel_timer()
+            await self._quiet()
             await self._store_collected(frame)
         except (AnswerTaken, Superseded):
             resume = have(await self._read())
