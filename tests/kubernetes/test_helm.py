@@ -142,6 +142,9 @@ def test_numbers_follow_from_models_and_gpus(case: Manifests) -> None:
             if scaled["metadata"]["name"] == f"forebay-inference-{key}":
                 metadata = scaled["spec"]["triggers"][0]["metadata"]
                 assert metadata["consumer"] == names.model_token(worker.served_model)
+                for room in scaled["spec"]["triggers"][1:]:
+                    assert room["metadata"]["threshold"] == str(worker.slots)
+                    assert room["metadata"]["query"].count(f'model="{worker.served_model}"') == 3
                 assert (scaled["spec"]["maxReplicaCount"], metadata["lagThreshold"]) == (workers, str(worker.slots))
     assert len(case.of("ScaledObject")) in (0, len(models))
 
