@@ -237,7 +237,7 @@ async def _live(info: Awaitable[Any]) -> Any:
         return None
 
 
-async def _holding_all(js: JetStreamContext, live: int, wanted: int | None) -> int | None:
+async def _holding_all(js: Any, live: int, wanted: int | None) -> int | None:
     """The bound of the waiting room for each key. The server would remove what waits beyond a lower one."""
     if wanted is None or wanted >= live:
         return wanted
