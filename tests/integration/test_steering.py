@@ -128,8 +128,8 @@ async def test_who_may_not_steer_is_told_what_is_missing(tmp_path: Path) -> None
             for (code, printed), missing in zip(ended, commands.values(), strict=True):
                 assert code == 1, printed
                 assert printed.count("\n") == 1
-                assert "forebay: this NATS user may not do that (permissions violation for publish to " in printed
-                assert missing.lower() in printed  # nats-py tells it in lower case
+                assert printed.startswith(("forebay: the NATS user `", "forebay: this NATS user may not do that"))
+                assert missing.lower() in printed.lower()  # nats-py tells it in lower case
                 assert "use `admin` of deploy/nats/forebay.conf" in printed
             code, printed = await site.forebay("operator", "topology", "apply", max_queue_size=7)
             assert (code, printed.count("\n")) == (1, 1)

@@ -13,7 +13,7 @@ from forebay_cli.local.running import running
 from forebay_contracts.nats import clock, connection
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.settings import Settings, load
-from forebay_contracts.wire.errors import ConfigurationError, ForebayError, QueueUnavailable
+from forebay_contracts.wire.errors import ConfigurationError, ForebayError, QueueUnavailable, SteeringNotAllowed
 
 
 class NotPermitted(ForebayError):
@@ -94,6 +94,8 @@ async def connected(at: Target) -> AsyncIterator[Connection]:
             await clock.measure(link.requests)
             try:
                 yield link
+            except SteeringNotAllowed as exc:
+                raise NotPermitted(f"{exc}: use `admin` of deploy/nats/forebay.conf") from exc
             except (QueueUnavailable, NatsError, TimeoutError) as exc:
                 if violations:
                     raise NotPermitted(

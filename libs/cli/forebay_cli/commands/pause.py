@@ -4,22 +4,13 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from nats.js.api import ConsumerInfo
 
 from forebay_cli import console
 from forebay_cli.declarations import AsJson, DataDir, NatsUrl, duration_s, synchronous
 from forebay_cli.nats_connection import connected, target
-from forebay_contracts.nats import clock
-from forebay_contracts.nats.connection import Connection
-from forebay_contracts.nats.consumers import aliases_of, consumers, model_of
-from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import ConfigurationError, ModelNotFound
-
-UNTIL_RESUMED_S = 100 * 365 * 86_400
-"""A pause without an end: JetStream requires one."""
-
-MAX_PAUSE_S = 365 * 86_400
-"""The longest pause with an end."""
+from forebay_contracts.queueing import steering
+from forebay_contracts.queueing.steering import MAX_PAUSE_S
+from forebay_contracts.wire.errors import ConfigurationError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Its name, an alias, or its consumer.")]
 
@@ -45,14 +36,13 @@ async def pause(
     if for_s is not None and not 0 < for_s <= MAX_PAUSE_S:
         raise ConfigurationError("--for must be above 0s and at most 365d; without it, `forebay resume` ends a pause")
     async with connected(target(data_dir, nats_url).named()) as link:
-        consumer = await _consumer(link, model)
-        until = datetime.fromtimestamp(clock.now() + (for_s or UNTIL_RESUMED_S), UTC)
-        await link.jetstream.pause_consumer(names.STREAM, consumer.name, until.isoformat().replace("+00:00", "Z"))
-    running = consumer.num_ack_pending or 0
-    end = f"until {until.astimezone():%F %T}" if for_s else "until it is resumed"
+        done = await steering.pause(link, model, for_s)
+    assert done.paused_until is not None
+    until = datetime.fromtimestamp(done.paused_until, UTC).astimezone()
+    end = f"until {until:%F %T}" if for_s else "until it is resumed"
     console.print_result(
-        {"model": model_of(consumer), "paused_until": until.timestamp(), "running": running, "server": link.server},
-        f"paused {model_of(consumer)} {end}; {running} still run",
+        {"model": done.model, "paused_until": done.paused_until, "running": done.running, "server": link.server},
+        f"paused {done.model} {end}; {done.running} still run",
         as_json=as_json,
     )
 
@@ -61,20 +51,9 @@ async def pause(
 async def resume(model: Model, data_dir: DataDir = None, nats_url: NatsUrl = None, as_json: AsJson = False) -> None:
     """Hand out requests of a paused model again."""
     async with connected(target(data_dir, nats_url).named()) as link:
-        consumer = await _consumer(link, model)
-        await link.jetstream.resume_consumer(names.STREAM, consumer.name)
-    waiting = consumer.num_pending or 0
+        done = await steering.resume(link, model)
     console.print_result(
-        {"model": model_of(consumer), "was_paused": bool(consumer.paused), "waiting": waiting, "server": link.server},
-        f"{'resumed' if consumer.paused else 'was not paused:'} {model_of(consumer)}; {waiting} wait",
+        {"model": done.model, "was_paused": done.was_paused, "waiting": done.waiting, "server": link.server},
+        f"{'resumed' if done.was_paused else 'was not paused:'} {done.model}; {done.waiting} wait",
         as_json=as_json,
     )
-
-
-async def _consumer(link: Connection, model: str) -> ConsumerInfo:
-    found = await consumers(link)
-    for consumer in found:
-        if model in (consumer.name, model_of(consumer), *aliases_of(consumer)):
-            return consumer
-    known = ", ".join(map(model_of, found)) or "none"
-    raise ModelNotFound(f"there is no model {model}; known are: {known}")
