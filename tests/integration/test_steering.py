@@ -123,7 +123,6 @@ async def test_who_may_not_steer_is_told_what_is_missing(tmp_path: Path) -> None
                 ("drain", stack.workers[0].id): f"inference.drain.{stack.workers[0].id}",
                 ("cancel", request_id): f"$KV.inference-requests.{request_id}",
             }
-            # Each waits for an answer that does not come.
             ended = await asyncio.gather(*(site.forebay("operator", *command) for command in commands))
             for (code, printed), missing in zip(ended, commands.values(), strict=True):
                 assert code == 1, printed

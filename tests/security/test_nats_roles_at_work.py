@@ -141,10 +141,9 @@ async def test_operators_look_and_admins_steer(own_site: Site) -> None:
             code, printed = await own_site.forebay("operator", *look)
             assert code == 0, printed
         steering = (["pause", MODEL], ["resume", MODEL], ["drain", stack.workers[0].id])
-        # Each waits for an answer that does not come.
         for code, printed in await asyncio.gather(*(own_site.forebay("operator", *steer) for steer in steering)):
             assert code == 1, printed
-            assert "permissions violation" in printed.lower()
+            assert "may not publish to" in printed
         assert not (await stack.connection.jetstream.consumer_info("INFERENCE", CONSUMER)).paused
         # So does an api, for the page.
         for order, body in (("pause", {"model": MODEL}), ("resume", {"model": MODEL}), ("drain", {"worker": "nobody"})):

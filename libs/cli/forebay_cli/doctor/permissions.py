@@ -120,6 +120,7 @@ PUBLISHES: Final = {
         _CONSUMER_INFO,
         _BATCHES_INFO,
         f"{_GET}{_REQUESTS}.>",
+        f"{_GET}{_WORKERS}",
         f"{_GET}{_APIS}",
         *_READS_ANSWERS,
         names.WEBHOOK_SUBJECT,
