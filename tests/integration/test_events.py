@@ -20,7 +20,7 @@ from forebay_contracts.queueing.state_store import KeyValueStateStore
 from forebay_contracts.queueing.status import queue_status
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import QueueConflict, TooManyListeners
-from forebay_contracts.wire.state import RequestState, RequestStatus
+from forebay_contracts.wire.state import PastAttempt, RequestState, RequestStatus
 from support.nats import NatsServer
 from support.proxy import Proxy
 from support.stack import MODEL, Stack, running
@@ -186,7 +186,9 @@ async def test_no_key_takes_the_places_of_others(nats_server: NatsServer, monkey
 
 async def test_a_listener_is_told_the_newest_requests_that_it_may_see(nats_server: NatsServer) -> None:
     """Though others' requests have changed a thousand times since."""
-    mine = [state(number, key="alice", fault="attempt 1 on worker w: out of memory") for number in range(60)]
+    fault = "attempt 1 on worker w: out of memory"
+    past = (PastAttempt(number=1, worker="w", began_at=1.0, fault=fault),)
+    mine = [state(number, key="alice", fault=fault, attempts=past) for number in range(60)]
     others = [state(number, key="bob") for number in range(100, 500)]
     async with running(nats_server, workers=0) as stack, feeding(stack) as shared:
         revisions = await write(stack, *mine, *others)
@@ -203,12 +205,13 @@ async def test_a_listener_is_told_the_newest_requests_that_it_may_see(nats_serve
                 assert [one["id"] for one in first["requests"]] == [one.id for one in reversed(expected)]
                 # What went wrong inside is not for whoever asks.
                 assert {one["fault"] for one in first["requests"]} <= {None}
+                assert {past["fault"] for one in first["requests"] for past in one["attempts"]} <= {None}
         async with contextlib.aclosing(shared.listen(lambda: Client("alice", operator=True))) as events:
             await told(events)
             await write(stack, mine[0].model_copy(update={"id": "one-more", "queued_at": time.time()}))
             while not (changed := (await told(events))["requests"]):
                 pass
-            assert [one["fault"] for one in changed] == ["attempt 1 on worker w: out of memory"]
+            assert [(one["fault"], one["attempts"][0]["fault"]) for one in changed] == [(fault, fault)]
 
 
 async def test_unfinished_requests_are_kept_longer_than_others(
@@ -220,6 +223,7 @@ async def test_unfinished_requests_are_kept_longer_than_others(
         async with contextlib.aclosing(shared.listen(lambda: ANYBODY)) as events:
             page = shown(await told(events), {})
             assert set(page.values()) == {"processing"}
+            assert shared.complete
             last = await write(stack, *(state(2000 + number, queued_at=time.time()) for number in range(100)))
             assert last
             while "request-2099" not in page:
@@ -228,6 +232,10 @@ async def test_unfinished_requests_are_kept_longer_than_others(
             async with contextlib.aclosing(shared.listen(lambda: ANYBODY)) as later:
                 kept = shown(await told(later), {})
             assert kept.keys() == {f"request-{number}" for number in (*range(1000, 1015), *range(2095, 2100))}
+        # Nothing is kept while nobody listens. Of the older changes then, not one is read.
+        monkeypatch.setattr(feed, "MAX_CHANGES", 10)
+        assert len(list(await shared.states(ANYBODY))) == 10
+        assert not shared.complete
 
 
 async def test_more_changes_than_a_message_holds_leave_nothing_out(nats_server: NatsServer) -> None:

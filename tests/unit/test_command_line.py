@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import pytest
 
 from forebay_cli.api_client import api_target
 from forebay_cli.commands.status import Seen, watching
-from forebay_cli.local.running import Running, exclusive
+from forebay_cli.local.running import Running, exclusive, running
 from forebay_cli.main import COMMANDS, load
 from forebay_cli.nats_connection import target
 from forebay_contracts.settings import Settings
@@ -76,8 +77,12 @@ def test_the_nearest_name_of_a_server_wins(tmp_path: Path, monkeypatch: pytest.M
         assert target(tmp_path).settings.nats_url == "nats://127.0.0.1:1"
         assert api_target(None, None, tmp_path).url == "http://127.0.0.1:2/v1"
         assert target(tmp_path, "nats://127.0.0.1:5").settings.nats_url == "nats://127.0.0.1:5"
-        assert api_target("http://here:6", None, tmp_path) == ("http://here:6/v1", None, "--base-url")
         assert api_target("http://here/openai/v1/", None).url == "http://here/openai/v1"
+        assert api_target("http://here:6", None, tmp_path) == ("http://here:6/v1", None, "--base-url")
+    # Another command that looks at this moment is no `forebay up`, though the record of the last one is there.
+    with (tmp_path / "up.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert running(tmp_path) is None
     assert target().named_by == "NATS_URL"
 
 

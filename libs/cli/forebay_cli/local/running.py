@@ -107,7 +107,8 @@ def running(data_dir: Path) -> Running | None:
     folder = data_dir.absolute()
     try:
         with (folder / _LOCK).open() as lock:
-            if _try_lock(lock.fileno()):
+            # Shared: two commands that look at the same moment do not take each other for a `forebay up`.
+            if _try_lock(lock.fileno(), fcntl.LOCK_SH):
                 return None
         return Running.model_validate_json((folder / _RECORD).read_text())
     except PermissionError as exc:
@@ -118,9 +119,9 @@ def running(data_dir: Path) -> Running | None:
         return None
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

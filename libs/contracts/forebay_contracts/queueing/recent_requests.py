@@ -21,14 +21,16 @@ async def recent_states(connection: Connection, changes: int) -> list[RequestSta
         QueueUnavailable: NATS does not answer, or no service has been started yet.
     """
     found = []
-    for msg in await recent_changes(connection, changes):
+    messages, _ = await recent_changes(connection, changes)
+    for msg in messages:
         with contextlib.suppress(ValidationError):
             found.append(RequestState.model_validate_json(msg.data))
     return found
 
 
-async def recent_changes(connection: Connection, changes: int, after: int = 0) -> list[Msg]:
-    """The same as stored messages, undecoded, each with its `Nats-Subject` and `Nats-Sequence`.
+async def recent_changes(connection: Connection, changes: int, after: int = 0) -> tuple[list[Msg], bool]:
+    """The same as stored messages, undecoded, each with its `Nats-Subject` and `Nats-Sequence`; and whether the bucket
+    has older ones.
 
     With `after`, only those with a later revision. All of them if the bucket has no such revision yet: it is a new one.
 
@@ -42,8 +44,9 @@ async def recent_changes(connection: Connection, changes: int, after: int = 0) -
         if after <= info.state.last_seq:
             first = max(first, after + 1)
         if info.state.messages == 0:
-            return []
-        return await direct_get.messages(connection, stream, names.bucket_subjects(names.REQUESTS_BUCKET), first)
+            return [], False
+        found = await direct_get.messages(connection, stream, names.bucket_subjects(names.REQUESTS_BUCKET), first)
+        return found, first > info.state.first_seq
     except NotFoundError as exc:
         raise QueueUnavailable("NATS holds no requests yet: no service has been started") from exc
     except (NatsError, TimeoutError) as exc:

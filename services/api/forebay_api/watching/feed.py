@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
+from typing import Any
 
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -111,6 +112,8 @@ class Feed:
         """The newest revision that is no longer kept, or was not read."""
         self._stale = True
         """Whether the revisions after the newest one may be of another bucket, or too many to read."""
+        self.complete = False
+        """Whether all requests of the bucket are kept."""
         self._numbers: QueueStatus | None = None
         self._numbers_at = 0.0
         self._heard_write = asyncio.Event()
@@ -203,6 +206,8 @@ class Feed:
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         self._stale, self._numbers_at = True, 0
+        self._unfinished.clear()
+        self._ended.clear()
         if subscription is not None:
             with contextlib.suppress(NatsError):
                 await subscription.unsubscribe()
@@ -237,7 +242,7 @@ class Feed:
             raise QueueUnavailable("NATS is away")
         self._stale, stale = False, self._stale
         try:
-            changes = await recent_changes(self._connection, MAX_CHANGES, 0 if stale else self._revision)
+            changes, older = await recent_changes(self._connection, MAX_CHANGES, 0 if stale else self._revision)
         except BaseException:
             self._stale = True
             raise
@@ -248,6 +253,7 @@ class Feed:
         if stale:
             self._unfinished.clear()
             self._ended.clear()
+            self.complete = not older
             # Until the newest one has been decoded, a listener is told all that is kept.
             self._dropped = newest
         for number, msg in enumerate(changes, start=1):
@@ -271,6 +277,7 @@ class Feed:
         if len(self._unfinished) + len(self._ended) > MAX_KEPT:
             _, dropped = (self._ended or self._unfinished).popitem(last=False)
             self._dropped = max(self._dropped, dropped.revision)
+            self.complete = False
 
     def _tell(self) -> None:
         told, self._told = self._told, asyncio.Event()
@@ -296,10 +303,7 @@ class Feed:
             "status": self._numbers.model_dump() if self._numbers else None,
             "workers": [worker.model_dump(mode="json") for worker in self._workers()],
             "reset": reset,
-            # `fault` says what went wrong inside: that is for operators.
-            "requests": [
-                state.model_dump(mode="json") | ({} if client.operator else {"fault": None}) for state in told
-            ],
+            "requests": [without_faults(client, state.model_dump(mode="json")) for state in told],
         }
         return b"event: queue\ndata: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
@@ -307,6 +311,13 @@ class Feed:
         """What has changed since `revision`: unfinished requests first, of each kind the newest change first."""
         for kept in (self._unfinished, self._ended):
             yield from takewhile(lambda change: change.revision > revision, reversed(kept.values()))
+
+
+def without_faults(client: Client, state: dict[str, Any]) -> dict[str, Any]:
+    """`state` as `client` may see it. A `fault` says what went wrong inside: that is for operators."""
+    if client.operator:
+        return state
+    return state | {"fault": None, "attempts": [one | {"fault": None} for one in state["attempts"]]}
 
 
 def _visible(changes: Iterable[Change], client: Client) -> Iterator[RequestState]:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query
 from forebay_api.clients.keys import Client
 from forebay_api.context import Caller, Running
 from forebay_api.watching import history
-from forebay_api.watching.feed import MAX_KEPT
+from forebay_api.watching.feed import MAX_KEPT, without_faults
 from forebay_contracts.nats import clock
 from forebay_contracts.wire.request import CompletionType, Tier
 from forebay_contracts.wire.state import RequestState, RequestStatus
@@ -89,7 +89,7 @@ async def list_requests(
         "data": [shown(caller, state) for state in first[offset:]],
         "total": len(fitting),
         "counts": {one.value: counts[one] for one in RequestStatus},
-        "complete": len(kept) < MAX_KEPT,
+        "complete": context.feed.complete,
     }
 
 
@@ -144,10 +144,7 @@ async def get_history(
 
 def shown(caller: Client, state: RequestState) -> dict[str, Any]:
     """The fields of `state` that `caller` may see."""
-    found = state.model_dump(include=SHOWN)
-    if caller.operator:
-        return found
-    return found | {"fault": None, "attempts": [one | {"fault": None} for one in found["attempts"]]}
+    return without_faults(caller, state.model_dump(include=SHOWN))
 
 
 def _searched(state: RequestState, caller: Client) -> str:
