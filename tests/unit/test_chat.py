@@ -12,6 +12,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from forebay_cli import prompt, queue_place
+from forebay_cli.commands import chat
 
 UP = "\x1b[A"
 REQUEST = httpx.Response(200, headers={"x-request-id": "abc"})
@@ -65,3 +66,12 @@ def test_the_place_in_the_queue_is_shown(monkeypatch: pytest.MonkeyPatch, capsys
         "waiting: place 1 in the queue, about 3 s",
         "waiting in the queue",
     ]
+
+
+def test_a_model_that_has_a_worker_is_asked() -> None:
+    models = [{"id": "default", "status": "no_worker"}, {"id": "served", "status": "ready"}]
+    answers = httpx.MockTransport(lambda _: httpx.Response(200, json={"data": models}))
+    with httpx.Client(base_url="http://api/v1/", transport=answers) as client:
+        assert chat._first_model(client) == "served"
+        del models[1:]
+        assert chat._first_model(client) == "default"

@@ -18,9 +18,9 @@ def worker(name: str, limits: dict[str, float] | None, model: str = "m") -> Work
 
 
 def test_two_that_were_told_differently_are_both_named() -> None:
-    services = [api("a", max_queue_size=500), worker("w", {"max_queue_size": 100})]
+    services = [api("a", max_queue_size=1_234_567), worker("w", {"max_queue_size": 100})]
     assert differences({"max_queue_size": 100}, {}, services) == [
-        "MAX_QUEUE_SIZE is 100 on NATS; 100 is set for w; 500 is set for a"
+        "MAX_QUEUE_SIZE is 100 on NATS; 100 is set for w; 1234567 is set for a"
     ]
 
 

@@ -98,7 +98,8 @@ def _first_model(client: httpx.Client) -> str:
         raise ApiFailure(f"{response.url} returned no list of models: is it the address of an api, with /v1?") from exc
     if not models:
         raise ApiFailure("the api serves no model yet")
-    return str(models[0]["id"])
+    # DEFAULT_MODEL comes first, though it may have no worker.
+    return str(next((one for one in models if one.get("status") != "no_worker"), models[0])["id"])
 
 
 def _answer_as_json(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> None:

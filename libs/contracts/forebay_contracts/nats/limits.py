@@ -83,7 +83,7 @@ class Limits:
     def differences(self) -> list[str]:
         """A sentence for each limit that is not live as this process has it."""
         return [
-            f"{name.upper()}={value:g} is set here, and NATS has {self.live[name]:g}: another process was told so"
+            f"{name.upper()}={value:.15g} is set here, and NATS has {self.live[name]:.15g}: another process was told so"
             for name, value in self.told.items()
             if value != self.live.get(name, value)
         ] + self.default_differences()
@@ -91,7 +91,7 @@ class Limits:
     def default_differences(self) -> list[str]:
         """The same for the limits that are not set here."""
         return [
-            f"{name.upper()} is {self.live[name]:g} on NATS and stays so: it is not set here (default {value:g})"
+            f"{name.upper()} is {self.live[name]:.15g} on NATS and stays so: it is not set here (default {value:.15g})"
             for name, value in self.default.items()
             if value != self.live.get(name, value)
         ]
@@ -148,9 +148,9 @@ def differences(live: Values, of_models: Mapping[str, Values], services: Iterabl
         differs = bool(silent) and value != default and not name.endswith("_bytes")
         if not differs and told.keys() <= {value}:
             continue
-        parts = [f"{_of(model, name)} is {value:g} on NATS"]
-        parts += [f"{other:g} is set for {_named(ids)}" for other, ids in sorted(told.items())]
-        parts += [f"not set for {_named(silent)} (default {default:g})"] if differs else []
+        parts = [f"{_of(model, name)} is {value:.15g} on NATS"]
+        parts += [f"{other:.15g} is set for {_named(ids)}" for other, ids in sorted(told.items())]
+        parts += [f"not set for {_named(silent)} (default {default:.15g})"] if differs else []
         sentences.append("; ".join(parts))
     return sentences
 

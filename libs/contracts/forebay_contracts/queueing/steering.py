@@ -92,7 +92,8 @@ def _steered(consumer: ConsumerInfo, until: float | None) -> Steered:
 
 async def _consumer(connection: Connection, model: str) -> ConsumerInfo:
     found = await consumers(connection)
-    for consumer in found:
+    # As for requests, a name goes before an alias.
+    for consumer in sorted(found, key=lambda one: model not in (one.name, model_of(one))):
         if model in (consumer.name, model_of(consumer), *aliases_of(consumer)):
             return consumer
     known = ", ".join(map(model_of, found)) or "none"
