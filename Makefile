@@ -49,7 +49,7 @@ test: $(STAMP)
 test-clients: $(STAMP)
 	$(BIN)/python -m pytest -m clients $(ARGS) tests/clients
 
-# The real vLLM on the CPU, in an environment of its own (3.4 GB): 2 minutes to install, 4 to run.
+# The real vLLM on the CPU, in an environment of its own (3.4 GB).
 VLLM := build/vllm
 $(VLLM)/.installed: scripts/install_vllm.py
 	$(PYTHON) -m venv $(VLLM)

@@ -127,7 +127,7 @@ class WaitingRoomFull(QueueError):
 
 
 class FileStoreFull(QueueError):
-    """All files together have FILE_STORE_BYTES. Nothing was stored."""
+    """All files together have nine tenths of FILE_STORE_BYTES. Nothing was stored."""
 
     code = "file_store_full"
 
