@@ -188,13 +188,13 @@ def commands() -> Iterator[str]:
     yield from _head(
         "Commands",
         "`forebay COMMAND --help` prints the same. The exit code is 0 for success, 1 for a failure and 2 for invalid "
-        "settings or options. An error is one sentence on stderr. `forebay --install-completion` completes commands and "
-        "options in your shell.",
+        "settings or options. An error is one sentence on stderr. `forebay --install-completion` completes commands "
+        "and options in your shell.",
         "Which NATS server does a command ask? The one that `--nats-url` names, else the `forebay up` that runs on "
         "`--data-dir`, else `NATS_URL`, else the `forebay up` that runs on `DATA_DIR`. `chat` and `retry` ask an api: "
-        "`--base-url`, else `--data-dir`, else `API_HOST` and `API_PORT`, else that of `forebay up`. Each command names "
-        "the server on stderr. If nothing names one, a command that changes something ends with exit code 2, and the "
-        "others ask 127.0.0.1:4222 or :8091.",
+        "`--base-url`, else `--data-dir`, else `API_HOST` and `API_PORT`, else that of `forebay up`. Each command "
+        "names the server on stderr. If nothing names one, a command that changes something ends with exit code 2, and "
+        "the others ask 127.0.0.1:4222 or :8091.",
     )
     for name, (_, summary) in command_line.COMMANDS.items():
         command = command_line.load(name)
