@@ -68,10 +68,11 @@ async def test_what_is_stored_moves_to_another_server(
             assert await completed(stack) == counted + 1
 
 
-def test_a_folder_without_a_backup_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="holds no backup"):
-        snapshots.saved_in(tmp_path)
+def test_a_folder_without_a_whole_backup_is_refused(tmp_path: Path) -> None:
     (tmp_path / "INFERENCE").mkdir()
     (tmp_path / "INFERENCE" / "backup.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="holds no whole backup"):
+        snapshots.saved_in(tmp_path)
+    snapshots.finish(tmp_path, [snapshots.Saved("INFERENCE", 1, 1)])
     with pytest.raises(ConfigurationError, match="cannot be read as a backup"):
         snapshots.saved_in(tmp_path)

@@ -4,7 +4,7 @@ A snapshot has the messages with their sequences, headers and times, and the con
 """
 
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ _CHUNK_TIMEOUT_S = 30.0
 
 _ABOUT = "backup.json"
 _DATA = "stream.tar.s2"
+_WHOLE = "forebay.json"
+"""The names of all streams of a backup. It is written last."""
 
 
 class Saved(NamedTuple):
@@ -93,19 +95,26 @@ async def restore(client: Client, saved: Saved, folder: Path, replicas: int) -> 
         raise ConfigurationError(f"{saved.name} is not whole: NATS has {made['state']}, the backup {about['state']}")
 
 
+def finish(folder: Path, saved: Sequence[Saved]) -> None:
+    """Note that a backup is whole."""
+    (folder / _WHOLE).write_text(json.dumps({"streams": [one.name for one in saved]}) + "\n")
+
+
 def saved_in(folder: Path) -> list[Saved]:
     """The streams of a backup.
 
     Raises:
-        ConfigurationError: `folder` holds none.
+        ConfigurationError: `folder` holds none, or one that broke off.
     """
+    if not (folder / _WHOLE).is_file():
+        raise ConfigurationError(
+            f"{folder} holds no whole backup: `forebay backup` makes one, and ends it with {_WHOLE}"
+        )
     try:
-        found = [_saved(json.loads(file.read_text())) for file in sorted(folder.glob(f"*/{_ABOUT}"))]
-    except (OSError, ValueError, KeyError) as exc:
+        named = json.loads((folder / _WHOLE).read_text())["streams"]
+        return [_saved(json.loads((folder / name / _ABOUT).read_text())) for name in named]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
         raise ConfigurationError(f"{folder} cannot be read as a backup: {exc}") from exc
-    if not found:
-        raise ConfigurationError(f"{folder} holds no backup: `forebay backup` makes one")
-    return found
 
 
 def _saved(about: Any) -> Saved:

@@ -42,7 +42,9 @@ async def backup(
             for config in stream_configs(at.settings)
             if config.name not in _HEARTBEATS and config.name is not None
         ]
-    _print(f"saved in {folder}", [one for one in found if one is not None], as_json)
+    saved = [one for one in found if one is not None]
+    snapshots.finish(folder, saved)
+    _print(f"saved in {folder}", saved, as_json)
 
 
 @synchronous

@@ -25,7 +25,7 @@ function route() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
   if (location.hash === "#main") return;
   const [name = "", ...rest] = path.split("/");
-  const next = name in VIEWS ? name : "overview";
+  const next = Object.hasOwn(VIEWS, name) ? name : "overview";
   const moved = next !== shown;
   if (moved && shown) VIEWS[shown].close?.();
   shown = next;
@@ -37,9 +37,17 @@ function route() {
   }
   document.title = next === "overview" ? "Forebay" : `${$(`view-${next}`).querySelector("h2").textContent} · Forebay`;
   say("");
-  VIEWS[next].open(decodeURIComponent(rest.join("/")), new URLSearchParams(query));
+  VIEWS[next].open(decoded(rest.join("/")), new URLSearchParams(query));
   if (last) VIEWS[next].show?.(last);
   if (moved) scrollTo(0, 0);
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // typed by hand: no request has such an id
+  }
 }
 
 // --- The feed ---
