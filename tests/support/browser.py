@@ -96,7 +96,7 @@ class Windows:
 
                 def complained(message: ConsoleMessage) -> None:
                     if message.type in ("error", "warning"):
-                        window.complaints.append(message.text)
+                        window.complaints.append(f"{message.text} {message.location.get('url', '')}".strip())
 
                 def asked(request: Request) -> None:
                     window.asked.append(request.url)
