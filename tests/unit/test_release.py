@@ -56,3 +56,9 @@ def test_the_readme_of_an_index_leads_to_the_repository() -> None:
     assert "(https://example.org/forebay/blob/v1.2.3/docs/README.md)" in readme
     assert 'src="https://example.org/forebay/raw/v1.2.3/docs/images/page-light.png"' in readme
     assert not re.findall(r"\]\((?!https?:|#)|(?:src|srcset)=\"(?!https?:)", readme)
+
+
+def test_a_change_is_tested_by_the_commands_of_the_readme() -> None:
+    named = set(re.findall(r"^    make (\S+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert {"run", "test", "check"} <= named
+    assert named - {"run"} <= set(re.findall(r"^make (\S+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
