@@ -1,31 +1,21 @@
 """The waiting room on the in-memory twins: moving, giving way, fair shares, and what is left by an api that dies."""
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import pytest
 
-from forebay_api.clients.keys import ApiKeys
-from forebay_api.clients.limits import KeyLimits
-from forebay_api.clients.shares import Shares
 from forebay_api.clients.token_limits import TokenLimits
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.memory import InMemoryStateStore
 from forebay_contracts.queueing.protocols import Waiting
-from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import (
-    ConfigurationError,
-    KeyLimitReached,
     RequestTimeout,
-    TierNotAllowed,
     WaitingRoomFull,
 )
-from forebay_contracts.wire.heartbeats import Used
 from forebay_contracts.wire.request import InferenceRequest, Tier
 from forebay_contracts.wire.state import RequestStatus
 from forebay_inference.attempt.endings import End, Ended
@@ -349,79 +339,6 @@ async def test_a_key_without_tokens_waits_and_the_others_go_on(system: Twins, mo
         assert "".join([delta.text async for some in answer.deltas() for delta in some]) == text(2)
 
 
-def keys_of(tmp_path: Path, fields: str) -> ApiKeys:
-    file = tmp_path / "keys.toml"
-    file.write_text(f'[alice]\nsha256 = "{"0" * 64}"\n{fields}\n')
-    found = ApiKeys(ApiSettings(api_keys_file=file, _env_file=None))
-    found._take(file.read_text())
-    return found
-
-
-def test_what_a_key_has_beyond_its_bound_is_deferred(tmp_path: Path) -> None:
-    limits = KeyLimits(keys_of(tmp_path, "max_requests = 1"), list, UNLIMITED, defers=True)
-    with limits.one_more(request(key="alice")) as first, limits.one_more(request(key="alice")) as second:
-        assert (first.tier, second.tier) == (Tier.DEFAULT, Tier.OVERFLOW)
-        assert (first.deferred, second.deferred) == (False, True)
-        assert second.service_tier == "default"
-        assert limits.unfinished == {"alice": 1}
-        with limits.one_more(flex(key="alice")) as third:
-            assert third.tier is Tier.FLEX
-    assert limits.unfinished == {}
-    refusing = KeyLimits(keys_of(tmp_path, "max_requests = 1"), list, UNLIMITED)
-    with refusing.one_more(request(key="alice")), pytest.raises(KeyLimitReached):
-        refusing.one_more(request(key="alice")).__enter__()
-
-
-def test_headers_tell_when_the_requests_of_a_key_should_have_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys, now = keys_of(tmp_path, "max_requests = 2"), 1000.0
-    monkeypatch.setattr("forebay_api.clients.limits.time.monotonic", lambda: now)
-    limits, alice = KeyLimits(keys, list, UNLIMITED), keys.of("alice")
-    assert alice is not None
-
-    def told() -> dict[str, str]:
-        names = {b"x-ratelimit-remaining-requests": "remaining", b"x-ratelimit-reset-requests": "reset"}
-        return {names[name]: value.decode() for name, value in limits.headers(alice) if name in names}
-
-    assert told() == {"remaining": "2", "reset": "0ms"}
-    with limits.one_more(request(key="alice")):
-        assert told() == {"remaining": "1"}  # nothing is known of how long it takes
-        now += 90
-    with limits.one_more(request(key="alice")), limits.one_more(request(key="alice")):
-        assert told() == {"remaining": "0", "reset": "1m30s"}
-        with pytest.raises(KeyLimitReached) as refused, limits.one_more(request(key="alice")):
-            pass
-        assert refused.value.retry_after_s == 45
-    assert told() == {"remaining": "2", "reset": "0ms"}
-
-
-@pytest.mark.parametrize(
-    ("fields", "asked", "tier"),
-    [
-        ("", None, Tier.DEFAULT),
-        ("", "priority", Tier.DEFAULT),
-        ("", "flex", Tier.FLEX),
-        ('tiers = ["flex"]', "auto", Tier.FLEX),
-        ('tiers = ["flex"]', "default", None),
-        ('tiers = ["default"]', "flex", None),
-    ],
-)
-def test_the_tiers_of_a_key(tmp_path: Path, fields: str, asked: str | None, tier: Tier | None) -> None:
-    client = keys_of(tmp_path, fields).of("alice")
-    assert client is not None
-    with contextlib.nullcontext() if tier else pytest.raises(TierNotAllowed):
-        assert client.tier(asked) is tier
-
-
-@pytest.mark.parametrize(
-    "fields", ["weight = 0", "weight = 1e-300", "weight = nan", "tiers = []", 'tiers = ["overflow"]', 'weight = "3"']
-)
-def test_an_entry_that_cannot_be_meant(tmp_path: Path, fields: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{fields.split()[0]}"):
-        keys_of(tmp_path, fields)
-
-
 @pytest.mark.parametrize("turn", [0, 1])
 async def test_an_older_message_does_not_end_what_runs(system: Twins, turn: int) -> None:
     """A redelivered message of an earlier turn is removed, and the attempt of the later turn goes on."""
@@ -433,57 +350,6 @@ async def test_an_older_message_does_not_end_what_runs(system: Twins, turn: int)
         system.queue.put(wanted.encode(), {names.HEADER_MSG_ID: names.message_id(wanted.id, turn) + "x"[:turn]})
         assert "".join([delta.text async for some in answer.deltas() for delta in some]) == text(20)
     await system.empty()
-
-
-def shares(**weights: float) -> Shares:
-    return Shares(lambda key: weights.get(key or "", 1.0))
-
-
-def serve(account: Shares, backlog: dict[str | None, int], tokens: Callable[[str | None], int], turns: int) -> Counter:
-    used: Counter[str | None] = Counter()
-    for number in range(turns):
-        key = account.next(backlog)
-        account.begin(str(number), key)
-        used[key] += tokens(key)
-        account.end(Used(request_id=str(number), key=key, tokens=tokens(key)))
-    return used
-
-
-def test_tokens_are_shared_by_weight() -> None:
-    used = serve(shares(b=3), {"a": 1000, "b": 1000}, lambda key: 40 if key == "a" else 10, 2000)
-    assert used["b"] / used["a"] == pytest.approx(3, rel=0.01)
-
-
-def test_what_is_out_counts() -> None:
-    account = shares()
-    picked = []
-    for number in range(4):
-        picked.append(account.next({"a": 9, "b": 9}))
-        account.begin(str(number), picked[-1])
-    assert picked == ["a", "b", "a", "b"]
-
-
-def test_a_key_saves_nothing_up() -> None:
-    account = shares()
-    serve(account, {"a": 1000}, lambda _: 50, 100)
-    used = serve(account, {"a": 1000, "b": 1000}, lambda _: 50, 100)
-    assert abs(used["a"] - used["b"]) <= 100
-
-
-def test_a_key_saves_nothing_up_although_an_attempt_of_it_never_ended() -> None:
-    account = shares()
-    account.next({"a": 1, "b": 1})
-    account.begin("its worker was killed", "a")
-    serve(account, {"b": 1000}, lambda _: 50, 100)
-    used = serve(account, {"a": 1000, "b": 1000}, lambda _: 50, 100)
-    assert abs(used["a"] - used["b"]) <= 200
-
-
-def test_what_others_have_moved_counts() -> None:
-    account = shares()
-    account.next({"a": 1, "b": 1})
-    account.end(Used(request_id="elsewhere", key="a", tokens=500))
-    assert [account.next({"a": 1, "b": 1}) for _ in range(3)] == ["b"] * 3
 
 
 async def test_shares_of_two_keys_in_the_room(system: Twins) -> None:
