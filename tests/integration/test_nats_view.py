@@ -283,7 +283,7 @@ async def test_frames_of_a_chat(nats_server: NatsServer, stream: bool) -> None:
     """`nats sub 'inference.>'` while one chat is answered."""
     async with running(nats_server) as stack:
         listener = await Listener(stack).listen("inference.>")
-        # Tokens that come within 5 ms travel together.
+        # Tokens that come within 15 ms travel together.
         response = await stack.chat("[[tokens=4 delay_ms=20]]" if stream else "[[tokens=4]]", stream=stream)
         request_id = response.headers["x-request-id"]
         # NATS keeps the order of one connection. What api and worker send may cross.

@@ -1,14 +1,16 @@
-"""A stream's tokens that come within JOIN_S of a frame go into the next frame of their choice."""
+"""A stream's tokens after its first leave together, with those of the worker's other streams."""
 
 import asyncio
 from typing import Any
 
 import pytest
 
+from forebay_contracts.queueing.protocols import Superseded
 from forebay_contracts.wire.errors import InferenceFailed
 from forebay_contracts.wire.frames import Delta, Resume, decode_frame
 from forebay_contracts.wire.state import Usage
-from forebay_inference.attempt import reply as reply_module
+from forebay_inference.attempt import departures
+from forebay_inference.attempt.departures import Departures
 from forebay_inference.attempt.reply import Reply
 from forebay_inference.engine.events import Finished, Tokens
 from support.twins import request
@@ -39,12 +41,18 @@ class Channel:
 
 @pytest.fixture
 def channel(monkeypatch: pytest.MonkeyPatch) -> Channel:
-    monkeypatch.setattr(reply_module, "JOIN_S", LONG_S)
+    monkeypatch.setattr(departures, "INTERVAL_S", LONG_S)
     return Channel()
 
 
-def streamed(channel: Channel) -> Reply:
-    return Reply(channel, request("tokens=1"), "w1")
+def streamed(channel: Channel, leaving: Departures | None = None) -> Reply:
+    return Reply(channel, request("tokens=1"), "w1", leaving or just_left())
+
+
+def just_left() -> Departures:
+    found = Departures()
+    assert found.due(lambda: None)
+    return found
 
 
 def token(number: int, *, index: int = 0, **fields: Any) -> Tokens:
@@ -63,7 +71,7 @@ async def test_the_first_token_of_each_choice_does_not_wait(channel: Channel) ->
 
 
 async def test_the_next_ones_come_together_in_time(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reply_module, "JOIN_S", 0.02)
+    monkeypatch.setattr(departures, "INTERVAL_S", 0.02)
     reply = streamed(channel)
     await reply.send(token(0))
     channel.sent.clear()
@@ -72,6 +80,55 @@ async def test_the_next_ones_come_together_in_time(channel: Channel, monkeypatch
     async with asyncio.timeout(5):
         await channel.sent.wait()
     assert channel.deltas() == [(0, 0, (0,), " t0"), (0, 1, (1, 2, 3), " t1 t2 t3")]
+
+
+async def test_a_token_that_took_its_time_does_not_wait(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(departures, "INTERVAL_S", 0.0)
+    reply = streamed(channel)
+    for number in range(3):
+        await reply.send(token(number))
+    assert channel.deltas() == [(0, number, (number,), f" t{number}") for number in range(3)]
+
+
+async def test_streams_leave_together(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(departures, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(departures, "LINGER_S", 0.01)
+    leaving = Departures()
+    one, other = streamed(channel, leaving), streamed(channel, leaving)
+    for reply in (one, other):
+        await reply.send(token(0))
+    leaving._alone = False
+    channel.frames.clear()
+    channel.sent.clear()
+    for reply in (one, other):
+        await reply.send(token(1))
+    assert channel.frames == []
+    async with asyncio.timeout(5):
+        while len(channel.frames) < 2:
+            channel.sent.clear()
+            await channel.sent.wait()
+    assert channel.deltas() == [(0, 1, (1,), " t1")] * 2
+    # Neither went alone, so the next one waits for the other again; one that is left alone does not, the next time.
+    await one.send(token(2))
+    assert len(channel.frames) == 2
+    channel.sent.clear()
+    async with asyncio.timeout(5):
+        await channel.sent.wait()
+    await one.send(token(3))
+    assert channel.deltas()[2:] == [(0, 2, (2,), " t2"), (0, 3, (3,), " t3")]
+
+
+async def test_what_kept_tokens_from_being_stored_stops_the_answer(channel: Channel) -> None:
+    async def refuse(frame: bytes) -> None:
+        raise Superseded("another attempt answers it")
+
+    reply = streamed(channel)
+    await reply.send(token(0))
+    await reply.send(token(1))
+    channel.send = refuse  # type: ignore[method-assign]
+    reply._depart()
+    with pytest.raises(Superseded):
+        await reply.send(token(2))
 
 
 async def test_reasoning_text_and_calls_keep_their_order(channel: Channel) -> None:

@@ -7,6 +7,7 @@ from nats.errors import ConnectionClosedError
 
 from forebay_contracts.queueing.memory import InMemoryReplyChannel
 from forebay_contracts.wire.frames import Delta, Frame, Resume
+from forebay_inference.attempt.departures import Departures
 from forebay_inference.attempt.reply import Reply
 from forebay_inference.engine.events import Tokens
 from support.twins import request
@@ -29,7 +30,9 @@ def tokens_of(frames: Sequence[Frame]) -> list[tuple[int, tuple[int, ...]]]:
 
 async def test_frames_whose_send_failed_are_sent_again() -> None:
     channel = FailingChannel(lambda frame: Resume())
-    reply = Reply(channel, request(n=2), "w")
+    departures = Departures()
+    assert departures.due(lambda: None)  # so that what comes next is held
+    reply = Reply(channel, request(n=2), "w", departures)
     for index in (0, 1):
         await reply.send(Tokens(index, (1,), "a"))
         await reply.send(Tokens(index, (2,), "b"))

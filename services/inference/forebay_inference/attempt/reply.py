@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -21,6 +20,7 @@ from forebay_contracts.wire.frames import (
 )
 from forebay_contracts.wire.request import POOLING, InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
+from forebay_inference.attempt.departures import Departures
 from forebay_inference.engine.events import Finished, Tokens, Vector
 
 RESEND_PAUSE_S: Final = 0.01
@@ -32,10 +32,6 @@ ANNOUNCE_AFTER_S: Final = 0.02
 UNARY_FLUSH_S: Final = 0.25
 """Without streaming, tokens are collected and sent this often: a next attempt has little to repeat."""
 
-JOIN_S: Final = 0.005
-"""A stream's tokens within this time after a frame go into the next one. The first token does not wait, and no token
-of a stream of less than 200 tokens/s does. A frame costs worker and api together 80 us."""
-
 
 class Reply:
     """Frames of one attempt at one request; `attempt` is the attempt's number.
@@ -44,7 +40,7 @@ class Reply:
     of what the message objects take.
     """
 
-    def __init__(self, channel: ReplyChannel, request: InferenceRequest, worker: str) -> None:
+    def __init__(self, channel: ReplyChannel, request: InferenceRequest, worker: str, departures: Departures) -> None:
         self.attempt = 1
         self.prompt_tokens = self.returned = 0
         """Of the prompts: all their tokens, and those of them that are sent back."""
@@ -61,10 +57,10 @@ class Reply:
         self._announcement: asyncio.Task[None] | None = None
         self._held: dict[int, list[Tokens]] = {}
         self._tails: list[Delta] = []
-        self._join_s, self._begun = (JOIN_S, -math.inf) if request.stream else (UNARY_FLUSH_S, time.monotonic())
-        self._sent_at: dict[int, float] = {}
-        """By choice, when its last frame was sent."""
-        self._flushing: asyncio.TimerHandle | None = None
+        self._departures = departures
+        self._opened: set[int] = set()
+        """The choices whose first token was sent."""
+        self._sent_at = time.monotonic()
         self._flush: asyncio.Task[None] | None = None
 
     @property
@@ -80,7 +76,7 @@ class Reply:
         resume = await self._channel.ask(self._started(accepted=self.attempt > 1))
         self._lengths = {choice.index: len(choice.tokens) for choice in resume.choices}
         self.resumed = self.completion_tokens
-        self._sent, self._held, self._tails = [], {}, []
+        self._sent, self._held, self._tails, self._flush = [], {}, [], None
         return resume
 
     async def announce(self) -> None:
@@ -96,54 +92,58 @@ class Reply:
         self._announcing = loop.call_later(ANNOUNCE_AFTER_S, announce)
 
     async def send(self, tokens: Tokens) -> None:
-        """Send the next tokens of a choice: a stream's within JOIN_S, others within UNARY_FLUSH_S."""
+        """Send the next tokens of a choice: a stream's first at once, its others with the next departure. Without
+        streaming, they are sent after UNARY_FLUSH_S. Raises what kept those before them from being sent."""
+        await self._departed()
         index, offset = tokens.index, self._lengths.get(tokens.index, 0)
         if not tokens.token_ids:
             # A receiver recognises a repeated delta by its tokens. One without tokens travels in the last frame.
-            self._tails.append(self._delta(index, [tokens]))
+            self._tails.append(self._delta(offset, tokens))
             return
         held = self._held.get(index)
         if held is not None and (tokens.prompt or _kind(held[-1]) != _kind(tokens)):
             await self._send_held()
         self._lengths[index] = offset + len(tokens.token_ids)
-        left_s = self._sent_at.get(index, self._begun) + self._join_s - time.monotonic()
-        if tokens.prompt or (left_s <= 0 and held is None):
-            await self._channel.send(self._kept(index, offset, self._frame(index, offset, tokens)))
+        first = self._request.stream and index not in self._opened
+        if first or tokens.prompt:
+            self._opened.add(index)
+            await self._channel.send(self._kept(offset, tokens))
             return
         self._held.setdefault(index, []).append(tokens)
-        if left_s <= 0:
+        if self._departures.due(self._depart) if self._request.stream else self._collected_for() >= UNARY_FLUSH_S:
             await self._send_held()
-        elif self._request.stream and self._flushing is None:
-            self._flushing = asyncio.get_running_loop().call_later(left_s, self._flush_soon)
-
-    def _frame(self, index: int, offset: int, tokens: Tokens) -> bytes:
-        if tokens.logprobs or tokens.tool_calls or tokens.prompt:
-            return self._delta(index, [tokens]).encode()
-        return encode_delta(self.attempt, index, offset, tokens.token_ids, tokens.text, tokens.reasoning)
 
     async def flush(self) -> None:
         """Send what is held, and have it stored where it is. Raises Superseded."""
         self.close()
+        await self._departed()
         await self._send_held()
         await self._channel.flush()
 
-    def _flush_soon(self) -> None:
-        self._flush = asyncio.create_task(self._send_held())
+    def _depart(self) -> None:
+        if self._held and self._flush is None:
+            self._flush = asyncio.create_task(self._send_held())
+
+    async def _departed(self) -> None:
+        if self._flush is not None:
+            await asyncio.shield(self._flush)
+            self._flush = None
+
+    def _collected_for(self) -> float:
+        return time.monotonic() - self._sent_at
 
     async def _send_held(self) -> None:
-        if self._flushing is not None:
-            self._flushing.cancel()
-            self._flushing = None
         # All are kept before one is sent: a send may fail, and what it was is sent again at the end.
-        for frame in [self._kept(delta.index, delta.offset, delta.encode()) for delta in self._take_held()]:
+        for frame in [self._kept(offset, tokens) for offset, tokens in self._take_held()]:
             await self._channel.send(frame)
 
     async def send_vector(self, vector: Vector) -> None:
         """Send an embedding in a frame of its own: one frame cannot hold all of them."""
         values = base64.b64encode(vector.values).decode()
         self._lengths[vector.index] = 1
-        delta = Delta(attempt=self.attempt, index=vector.index, tokens=(0,), embedding=values)
-        await self._channel.send(self._kept(vector.index, 0, delta.encode()))
+        frame = Delta(attempt=self.attempt, index=vector.index, tokens=(0,), embedding=values).encode()
+        self._keep(vector.index, 0, frame)
+        await self._channel.send(frame)
 
     def finish(self, finished: Mapping[int, Finished], usage: Usage) -> None:
         """Make the last frame of a whole answer. Raises ValueError if the answer cannot be written as JSON."""
@@ -156,7 +156,7 @@ class Reply:
             )
             for index, end in sorted(finished.items())
         )
-        self._last = self._take_held()
+        self._last = [self._delta(offset, tokens) for offset, tokens in self._take_held()]
         deltas = (*self._last, *self._tails)
         self._completed = Completed(
             attempt=self.attempt, choices=choices, usage=usage, deltas=deltas, at=clock.now()
@@ -169,6 +169,7 @@ class Reply:
             Superseded: the receiver has seen a newer attempt.
         """
         self.close()
+        await self._departed()
         while (resume := await self._channel.ask(self._completed)).wanted:
             await self.resend(resume)
             await asyncio.sleep(RESEND_PAUSE_S)
@@ -184,6 +185,7 @@ class Reply:
             Superseded: the receiver has seen a newer attempt, and no state says that the request has ended (`final`).
         """
         self.close()
+        await self._departed()
         await self._send_held()
         while (resume := await self._channel.ask(failed(self.attempt, error).encode())).newest is not None:
             if not final:
@@ -203,50 +205,58 @@ class Reply:
 
     def close(self) -> None:
         """Stop what is to be sent later."""
-        for timer in (self._announcing, self._flushing):
-            if timer is not None:
-                timer.cancel()
+        if self._announcing is not None:
+            self._announcing.cancel()
 
     def _started(self, *, accepted: bool = True) -> bytes:
         return Started(
             attempt=self.attempt, worker=self._worker, accepted=accepted, prompt_tokens=self.prompt_tokens
         ).encode()
 
-    def _kept(self, index: int, offset: int, frame: bytes) -> bytes:
+    def _kept(self, offset: int, tokens: Tokens) -> bytes:
         """The frame of a delta, which is kept until the end."""
-        self._sent_at[index] = time.monotonic()
-        if not self._channel.lossless:
-            self._sent.append((index, offset, frame))
+        if tokens.logprobs or tokens.tool_calls or tokens.prompt:
+            frame = self._delta(offset, tokens).encode()
+        else:
+            frame = encode_delta(self.attempt, tokens.index, offset, tokens.token_ids, tokens.text, tokens.reasoning)
+        self._keep(tokens.index, offset, frame)
         return frame
 
-    def _take_held(self) -> list[Delta]:
-        held, self._held = self._held, {}
-        return [self._delta(index, events) for index, events in held.items()]
+    def _keep(self, index: int, offset: int, frame: bytes) -> None:
+        self._sent_at = time.monotonic()
+        if not self._channel.lossless:
+            self._sent.append((index, offset, frame))
 
-    def _delta(self, index: int, events: Sequence[Tokens]) -> Delta:
-        """The last `events` of a choice in one delta."""
-        if len(events) == 1:
-            (one,) = events
-        else:
-            one = Tokens(
-                index,
-                tuple(token for event in events for token in event.token_ids),
-                "".join(event.text for event in events),
-                tuple(logprob for event in events for logprob in event.logprobs),
-                tuple(call for event in events for call in event.tool_calls),
-                "".join(event.reasoning for event in events),
-            )
+    def _take_held(self) -> list[tuple[int, Tokens]]:
+        """What each choice holds, with the place of its first token in the answer."""
+        held, self._held = self._held, {}
+        joined = [events[0] if len(events) == 1 else _joined(events) for events in held.values()]
+        return [(self._lengths.get(one.index, 0) - len(one.token_ids), one) for one in joined]
+
+    def _delta(self, offset: int, tokens: Tokens) -> Delta:
         return Delta(
             attempt=self.attempt,
-            index=index,
-            offset=self._lengths.get(index, 0) - len(one.token_ids),
-            tokens=one.token_ids,
-            text=one.text,
-            reasoning=one.reasoning,
-            logprobs=one.logprobs,
-            tool_calls=one.tool_calls,
-            prompt=one.prompt,
+            index=tokens.index,
+            offset=offset,
+            tokens=tokens.token_ids,
+            text=tokens.text,
+            reasoning=tokens.reasoning,
+            logprobs=tokens.logprobs,
+            tool_calls=tokens.tool_calls,
+            prompt=tokens.prompt,
         )
+
+
+def _joined(events: Sequence[Tokens]) -> Tokens:
+    """Successive tokens of a choice as one event."""
+    return Tokens(
+        events[0].index,
+        tuple(token for event in events for token in event.token_ids),
+        "".join(event.text for event in events),
+        tuple(logprob for event in events for logprob in event.logprobs),
+        tuple(call for event in events for call in event.tool_calls),
+        "".join(event.reasoning for event in events),
+    )
 
 
 def _kind(tokens: Tokens) -> tuple[bool, bool]:

@@ -28,6 +28,7 @@ from forebay_contracts.wire.frames import Resume, error_of
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus, Usage
 from forebay_inference.attempt.attempt import Attempt, NotTheFirst, PutBack
+from forebay_inference.attempt.departures import Departures
 from forebay_inference.attempt.endings import End, Ended, abandoned, not_wanted, settle
 from forebay_inference.attempt.giving_way import GivingWay
 from forebay_inference.attempt.measurements import Measured
@@ -84,6 +85,7 @@ class AttemptRunner:
         self._giving_way = giving_way
         self._keep = keep
         self._taken = taken
+        self._departures = Departures()
         self.running: dict[str, Attempt] = {}
 
     async def run(self, delivery: Delivery) -> None:
@@ -116,7 +118,7 @@ class AttemptRunner:
             request,
             delivery,
             Ownership(self._states, request, self._worker, delivery.sequence, turn, self._keep),
-            Reply(self._channel(request.reply_to, request.deadline), request, self._worker),
+            Reply(self._channel(request.reply_to, request.deadline), request, self._worker, self._departures),
             Measured(self._metrics, request, delivery, self._worker),
             doubted=delivery.num_delivered > 1 or turn > 0 or age_s >= self._connected_for_s(),
             turn=turn,

