@@ -11,15 +11,15 @@ _WIDTH, _LAYERS = 32, 2
 _TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
-def write_tiny_gguf(path: Path, *, ranks: bool = False) -> Path:
+def write_tiny_gguf(path: Path, *, ranks: bool = False, context: int = 512) -> Path:
     """Write it to `path`; the same weights each time. Most of its answers are no UTF-8. Returns the path.
 
-    With `ranks`, it has a classifier.
+    With `ranks`, it has a classifier. `context` is in tokens.
     """
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", END]
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(_LAYERS)
-    writer.add_context_length(512)
+    writer.add_context_length(context)
     writer.add_embedding_length(_WIDTH)
     writer.add_feed_forward_length(64)
     writer.add_head_count(4)

@@ -88,6 +88,16 @@ async def test_an_answer_has_its_tokens_its_end_and_what_was_cached(server: Fake
     assert len(server.connections) <= connections + 2
 
 
+async def test_a_greedy_answer_takes_no_sampler_over_the_whole_vocabulary(
+    server: FakeLlama, engine: ServedEngine
+) -> None:
+    for temperature in (0, 0.5):
+        await steps(engine, sampling=Sampling(temperature=temperature))
+    greedy, sampled = server.requests[-2:]
+    assert (greedy["samplers"], greedy["top_k"]) == (["penalties", "top_k"], 1)
+    assert (sampled["samplers"][1:], sampled["top_k"]) == (["temperature", "top_k", "top_p", "min_p"], 0)
+
+
 async def test_the_server_loads_meanwhile(server: FakeLlama, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_server, "_PROGRESS_S", 0)
     monkeypatch.setattr(served_server, "_POLL_S", 0.01)
