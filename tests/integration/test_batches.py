@@ -263,15 +263,17 @@ async def test_a_batch_is_cancelled_at_another_api(stack: Stack) -> None:
 
 async def test_another_api_goes_on_where_one_was_killed(nats_server: NatsServer) -> None:
     async with running(nats_server, apis=1, workers=1, max_concurrent_requests=4) as stack:
-        orders = "tokens=5 delay_ms=20"
-        batch = await made(stack.openai(0), *(chat(f"r{number}", orders) for number in range(120)))
+        # After the first ones come some that take longer than it takes to kill an api.
+        orders = ["tokens=5 delay_ms=20"] * 20 + ["tokens=5 delay_ms=800"] * 8 + ["tokens=5 delay_ms=20"] * 92
+        batch = await made(stack.openai(0), *(chat(f"r{number}", order) for number, order in enumerate(orders)))
+        await reaches(stack.openai(0), batch, "in_progress")
+        await stack.api()
         async with asyncio.timeout(30):
             while (batch.request_counts is None) or batch.request_counts.completed < 20:
                 await asyncio.sleep(0.05)
                 batch = await stack.openai(0).batches.retrieve(batch.id)
         metrics = (await stack.http.get(f"{stack.apis[0].url}/metrics")).text
         assert 'forebay_batches{status="running"} 1.0' in metrics
-        await stack.api()
         await stack.apis[0].kill()
         ended = await reaches(stack.openai(1), batch, "completed")
         metrics = (await stack.http.get(f"{stack.apis[1].url}/metrics")).text
@@ -284,6 +286,6 @@ async def test_another_api_goes_on_where_one_was_killed(nats_server: NatsServer)
         assert texts == {"t0 t1 t2 t3 t4"}
         assert (await stack.states.totals())[RequestStatus.COMPLETED] == 120
         # The last record of each answer stays for a while, and the answers that the killed api had just written.
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while sum(count > 1 for count in (await left_in_the_log(stack)).values()) > 60:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)

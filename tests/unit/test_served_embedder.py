@@ -52,7 +52,7 @@ async def vectors(embedder: ServedEmbedder, inputs: dict[int, list[int]], dimens
 
 
 async def comes(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 

@@ -71,7 +71,7 @@ async def steps(engine: ServedEngine, **fields: Any) -> list[Step]:
 
 
 async def comes(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 

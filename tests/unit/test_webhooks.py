@@ -176,24 +176,24 @@ def test_a_new_secret_replaces_the_old_one() -> None:
 class Delivering:
     """A deliverer on the twin of the queue, in which pauses are short."""
 
-    def __init__(self, made: dict[str, Receiver]) -> None:
+    def __init__(self, made: dict[str, Receiver], timeout_s: float = 30) -> None:
         self.queue = InMemoryQueue(max_queue_size=1000, max_concurrent=1000)
         endpoints = Endpoints(None)
         endpoints.named = parse(written(made))
-        self.deliverer = Deliverer(endpoints, self.queue, self.publish, timeout_s=0.3, longest_pause_s=0.05)
+        self.deliverer = Deliverer(endpoints, self.queue, self.publish, timeout_s=timeout_s, longest_pause_s=0.05)
 
     async def publish(self, made: Event) -> None:
         self.queue.put(made.encode(), {names.HEADER_MSG_ID: f"{made.id}.{made.endpoint}"})
 
     async def empty(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(self.queue):  # noqa: ASYNC110 - a queue tells nobody that it is empty
                 await asyncio.sleep(0.005)
 
 
 @contextlib.asynccontextmanager
-async def delivering(made: dict[str, Receiver]) -> AsyncIterator[Delivering]:
-    system = Delivering(made)
+async def delivering(made: dict[str, Receiver], **options: float) -> AsyncIterator[Delivering]:
+    system = Delivering(made, **options)
     running = asyncio.create_task(system.deliverer.run())
     try:
         yield system
@@ -217,7 +217,7 @@ async def test_a_receiver_gets_what_the_sdk_verifies() -> None:
 
 
 async def test_a_receiver_that_hangs_holds_up_no_other() -> None:
-    async with receivers("slow", "good") as made, delivering(made) as system:
+    async with receivers("slow", "good") as made, delivering(made, timeout_s=0.3) as system:
         free = asyncio.Event()
         most = at_once = 0
 
@@ -295,7 +295,7 @@ async def test_why_there_is_no_connection_is_said(caplog: pytest.LogCaptureFixtu
         named = system.deliverer._endpoints.named
         named["plain"] = named["plain"].model_copy(update={"url": made["plain"].url.replace("http", "https")})
         await system.publish(some())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while "to plain: no connection: [SSL" not in caplog.text:  # noqa: ASYNC110 - a log tells nobody
                 await asyncio.sleep(0.005)
 
