@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import re
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,10 +15,13 @@ import pytest_asyncio
 from openai.types import Batch
 
 from forebay_api.in_flight.files import CHUNK_BYTES, Files
+from forebay_api.openai.batches.record import BatchRecord
+from forebay_api.openai.batches.stored import Batches
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import FileStoreFull
+from forebay_contracts.wire.errors import FileStoreFull, KeyLimitReached
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
+from support.seams import connected
 from support.stack import MODEL, Stack, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -159,8 +163,29 @@ async def test_a_full_store_refuses_uploads_by_name(stack: Stack) -> None:
         await alice.files.create(file=("a", b"x" * 950_000), purpose="batch")
     assert (full.value.status_code, full.value.code) == (503, "file_store_full")
     assert full.value.response.headers["x-should-retry"] == "false"
-    for one in made:
-        await alice.files.delete(one.id)
+    # One key leaves room for another.
+    with pytest.raises(openai.InternalServerError, match="your key `alice` has 2700000 bytes of files"):
+        await alice.files.create(file=("a", b"x" * 300_000), purpose="batch")
+    other = await of(stack, "bob", 1).files.create(file=("a", b"x" * 300_000), purpose="batch")
+    for one in (*made, other):
+        await of(stack, "root").files.delete(one.id)
+
+
+async def test_no_key_takes_the_places_of_others(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.openai.batches.stored.MAX_BATCHES", 10)
+
+    def record(key: str | None) -> BatchRecord:
+        fields = {"endpoint": URL, "input_file_id": "", "completion_window": "1h", "kept_s": 1, "window": 1}
+        return BatchRecord(id=f"batch_{uuid.uuid4().hex}", key=key, created_at=0, expires_at=0, **fields)
+
+    async with connected(nats_server) as connection:
+        batches = Batches(connection)
+        for _ in range(8):
+            await batches.create(record("alice"))
+        with pytest.raises(KeyLimitReached, match="Your key `alice` has 8 batches that have not ended"):
+            await batches.create(record("alice"))
+        await batches.create(record("bob"))
+        await batches.create(record(None))
 
 
 async def test_a_full_store_removes_what_killed_uploads_have_left(

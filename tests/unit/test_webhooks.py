@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from forebay_api.in_flight import overdue
 from forebay_api.in_flight.records import key_of
 from forebay_api.webhooks import delivery
 from forebay_api.webhooks.delivery import Deliverer
@@ -15,10 +16,11 @@ from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.memory import InMemoryQueue
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import ConfigurationError
+from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
 from forebay_contracts.wire.event import EVENT_TYPES, Event, EventType, event
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
+from support.batches import batched
 from support.receiver import SECRET, Receiver, receivers, sdk, written
 from support.twins import Twins, request, twins
 
@@ -119,6 +121,34 @@ def test_an_event_is_named_by_its_object_and_kind() -> None:
     assert one.id.startswith("evt_")
     assert event("batch.failed", "batch_1", 1.5, "alice").id != one.id
     assert event("batch.completed", "batch_1", 1.5, "alice", run="other").id != one.id
+
+
+async def test_what_nobody_takes_is_announced_though_its_api_is_gone(
+    system: Twins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overdue, "OVERDUE_S", 0.0)
+    monkeypatch.setattr(overdue, "LOOK_S", 0.0)
+    late, later = [background(seconds=seconds) for seconds in (-1, 0.2)]
+    for one in (late, later):
+        await system.queue.publish(one)
+    looks = 0
+
+    async def waiting() -> AsyncIterator[InferenceRequest]:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise QueueUnavailable("NATS does not answer")
+        for one in (late, later):
+            yield one
+
+    async with batched(system) as api:
+        looking = overdue.Overdue(waiting, api.stored)
+        looking.look()
+        for one in (late, later):
+            await system.reaches(one.id, RequestStatus.TIMED_OUT)
+        looking.close()
+    assert announced(system) == [("response.failed", OBJECT)] * 2
+    assert looks == 3  # one that failed, one at once, and one at the next deadline
 
 
 # --- The file ---
