@@ -294,6 +294,6 @@ async def test_what_has_no_end_is_bounded(server: InferenceServer, http: Http, m
             yield text([9])
 
     server.answers[COMPLETIONS] = goes_on
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         assert await steps(VLLM(), http, asked()) == [Step((8,), finish="stop")]
         await server.left.wait()
