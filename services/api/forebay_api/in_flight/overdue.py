@@ -5,6 +5,7 @@ would tell of the end until somebody reads the answer.
 """
 
 import asyncio
+import contextlib
 import math
 from collections.abc import AsyncIterator, Callable
 from typing import Final
@@ -54,11 +55,12 @@ class Overdue:
         due = math.inf
         try:
             async for request in self._waiting():
-                if request.deadline + OVERDUE_S > clock.now():
-                    due = min(due, request.deadline + OVERDUE_S)
-                else:
-                    await self._stored.end_late(request)
-        except ForebayError:
+                if request.deadline + OVERDUE_S <= clock.now():
+                    with contextlib.suppress(ForebayError):
+                        await self._stored.end_late(request)
+                        continue
+                due = min(due, request.deadline + OVERDUE_S)
+        except QueueUnavailable:
             due = 0.0
         if due < math.inf:
             self._timer = asyncio.get_running_loop().call_later(max(due - clock.now(), LOOK_S), self.look)
