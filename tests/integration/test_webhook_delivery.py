@@ -57,7 +57,6 @@ async def test_each_event_arrives_whatever_its_receiver_does(nats_server: NatsSe
                 taken = await receiver.receives(4, timeout_s=75)
                 assert {event.type: event.data.id for event in taken} == expected
                 assert {event.id for event in taken} == {event.id for event in events}
-            assert len(events) == 4
             info = stack.connection.jetstream.stream_info
             async with asyncio.timeout(30):
                 while (await info("INFERENCE_WEBHOOKS")).state.messages:  # noqa: ASYNC110 - an ack leaves no event
