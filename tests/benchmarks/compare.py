@@ -3,11 +3,14 @@
     python tests/benchmarks/compare.py --old REV [--quick] [--blocks 3] [--pairs 20]
                                        [--clients 1 16 64] [--modes whole streamed memory]
                                        [--delay-ms 10] [--setting LOG_FORMAT=json ...]
+                                       [--new-setting API_KEYS=KEY ...]
 
 REV is checked out into a temporary git worktree. Of each commit, a nats-server, an api and a worker with the simulated
 engine run in turns of 0.2 s (turns.py): the other system is stopped meanwhile. Both use the interpreter and the
 packages of this environment; each service has the sources of its own commit first on PYTHONPATH. `--new REV` takes
-another commit in place of the working tree. One `--setting` is one setting of both systems.
+another commit in place of the working tree. One `--setting` is one setting of both systems, and one `--new-setting`
+one of the new system alone: `--old HEAD --new-setting API_KEYS=KEY` shows what keys cost, most of it the count of their
+usage.
 
 Modes: "whole" is answers of 5 tokens, "streamed" is streams of 20 tokens, "large" is as "whole"
 with bodies of 400 KB (not in the default), "memory" is what one waiting request adds to
@@ -69,27 +72,33 @@ def checkout(revision: str) -> Iterator[Path]:
             git("worktree", "remove", "--force", str(tree))
 
 
-def of(tree: Path, options: argparse.Namespace) -> dict[str, Any]:
+def chosen(name: str, options: argparse.Namespace) -> dict[str, str]:
+    """The settings that the command line gives the system of this name."""
+    given = options.setting + (options.new_setting if name == "new" else [])
+    return dict(setting.split("=", 1) for setting in given)
+
+
+def of(name: str, tree: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The settings of a system that runs the code of `tree`."""
-    chosen = dict(setting.split("=", 1) for setting in options.setting)
     path = os.pathsep.join(str(tree / package) for package in PACKAGES)
     command = (sys.executable, "-c", "import forebay_api; print(forebay_api.__path__[0])")
     found = subprocess.check_output(command, env=os.environ | {"PYTHONPATH": path}, text=True).strip()
     if not Path(found).is_relative_to(tree):
         raise RuntimeError(f"a service would run the code of {found} and not of {tree}")
-    return {name.lower(): value for name, value in chosen.items()} | {"pythonpath": path}
+    settings = chosen(name, options)
+    return {setting.lower(): value for setting, value in settings.items()} | {"pythonpath": path}
 
 
 async def requests(names: list[str], trees: dict[str, Path], options: argparse.Namespace, found: Figures) -> None:
-    """One block of all loads, with the key of `--setting API_KEYS=KEY`, if that is given."""
-    key = [part for setting in options.setting if setting.startswith("API_KEYS=") for part in ("--key", setting[9:])]
+    """One block of all loads, each with the key in API_KEYS of its system, if one is set."""
     async with contextlib.AsyncExitStack() as running:
-        systems = {name: await running.enter_async_context(started(**of(trees[name], options))) for name in names}
+        systems = {name: await running.enter_async_context(started(**of(name, trees[name], options))) for name in names}
         for mode in (mode for mode in options.modes if mode != MEMORY):
             for clients in options.clients:
                 async with contextlib.AsyncExitStack() as loads:
-                    for system in systems.values():
-                        flags = (*MODES[mode], "--delay-ms", str(options.delay_ms), *key)
+                    for name, system in systems.items():
+                        key = chosen(name, options).get("API_KEYS")
+                        flags = (*MODES[mode], "--delay-ms", str(options.delay_ms), *(("--key", key) if key else ()))
                         await loads.enter_async_context(system.load(clients, *flags))
                     await pairs([*systems.values()], options.pairs)
                 for name, system in systems.items():
@@ -101,7 +110,7 @@ async def requests(names: list[str], trees: dict[str, Path], options: argparse.N
 async def memory(names: list[str], trees: dict[str, Path], options: argparse.Namespace, found: Figures) -> None:
     """One block of what a waiting request takes, one system after the other."""
     for name in names:
-        async with started(**of(trees[name], options) | WAITING) as system:
+        async with started(**of(name, trees[name], options) | WAITING) as system:
             most = WAITING_REQUESTS_QUICK if options.quick else WAITING_REQUESTS
             each = (await waiting_memory(system.stack, most))["bytes_each"]
             found["bytes of a waiting request"][name].append(each)
@@ -140,6 +149,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=(*MODES, MEMORY), default=["whole", "streamed", MEMORY])
     parser.add_argument("--delay-ms", type=float, default=0, help="what the simulated engine waits before each token")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="a setting of both")
+    parser.add_argument(
+        "--new-setting", action="append", default=[], metavar="NAME=VALUE", help="a setting of the new system alone"
+    )
     parser.add_argument("--quick", action="store_true", help="one block with few turns: to see that it works")
     options = parser.parse_args()
     if options.quick:

@@ -104,17 +104,17 @@ async def test_an_api_that_stands_still_for_a_while_keeps_its_requests(nats_serv
 async def test_an_api_that_was_taken_for_dead_tells_its_clients_what_the_states_say(nats_server: NatsServer) -> None:
     async with running(nats_server, max_concurrent_requests=4) as stack:
         api = stack.apis[0]
-        asked = [asyncio.create_task(stack.chat("[[tokens=20 delay_ms=20]]", stream=bool(n % 2))) for n in range(4)]
-        await stack.taken(4, RequestStatus.PROCESSING)
-        ids = await request_ids(stack)
         async with stack.frames("completed") as ends:
+            chats = (stack.chat("[[tokens=20 delay_ms=100]]", stream=bool(n % 2)) for n in range(4))
+            asked = [asyncio.create_task(chat) for chat in chats]
+            await stack.taken(4, RequestStatus.PROCESSING)
             api.signal(signal.SIGSTOP)
-            for _ in ids:
+            for _ in asked:
                 await anext(ends)  # it lies in the socket of the api from now on
         # Its subscription goes with its connection, and it makes no new one. So the worker takes it for dead.
         await asyncio.to_thread(nats_server.restart)
         await stack.beats(stack.workers[0])
-        await stack.all_reach(ids, RequestStatus.CANCELLED)
+        await stack.all_reach(await request_ids(stack), RequestStatus.CANCELLED)
         api.signal(signal.SIGCONT)
         for answer in await asyncio.gather(*asked):
             assert "the answer was not received" in answer.text

@@ -60,7 +60,7 @@ async def test_worker_that_was_only_slow_cannot_interfere(nats_server: NatsServe
     async with running(nats_server, max_concurrent_requests=2, worker_slots=1, ack_wait=5) as stack:
         slow = stack.workers[0]
         begun = asyncio.Event()
-        answer = asyncio.create_task(streamed(stack, "[[tokens=20 delay_ms=50]]", begun))
+        answer = asyncio.create_task(streamed(stack, "[[tokens=20 delay_ms=100]]", begun))
         await begun.wait()
         async with stack.frames("started") as frames:
             slow.signal(signal.SIGSTOP)
@@ -103,7 +103,7 @@ async def test_request_that_kills_every_worker_ends(nats_server: NatsServer) -> 
 async def test_drained_worker_hands_its_stream_over(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=2, ack_wait=60, drain_timeout=0) as stack:
         begun = asyncio.Event()
-        answer = asyncio.create_task(streamed(stack, "[[tokens=30 delay_ms=50]]", begun))
+        answer = asyncio.create_task(streamed(stack, "[[tokens=30 delay_ms=75]]", begun))
         await begun.wait()
         leaving = stack.worker_of(await stack.begins())
         assert await leaving.stop() == 0
@@ -141,7 +141,7 @@ async def test_rolling_restart_of_workers_fails_nothing(nats_server: NatsServer)
 async def test_handing_over_is_no_failed_attempt(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=3, ack_wait=60, drain_timeout=0, max_deliveries=1) as stack:
         begun = asyncio.Event()
-        answer = asyncio.create_task(streamed(stack, "[[tokens=40 delay_ms=50]]", begun))
+        answer = asyncio.create_task(streamed(stack, "[[tokens=40 delay_ms=75]]", begun))
         await begun.wait()
         left = list(stack.workers)
         for number in (1, 2):

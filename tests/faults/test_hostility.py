@@ -139,4 +139,4 @@ async def test_no_body_is_felt_by_other_clients(nats_server: NatsServer) -> None
     assert felt.statuses == {kind: {"400": 3} for kind in refused} | {kind: {"200": 3} for kind in served}
     assert not felt.wrong
     # Each of the first held up the api for seconds once, and the others together.
-    assert max(felt.health_s, felt.token_s) < 1.5
+    assert max(felt.health_s, felt.token_s) < 2.5

@@ -48,7 +48,7 @@ async def test_frames_lost_on_the_way_to_the_api_are_sent_again(nats_server: Nat
         orders = await stack.connection.client.subscribe("inference.resend.*")
         await stack.connection.client.flush()
         await proxy.start()
-        await orders.next_msg(timeout=10)
+        await orders.next_msg(timeout=30)
         assert await answer == EXPECTED
         await stack.idle()
         assert (await stack.status())["total_processed"] == 1
@@ -62,7 +62,7 @@ async def test_end_of_an_answer_lost_on_the_way_is_sent_again(nats_server: NatsS
         api = await stack.api(nats_url=proxy.url)
         async with stack.frames("completed") as ends:
             # Late enough for the end to come before the api counts as dead.
-            answer = await cut_off(stack, proxy, pieces_before=60)
+            answer = await cut_off(stack, proxy, pieces_before=40)
             await stack.loses_nats(api)
             await anext(ends)  # the worker comes to its end, and nobody confirms it
             assert not answer.done()
@@ -77,7 +77,7 @@ async def test_api_cut_off_for_so_long_that_it_counts_as_dead_tells_its_clients(
         await proxy.start()
         await stack.api(nats_url=proxy.url)
         await stack.knows_workers()
-        asked = [asyncio.create_task(stack.chat(f"[[tokens={tokens} delay_ms=50]]")) for tokens in (20, 2000)]
+        asked = [asyncio.create_task(stack.chat(f"[[tokens={tokens} delay_ms=50]]")) for tokens in (60, 2000)]
         for nth in (1, 2):
             await stack.taken(nth, RequestStatus.PROCESSING)
         await proxy.cut()

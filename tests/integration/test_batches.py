@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import re
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,10 +15,13 @@ import pytest_asyncio
 from openai.types import Batch
 
 from forebay_api.in_flight.files import CHUNK_BYTES, Files
+from forebay_api.openai.batches.record import BatchRecord
+from forebay_api.openai.batches.stored import Batches
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import FileStoreFull
+from forebay_contracts.wire.errors import FileStoreFull, KeyLimitReached
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
+from support.seams import connected
 from support.stack import MODEL, Stack, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -159,8 +163,29 @@ async def test_a_full_store_refuses_uploads_by_name(stack: Stack) -> None:
         await alice.files.create(file=("a", b"x" * 950_000), purpose="batch")
     assert (full.value.status_code, full.value.code) == (503, "file_store_full")
     assert full.value.response.headers["x-should-retry"] == "false"
-    for one in made:
-        await alice.files.delete(one.id)
+    # One key leaves room for another.
+    with pytest.raises(openai.InternalServerError, match="your key `alice` has 2700000 bytes of files"):
+        await alice.files.create(file=("a", b"x" * 300_000), purpose="batch")
+    other = await of(stack, "bob", 1).files.create(file=("a", b"x" * 300_000), purpose="batch")
+    for one in (*made, other):
+        await of(stack, "root").files.delete(one.id)
+
+
+async def test_no_key_takes_the_places_of_others(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_api.openai.batches.stored.MAX_BATCHES", 10)
+
+    def record(key: str | None) -> BatchRecord:
+        fields = {"endpoint": URL, "input_file_id": "", "completion_window": "1h", "kept_s": 1, "window": 1}
+        return BatchRecord(id=f"batch_{uuid.uuid4().hex}", key=key, created_at=0, expires_at=0, **fields)
+
+    async with connected(nats_server) as connection:
+        batches = Batches(connection)
+        for _ in range(8):
+            await batches.create(record("alice"))
+        with pytest.raises(KeyLimitReached, match="Your key `alice` has 8 batches that have not ended"):
+            await batches.create(record("alice"))
+        await batches.create(record("bob"))
+        await batches.create(record(None))
 
 
 async def test_a_full_store_removes_what_killed_uploads_have_left(
@@ -263,15 +288,17 @@ async def test_a_batch_is_cancelled_at_another_api(stack: Stack) -> None:
 
 async def test_another_api_goes_on_where_one_was_killed(nats_server: NatsServer) -> None:
     async with running(nats_server, apis=1, workers=1, max_concurrent_requests=4) as stack:
-        orders = "tokens=5 delay_ms=20"
-        batch = await made(stack.openai(0), *(chat(f"r{number}", orders) for number in range(120)))
+        # After the first ones come some that take longer than it takes to kill an api.
+        orders = ["tokens=5 delay_ms=20"] * 20 + ["tokens=5 delay_ms=800"] * 8 + ["tokens=5 delay_ms=20"] * 92
+        batch = await made(stack.openai(0), *(chat(f"r{number}", order) for number, order in enumerate(orders)))
+        await reaches(stack.openai(0), batch, "in_progress")
+        await stack.api()
         async with asyncio.timeout(30):
             while (batch.request_counts is None) or batch.request_counts.completed < 20:
                 await asyncio.sleep(0.05)
                 batch = await stack.openai(0).batches.retrieve(batch.id)
         metrics = (await stack.http.get(f"{stack.apis[0].url}/metrics")).text
         assert 'forebay_batches{status="running"} 1.0' in metrics
-        await stack.api()
         await stack.apis[0].kill()
         ended = await reaches(stack.openai(1), batch, "completed")
         metrics = (await stack.http.get(f"{stack.apis[1].url}/metrics")).text
@@ -284,6 +311,6 @@ async def test_another_api_goes_on_where_one_was_killed(nats_server: NatsServer)
         assert texts == {"t0 t1 t2 t3 t4"}
         assert (await stack.states.totals())[RequestStatus.COMPLETED] == 120
         # The last record of each answer stays for a while, and the answers that the killed api had just written.
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while sum(count > 1 for count in (await left_in_the_log(stack)).values()) > 60:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)

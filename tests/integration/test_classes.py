@@ -52,7 +52,7 @@ async def ask(stack: Stack, orders: str, api: int = 0, key: str = "operator-0123
 
 
 async def processing(stack: Stack, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while (await numbers(stack))["processing_count"] < count:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
@@ -88,13 +88,12 @@ async def test_work_that_may_wait_gives_way_and_goes_on_exactly(stack: Stack) ->
     ]
     for answer in answers:
         await grows(answer, 1)
-    for _ in range(2):
+    turn = 0
+    while turn == 0:  # two that come one after the other can both have the slot of the live one
         quick = await asyncio.gather(*(ask(stack, "tokens=2 delay_ms=5", api) for api in (0, 1)))
         assert [one.choices[0].message.content for one in quick] == [text(2)] * 2
         assert [one.service_tier for one in quick] == ["default"] * 2
-    request_id = names.request_id(response.id)
-    state = await stack.reaches(request_id, RequestStatus.PROCESSING)
-    assert state.turn >= 1, "the slots were theirs"
+        turn = (await stack.reaches(names.request_id(response.id), RequestStatus.PROCESSING)).turn
     for answer in answers:
         await grows(answer, 20)
         said = "".join(answer)
@@ -131,7 +130,7 @@ async def test_what_waits_in_the_room_is_seen_and_can_be_cancelled(stack: Stack)
 async def test_keys_share_the_tokens_by_their_weights(stack: Stack) -> None:
     busy = [asyncio.create_task(ask(stack, HELD)) for _ in range(2)]
     await processing(stack, 2)
-    done: list[str] = []
+    ids: list[str] = []
 
     async def one(number: int, key: str) -> None:
         headers = {"authorization": f"Bearer {KEYS[key]}"}
@@ -139,35 +138,34 @@ async def test_keys_share_the_tokens_by_their_weights(stack: Stack) -> None:
         url = f"{stack.apis[number % 2].url}/v1/chat/completions"
         answer = await stack.http.post(url, json={"model": MODEL, **fields}, headers=headers)
         assert answer.status_code == 200, answer.text
-        done.append(key)
+        ids.append(answer.headers["x-request-id"])
 
     tasks = [asyncio.create_task(one(number, key)) for number in range(100) for key in ("alice", "bob")]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await numbers(stack))["deferred"] < len(tasks):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     for task in busy:
         task.cancel()
     await asyncio.gather(*busy, *tasks, return_exceptions=True)
-    assert len(done) == len(tasks)
-    first = Counter(done[: len(tasks) // 2])
+    assert len(ids) == len(tasks)
+    # In the order in which they ran. Their clients, of two apis, have no common order.
+    states = await asyncio.gather(*(stack.reaches(request_id, RequestStatus.COMPLETED) for request_id in ids))
+    first = Counter(one.key for one in sorted(states, key=lambda one: one.started_at or 0)[: len(tasks) // 2])
     assert first["bob"] / first["alice"] == pytest.approx(3, rel=0.1)
 
 
 async def test_what_a_key_has_beyond_its_bound_waits_its_turn(stack: Stack) -> None:
-    moved = []
-
-    async def heard(msg: Any) -> None:
-        moved.append(msg.subject)
-
-    subscription = await stack.connection.client.subscribe("inference.deferred.*.carol", cb=heard)
+    moved = await stack.connection.client.subscribe("inference.deferred.*.carol")
     await stack.connection.client.flush()
     busy = asyncio.create_task(ask(stack, HELD, 0, "carol"))
     await processing(stack, 1)
     answers = await asyncio.gather(*(ask(stack, "tokens=20", 0, "carol") for _ in range(3)))
-    await subscription.unsubscribe()
     assert [answer.choices[0].message.content for answer in answers] == [text(20)] * 3
     assert {answer.service_tier for answer in answers} == {"default"}
-    assert len(moved) == 3
+    for _ in answers:
+        await moved.next_msg(timeout=30)
+    assert moved.pending_msgs == 0
+    await moved.unsubscribe()
     busy.cancel()
     await asyncio.gather(busy, return_exceptions=True)
 

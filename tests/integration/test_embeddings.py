@@ -134,14 +134,14 @@ async def test_another_worker_computes_what_is_missing(nats_server: NatsServer) 
 
 
 async def test_vectors_that_were_lost_on_the_way_are_sent_again(nats_server: NatsServer) -> None:
-    texts = [f"[[delay_ms=50]] text {number}" for number in range(20)]
+    texts = [f"[[delay_ms=100]] text {number}" for number in range(20)]
     async with running(nats_server, workers=0, ack_wait=30) as stack:
         proxy = await Proxy(nats_server.url).start()
         await stack.worker(nats_url=proxy.url)
         replies = await stack.connection.client.subscribe("inference.replies.>")
         whole = asyncio.create_task(post(stack, input=texts))
         for _ in range(5):
-            await replies.next_msg(timeout=10)
+            await replies.next_msg(timeout=30)
         await proxy.lose(b'"delta"', 3)
         await proxy.start()
         answer = await whole

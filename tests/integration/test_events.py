@@ -245,9 +245,10 @@ async def test_more_changes_than_a_message_holds_leave_nothing_out(nats_server: 
         listening(stack) as events,
         asyncio.timeout(60),
     ):
-        page = shown(await anext(events), {})
-        finished = asyncio.gather(*(stack.chat("[[tokens=3 delay_ms=100]]") for _ in range(150)))
-        resets = 0
+        page, resets = shown(await anext(events), {}), 0
+        at_once = [state(number, queued_at=time.time()) for number in range(300)]
+        await asyncio.gather(*(stack.states.write(one, 0) for one in at_once))
+        finished = asyncio.gather(*(stack.chat("[[tokens=3 delay_ms=100]]") for _ in range(100)))
         while not finished.done() or "processing" in page.values() or "queued" in page.values():
             message = await anext(events)
             assert len(message["requests"]) <= feed.MAX_REQUESTS
@@ -367,7 +368,7 @@ async def test_it_goes_on_after_nats_was_away(nats_server: NatsServer) -> None:
             pass
         heard = time.monotonic()
         await anext(events)
-        assert time.monotonic() - heard < 3
+        assert time.monotonic() - heard < 10
         await asyncio.to_thread(nats_server.start)
         while not (event := await anext(events))["connected"] or event["status"] is None:
             pass
@@ -383,9 +384,7 @@ async def test_a_stream_that_is_asked_for_early_tells_its_id_while_it_waits(nats
         url = stack.apis[0].url + "/v1/chat/completions"
         async with stack.http.stream("POST", url, json=body, headers={"Forebay-Stream": "early"}) as answer:
             assert answer.status_code == 200
-            state = await stack.state(answer.headers["x-request-id"])
-            assert state is not None
-            assert state.status.value == "queued"
+            await stack.reaches(answer.headers["x-request-id"], RequestStatus.QUEUED)
             lines = [line async for line in answer.aiter_lines() if line]
         assert lines[0] == ": queued"
         assert json.loads(lines[1].removeprefix("data: "))["error"]["code"] == "request_timeout"

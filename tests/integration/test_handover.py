@@ -32,6 +32,13 @@ class Worker(NamedTuple):
     handover: Handover
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is too late on a busy machine."""
+    monkeypatch.setattr(handover, "PATIENCE_S", 30)
+    monkeypatch.setattr(handover, "RESERVED_S", 30)
+
+
 @pytest.fixture
 async def pair(nats_server: NatsServer) -> AsyncIterator[tuple[JetStreamAdmission, Worker, Worker]]:
     """The entry of the queue and two workers; the first has the conversation that begins with FIRST."""
@@ -94,13 +101,13 @@ async def test_without_a_free_slot_or_a_conversation_the_request_stays(
     delivery = await pulled(admission, b, request_)
     began = time.monotonic()
     assert not await b.handover.taken(request_, delivery)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < handover.PATIENCE_S, "nobody had to be waited for"
     if len(delivery.data) >= handover.LEAST_BYTES:
         # From now on the conversation is here too.
         slot = await waiting(b)
         await b.connection.client.flush()
         asked = names.conversation_subject(MODEL, (keys(request_) or ("", ""))[1])
-        assert (await a.connection.requests.request(asked, timeout_s=5)).data == b"b"
+        assert (await a.connection.requests.request(asked, timeout_s=20)).data == b"b"
         slot.cancel()
     await delivery.ack()
 
@@ -112,7 +119,7 @@ async def test_a_slot_does_not_wait_long_for_what_was_promised(
     monkeypatch.setattr(handover, "RESERVED_S", 0.01)
     slot = await waiting(a)
     asked = names.conversation_subject(MODEL, (keys(FIRST) or ("", ""))[1])
-    answer = await b.connection.requests.request(asked, timeout_s=5)
+    answer = await b.connection.requests.request(asked, timeout_s=20)
     assert answer.data == b"a"
     await admission.publish(chat("anything"))
     await (await slot).ack()
@@ -151,10 +158,10 @@ async def test_a_slot_whose_promise_lapses_asks_again_for_what_went_back(
     monkeypatch.setattr(handover, "RESERVED_S", 0.05)
     slot = await waiting(a)
     asked = names.conversation_subject(MODEL, (keys(FIRST) or ("", ""))[1])
-    await b.connection.requests.request(asked, timeout_s=5)
+    await b.connection.requests.request(asked, timeout_s=20)
     await admission.publish(chat("anything"))
     # It came while the slot was reserved, and went back.
-    delivery = await asyncio.wait_for(slot, 2)
+    delivery = await asyncio.wait_for(slot, 20)
     assert delivery.num_delivered == 2
     await delivery.ack()
 
@@ -171,5 +178,5 @@ async def test_a_worker_that_drains_or_is_gone_gets_nothing(pair: tuple[JetStrea
     began = time.monotonic()
     other = chat(LONG, "an answer", "and then?", "another answer", "and then?")
     assert not await b.handover.taken(other, delivery)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < handover.PATIENCE_S, "nobody had to be waited for"
     await delivery.ack()

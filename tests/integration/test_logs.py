@@ -179,6 +179,7 @@ async def _everything_that_can_happen(stack: Stack) -> None:
     await holds(stack, 0)
     # A reply that no api can read; the one to the chat after it comes after it.
     await stack.connection.client.publish(f"inference.replies.{stack.apis[0].id}.x", PROMPT.encode())
+    await stack.connection.client.flush()
     await stack.http.post(f"{url}/chat/completions", json=chat, headers=right)
 
 

@@ -177,12 +177,13 @@ async def test_request_in_the_stream(nats_server: NatsServer, kind: str) -> None
 
 async def test_processing_seen_by_consumer_info(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
-        tasks = [asyncio.create_task(stack.chat("[[tokens=30 delay_ms=40]]"))]
+        endless = asyncio.create_task(stack.chat("[[tokens=100000 delay_ms=40]]"))
         await stack.begins()
-        tasks += [asyncio.create_task(stack.chat("[[tokens=1]]")) for _ in range(2)]
+        tasks = [asyncio.create_task(stack.chat("[[tokens=1]]")) for _ in range(2)]
         await holds(stack, 3)
         await consumer_reaches(stack, CONSUMER, num_pending=2, num_ack_pending=1, num_redelivered=0)
-        assert [(await task).status_code for task in tasks] == [200] * 3
+        endless.cancel()
+        assert [(await task).status_code for task in tasks] == [200] * 2
         await idle(stack)
         consumer = await consumer_reaches(stack, CONSUMER, num_pending=0, num_ack_pending=0)
         assert consumer["ack_floor"]["stream_seq"] == 3
@@ -230,7 +231,7 @@ async def test_states_and_heartbeats(nats_server: NatsServer) -> None:
 
         worker_id, api_id = stack.workers[0].id, stack.apis[0].id
         worker = await heartbeat_at_rest(stack, worker_id)
-        assert time.time() - worker.pop("heartbeat_at") < 4
+        assert time.time() - worker.pop("heartbeat_at") < 30
         assert time.time() - worker.pop("started_at") < 60
         assert isinstance(worker.pop("version"), str)
         assert worker == {
@@ -327,7 +328,7 @@ async def test_an_answer_that_takes_its_time_is_announced(nats_server: NatsServe
     async with running(nats_server) as stack:
         listener = await Listener(stack).listen("inference.replies.>")
         assert (await stack.chat("[[tokens=3 delay_ms=30]]")).status_code == 200
-        await idle(stack)
+        await listener.until("inference.replies.", b'"completed"')
         frames = [json.loads(msg.data) for msg in listener.heard]
         begun = {"type": "started", "attempt": 1, "worker": stack.workers[0].id, "prompt_tokens": 2}
         assert frames[0] == begun
@@ -338,7 +339,7 @@ async def test_frames_of_a_failure(nats_server: NatsServer) -> None:
     async with running(nats_server, max_deliveries=2) as stack:
         listener = await Listener(stack).listen("inference.replies.>")
         await stack.chat("[[tokens=1 fail]]", stream=True)
-        await idle(stack)
+        await listener.until("inference.replies.", b'"failed"')
         frames = [json.loads(msg.data) for msg in listener.heard]
         assert [(frame["type"], frame["attempt"]) for frame in frames] == [
             ("started", 1),

@@ -57,7 +57,7 @@ async def test_comments_in_a_stream_that_waits(stack: Stack) -> None:
     asked: dict[str, Any] = {"model": MODEL, "messages": user("[[tokens=3 delay_ms=200]]"), "stream": True}
     async with client.chat.completions.with_streaming_response.create(**asked) as raw:
         lines = [line async for line in raw.iter_lines()]
-    assert lines.count(": keep-alive") >= 3
+    assert ": keep-alive" in lines
     found = await chunks(await client.chat.completions.create(**asked))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in found) == "t0 t1 t2"
 

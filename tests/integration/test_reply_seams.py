@@ -53,7 +53,7 @@ async def test_what_is_sent_arrives_as_it_is(channel: tuple[ReplyChannel, Receiv
     sender, receiver = channel
     delta = Delta(attempt=1, tokens=(7, 8), text="hi")
     await sender.send(delta.encode())
-    await asyncio.wait_for(receiver.come.wait(), 5)
+    await asyncio.wait_for(receiver.come.wait(), 30)
     assert receiver.frames == [delta]
 
 
@@ -126,5 +126,5 @@ async def test_a_question_and_a_notice_can_be_told_apart(
     sender, heard = notices
     await sender.ask("a", "why")
     await sender.tell("a", "because")
-    assert await asyncio.wait_for(heard.get(), 5) == ("ask", "a", "why")
-    assert await asyncio.wait_for(heard.get(), 5) == ("tell", "a", "because")
+    assert await asyncio.wait_for(heard.get(), 30) == ("ask", "a", "why")
+    assert await asyncio.wait_for(heard.get(), 30) == ("tell", "a", "because")

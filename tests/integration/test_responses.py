@@ -192,7 +192,7 @@ async def test_after_its_ttl_nothing_is_left(nats_server: NatsServer) -> None:
         assert (await client.responses.retrieve(made.id)).status == "completed"
         assert await client.chat.completions.retrieve(chat.id)
         left = ("INFERENCE", "INFERENCE_ANSWERS", "KV_inference-responses", "KV_inference-requests")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while any([(await stack.connection.jetstream.stream_info(name)).state.messages for name in left]):  # noqa: ASYNC110
                 await asyncio.sleep(0.2)  # the server tells nobody that something has expired
         for gone in (client.responses.retrieve(made.id), client.chat.completions.retrieve(chat.id)):

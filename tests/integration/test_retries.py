@@ -21,7 +21,7 @@ from support.seams import connected
 from support.stack import MODEL, running
 from support.twins import request
 
-WORDS = " ".join(f"t{number}" for number in range(40))
+WORDS = " ".join(f"t{number}" for number in range(20))
 
 
 async def test_failed_requests_are_kept_listed_and_removed(nats_server: NatsServer) -> None:
@@ -47,7 +47,7 @@ async def test_failed_work_is_seen_and_runs_again(nats_server: NatsServer, tmp_p
     file = tmp_path / "keys.toml"
     entries = [keys.written(name, key, max_requests=None, operator=name == "root") for name, key in made.items()]
     file.write_text("\n".join(entries))
-    system = running(nats_server, apis=2, max_deliveries=1, ack_wait=1, api_keys_file=file)
+    system = running(nats_server, apis=2, max_deliveries=1, api_keys_file=file)
     async with system as stack, contextlib.AsyncExitStack() as clients:
 
         async def client(name: str, api: int = 0) -> httpx.AsyncClient:
@@ -61,7 +61,7 @@ async def test_failed_work_is_seen_and_runs_again(nats_server: NatsServer, tmp_p
             await client("root", 1),
         )
         sdk = stack.openai(api_key=made["alice"])
-        begun = await sdk.responses.create(model=MODEL, input="[[tokens=40 delay_ms=25]]", background=True)
+        begun = await sdk.responses.create(model=MODEL, input="[[tokens=20 delay_ms=100]]", background=True)
         old_id = str(uuid.UUID(begun.id.removeprefix("resp_")))
         await stack.begins()
         await stack.workers[0].kill()

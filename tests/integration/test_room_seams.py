@@ -78,12 +78,12 @@ async def moved(seams: Seams, key: str | None = None) -> str:
 
 
 async def pulled(seams: Seams) -> Delivery:
-    return await asyncio.wait_for(seams.deliveries.pull(), 5)
+    return await asyncio.wait_for(seams.deliveries.pull(), 30)
 
 
 async def until(said: Callable[[], bool | Awaitable[bool]]) -> None:
     """Wait until it is so: nothing tells that the server has counted a message."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not (found if isinstance(found := said(), bool) else await found):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 

@@ -134,7 +134,7 @@ async def test_a_pull_after_stop_is_cancelled(queue: Queue) -> None:
     # A slot that has just begun when its worker is told to end would wait until the drain time has passed.
     await queue.deliveries.stop()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(asyncio.create_task(queue.deliveries.pull()), 1)
+        await asyncio.wait_for(asyncio.create_task(queue.deliveries.pull()), 30)
 
 
 async def test_the_same_id_again_changes_nothing(queue: Queue) -> None:
@@ -261,7 +261,7 @@ async def test_requests_and_states_survive_a_restart_of_nats(nats_server: NatsSe
 
 async def pulled(connection: Connection) -> None:
     """Wait until a pull waits at the server, which tells nobody of it."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (await consumers(connection))[0].num_waiting:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -280,7 +280,7 @@ async def test_a_pull_outlives_a_restart_of_nats(nats_server: NatsServer) -> Non
         await asyncio.to_thread(nats_server.restart)
         await back.wait()
         await queue.admission.publish(request("a"))
-        delivery = await asyncio.wait_for(waiting, 5)
+        delivery = await asyncio.wait_for(waiting, 30)
         assert id_of(delivery) == "a"
         await queue.deliveries.stop()
 

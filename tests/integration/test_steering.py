@@ -28,10 +28,8 @@ async def forebay(stack: Stack, *arguments: str, **settings: object) -> Ended:
 
 async def test_a_paused_model_waits_and_goes_on(nats_server: NatsServer) -> None:
     async with running(nats_server, max_concurrent_requests=2, ack_wait=30) as stack:
-        runs = asyncio.create_task(stack.chat("[[tokens=20 delay_ms=100]]"))
-        await holds(stack, 1)
-        (request_id,) = await ids(stack)
-        await stack.reaches(request_id, RequestStatus.PROCESSING)
+        runs = asyncio.create_task(stack.chat("[[tokens=25 delay_ms=100]]"))
+        await stack.begins()
         stack.workers[0].signal(signal.SIGSTOP)  # it has not ended when the command comes to it
         paused = await forebay(stack, "pause", MODEL)
         assert (paused.code, paused.stdout) == (
@@ -192,7 +190,7 @@ async def test_a_limit_above_the_slots_is_told_and_more_workers_reach_it(nats_se
             f"HuggingFaceTB/{MODEL} may run 4 at once, but its workers have 1 slot in all: "
             "start more, or restart them with the new setting\n"
         ) in raised.stdout
-        sent = [asyncio.create_task(stack.chat("[[tokens=200 delay_ms=50]]")) for _ in range(5)]
+        sent = [asyncio.create_task(stack.chat("[[tokens=2000 delay_ms=50]]")) for _ in range(5)]
         await holds(stack, 5)
         await processes(stack, 1)
         await stack.worker(max_concurrent_requests=4, worker_slots=2)
@@ -211,7 +209,7 @@ async def test_a_limit_above_the_slots_is_told_and_more_workers_reach_it(nats_se
 
 async def processes(stack: Stack, count: int) -> None:
     """Wait until so many requests are with workers; which one is handed out leaves no event here."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await stack.status())["processing_count"] != count:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
@@ -219,7 +217,7 @@ async def processes(stack: Stack, count: int) -> None:
 async def ids(stack: Stack) -> list[str]:
     """The ids of the requests that are known."""
     bucket = await stack.connection.jetstream.key_value("inference-requests")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         watcher = await bucket.watchall()
         try:
             async for entry in watcher:

@@ -46,14 +46,14 @@ async def test_a_stored_completion_is_there_at_every_api(nats_server: NatsServer
 async def test_it_outlives_its_client_and_its_api(nats_server: NatsServer) -> None:
     async with running(nats_server, apis=2, workers=1) as stack:
         asking = asyncio.create_task(
-            stack.openai(0).chat.completions.create(model=MODEL, messages=ask("[[tokens=20 delay_ms=50]]"), store=True)
+            stack.openai(0).chat.completions.create(model=MODEL, messages=ask("[[tokens=20 delay_ms=100]]"), store=True)
         )
         state = await stack.begins()
         await stack.apis[0].kill()
         with pytest.raises(openai.APIConnectionError):
             await asking
         two = stack.openai(1).chat.completions
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (listed := (await two.list()).data):  # noqa: ASYNC110 - it is listed once it is whole
                 await asyncio.sleep(0.1)
         assert [completion.choices[0].message.content for completion in listed] == [WORDS]

@@ -230,7 +230,7 @@ async def test_a_handed_over_request_stays_in_its_trace(nats_server: NatsServer,
 
 async def test_a_stream_that_breaks_off_is_a_failed_trace(nats_server: NatsServer, collector: Collector) -> None:
     """Its HTTP status was sent before, and was 200."""
-    async with running(nats_server, request_timeout=1, **collector.settings) as stack:
+    async with running(nats_server, request_timeout=2, **collector.settings) as stack:
         answer = await stack.chat("[[tokens=90 delay_ms=50]]", stream=True)
         assert answer.status_code == 200
         http, *_ = await collector.trace_of(

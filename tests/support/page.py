@@ -69,8 +69,15 @@ async def leave(*sent: asyncio.Task[Any]) -> None:
 
 
 async def heartbeat(stack: Stack, worker: str, model: str, status: WorkerStatus, *adapters: str) -> None:
-    """Let the api hear of a worker."""
+    """Let the api hear of a worker, and again each second."""
     now = time.time()
     given = {"id": worker, "model": model, "status": status, "adapters": adapters, "engine": HOSTILE}
     info = WorkerInfo(version="1", started_at=now, heartbeat_at=now, slots=1, **given)
-    await (await stack.connection.jetstream.key_value("inference-workers")).put(worker, info.encode())
+    bucket = await stack.connection.jetstream.key_value("inference-workers")
+
+    async def beat() -> None:
+        while True:
+            await bucket.put(worker, info.encode())
+            await asyncio.sleep(1)
+
+    stack.played.append(asyncio.create_task(beat()))

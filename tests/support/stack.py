@@ -47,6 +47,8 @@ class Stack:
         self.connection: Connection
         self.states: KeyValueStateStore
         self.heartbeats = Heartbeats()
+        self.played: list[asyncio.Task[None]] = []
+        """Services that a test plays, until the end of the stack."""
         self._starting_api = asyncio.Lock()
         self._settings = {"inference_engine": "simulated", "request_timeout": 60, "ack_wait": 2, **settings}
 
@@ -267,6 +269,8 @@ async def started(
             try:
                 yield stack
             finally:
+                for task in stack.played:
+                    task.cancel()
                 # Closed while it connects again, a client of NATS leaves a socket behind.
                 await stack.connection.wait_connected(10)
         finally:

@@ -187,7 +187,7 @@ class Twins:
 
     async def reaches(self, request_id: str, *statuses: RequestStatus) -> RequestState:
         """Wait until it has one of these."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while True:
                 stored = await self.states.get(request_id)
                 if stored is not None and stored.state.status in statuses:
@@ -196,7 +196,7 @@ class Twins:
 
     async def empty(self) -> None:
         """Wait until nothing is in the queue."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while len(self.queue):  # noqa: ASYNC110 - a queue tells nobody that it is empty
                 await asyncio.sleep(0)
 

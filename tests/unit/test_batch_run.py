@@ -17,7 +17,7 @@ from forebay_contracts.wire.errors import DailyTokensSpent, InvalidRequest, Queu
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
 from support.batches import batched, line
-from support.twins import twins
+from support.twins import Twins, twins
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,11 @@ SLOW = "tokens=5 delay_ms=20"
 
 def words(count: int) -> str:
     return " ".join(f"t{token}" for token in range(count))
+
+
+def done(made: Twins) -> int:
+    """How many requests have been answered."""
+    return sum(state.status is RequestStatus.COMPLETED for state in made.states.history)
 
 
 def answers(lines: list[dict[str, Any]]) -> dict[str, str]:
@@ -121,7 +126,8 @@ async def test_another_run_goes_on_where_the_first_was_ended() -> None:
             first = batches.run(record, f"run-{turn}")
             while (await batches.record(record)).run != f"run-{turn}":  # noqa: ASYNC110 - a record tells nobody that it has changed
                 await asyncio.sleep(0)
-            await asyncio.sleep(0.13)  # in the middle of it
+            while done(made) < 10 * (turn + 1):  # noqa: ASYNC110 - in the middle of it
+                await asyncio.sleep(0.005)
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
         ended = await batches.ends(record)
@@ -214,8 +220,8 @@ async def test_a_batch_that_is_cancelled_before_it_runs_has_its_event() -> None:
 async def test_an_expired_batch_keeps_what_it_has() -> None:
     async with twins() as made, batched(made) as batches:
         made.worker(slots=1)
-        data = line("done") + b"".join(line(f"r{number}", "tokens=100 delay_ms=20") for number in range(10))
-        ended = await batches.ends(await batches.create(data, window=3, expires_in_s=1.2))
+        data = line("done") + b"".join(line(f"r{number}", "tokens=100 delay_ms=100") for number in range(10))
+        ended = await batches.ends(await batches.create(data, window=3, expires_in_s=3))
         assert (ended.status, ended.completed, ended.failed) == ("expired", 1, 10)
         errors = await batches.lines(ended.error_file_id)
         assert {one["error"]["code"] for one in errors} == {"batch_expired"}

@@ -63,7 +63,7 @@ class RawClient:
 
     async def has(self, count: int) -> None:
         """Wait until so many messages have been sent."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while len(self.sent) < count:
                 self.changed.clear()
                 await self.changed.wait()
@@ -127,7 +127,7 @@ async def test_nothing_is_sent_before_a_worker_has_begun(system: Twins) -> None:
     assert early.sent[1]["body"] == b": queued\n\n"
     assert not client.sent
     system.worker()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await asyncio.gather(client.served, early.served)
     assert client.sent[0]["status"] == 200
     assert client.sent[-1]["more_body"] is early.sent[-1]["more_body"] is False
@@ -140,7 +140,7 @@ async def test_a_stream_that_waits_is_kept_alive(system: Twins) -> None:
     assert [message["body"] for message in early.sent[2:]] == [sse.COMMENT] * 2
     assert not client.sent
     system.worker()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await asyncio.gather(client.served, early.served)
     bodies = [message["body"] for message in client.sent[1:]]
     first_token = next(index for index, data in enumerate(bodies) if b"t0" in data)
@@ -170,7 +170,7 @@ async def test_a_client_that_leaves_cancels_its_request(system: Twins) -> None:
 async def test_a_client_that_left_before_its_request_was_queued_cancels_it(system: Twins) -> None:
     client = RawClient(system, body("tokens=1"))
     client.peer.leave()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await client.served
     await system.empty()
     (request_id,) = system.notices.told
@@ -181,7 +181,7 @@ async def test_a_client_that_does_not_read_is_given_up(system: Twins, monkeypatc
     monkeypatch.setattr(sse, "MAX_WRITE_STALL_S", 0.05)
     system.worker()
     client = RawClient(system, body("tokens=100 delay_ms=1000", stream=True), reads=False)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await client.served
     assert [message["type"] for message in client.sent] == ["http.response.start", "http.response.body"]
     await system.empty()

@@ -135,7 +135,7 @@ async def own(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[S
 
 
 async def comes(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 

@@ -53,7 +53,7 @@ async def test_an_attempt_that_only_ends_an_answer_writes_behind_what_it_has(
         wanted = stored("tokens=20 delay_ms=5")
         await system.queue.publish(wanted)
         dying = asyncio.create_task(system.runner("w1").run(await system.queue.pull()))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not (await system.answers.read(wanted.id))[1:]:  # noqa: ASYNC110 - the worker tells no test
                 await asyncio.sleep(0.001)
         dying.cancel()

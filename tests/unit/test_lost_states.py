@@ -82,7 +82,7 @@ async def test_an_attempt_with_too_low_a_number_takes_a_higher_one(system: Twins
         before = await system.states.get(wanted.id)
         for number in (2, 3):
             first.running[wanted.id].stop(Ended(End.HANDED_OVER))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while answer.attempt < number:  # noqa: ASYNC110
                     await asyncio.sleep(0)
         first.running[wanted.id].stop(Ended(End.SUPERSEDED))

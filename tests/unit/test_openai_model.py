@@ -202,7 +202,7 @@ async def test_leaving_an_answer_closes_its_connection(server: InferenceServer, 
     assert await anext(answer) == Accepted(0)
     assert model.status().sequences == 1
     await answer.aclose()
-    await asyncio.wait_for(server.left.wait(), 5)
+    await asyncio.wait_for(server.left.wait(), 30)
     assert model.status().sequences == 0
 
 

@@ -37,9 +37,11 @@ def embedder_at(url: str, model: Path, **settings: Any) -> ServedEmbedder:
 
 
 @pytest_asyncio.fixture
-async def embedder(llama: FakeLlama, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServedEmbedder]:
+async def embedder(
+    request: pytest.FixtureRequest, llama: FakeLlama, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[ServedEmbedder]:
     monkeypatch.setattr(served_server, "_LOOK_S", 0.02)
-    started = embedder_at(llama.url, tiny_gguf, engine_stall_timeout=1)
+    started = embedder_at(llama.url, tiny_gguf, engine_stall_timeout=getattr(request, "param", 30))
     loaded = await started.start(lambda line: None)
     assert (loaded.dimensions, loaded.context_length, loaded.prefix) == (2, 512, "")
     llama.requests.clear()
@@ -52,7 +54,7 @@ async def vectors(embedder: ServedEmbedder, inputs: dict[int, list[int]], dimens
 
 
 async def comes(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -132,6 +134,7 @@ async def test_closing_the_generator_closes_the_connection(llama: FakeLlama, emb
     await comes(lambda: llama.closed == 1)
 
 
+@pytest.mark.parametrize("embedder", [1], indirect=True)
 async def test_a_server_that_hangs_is_found(llama: FakeLlama, embedder: ServedEmbedder) -> None:
     llama.delay_s = 60
     running = asyncio.create_task(vectors(embedder, {0: [1]}))

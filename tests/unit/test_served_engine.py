@@ -50,11 +50,17 @@ def engine_at(url: str, model: Path, **settings: Any) -> ServedEngine:
     return ServedEngine(InferenceSettings(_env_file=None, **given), LlamaCpp())
 
 
+SOON_STUCK = pytest.mark.parametrize("engine", [1], indirect=True)
+"""The engine waits 1 s for its server. The others wait longer than a busy machine stands still."""
+
+
 @pytest_asyncio.fixture
-async def engine(server: FakeLlama, model: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServedEngine]:
+async def engine(
+    request: pytest.FixtureRequest, server: FakeLlama, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[ServedEngine]:
     """An engine that has started, and looks at its server often."""
     monkeypatch.setattr(served_server, "_LOOK_S", 0.02)
-    started = engine_at(server.url, model, engine_stall_timeout=1)
+    started = engine_at(server.url, model, engine_stall_timeout=getattr(request, "param", 30))
     await started.start(lambda line: None)
     server.requests.clear()
     yield started
@@ -71,7 +77,7 @@ async def steps(engine: ServedEngine, **fields: Any) -> list[Step]:
 
 
 async def comes(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -272,6 +278,7 @@ async def test_a_long_prompt_makes_steps_by_the_server_s_metrics_alone(server: F
         await running
 
 
+@SOON_STUCK
 async def test_a_server_that_answers_nothing_any_more_is_a_fault(server: FakeLlama, engine: ServedEngine) -> None:
     server.steps = None
     await comes(lambda: "llama.cpp has not answered for 1 s" in str(engine.status().fault))
@@ -286,6 +293,7 @@ async def test_a_server_that_was_started_anew_is_another_one(server: FakeLlama, 
     await comes(lambda: engine.status().fault == "llama.cpp was started anew")
 
 
+@SOON_STUCK
 async def test_metrics_that_make_no_sense_are_no_answer(server: FakeLlama, engine: ServedEngine) -> None:
     server.steps = "many"
     await comes(lambda: "llama.cpp has not answered for 1 s" in str(engine.status().fault))

@@ -29,7 +29,7 @@ class Connection:
 
 @pytest.fixture
 async def connection() -> AsyncIterator[Connection]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         yield Connection()
 
 

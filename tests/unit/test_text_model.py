@@ -269,7 +269,7 @@ async def test_closing_the_generator_frees_the_engine(model: TextModel) -> None:
 
 async def test_a_model_that_is_closed_serves_nothing(model: TextModel) -> None:
     running = asyncio.ensure_future(answer(model, chat("[[tokens=1000 delay_ms=1]]", max_tokens=None)))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while model.status().sequences == 0:  # noqa: ASYNC110
             await asyncio.sleep(0)
     await model.close()

@@ -41,7 +41,7 @@ def text(tokens: int) -> str:
 
 
 async def until(said: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not said():  # noqa: ASYNC110 - what is waited for tells nobody
             await asyncio.sleep(0)
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from forebay_api.in_flight import overdue
 from forebay_api.in_flight.records import key_of
 from forebay_api.webhooks import delivery
 from forebay_api.webhooks.delivery import Deliverer
@@ -15,10 +16,11 @@ from forebay_contracts.nats import clock
 from forebay_contracts.queueing import transitions
 from forebay_contracts.queueing.memory import InMemoryQueue
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import ConfigurationError
+from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
 from forebay_contracts.wire.event import EVENT_TYPES, Event, EventType, event
 from forebay_contracts.wire.request import InferenceRequest
 from forebay_contracts.wire.state import RequestStatus
+from support.batches import batched
 from support.receiver import SECRET, Receiver, receivers, sdk, written
 from support.twins import Twins, request, twins
 
@@ -121,6 +123,34 @@ def test_an_event_is_named_by_its_object_and_kind() -> None:
     assert event("batch.completed", "batch_1", 1.5, "alice", run="other").id != one.id
 
 
+async def test_what_nobody_takes_is_announced_though_its_api_is_gone(
+    system: Twins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overdue, "OVERDUE_S", 0.0)
+    monkeypatch.setattr(overdue, "LOOK_S", 0.0)
+    late, later = [background(seconds=seconds) for seconds in (-1, 0.2)]
+    for one in (late, later):
+        await system.queue.publish(one)
+    looks = 0
+
+    async def waiting() -> AsyncIterator[InferenceRequest]:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise QueueUnavailable("NATS does not answer")
+        for one in (late, later):
+            yield one
+
+    async with batched(system) as api:
+        looking = overdue.Overdue(waiting, api.stored)
+        looking.look()
+        for one in (late, later):
+            await system.reaches(one.id, RequestStatus.TIMED_OUT)
+        looking.close()
+    assert announced(system) == [("response.failed", OBJECT)] * 2
+    assert looks == 3  # one that failed, one at once, and one at the next deadline
+
+
 # --- The file ---
 
 
@@ -176,24 +206,24 @@ def test_a_new_secret_replaces_the_old_one() -> None:
 class Delivering:
     """A deliverer on the twin of the queue, in which pauses are short."""
 
-    def __init__(self, made: dict[str, Receiver]) -> None:
+    def __init__(self, made: dict[str, Receiver], timeout_s: float = 30) -> None:
         self.queue = InMemoryQueue(max_queue_size=1000, max_concurrent=1000)
         endpoints = Endpoints(None)
         endpoints.named = parse(written(made))
-        self.deliverer = Deliverer(endpoints, self.queue, self.publish, timeout_s=0.3, longest_pause_s=0.05)
+        self.deliverer = Deliverer(endpoints, self.queue, self.publish, timeout_s=timeout_s, longest_pause_s=0.05)
 
     async def publish(self, made: Event) -> None:
         self.queue.put(made.encode(), {names.HEADER_MSG_ID: f"{made.id}.{made.endpoint}"})
 
     async def empty(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(self.queue):  # noqa: ASYNC110 - a queue tells nobody that it is empty
                 await asyncio.sleep(0.005)
 
 
 @contextlib.asynccontextmanager
-async def delivering(made: dict[str, Receiver]) -> AsyncIterator[Delivering]:
-    system = Delivering(made)
+async def delivering(made: dict[str, Receiver], **options: float) -> AsyncIterator[Delivering]:
+    system = Delivering(made, **options)
     running = asyncio.create_task(system.deliverer.run())
     try:
         yield system
@@ -217,7 +247,7 @@ async def test_a_receiver_gets_what_the_sdk_verifies() -> None:
 
 
 async def test_a_receiver_that_hangs_holds_up_no_other() -> None:
-    async with receivers("slow", "good") as made, delivering(made) as system:
+    async with receivers("slow", "good") as made, delivering(made, timeout_s=0.3) as system:
         free = asyncio.Event()
         most = at_once = 0
 
@@ -295,7 +325,7 @@ async def test_why_there_is_no_connection_is_said(caplog: pytest.LogCaptureFixtu
         named = system.deliverer._endpoints.named
         named["plain"] = named["plain"].model_copy(update={"url": made["plain"].url.replace("http", "https")})
         await system.publish(some())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while "to plain: no connection: [SSL" not in caplog.text:  # noqa: ASYNC110 - a log tells nobody
                 await asyncio.sleep(0.005)
 

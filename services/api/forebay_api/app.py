@@ -31,6 +31,7 @@ from forebay_api.in_flight.files import Files
 from forebay_api.in_flight.idempotency import IdempotentRequests
 from forebay_api.in_flight.listener import Listener
 from forebay_api.in_flight.mover import Mover
+from forebay_api.in_flight.overdue import Overdue, waiting
 from forebay_api.in_flight.records import Records
 from forebay_api.in_flight.retries import Retries
 from forebay_api.in_flight.stored import StoredRequests
@@ -156,6 +157,10 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
         await Listener(connection, context.dispatcher, context.stored, context.mover).start()
         await heartbeat.start()
         context.mover.look_at_all()
+        overdue = Overdue(functools.partial(waiting, connection), context.stored)
+        if deliverer is not None:
+            overdue.look()
+            apis.on_lost.append(overdue.look)
         running_batches = BatchQueue(context)
         running_batches.start()
         delivering = asyncio.create_task(deliverer.run()) if deliverer is not None else None
@@ -166,6 +171,8 @@ async def running(settings: ApiSettings) -> AsyncIterator[Context]:
                 yield context
         finally:
             thinning.cancel()
+            apis.on_lost.clear()
+            overdue.close()
             await running_batches.close()
             if delivering is not None:
                 delivering.cancel()

@@ -185,7 +185,7 @@ async def test_a_server_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(server_process, "_END_S", 0.1)
     process = ServerProcess("deaf")
     await process.start(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done"], {})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not process.last_lines:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await process.close()
@@ -209,6 +209,6 @@ async def test_a_server_dies_with_its_worker() -> None:
     worker = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
     told, _ = await worker.communicate()
     assert worker.returncode == -signal.SIGKILL
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while psutil.pid_exists(int(told)):  # noqa: ASYNC110
             await asyncio.sleep(0.01)

@@ -123,6 +123,8 @@ class Presence(Generic[Info]):
         self._attentive_at = 0.0
         self._blind_until = 0.0
         self._task: asyncio.Task[None] | None = None
+        self.on_lost: list[Callable[[], None]] = []
+        """Called when a member is gone, within a second."""
 
     async def start(self) -> None:
         """Subscribe, and read the heartbeats that are stored.
@@ -167,9 +169,11 @@ class Presence(Generic[Info]):
 
     def _lost(self, member: str) -> None:
         """Take a member for dead: it had a heartbeat, so no first one is waited for."""
-        self._seen.pop(member, None)
+        known = self._seen.pop(member, None)
         self._strangers.pop(member, None)
         self._remember(member, -float("inf"))
+        for listener in self.on_lost if known else ():
+            listener()
 
     def _remember(self, member: str, since: float) -> None:
         self._strangers.setdefault(member, since)
@@ -191,6 +195,8 @@ class Presence(Generic[Info]):
             self._attentive_at = now
             if self._asked is not None:
                 await self._ask_the_silent(self._asked, now)
+            if self.on_lost:
+                self.alive()
 
     async def _ask_the_silent(self, asked: Callable[[str], str], now: float) -> None:
         async def ask(member: str) -> None:

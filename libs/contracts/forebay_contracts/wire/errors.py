@@ -127,7 +127,8 @@ class WaitingRoomFull(QueueError):
 
 
 class FileStoreFull(QueueError):
-    """All files together have nine tenths of FILE_STORE_BYTES. Nothing was stored."""
+    """All files together have nine tenths of FILE_STORE_BYTES, or those of one key four times what is free. Nothing was
+    stored."""
 
     code = "file_store_full"
 
@@ -231,7 +232,7 @@ class RequestTooLarge(RequestError):
 
 
 class KeyLimitReached(RequestError):
-    """The client's key has its full number of unfinished requests. Nothing was accepted.
+    """The client's key has its full number of unfinished requests or batches. Nothing was accepted.
 
     `retry_after_s`: seconds until one of them should have ended.
     """

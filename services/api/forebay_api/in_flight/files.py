@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Final
@@ -22,6 +23,7 @@ from nats.js.api import StreamInfo
 from nats.js.errors import APIError
 from pydantic import Field, ValidationError
 
+from forebay_api.clients.fair_part import may_hold
 from forebay_contracts.nats import direct_get
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.wire import names
@@ -105,6 +107,8 @@ class Files:
         self._connection = connection
         self._requests = connection.requests
         self._swept_at = float("-inf")
+        self.coming: Counter[str | None] = Counter()
+        """Bytes of the uploads that come to this api now, by key."""
 
     async def append(self, nuid: str, data: bytes, last: int, ttl_s: float, lines: str | None = None) -> int:
         """Add a chunk after sequence `last` (0: it is the first); returns its sequence.
@@ -177,18 +181,26 @@ class Files:
         """Remove one chunk."""
         await self._ask(f"$JS.API.STREAM.MSG.DELETE.{_STREAM}", {"seq": sequence, "no_erase": True})
 
-    async def need_room(self, size: int) -> None:
-        """Raises FileStoreFull if an upload of `size` bytes has no room."""
-        if await self._room() < size and time.monotonic() - self._swept_at > SWEEP_S:
+    async def need_room(self, size: int, key: str | None = None) -> None:
+        """Raises FileStoreFull if an upload of `size` bytes, by the key of this name, leaves no room."""
+        free, used = await self._room()
+        if free < size and time.monotonic() - self._swept_at > SWEEP_S:
             self._swept_at = time.monotonic()
             await self._sweep()
-        if await self._room() < size:
+            free, used = await self._room()
+        if free < size:
             raise FileStoreFull("no room is left for further files: delete some, or set FILE_STORE_BYTES")
+        if key is None or may_hold(used + size, free - size):
+            return
+        own = self.coming[key] + sum([file.size async for file in self.scan() if file.metadata.key == key])
+        if not may_hold(own + size, free - size):
+            raise FileStoreFull(f"your key `{key}` has {own} bytes of files, and others need room: delete some of them")
 
-    async def _room(self) -> float:
+    async def _room(self) -> tuple[float, int]:
+        """How many bytes uploads may still take, and how many are stored."""
         info = await self._info()
         most = info.config.max_bytes or -1
-        return most * ROOM - info.state.bytes if most > 0 else float("inf")
+        return most * ROOM - info.state.bytes if most > 0 else float("inf"), info.state.bytes
 
     async def _sweep(self) -> None:
         """Remove the chunks of files that have expired, and of uploads whose api died."""

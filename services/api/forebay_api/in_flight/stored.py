@@ -1,7 +1,7 @@
 """Requests whose answer is stored: it goes into the answer log, and outlives its client and this api.
 
 Whoever wants to read it follows the log, at any api. A client that leaves ends nothing. The api that admitted a request
-also ends it at its deadline; if that api is gone, its worker does, or the next reader.
+also ends it at its deadline; if that api is gone, its worker does, or `Overdue`, or the next reader.
 """
 
 import asyncio
@@ -153,7 +153,7 @@ class StoredRequests:
         await self._catch_up(reader)
         overdue = clock.now() > request.deadline + OVERDUE_S
         if overdue and not reader.answer.done and await self.ended_as(request) is None:
-            await self._end_late(request)
+            await self.end_late(request)
             await self._catch_up(reader)
         return reader.answer
 
@@ -308,7 +308,7 @@ class StoredRequests:
         await asyncio.sleep(left_s)
         while True:
             with contextlib.suppress(ForebayError):
-                await self._end_late(request)
+                await self.end_late(request)
                 return
             await asyncio.sleep(END_RETRY_S)
 
@@ -322,7 +322,8 @@ class StoredRequests:
             if stored is not None and stored.state.status is RequestStatus.QUEUED:
                 await self._states.write(stored.state, stored.revision)
 
-    async def _end_late(self, request: InferenceRequest) -> None:
+    async def end_late(self, request: InferenceRequest) -> None:
+        """End a request whose deadline has passed, unless it has ended. Raises QueueUnavailable, AnswerLogFull."""
         _, sequence = self._watched.get(request.id, (request, None))
         seconds = request.deadline - request.created_at
         await self._cancellation.end(

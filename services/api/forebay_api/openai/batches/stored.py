@@ -8,14 +8,17 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
 from forebay_api import request_metrics
+from forebay_api.clients.fair_part import may_hold
 from forebay_api.in_flight.records import Kept, Records, key_of
 from forebay_api.openai.batches.record import FINAL, KIND, BatchRecord, Status
+from forebay_api.watching.drain_rate import MAX_RETRY_AFTER_S
 from forebay_contracts.nats import clock
 from forebay_contracts.nats.connection import Connection
+from forebay_contracts.nats.streams import MAX_BATCHES
 from forebay_contracts.queueing.events import publish_event
 from forebay_contracts.telemetry.metrics import bound
 from forebay_contracts.wire import names
-from forebay_contracts.wire.errors import ApiError, QueueFull, QueueUnavailable
+from forebay_contracts.wire.errors import ApiError, KeyLimitReached, QueueFull, QueueUnavailable
 from forebay_contracts.wire.event import EventType, event
 
 PUBLISH_TIMEOUT_S: Final = 5.0
@@ -38,7 +41,13 @@ class Batches:
         self._records = Records(connection, names.BATCHES_BUCKET)
 
     async def create(self, record: BatchRecord) -> None:
-        """Keep a new batch, and queue it. Raises QueueFull if too many have not ended; then nothing is kept."""
+        """Keep a new batch, and queue it.
+
+        Raises:
+            QueueFull: too many have not ended; nothing is kept.
+            KeyLimitReached: too many of its key have not ended for others to find room.
+        """
+        await self._need_room(record.key)
         await self._records.put(_key(record.id), record)
         try:
             await self._queue(record.id)
@@ -78,6 +87,15 @@ class Batches:
         except (NatsError, TimeoutError) as exc:
             raise QueueUnavailable("the queue of batches cannot be reached") from exc
         return info.num_pending or 0, info.num_ack_pending or 0
+
+    async def _need_room(self, key: str | None) -> None:
+        used = sum(await self.counts()) + 1
+        if key is None or may_hold(used, MAX_BATCHES - used):
+            return
+        own = len([one async for one in self.scan() if one.key == key and one.status not in FINAL])
+        if not may_hold(own + 1, MAX_BATCHES - used):
+            message = f"Your key `{key}` has {own} batches that have not ended, and others need room: try again later."
+            raise KeyLimitReached(message, MAX_RETRY_AFTER_S)
 
     async def _queue(self, batch_id: str) -> None:
         subject = names.batch_subject(batch_id)

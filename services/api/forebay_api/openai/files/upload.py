@@ -55,8 +55,8 @@ async def upload(request: Request, files: Files, key: str | None, max_bytes: int
     form = Form(request.headers.get("content-type", ""))
     if size > max_bytes + MAX_FIELDS_BYTES:
         raise _too_large(max_bytes)
-    await files.need_room(size)
-    writer = _Writer(files, uuid.uuid4().hex, max_bytes)
+    await files.need_room(size, key)
+    writer = _Writer(files, uuid.uuid4().hex, max_bytes, key)
     try:
         async for piece in request.stream():
             if content := form.feed(piece):
@@ -67,13 +67,15 @@ async def upload(request: Request, files: Files, key: str | None, max_bytes: int
         kept_s = fields.expires_after.seconds if fields.expires_after else ttl_s
         if writer.last and kept_s > writer.ttl_s:
             raise InvalidRequest("`expires_after` must stand before the file in the form.", param="expires_after")
-        return await writer.finish(form.filename or "", fields.purpose, key, kept_s)
+        return await writer.finish(form.filename or "", fields.purpose, kept_s)
     except BaseException as exc:
         with contextlib.suppress(ApiError):
             await files.purge(writer.nuid)
         if isinstance(exc, ClientDisconnect):
             raise ClientLeft("the client left while sending") from exc
         raise
+    finally:
+        files.coming[key] -= writer.stored
 
 
 def _seconds(form: Form) -> float:
@@ -95,16 +97,21 @@ def _fields(form: Form) -> UploadFields:
 
 
 class _Writer:
-    """Cuts a file into chunks and stores them under `nuid`. `last`: the sequence of the last chunk."""
+    """Cuts a file of `key` into chunks and stores them under `nuid`.
 
-    def __init__(self, files: Files, nuid: str, max_bytes: int) -> None:
+    `last`: the sequence of the last chunk. `stored`: bytes of all.
+    """
+
+    def __init__(self, files: Files, nuid: str, max_bytes: int, key: str | None) -> None:
         self._files = files
+        self._key = key
         self._max_bytes = max_bytes
         self._buffer = bytearray()
         self._digest = hashlib.sha256()
         self._size = self._chunks = 0
         self.nuid = nuid
         self.ttl_s = 0.0
+        self.stored = 0
         self.last = 0
 
     async def write(self, content: bytes) -> None:
@@ -121,11 +128,13 @@ class _Writer:
         del self._buffer[:CHUNK_BYTES]
         self._digest.update(chunk)
         if self._chunks % LOOK_CHUNKS == LOOK_CHUNKS - 1:
-            await self._files.need_room(0)
+            await self._files.need_room(0, self._key)
         self.last = await self._files.append(self.nuid, chunk, self.last, self.ttl_s)
+        self._files.coming[self._key] += len(chunk)
+        self.stored += len(chunk)
         self._chunks += 1
 
-    async def finish(self, filename: str, purpose: str, key: str | None, kept_s: float) -> File:
+    async def finish(self, filename: str, purpose: str, kept_s: float) -> File:
         """Store the rest, and what is known of the file."""
         self.ttl_s = max(self.ttl_s, kept_s)
         if self._buffer:
@@ -138,7 +147,11 @@ class _Writer:
             chunks=self._chunks,
             digest=digest_of(self._digest.digest()),
             metadata=FileMetadata(
-                filename=filename, purpose=purpose, created_at=str(now), expires_at=str(int(now + kept_s)), key=key
+                filename=filename,
+                purpose=purpose,
+                created_at=str(now),
+                expires_at=str(int(now + kept_s)),
+                key=self._key,
             ),
         )
         await self._files.put(file, kept_s)
