@@ -53,6 +53,20 @@ def test_a_servers_slots_are_the_charts_to_give(name: str, engine: str, model: s
     assert "GGUF" not in entry["engineOptions"]
 
 
+@pytest.mark.parametrize(
+    ("name", "key"), [("org/123", "123"), ("org/true", "true"), ("org/1e3", "1e3"), ("org/Größe_2.5", "gr-e-2-5")]
+)
+def test_the_key_is_a_text(name: str, key: str) -> None:
+    assert values(name)[0] == key
+
+
+def test_two_files_of_a_long_name_have_two_keys() -> None:
+    files = [f"org/repo/DeepSeek-R1-Distill-Qwen-14B-Instruct-abliterated-{kind}.gguf" for kind in ("Q4_K_M", "Q8_0")]
+    keys = {values(file, "llamacpp")[0] for file in files}
+    assert len(keys) == 2
+    assert all(len(key) <= 40 for key in keys)
+
+
 def test_what_does_not_fit_gives_no_values() -> None:
     result = CliRunner().invoke(app, ["plan", "--gpu-memory", "1GiB", "--model", "7.6B", "--helm-values"])
     assert result.stdout == ""
