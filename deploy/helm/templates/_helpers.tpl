@@ -9,7 +9,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
 {{- $root := index . 0 -}}
 {{- $variant := index . 2 -}}
 {{- with $root.Values.images.registry }}{{ trimSuffix "/" . }}/{{ end -}}
-{{ index . 1 }}:{{ $root.Values.images.tag | default $root.Chart.AppVersion }}{{ if ne $variant "api" }}-{{ $variant }}{{ end }}
+{{ index . 1 }}:{{ $root.Values.images.tag | default (replace "+" "_" $root.Chart.AppVersion) }}{{ if ne $variant "api" }}-{{ $variant }}{{ end }}
 {{- with get $root.Values.images.digests $variant }}@{{ . }}{{ end }}
 {{- end }}
 
