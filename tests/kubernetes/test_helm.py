@@ -60,7 +60,10 @@ CASES: dict[str, dict[str, Any]] = {
     "open NATS": {"models": {"smol": SMOL}, "nats": OPEN},
     # Keys that YAML takes for a number and a boolean.
     "odd": {
-        "models": {"123": QWEN | ELSEWHERE, "true": SMOL | ELSEWHERE | {"settings": {"DRAIN_TIMEOUT": "45.5"}}},
+        "models": {
+            "123": QWEN | ELSEWHERE,
+            "true": SMOL | ELSEWHERE | {"model": "模型", "settings": {"DRAIN_TIMEOUT": "45.5"}},
+        },
         "api": ELSEWHERE,
         "nats": ELSEWHERE | {"storage": "1T"},
         "images": {"registry": "registry.example:5000/", "pullSecrets": ["007"], "digests": dict(DIGESTS)},

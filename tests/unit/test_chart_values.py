@@ -128,6 +128,8 @@ def test_a_slip_is_refused(values: dict[str, Any]) -> None:
         {"settings": {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://otel:4318", "ANSWER_LOG_BYTES": 2_147_483_648}},
         {"nats": {"url": "tls://[2001:db8::1]:4222,tls://b.example"}},
         {"api": {"resources": None}},
+        # Of an older values file.
+        {"nats": {"maxStore": "16GB", "port": 4222, "egress": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}},
     ],
     ids=json.dumps,
 )

@@ -43,6 +43,7 @@ def test_an_entry_has_the_numbers_of_one_worker() -> None:
         ("Qwen/Qwen2.5-7B-Instruct", "vllm", "Qwen/Qwen2.5-7B-Instruct"),
         ("Qwen/Qwen2.5-7B-Instruct", "llamacpp", ""),  # which file?
         ("7.6B", "sglang", ""),
+        ("/home/me/qwen", "vllm", ""),
     ],
 )
 def test_a_servers_slots_are_the_charts_to_give(name: str, engine: str, model: str) -> None:

@@ -27,11 +27,11 @@ MAX_CONCURRENT_REQUESTS. */}}
 {{- fail (printf "models.%s: gpus is the number of workers too: give gpus or workers" $key) }}
 {{- end }}
 {{- $one := merge (dict) $given (dict "gpus" 0 "workers" 1 "slots" 1 "queue" 100 "memoryGiB" 2 "engine" "transformers" "engineOptions" "" "task" "auto" "settings" dict) }}
-{{- $served := dig "MODEL_NAME" "" $one.settings | default (regexMatch `^[/.~]|\.gguf$` $one.model | ternary (base $one.model | trimSuffix ".gguf") $one.model) }}
+{{- $served := dig "MODEL_NAME" "" $one.settings | default (regexMatch `^(/|\.\.?/|~)|\.gguf$` $one.model | ternary (base $one.model | trimSuffix ".gguf") $one.model) }}
 {{- $workers := $one.gpus | default $one.workers | int }}
 {{- $onGpu := gt (int $one.gpus) 0 }}
 {{- $image := has $one.engine (list "vllm" "sglang" "llamacpp") | ternary "served" ($onGpu | ternary "cuda" "cpu") }}
-{{- $consumer := regexReplaceAll "[^A-Za-z0-9_]+" $served "-" | trimAll "-" }}
+{{- $consumer := regexReplaceAll "[^A-Za-z0-9_]+" $served "-" | trimAll "-" | default "model" }}
 {{- with get $keys $consumer }}
 {{- fail (printf "models.%s and models.%s have the same consumer on NATS, %s: give one of them another MODEL_NAME in its settings" . $key $consumer) }}
 {{- end }}

@@ -19,8 +19,9 @@ def helm_values(shape: ModelShape, best: Fit, settings: dict[str, str], options:
     """
     engine = settings.get("INFERENCE_ENGINE", "transformers")
     gguf = engine == "llamacpp"
-    nameless = parse_params(shape.name) is not None or (gguf and not shape.name.endswith(".gguf"))
-    wanted = f"a GGUF file in {best.quantization}, as OWNER/NAME/FILE.gguf" if gguf else "its hub id"
+    here = shape.name.startswith(("/", ".", "~"))  # a folder of this machine
+    nameless = here or parse_params(shape.name) is not None or (gguf and not shape.name.endswith(".gguf"))
+    wanted = f"a GGUF file in {best.quantization}, as OWNER/NAME/FILE.gguf" if gguf else "its hub id, or its path on the models' volume"
     entry: dict[str, object] = {
         "model": "" if nameless else shape.name,
         "gpus": 1,
