@@ -21,7 +21,9 @@ def helm_values(shape: ModelShape, best: Fit, settings: dict[str, str], options:
     gguf = engine == "llamacpp"
     here = shape.name.startswith(("/", ".", "~"))  # a folder of this machine
     nameless = here or parse_params(shape.name) is not None or (gguf and not shape.name.endswith(".gguf"))
-    wanted = f"a GGUF file in {best.quantization}, as OWNER/NAME/FILE.gguf" if gguf else "its hub id, or its path on the models' volume"
+    wanted = "its hub id, or its path on the models' volume"
+    if gguf:
+        wanted = f"a GGUF file in {best.quantization}, as OWNER/NAME/FILE.gguf"
     entry: dict[str, object] = {
         "model": "" if nameless else shape.name,
         "gpus": 1,
