@@ -15,12 +15,14 @@ _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$", re.MULTILINE)
 def main() -> int:
     """Check every Markdown file that git knows."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"],
         check=True,
         capture_output=True,
         text=True,
     )
-    faults = [fault for name in listed.stdout.split() for fault in dead_links(Path(name))]
+    # One that is deleted is listed until that is committed.
+    pages = [page for name in listed.stdout.split("\0") if name and (page := Path(name)).exists()]
+    faults = [fault for page in pages for fault in dead_links(page)]
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0

@@ -37,7 +37,7 @@ build() {  # build NAME FILE LOCK OPTIONS...
         "${options[@]}" "${@:4}" -t "$1" -f "deploy/images/$2.Dockerfile" .
     if [ -n "${PUSH:-}" ]; then
         local variant=-${1#*:}
-        local name=$PUSH/${1%:*}:$version${variant#-latest}
+        local name=$PUSH/${1%:*}:${version//+/_}${variant#-latest}  # a tag has no +
         docker tag "$1" "$name" && docker push --quiet "$name"
     fi
 }

@@ -63,6 +63,25 @@ async def test_requests_are_found_by_what_they_are(nats_server: NatsServer, wind
                 await page.reload()
                 await window.to("requests?q=state:failed")
                 await window.shows("#range", "1 to 2 of 2")
+            # All that fit are cancelled on every page of the list, up to a bound; here it is smaller than on the page.
+            source = (await stack.http.get(window.url + "page/requests.js")).text
+            assert "MOST = 1000;" in source
+            smaller = source.replace("MOST = 1000;", "MOST = 55;")
+            await page.route(
+                "**/page/requests.js", lambda route: route.fulfill(body=smaller, content_type="text/javascript")
+            )
+            many = [past(1000 + number, status=RequestStatus.QUEUED, model="org/Many") for number in range(60)]
+            await remember(stack, many)
+            await window.to("requests?q=model:org/many&order=oldest")
+            await page.reload()
+            await page.get_by_role("button", name="Cancel all 60 that fit").press("Enter")
+            await window.shows("#ask-text", re.compile("^60 fit, and at most 55 .*: the first in this order"))
+            await window.answer("Cancel 55")
+            await window.shows("#message", "55 requests were cancelled; 5 that fit are left")
+            await stack.reaches(many[-1].id, RequestStatus.CANCELLED)  # it was queued first
+            await page.get_by_role("button", name="Cancel all 5 that fit").press("Enter")
+            await window.answer("Cancel 5")
+            await window.focused("#select-all")  # the button is gone: nothing is left to cancel
             assert not [line for line in window.complaints if "404" not in line]
 
 

@@ -44,6 +44,15 @@ def test_systemd_accepts_the_unit_and_finds_it_confined(unit: Path, tmp_path: Pa
     assert subprocess.run(secure, capture_output=True, check=False).returncode == 0
 
 
+def test_a_worker_reaches_its_gpu_and_each_unit_is_started_again_for_ever() -> None:
+    _, inference, _ = UNITS
+    # Each of them implies a DeviceAllow, and then all other devices are denied.
+    assert not directives(inference, "PrivateDevices") + directives(inference, "ProtectClock")
+    for unit in UNITS:
+        before, _, _ = unit.read_text().partition("[Service]")
+        assert "StartLimitIntervalSec=0" in before  # systemd ignores it in [Service]
+
+
 def test_settings_load_and_a_stop_waits_for_a_drain(monkeypatch: pytest.MonkeyPatch) -> None:
     api, inference, nats = UNITS
     assert directives(nats, "Restart") == ["always"]

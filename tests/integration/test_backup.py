@@ -48,7 +48,7 @@ async def test_what_is_stored_moves_to_another_server(
         with pytest.raises(ConfigurationError, match=r"apis: 1, workers: 0"):
             await run(restore, monkeypatch, nats_server, saved)
         counted = await completed(stack)
-    assert stat.S_IMODE(saved.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(place.stat().st_mode) for place in (saved, *saved.glob("*/"))} == {0o700}
     with pytest.raises(ConfigurationError, match="is not empty"):
         await run(backup, monkeypatch, nats_server, saved)
 

@@ -202,6 +202,7 @@ async def test_a_listener_is_told_the_newest_requests_that_it_may_see(nats_serve
             async with contextlib.aclosing(shared.listen(lambda client=client: client)) as events:  # type: ignore[misc]
                 first = await told(events)
                 assert first["reset"] is True
+                assert first["nats"] == (nats_server.url if client.operator else None)
                 assert [one["id"] for one in first["requests"]] == [one.id for one in reversed(expected)]
                 # What went wrong inside is not for whoever asks.
                 assert {one["fault"] for one in first["requests"]} <= {None}

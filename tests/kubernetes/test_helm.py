@@ -1,6 +1,5 @@
 """The chart deploy/helm: each object fits Kubernetes, and its numbers follow from models and GPUs."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -14,9 +13,7 @@ from test_object_schemas import OPERATORS, group, operator_schema
 from forebay_contracts.settings import ApiSettings, InferenceSettings, Settings
 from forebay_contracts.wire import names
 from support import helm
-from support.command import run
 from support.manifests import DEPLOY, Manifests, settings
-from support.nats import NatsServer
 
 pytestmark = pytest.mark.deploy
 
@@ -33,6 +30,15 @@ RERANKER: dict[str, Any] = {
 EXISTING: dict[str, Any] = {"enabled": False, "url": "tls://nats.example:4222"}
 OPEN: dict[str, Any] = {"enabled": False, "url": "nats://nats:4222", "auth": "none", "tlsSecret": ""}
 PRODUCTION: dict[str, Any] = yaml.safe_load((helm.CHART / "production.yaml").read_text())
+NAMESPACE = {"namespaceSelector": {"matchLabels": {"team": "llm"}}}
+DIGESTS = {image: f"sha256:{number:064}" for number, image in enumerate(("api", "cpu", "cuda"))}
+ELSEWHERE: dict[str, Any] = {
+    "nodeSelector": {"pool": "1"},
+    "tolerations": [{"key": "pool", "operator": "Exists"}],
+    "affinity": {"nodeAffinity": {}},
+    "runtimeClassName": "nvidia",
+    "priorityClassName": "",
+}
 OUTSIDE: dict[str, Any] = {
     "ingress": {"enabled": True, "host": "llm.example", "tlsSecret": "llm-tls", "className": "nginx"},
     "gateway": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["llm.example"]},
@@ -49,7 +55,32 @@ CASES: dict[str, dict[str, Any]] = {
         "nats": EXISTING | {"auth": "credentials", "tlsSecret": "", "replicas": 3},
     },
     "open NATS": {"models": {"smol": SMOL}, "nats": OPEN},
+    # Keys that YAML takes for a number and a boolean.
+    "odd": {
+        "models": {
+            "123": QWEN | ELSEWHERE,
+            "true": SMOL | ELSEWHERE | {"model": "模型", "settings": {"DRAIN_TIMEOUT": "45.5"}},
+        },
+        "api": ELSEWHERE,
+        "nats": ELSEWHERE | {"storage": "1T"},
+        "images": {"registry": "registry.example:5000/", "pullSecrets": ["007"], "digests": dict(DIGESTS)},
+        "autoscaling": {"workers": {"enabled": True, "minReplicas": 3}},
+        "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
+        "networkPolicies": {
+            "clients": [NAMESPACE],
+            "scrapers": [NAMESPACE],
+            "dns": [NAMESPACE],
+            "egress": [{"to": [NAMESPACE]}],
+        },
+        "ipFamily": "IPv6",
+    },
+    "NATS with a password": {
+        "models": {"qwen": QWEN},
+        "nats": EXISTING | {"url": "tls://[2001:db8::1]:4333,tls://nats.example", "auth": "url"},
+    },
+    "NATS with client certificates": {"models": {"qwen": QWEN}, "nats": EXISTING | {"auth": "certificate"}},
 }
+PORTS = {"NATS with a password": [4333, 4222]}
 
 
 def chart(values: dict[str, Any], name: str = "chart", **options: Any) -> Manifests:
@@ -129,7 +160,8 @@ def test_numbers_follow_from_models_and_gpus(case: Manifests) -> None:
         workers = model.get("gpus") or model.get("workers", 1)
         worker = settings(InferenceSettings, case.environment(f"forebay-inference-{key}"))
         (container,) = (one for one in topology.pod["containers"] if one["name"] == key)
-        applied = settings(Settings, case.environment_of(container))
+        # With `auth: url`, the address is in a Secret.
+        applied = settings(Settings, {"NATS_URL": worker.nats_url or ""} | case.environment_of(container))
         # Each service may apply the topology: all have to want the same.
         assert applied == settings(Settings, case.environment(f"forebay-inference-{key}") | {"DATA_DIR": ""})
         assert worker.slots == model["slots"]
@@ -162,7 +194,42 @@ def test_values_of_a_plan_for_a_server_start_it_as_planned(engine: str) -> None:
     assert server["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
-# --- NATS, secrets, upgrades ---
+def test_odd_values_reach_every_pod() -> None:
+    found = chart(CASES["odd"], "odd")
+    gpu = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    for workload in found.workloads():
+        first = [gpu] if workload.name.endswith("123") else []
+        given = ELSEWHERE | {"tolerations": [*first, *ELSEWHERE["tolerations"]]}
+        assert {name: workload.pod.get(name, "") for name in given} == given, workload.name
+        assert workload.pod["imagePullSecrets"] == [{"name": "007"}]
+    api, worker = found.workload("forebay-api"), found.workload("forebay-inference-123")
+    assert api.container["image"] == f"registry.example:5000/forebay-api:0.1.0@{DIGESTS['api']}"
+    assert worker.container["image"].endswith(f":0.1.0-cuda@{DIGESTS['cuda']}")
+    assert found.environment("forebay-api")["API_HOST"] == found.environment(worker.name)["METRICS_HOST"] == "::"
+    assert found.workload("forebay-inference-true").pod["terminationGracePeriodSeconds"] == 76
+    assert {one["spec"]["minReplicaCount"] for one in found.of("ScaledObject")} == {1}  # no more than there are GPUs
+    assert "MAX_STORE: 800GB " in found.config("nats-config")["site.conf"]
+    assert found.one("PodMonitor", "forebay-inference")["metadata"]["labels"]["release"] == "prometheus"
+    for policy in ("dns", "api", "inference", "nats", "nats-clients"):
+        assert "team: llm" in yaml.safe_dump(found.one("NetworkPolicy", policy)), policy
+
+
+def test_further_variables_reach_each_container_of_a_model() -> None:
+    secret = {"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": "vllm", "key": "key"}}}
+    bare: dict[str, Any] = {"limits": {"nvidia.com/gpu": 2}}
+    values = {
+        "models": {"qwen": QWEN | {"engine": "vllm", "env": [secret], "resources": bare}},
+        "api": {"resources": None},
+    }
+    found = chart(values)
+    pod = found.workload("forebay-inference-qwen").pod
+    containers = (*pod["initContainers"], *pod["containers"])
+    assert [secret in one["env"] for one in containers] == [True] * 3
+    assert [one["resources"] == bare for one in containers] == [False, True, False]
+    assert "resources" not in found.workload("forebay-api").container
+
+
+# --- NATS, secrets, refusals ---
 
 
 def test_an_existing_nats_needs_nothing_of_the_charts(case: Manifests) -> None:
@@ -175,79 +242,37 @@ def test_an_existing_nats_needs_nothing_of_the_charts(case: Manifests) -> None:
     assert loaded.nats_url == nats["url"]
     assert (loaded.nats_nkey_seed is not None) == (nats.get("auth", "nkey") == "nkey")
     assert (loaded.nats_credentials is not None) == (nats.get("auth") == "credentials")
+    assert (
+        (loaded.nats_tls_cert is not None) == (loaded.nats_tls_key is not None) == (nats.get("auth") == "certificate")
+    )
+    for workload in case.workloads():
+        # The address with the password is in no ConfigMap, and wins over the other.
+        own = [one for one in workload.pod["containers"][0]["env"] if one["name"] == "NATS_URL" and "value" not in one]
+        assert [one["valueFrom"]["secretKeyRef"]["key"] for one in own] == ["url"] * (nats.get("auth") == "url")
     assert (loaded.nats_tls_ca is not None) == (nats.get("tlsSecret", "x") != "")
-    (policy,) = (one["spec"] for one in case.of("NetworkPolicy") if one["metadata"]["name"] == "nats-clients")
-    assert policy["egress"] == [
-        {"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [{"protocol": "TCP", "port": 4222}]}
-    ]
+    anywhere = [{"ipBlock": {"cidr": "0.0.0.0/0"}}, {"ipBlock": {"cidr": "::/0"}}]
+    ports = [{"protocol": "TCP", "port": port} for port in PORTS.get(case.name, [4222])]
+    assert case.one("NetworkPolicy", "nats-clients")["spec"]["egress"] == [{"to": anywhere, "ports": ports}]
 
 
 def test_large_numbers_are_written_whole() -> None:
     bytes_ = 2_147_483_648
-    model = QWEN | {"queue": 2_000_000, "settings": {"ENGINE_START_TIMEOUT": 0.5, "ACK_WAIT": 1_000_000}}
+    model = QWEN | {"queue": 2_000_000, "settings": {"ENGINE_START_TIMEOUT": 0.5, "LLM_BATCH_SIZE": 1_000_000}}
     values = {"settings": {"ANSWER_LOG_BYTES": bytes_}, "api": {"settings": {"MAX_FILE_BYTES": bytes_}}}
     found = chart({"models": {"qwen": model}} | values)
     assert (
         found.environment("forebay-api").items() >= {"MAX_FILE_BYTES": str(bytes_), "MAX_QUEUE_SIZE": "2000000"}.items()
     )
     worker = found.environment("forebay-inference-qwen")
-    assert (worker["ENGINE_START_TIMEOUT"], worker["ACK_WAIT"]) == ("0.5", "1000000")
-    assert found.environment("forebay-topology-1")["ANSWER_LOG_BYTES"] == str(bytes_)
+    assert (worker["ENGINE_START_TIMEOUT"], worker["LLM_BATCH_SIZE"]) == ("0.5", "1000000")
+    (topology,) = (one for one in found.workloads() if one.kind == "Job")
+    assert found.environment_of(topology.container)["ANSWER_LOG_BYTES"] == str(bytes_)
 
 
 def test_secrets_are_made_from_values_alone() -> None:
     assert not chart(CASES["one GPU"]).of("Secret")
     made = {one["metadata"]["name"] for one in chart(CASES["two models"]).of("Secret")}
     assert made == {"forebay-api-keys", "forebay-hub"}
-
-
-def test_the_topology_is_applied_at_each_revision() -> None:
-    values = CASES["existing NATS"]
-    for options in ({}, {"is_upgrade": True, "is_install": False, "revision": 2}):
-        (job,) = chart(values, **options).of("Job")
-        assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade,post-rollback"
-        # Nothing of the release is there before the first installation.
-        pod = job["spec"]["template"]["spec"]
-        assert "priorityClassName" not in pod
-        assert all("envFrom" not in one for one in pod["containers"])
-    first = chart(CASES["one GPU"]).of("Job")
-    second = chart(CASES["one GPU"], is_upgrade=True, is_install=False, revision=2).of("Job")
-    assert [job["metadata"]["name"] for job in (*first, *second)] == ["forebay-topology-1", "forebay-topology-2"]
-    assert "annotations" not in first[0]["metadata"]
-
-
-async def test_the_topology_of_two_models_is_what_each_service_wants(nats_server: NatsServer) -> None:
-    """The Job's containers, on a real server; then no service finds anything to change, as none may change it."""
-    found = chart({"models": {"smol": SMOL, "e5": E5}, "nats": OPEN})
-
-    async def apply(environment: dict[str, str], *options: str) -> str:
-        env = os.environ | environment | {"NATS_URL": nats_server.url}
-        ended = await run("topology", "apply", *options, env=env)
-        assert ended.code == 0, ended.stderr
-        return ended.stdout
-
-    (job,) = (one for one in found.workloads() if one.kind == "Job")
-    applied = [await apply(found.environment_of(one)) for one in job.pod["containers"]]
-    assert "consumer intfloat-e5-base-v2 made" in applied[0]
-    assert applied[1] == "consumer HuggingFaceTB-SmolLM2-135M-Instruct made\n"
-    assert found.environment("forebay-api")["DEFAULT_MODEL"] == SMOL["model"]  # of requests that name none
-    for workload in ("forebay-api", "forebay-inference-e5", "forebay-inference-smol"):
-        assert await apply(found.environment(workload), "--dry-run") == "nothing to change\n"
-
-
-def test_changed_settings_restart_the_pods_that_have_them() -> None:
-    def checksums(values: dict[str, Any]) -> dict[str, Any]:
-        return {
-            one["metadata"]["name"]: one["spec"]["template"]["metadata"]["annotations"]
-            for one in chart(values).of("Deployment", "StatefulSet")
-        }
-
-    before = checksums(CASES["two models"])
-    after = checksums(CASES["two models"] | {"settings": {"LOG_LEVEL": "DEBUG"}})
-    assert {name for name in before if before[name] != after[name]} == before.keys() - {"nats"}
-    models = CASES["two models"]["models"]
-    after = checksums(CASES["two models"] | {"models": models | {"e5": E5 | {"settings": {"LLM_BATCH_SIZE": 64}}}})
-    assert {name for name in before if before[name] != after[name]} == {"forebay-inference-e5"}
 
 
 @pytest.mark.parametrize(
@@ -265,6 +290,17 @@ def test_changed_settings_restart_the_pods_that_have_them() -> None:
         ),
         ({"models": {"qwen": QWEN}, "gateway": {"enabled": True}}, "gateway.parentRefs"),
         ({"models": {"qwen": QWEN}, "nats": {"replicas": 2}}, "replicas"),
+        ({"models": {"qwen": QWEN}, "nats": {"url": "nats://nats:4222"}}, "set nats.enabled to false"),
+        ({"models": {"qwen": QWEN}, "nats": {"tlsSecret": ""}}, "nats.tlsSecret"),
+        (
+            {"models": {"a": QWEN, "b": SMOL | {"settings": {"MODEL_NAME": "Qwen-Qwen2-5-7B-Instruct"}}}},
+            "a and models.b",
+        ),
+        ({"models": {"qwen": QWEN | {"workers": 2}}}, "give gpus or workers"),
+        (
+            {"models": {"qwen": QWEN}, "autoscaling": {"api": {"enabled": True, "minReplicas": 11}}},
+            "minReplicas is above maxReplicas",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_refused_with_a_sentence(values: dict[str, Any], says: str) -> None:

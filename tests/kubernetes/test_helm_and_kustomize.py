@@ -85,7 +85,9 @@ def plain(manifests: Manifests) -> Callable[[Object], Object]:
     """What makes an object comparable: without what may differ, with the settings that its containers load."""
 
     def of(found: Object) -> Object:
-        one: Object = yaml.safe_load(re.sub(r"(forebay-inference|forebay-topology)-\w+", r"\1", yaml.safe_dump(found)))
+        one: Object = yaml.safe_load(
+            re.sub(r"(forebay-inference|forebay-topology)-[\w-]+", r"\1", yaml.safe_dump(found))
+        )
         if found["kind"] == "ConfigMap":
             one["metadata"]["name"] = one["metadata"]["name"].removesuffix("-model")
             # Of files, the lines; the settings are compared in the containers that get them.

@@ -43,6 +43,7 @@ def test_an_entry_has_the_numbers_of_one_worker() -> None:
         ("Qwen/Qwen2.5-7B-Instruct", "vllm", "Qwen/Qwen2.5-7B-Instruct"),
         ("Qwen/Qwen2.5-7B-Instruct", "llamacpp", ""),  # which file?
         ("7.6B", "sglang", ""),
+        ("/home/me/qwen", "vllm", ""),
     ],
 )
 def test_a_servers_slots_are_the_charts_to_give(name: str, engine: str, model: str) -> None:
@@ -51,6 +52,20 @@ def test_a_servers_slots_are_the_charts_to_give(name: str, engine: str, model: s
     assert entry["engineOptions"].startswith("--")
     assert not {"--max-num-seqs", "--max-running-requests", "--parallel"} & set(entry["engineOptions"].split())
     assert "GGUF" not in entry["engineOptions"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("org/123", "123"), ("org/true", "true"), ("org/1e3", "1e3"), ("org/Größe_2.5", "gr-e-2-5")]
+)
+def test_the_key_is_a_text(name: str, key: str) -> None:
+    assert values(name)[0] == key
+
+
+def test_two_files_of_a_long_name_have_two_keys() -> None:
+    files = [f"org/repo/DeepSeek-R1-Distill-Qwen-14B-Instruct-abliterated-{kind}.gguf" for kind in ("Q4_K_M", "Q8_0")]
+    keys = {values(file, "llamacpp")[0] for file in files}
+    assert len(keys) == 2
+    assert all(len(key) <= 40 for key in keys)
 
 
 def test_what_does_not_fit_gives_no_values() -> None:

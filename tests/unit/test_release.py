@@ -39,7 +39,14 @@ def test_actions_are_pinned_and_rights_are_least() -> None:
     }
 
 
-def test_nothing_is_published_before_all_is_made() -> None:
+def test_no_expression_of_the_workflow_is_a_part_of_a_script() -> None:
+    """The name of a tag or a branch could be a command; a variable of the environment is a text."""
+    assert not [step["run"] for step in STEPS if "${{" in step.get("run", "")]
+    # A token is in the environment of the one step that needs it.
+    assert not [name for name, job in JOBS.items() if "github.token" in str(job.get("env"))]
+
+
+def test_packages_are_published_when_all_is_made() -> None:
     assert all(JOBS[name]["needs"] == "checks" for name in ("packages", "images"))
     assert all(set(JOBS[name]["needs"]) == {"packages", "images"} for name in ("index", "release"))
 

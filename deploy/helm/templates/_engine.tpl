@@ -1,8 +1,10 @@
 {{/* Of the container that computes the model. */}}
 {{- define "forebay.resources" -}}
+{{- with .resources }}{{ toYaml . }}{{ else -}}
 {{- $gpu := .onGpu | ternary "nvidia.com/gpu: \"1\"" "" -}}
 requests: {cpu: {{ .onGpu | ternary "2" "1" | quote }}, memory: {{ int .memoryGiB }}Gi{{ with $gpu }}, {{ . }}{{ end }}}
 limits: {memory: {{ add .memoryGiB (max 2 (div .memoryGiB 2)) }}Gi{{ with $gpu }}, {{ . }}{{ end }}}
+{{- end }}
 {{- end }}
 
 {{/* An inference server beside the worker: (list ROOT KEY MODEL). */}}
@@ -13,7 +15,7 @@ limits: {memory: {{ add .memoryGiB (max 2 (div .memoryGiB 2)) }}Gi{{ with $gpu }
 {{- $image := get $root.Values.images (and $model.onGpu (eq $model.engine "llamacpp") | ternary "llamacppCuda" $model.engine) -}}
 # Fetches the model into the volume, so that the server needs no network and no token.
 - name: fetch
-  image: {{ include "forebay.image" (list $root $root.Values.images.inference $model.image) }}
+  image: {{ include "forebay.image" (list $root $root.Values.images.inference $model.image) | quote }}
   imagePullPolicy: IfNotPresent
   args: [fetch, --link, /tmp/model]
   envFrom:
@@ -23,6 +25,7 @@ limits: {memory: {{ add .memoryGiB (max 2 (div .memoryGiB 2)) }}Gi{{ with $gpu }
         name: inference-config-{{ $key }}
   env:
     - {name: HF_TOKEN_PATH, value: /etc/forebay/hub/token}
+    {{- with $model.env }}{{ toYaml . | nindent 4 }}{{ end }}
   resources:
     requests: {cpu: "1", memory: 1Gi}
     limits: {memory: 4Gi}
@@ -33,7 +36,7 @@ limits: {memory: {{ add .memoryGiB (max 2 (div .memoryGiB 2)) }}Gi{{ with $gpu }
     - {name: hub, mountPath: /etc/forebay/hub, readOnly: true}
 # A sidecar: Kubernetes stops it after the worker, which needs it until its drain has ended.
 - name: engine
-  image: {{ $image }}
+  image: {{ $image | quote }}
   restartPolicy: Always
   imagePullPolicy: IfNotPresent
   command: [sh, -c]
@@ -45,6 +48,7 @@ limits: {memory: {{ add .memoryGiB (max 2 (div .memoryGiB 2)) }}Gi{{ with $gpu }
     - {name: USER, value: forebay}
     - {name: HF_HUB_OFFLINE, value: "1"}
     - {name: DO_NOT_TRACK, value: "1"}
+    {{- with $model.env }}{{ toYaml . | nindent 4 }}{{ end }}
   # It listens on 127.0.0.1 alone, so the kubelet asks from inside. The worker starts after the first success,
   # for which the server has an hour.
   startupProbe:

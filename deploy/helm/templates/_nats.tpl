@@ -1,3 +1,13 @@
+{{/* Four fifths of the volume. */}}
+{{- define "forebay.natsMaxStore" -}}
+{{- with .Values.nats.maxStore }}{{ . }}{{ else -}}
+{{- $size := .Values.nats.storage -}}
+{{- $all := mul (regexFind "^[0-9]+" $size | int64) (get (dict "M" 1 "G" 1000 "T" 1000000) (regexFind "[MGT]" $size)) -}}
+{{- $part := div (mul 4 $all) 5 -}}
+{{ if mod $part 1000 }}{{ $part }}MB{{ else }}{{ div $part 1000 }}GB{{ end }}
+{{- end }}
+{{- end }}
+
 {{- define "forebay.natsSite" -}}
 # The settings for Kubernetes. forebay.conf of deploy/nats includes this file. The public keys of the roles (ADMIN_KEY,
 # API_KEY, ...) come from the environment.
@@ -7,7 +17,7 @@ port: 4222
 http_port: 8222
 pid_file: "/run/nats/nats.pid"
 STORE: "/data"
-MAX_STORE: {{ .Values.nats.maxStore }}             # below the size of the volume, so that JetStream refuses messages before the disk is full
+MAX_STORE: {{ include "forebay.natsMaxStore" . }}             # below the size of the volume, so that JetStream refuses messages before the disk is full
 
 tls: {
     cert_file: "/etc/nats-tls/tls.crt"

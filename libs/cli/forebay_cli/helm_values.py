@@ -1,5 +1,6 @@
 """An entry of `models` in the values of the chart deploy/helm, from a plan."""
 
+import hashlib
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from forebay_contracts.sizing.gpu_memory import Fit, ModelShape, weights_bytes
 from forebay_contracts.sizing.model_shape import parse_params
 
 _MEMORY_STEP_GIB = 4
+_MOST_LETTERS = 40
 
 
 def helm_values(shape: ModelShape, best: Fit, settings: dict[str, str], options: str, request_timeout_s: float) -> str:
@@ -17,8 +19,11 @@ def helm_values(shape: ModelShape, best: Fit, settings: dict[str, str], options:
     """
     engine = settings.get("INFERENCE_ENGINE", "transformers")
     gguf = engine == "llamacpp"
-    nameless = parse_params(shape.name) is not None or (gguf and not shape.name.endswith(".gguf"))
-    wanted = f"a GGUF file in {best.quantization}, as OWNER/NAME/FILE.gguf" if gguf else "its hub id"
+    here = shape.name.startswith(("/", ".", "~"))  # a folder of this machine
+    nameless = here or parse_params(shape.name) is not None or (gguf and not shape.name.endswith(".gguf"))
+    wanted = "its hub id, or its path on the models' volume"
+    if gguf:
+        wanted = f"a GGUF file in {best.quantization}, as OWNER/NAME/FILE.gguf"
     entry: dict[str, object] = {
         "model": "" if nameless else shape.name,
         "gpus": 1,
@@ -39,7 +44,8 @@ def helm_values(shape: ModelShape, best: Fit, settings: dict[str, str], options:
         for key, value in entry.items()
     ]
     name = _label(shape.name)
-    return "\n".join((f"requestTimeout: {math.ceil(request_timeout_s)}", "models:", f"  {name}:", *lines))
+    # Quoted, because YAML takes some names for a number or a boolean.
+    return "\n".join((f"requestTimeout: {math.ceil(request_timeout_s)}", "models:", f'  "{name}":', *lines))
 
 
 def _main_memory_gib(size: int) -> int:
@@ -50,4 +56,8 @@ def _main_memory_gib(size: int) -> int:
 def _label(model: str) -> str:
     """A DNS label of the model's name without its owner, for the names of its objects."""
     last = model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
-    return re.sub(r"[^a-z0-9]+", "-", last.lower())[:40].strip("-") or "model"
+    label = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-") or "model"
+    if len(label) <= _MOST_LETTERS:
+        return label
+    # Long names of one family differ in their ends, such as the quantization of a GGUF file.
+    return f"{label[:33].rstrip('-')}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"

@@ -46,7 +46,8 @@ async def save(client: Client, stream: str, folder: Path) -> Saved | None:
             return None
         about = _checked(answer, stream)
         place = folder / stream
-        place.mkdir(parents=True)
+        # Also where the user made `folder`, so that others can read it.
+        place.mkdir(parents=True, mode=0o700)
         with (place / _DATA).open("wb") as file:
             async for message in _chunks(subscription.next_msg, stream):
                 file.write(message.data)

@@ -300,6 +300,7 @@ class Feed:
             "version": VERSION,
             "client": {"name": client.name, "operator": client.operator},
             "connected": self._connection.connected,
+            "nats": self._connection.server if client.operator else None,
             "status": self._numbers.model_dump() if self._numbers else None,
             "workers": [worker.model_dump(mode="json") for worker in self._workers()],
             "reset": reset,

@@ -39,10 +39,11 @@ async def get_queue_events(request: Request, context: Running) -> Response:
     """Numbers, workers and the newest requests, then each change of them, at most four messages a second.
 
     Each is an `event: queue` whose data is a JSON object of `at`, `version`, `client` (the name of the key, and whether
-    it is an operator's), `connected`, `status` (as `/v1/queue/status`; null
-    while NATS is away), `workers`, `requests` and `reset`. `requests` are those that have changed since the message
-    before. With `reset`, they are the newest ones, and all others are to be forgotten. A key that is no operator's is
-    told of its own requests only, without `fault` (what went wrong inside). A key that is taken away ends the stream.
+    it is an operator's), `connected`, `nats` (for operators: the server that this api reached last), `status` (as
+    `/v1/queue/status`; null while NATS is away), `workers`, `requests` and `reset`. `requests` are those that have
+    changed since the message before. With `reset`, they are the newest ones, and all others are to be forgotten. A key
+    that is no operator's is told of its own requests only, without `fault` (what went wrong inside). A key that is
+    taken away ends the stream.
     """
     events = context.feed.listen(lambda: context.keys.check(request))
     return QueueEvents(events, context.settings.stream_keep_alive)

@@ -39,7 +39,7 @@ export function close() {
 export function forget() {
   message = null;
   seen.length = 0;
-  for (const tile of document.querySelectorAll("#tiles [id], #totals [id]")) put(tile, tile.id === "failed-lately" ? "" : "–");
+  for (const tile of document.querySelectorAll("#tiles [id], #totals [id]")) put(tile, ["failed-lately", "nats"].includes(tile.id) ? "" : "–");
   running.forget();
   put($("running-none"), "unknown yet");
   put($("running-all"), "all");
@@ -64,6 +64,7 @@ export function show(newest) {
     const tile = document.querySelector(`#tiles #${name}, #totals #${name}`);
     if (tile) put(tile, count(value));
   }
+  put($("nats"), message.nats ? ` · NATS at ${message.nats}` : "");
   const done = rate("completed", at, status.total_processed);
   put($("rate"), done === null ? "–" : `${done.toFixed(1)}/s`);
   offerModels(status.models);

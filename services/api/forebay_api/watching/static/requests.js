@@ -5,6 +5,9 @@ import { acts, requestRows } from "./rows.js";
 
 const PAGE = 50;
 const AT_ONCE = 6; // cancelled or retried at the same time
+const MOST = 1000; // cancelled by one "all that fit"
+const LISTED = 100; // the most that the api lists at once
+const OPEN = ["queued", "processing"];
 const LEAST_MS = 1000; // between two lists
 const STATES = ["queued", "processing", "completed", "failed", "timed_out", "cancelled"];
 const NAMES = ["state", "model", "key", "worker", "tier", "type", "older", "newer"];
@@ -43,6 +46,7 @@ export function forget() {
   chosen.clear();
   showChosen();
   for (const id of ["new", "range", "requests-none"]) put($(id), "");
+  $("cancel-fitting").hidden = true;
   $("pages").replaceChildren();
 }
 
@@ -135,6 +139,7 @@ async function refresh(now = false) {
 
 function showList({ at, data, total, counts, complete }, query) {
   showChips(counts, query);
+  offerFitting(openStates(query).reduce((sum, state) => sum + counts[state], 0), data.filter(unfinished).length);
   rows.show(data, at, shownAt !== location.hash);
   shownAt = location.hash;
   const first = (place.page - 1) * PAGE;
@@ -170,24 +175,60 @@ function showChosen() {
   all.indeterminate = chosen.size > 0 && chosen.size < shown.size;
 }
 
-async function together(what, fits) {
-  const ids = those(fits).map(({ id }) => id);
+// `more` fit too.
+async function together(what, ids, more = 0) {
   const cancels = what === "cancel";
+  const number = count(ids.length);
+  const bound = more ? `${count(ids.length + more)} fit, and at most ${number} are cancelled at once: the first in this order. ` : "";
   if (cancels && ids.length > 1 && !await sure({
-    title: `Cancel ${ids.length} requests?`, text: "Their clients get an error, and what runs stops.", yes: `Cancel ${ids.length}`,
+    title: `Cancel ${number} requests?`, text: `${bound}Their clients get an error, and what runs stops.`, yes: `Cancel ${number}`,
   })) return;
   let done = 0;
   const left = [...ids];
+  const tell = ids.length > 1 ? () => {} : say; // a screen reader would say each
   await Promise.all(Array.from({ length: AT_ONCE }, async () => {
     for (let id = left.shift(); id; id = left.shift()) {
-      const did = await acts[what](id);
+      const did = await acts[what](id, tell);
       done += did;
     }
   }));
-  if (ids.length > 1) say(cancels ? `${many(done, "request was", "requests were")} cancelled${done < ids.length ? `, ${ids.length - done} had ended` : ""}` : `${many(done, "request runs", "requests run")} again${done < ids.length ? `, ${ids.length - done} not` : ""}`);
+  const rest = more ? `; ${count(more)} that fit are left` : "";
+  if (ids.length > 1) say(cancels ? `${many(done, "request was", "requests were")} cancelled${done < ids.length ? `, ${count(ids.length - done)} had ended` : ""}${rest}` : `${many(done, "request runs", "requests run")} again${done < ids.length ? `, ${ids.length - done} not` : ""}`);
   chosen.clear();
   rows.refill();
   refresh(true);
+}
+
+const openStates = (query) => OPEN.filter((state) => !query.has("status") || query.getAll("status").includes(state));
+
+// Where more fit than the page shows.
+function offerFitting(fitting, shown) {
+  const button = $("cancel-fitting");
+  if (fitting <= shown && document.activeElement === button) $("select-all").focus();
+  button.hidden = fitting <= shown;
+  put(button, `Cancel all ${count(fitting)} that fit`);
+}
+
+async function cancelFitting() {
+  const query = parameters(place.q);
+  const states = openStates(query);
+  query.delete("status");
+  for (const state of states) query.append("status", state);
+  query.set("order", place.order);
+  query.set("limit", LISTED);
+  const ids = new Set();
+  let total = MOST;
+  try {
+    for (let offset = 0; offset < Math.min(total, MOST); offset += LISTED) {
+      query.set("offset", offset);
+      const list = await get(`/v1/queue/requests?${query}`);
+      total = list.total;
+      for (const { id } of list.data) ids.add(id);
+    }
+  } catch (error) {
+    return say(`Nothing was cancelled: ${error.message}`);
+  }
+  await together("cancel", [...ids].slice(0, MOST), Math.max(total - MOST, 0));
 }
 
 $("filter-form").addEventListener("submit", (event) => {
@@ -206,6 +247,7 @@ $("select-all").addEventListener("change", () => {
   rows.refill();
   showChosen();
 });
-$("cancel-selected").addEventListener("click", () => together("cancel", unfinished));
-$("retry-selected").addEventListener("click", () => together("retry", retryable));
+$("cancel-selected").addEventListener("click", () => together("cancel", those(unfinished).map(({ id }) => id)));
+$("retry-selected").addEventListener("click", () => together("retry", those(retryable).map(({ id }) => id)));
+$("cancel-fitting").addEventListener("click", cancelFitting);
 showChips(null, new URLSearchParams());

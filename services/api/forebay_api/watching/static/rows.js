@@ -145,22 +145,22 @@ export function requestRows(body, columns, { chosen, onChoose, onNew, onAct } = 
 }
 
 export const acts = {
-  async cancel(id) {
+  async cancel(id, tell = say) {
     try {
       const answer = await cancelRequest(id);
-      say(answer.cancelled ? `${id} was cancelled` : `${id} has ended already: ${spaced(answer.status)}`);
+      tell(answer.cancelled ? `${id} was cancelled` : `${id} has ended already: ${spaced(answer.status)}`);
       return answer.cancelled;
     } catch (error) {
-      say(`${id} was not cancelled: ${error.message}`);
+      tell(`${id} was not cancelled: ${error.message}`);
       return false;
     }
   },
-  async retry(id) {
+  async retry(id, tell = say) {
     try {
-      say(`${id} runs again as ${(await retryRequest(id)).retried_as}`);
+      tell(`${id} runs again as ${(await retryRequest(id)).retried_as}`);
       return true;
     } catch (error) {
-      say(`${id} does not run again: ${error.message}`);
+      tell(`${id} does not run again: ${error.message}`);
       return false;
     }
   },
