@@ -1,10 +1,13 @@
 """How a response is made: what it goes on from, what is stored of it, and where its answer goes."""
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from forebay_api.context import Context
 from forebay_api.in_flight.live_answer import LiveAnswer
-from forebay_api.openai.responses.format import InputTokensFormat, ResponseFormat
+from forebay_api.openai.format import Format
+from forebay_api.openai.responses.format import CompactFormat, InputTokensFormat, ResponseFormat
 from forebay_api.prepare import Accepted, Prepared
 from forebay_contracts.wire import names
 from forebay_contracts.wire.request import InferenceRequest
@@ -46,9 +49,26 @@ async def respond(context: Context, accepted: Accepted) -> Prepared:
 async def count_input(context: Context, accepted: Accepted) -> Prepared:
     """The number of tokens of an input."""
     before, items = await _conversation(context, accepted)
+    return await _live(context, accepted, (*before, *items), lambda _: InputTokensFormat())
+
+
+async def compact(context: Context, accepted: Accepted) -> Prepared:
+    """A compacted conversation."""
+    before, items = await _conversation(context, accepted)
+    known = (*before, *items)
+    return await _live(context, accepted, known, lambda answered: CompactFormat(answered, known))
+
+
+async def _live(
+    context: Context,
+    accepted: Accepted,
+    items: Sequence[Mapping[str, Any]],
+    writer: Callable[[InferenceRequest], Format],
+) -> Prepared:
+    """Answered to this api, and nothing of it stored."""
     reply_to = names.reply_subject(context.dispatcher.instance, accepted.id)
-    request = await accepted.request((*before, *items), reply_to=reply_to, timeout_s=context.settings.request_timeout)
-    return Prepared(request, lambda _: InputTokensFormat(), context.dispatcher.submit(request))
+    request = await accepted.request(items, reply_to=reply_to, timeout_s=context.settings.request_timeout)
+    return Prepared(request, writer, context.dispatcher.submit(request))
 
 
 async def _conversation(
