@@ -18,6 +18,10 @@ from forebay_contracts.wire.errors import ApiError, ApiStopped
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
+WEBSOCKET: Final = "WEBSOCKET"
+"""Stands for the method of the connections that become WebSockets."""
+
+
 class Routes:
     """Serves `routes`, by method and path, and by FastAPI every other path.
 
@@ -34,7 +38,7 @@ class Routes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
-        if route := self._routes.get((scope["method"], scope["path"])):
+        if route := self._routes.get((scope.get("method", WEBSOCKET), scope["path"])):
             try:
                 await route(scope, receive, send)
             except (Exception, asyncio.CancelledError) as exc:

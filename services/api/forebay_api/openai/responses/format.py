@@ -95,6 +95,10 @@ class ResponseFormat:
         self._fold.completed(completed)
         return self._fold.encode()
 
+    def response(self) -> dict[str, Any]:
+        """The response object as far as it has been written."""
+        return self._fold.response()
+
     def waiting(self) -> bytes:
         """The response object before anything has come."""
         self._fold.opening()

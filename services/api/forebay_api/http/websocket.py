@@ -1,0 +1,22 @@
+"""uvicorn's WebSocket, with the bounds of the HTTP connection that it was."""
+
+from typing import Final
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+PATHS: Final = frozenset({b"/v1/responses"})
+"""The paths at which a connection may become a WebSocket. At others the offer is ignored."""
+
+DRAINING: Final = "forebay.draining"
+"""The message that the application gets when the api stops: it ends what is under way, and closes."""
+
+
+class DrainedWebSocket(WebSocketsSansIOProtocol):
+    """uvicorn closes a WebSocket in the middle of an answer when it stops; here the application does, after it."""
+
+    def shutdown(self) -> None:
+        """See uvicorn's `Server.shutdown`, which waits for the connection to end."""
+        if self.handshake_complete and not self.close_sent:
+            self.queue.put_nowait({"type": DRAINING})  # type: ignore[typeddict-item]
+        else:
+            super().shutdown()
