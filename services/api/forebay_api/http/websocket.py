@@ -1,6 +1,7 @@
 """uvicorn's WebSocket, with the bounds of the HTTP connection that it was."""
 
-from typing import Final
+import logging
+from typing import Any, Final
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -11,8 +12,21 @@ DRAINING: Final = "forebay.draining"
 """The message that the application gets when the api stops: it ends what is under way, and closes."""
 
 
+log = logging.getLogger("websockets.server")
+
+
 class DrainedWebSocket(WebSocketsSansIOProtocol):
     """uvicorn closes a WebSocket in the middle of an answer when it stops; here the application does, after it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.logger = self.conn.logger = log
+
+    async def send(self, message: Any) -> None:
+        """See ASGI."""
+        await super().send(message)
+        if self.close_sent:
+            self.handshake_complete = True  # by a refusal too, which uvicorn takes for no answer
 
     def shutdown(self) -> None:
         """See uvicorn's `Server.shutdown`, which waits for the connection to end."""

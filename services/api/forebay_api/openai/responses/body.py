@@ -7,9 +7,9 @@ from collections.abc import Mapping as Members
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from forebay_api.openai.body import Bool, Finite, Int, Many, Mapping, Misfit, RequestBody, StrictModel
+from forebay_api.openai.body import Bool, Finite, Int, Many, Metadata, Misfit, RequestBody, StrictModel
 from forebay_api.openai.responses.compaction import ASK, MAX_SUMMARY_TOKENS
 from forebay_api.openai.responses.history import chat_messages
 from forebay_api.openai.responses.items import Id, InputItem, Item, ItemReference, MessageItem
@@ -33,27 +33,13 @@ from forebay_contracts.wire.errors import RequestNotFound
 from forebay_contracts.wire.request import RECOMMENDABLE, InferenceRequest, Sampling
 
 MAX_TOP_LOGPROBS = 20
+LOGPROBS = 20
 MAX_METADATA = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 LOGPROBS = "message.output_text.logprobs"
 
 TierOfResponse = Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"]
-
-
-def _bounded(metadata: dict[str, str]) -> dict[str, str]:
-    if len(metadata) > MAX_METADATA:
-        raise ValueError(f"expected at most {MAX_METADATA} pairs")
-    for name, value in metadata.items():
-        if len(name) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
-            raise ValueError(
-                f"expected keys of at most {MAX_METADATA_KEY} and values of at most {MAX_METADATA_VALUE} characters"
-            )
-    return metadata
-
-
-Metadata = Annotated[Mapping[str, str], AfterValidator(_bounded)]
-"""Pairs that are kept with an object."""
 
 
 class ConversationReference(StrictModel):
