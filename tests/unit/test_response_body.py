@@ -413,6 +413,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [5]}, "input[0]"),
     ({"input": [{"type": "web_search_call", "id": "a"}]}, "input[0].type"),
     ({"input": [{"type": 5}]}, "input[0].type"),
+    ({"input": [{"type": "compaction", "encrypted_content": "gAAAABpM0Yj"}]}, "input[0].encrypted_content"),
+    ({"tools": [{"type": "namespace", "name": "n", "tools": [NAMESPACE]}]}, "tools[0].tools[0].type"),
     ({"input": [{"role": "user"}]}, "input[0].content"),
     ({"input": [{"role": "tool", "content": "a"}]}, "input[0].role"),
     ({"input": [{"content": "a"}]}, "input[0].role"),

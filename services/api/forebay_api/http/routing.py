@@ -42,6 +42,8 @@ class Routes:
             try:
                 await route(scope, receive, send)
             except (Exception, asyncio.CancelledError) as exc:
+                if scope["type"] != "http":
+                    raise
                 # uvicorn cancels what runs at the end of DRAIN_TIMEOUT.
                 error = ApiStopped() if isinstance(exc, asyncio.CancelledError) else exc
                 answer = await self._answer(Request(scope), error)

@@ -23,7 +23,7 @@ from forebay_api.openai.responses.body import ResponseBody
 from forebay_api.openai.responses.create import respond
 from forebay_api.openai.responses.last import Last
 from forebay_api.routes import Endpoint
-from forebay_contracts.wire.errors import ApiError, InvalidRequest
+from forebay_contracts.wire.errors import ApiError, ApiStopped, InvalidRequest
 from forebay_contracts.wire.request import CompletionType
 
 MAX_AGE_S: Final = 3_600.0
@@ -137,8 +137,9 @@ class _Connection:
 
         try:
             await self._create(scope, receive, send)
-        except Exception as exc:
-            await self._refuse(scope, exc)
+        except (Exception, asyncio.CancelledError) as exc:
+            # uvicorn cancels what runs at the end of DRAIN_TIMEOUT.
+            await self._refuse(scope, ApiStopped() if isinstance(exc, asyncio.CancelledError) else exc)
             return True
         return ended
 
