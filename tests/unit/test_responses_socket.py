@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
+from forebay_api import responses_socket as socket
 from forebay_api.http.websocket import DRAINING
-from forebay_api.openai.responses import socket
 from forebay_api.openai.responses.format import ResponseFormat
 from forebay_api.openai.responses.last import Last
 from support.api import app

@@ -42,8 +42,8 @@ from forebay_api.openai.chat import routes as chat
 from forebay_api.openai.files import routes as files
 from forebay_api.openai.responses import conversation_routes as conversations
 from forebay_api.openai.responses import routes as responses
-from forebay_api.openai.responses.socket import ResponsesSocket
 from forebay_api.openai.responses.stored import Responses
+from forebay_api.responses_socket import ResponsesSocket
 from forebay_api.routes import ENDPOINTS
 from forebay_api.watching import health, page, queue, requests, steering, usage
 from forebay_api.watching.drain_rate import Rates
@@ -104,10 +104,11 @@ def create_app(context: Context) -> ASGIApp:
         rest.include_router(router)
     paths = frozenset(endpoint.path for endpoint in ENDPOINTS)
     shapes = {endpoint.path: endpoint.errors for endpoint in ENDPOINTS}
+    routes: dict[tuple[str, str], ASGIApp]
     routes = {(endpoint.method, endpoint.path): Create(endpoint, context) for endpoint in ENDPOINTS}
     errors = ErrorAnswers(context, shapes)
-    sockets = {(WEBSOCKET, "/v1/responses"): ResponsesSocket(context, errors)}
-    served: ASGIApp = Routes(routes | sockets, rest, errors)
+    routes[WEBSOCKET, "/v1/responses"] = ResponsesSocket(context, errors)
+    served: ASGIApp = Routes(routes, rest, errors)
     if tracing.enabled():
         served = TraceMiddleware(served, paths)
     served = HeadersMiddleware(served, context)

@@ -1,7 +1,7 @@
 """uvicorn's WebSocket, with the bounds of the HTTP connection that it was."""
 
 import logging
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -31,6 +31,6 @@ class DrainedWebSocket(WebSocketsSansIOProtocol):
     def shutdown(self) -> None:
         """See uvicorn's `Server.shutdown`, which waits for the connection to end."""
         if self.handshake_complete and not self.close_sent:
-            self.queue.put_nowait({"type": DRAINING})  # type: ignore[typeddict-item]
+            self.queue.put_nowait(cast(Any, {"type": DRAINING}))
         else:
             super().shutdown()

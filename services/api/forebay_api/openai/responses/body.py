@@ -33,10 +33,6 @@ from forebay_contracts.wire.errors import RequestNotFound
 from forebay_contracts.wire.request import RECOMMENDABLE, InferenceRequest, Sampling
 
 MAX_TOP_LOGPROBS = 20
-LOGPROBS = 20
-MAX_METADATA = 16
-MAX_METADATA_KEY = 64
-MAX_METADATA_VALUE = 512
 LOGPROBS = "message.output_text.logprobs"
 
 TierOfResponse = Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"]
