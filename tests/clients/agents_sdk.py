@@ -1,4 +1,4 @@
-"""A tool loop by openai-agents, whole, streamed and over a WebSocket. Arguments: the api's URL, the model, the prompt."""
+"""A tool loop by openai-agents, whole, streamed, over a WebSocket. Arguments: the api's URL, the model, the prompt."""
 
 import asyncio
 import json
