@@ -45,6 +45,7 @@ async def test_a_tool_is_called_and_its_result_read(stack: Stack) -> None:
     assert after.output_text == stateless.output_text == "Rain."
 
 
+@pytest.mark.clients
 async def test_a_websocket_and_a_compacted_conversation(stack: Stack) -> None:
     client = stack.openai()
     compacted = await client.responses.compact(model=MODEL, input="[[say]]Rain.")
