@@ -1,10 +1,17 @@
-"""A tool loop by openai-agents, whole and streamed. Arguments: the api's URL, the model, the prompt."""
+"""A tool loop by openai-agents, whole, streamed, over a WebSocket. Arguments: the api's URL, the model, the prompt."""
 
 import asyncio
 import json
 import sys
 
-from agents import Agent, Runner, function_tool, set_default_openai_client, set_tracing_disabled
+from agents import (
+    Agent,
+    Runner,
+    function_tool,
+    set_default_openai_client,
+    set_default_openai_responses_transport,
+    set_tracing_disabled,
+)
 from openai import AsyncOpenAI
 
 
@@ -22,7 +29,10 @@ async def main(url: str, model: str, prompt: str) -> None:
     streamed = Runner.run_streamed(agent, prompt)
     async for _ in streamed.stream_events():
         pass
-    print(json.dumps({"whole": whole.final_output, "streamed": streamed.final_output}))
+    set_default_openai_responses_transport("websocket")
+    socket = await Runner.run(agent, prompt)
+    outputs = {"whole": whole.final_output, "streamed": streamed.final_output, "socket": socket.final_output}
+    print(json.dumps(outputs))
 
 
 asyncio.run(main(*sys.argv[1:]))

@@ -45,6 +45,26 @@ async def test_a_tool_is_called_and_its_result_read(stack: Stack) -> None:
     assert after.output_text == stateless.output_text == "Rain."
 
 
+@pytest.mark.clients
+async def test_a_websocket_and_a_compacted_conversation(stack: Stack) -> None:
+    client = stack.openai()
+    compacted = await client.responses.compact(model=MODEL, input="[[say]]Rain.")
+    history = [item.to_dict(warnings=False) for item in compacted.output]
+    said: list[str] = []
+    async with client.responses.connect() as connection:
+        previous = None
+        for text in ("[[tokens=2]]", "[[tokens=3]]"):
+            asked = [*history, {"role": "user", "content": text}]
+            event = {"type": "response.create", "model": MODEL, "store": False, "input": asked}
+            await connection.send(event | {"previous_response_id": previous})
+            async for event in connection:
+                if event.type == "response.completed":
+                    previous, history = event.response.id, []
+                    said.append(event.response.output_text)
+                    break
+    assert said == ["t0 t1", "t0 t1 t2"]
+
+
 async def test_a_stream_shows_that_it_lives(quick_stack: Stack) -> None:
     url, signs = quick_stack.apis[0].url, {}
     for path, fields in BODIES.items():

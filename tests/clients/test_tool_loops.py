@@ -36,4 +36,4 @@ async def test_the_anthropic_sdk_for_node(stack: Stack, node: Path) -> None:
 
 async def test_openai_agents(stack: Stack, agents: Path, tmp_path: Path) -> None:
     told = await answer(stack, tmp_path, agents, Path(__file__).parent / "agents_sdk.py")
-    assert told == {"whole": "Rain in Oslo.", "streamed": "Rain in Oslo."}
+    assert told == dict.fromkeys(("whole", "streamed", "socket"), "Rain in Oslo.")

@@ -1,5 +1,6 @@
 """deploy/nginx/forebay.conf in a real nginx, before two apis."""
 
+import json
 import re
 import shutil
 import ssl
@@ -13,6 +14,8 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from forebay_contracts.settings import ApiSettings
 from forebay_contracts.wire.state import RequestStatus
@@ -134,6 +137,18 @@ async def test_errors_are_the_apis_own(client: openai.AsyncOpenAI, nginx: Nginx)
     assert (answer.status_code, answer.headers["location"]) == (308, "https://localhost/v1/models")
     async with httpx.AsyncClient(verify=nginx.tls) as http:
         assert (await http.get(nginx.url + "/metrics")).status_code == 404
+
+
+async def test_a_websocket_passes_with_its_key(nginx: Nginx) -> None:
+    url, asked = nginx.url.replace("https", "wss") + "/v1/responses", {"type": "response.create", "model": MODEL}
+    with pytest.raises(InvalidStatus, match="401"):
+        await connect(url, ssl=nginx.tls)
+    async with connect(url, ssl=nginx.tls, additional_headers={"Authorization": "Bearer key"}) as socket:
+        await socket.send(json.dumps(asked | {"input": "[[tokens=2]]"}))
+        kinds = [json.loads(await socket.recv())["type"]]
+        while kinds[-1] != "response.completed":
+            kinds.append(json.loads(await socket.recv())["type"])
+    assert kinds[0] == "response.created"
 
 
 async def test_the_proxy_outwaits_every_request() -> None:

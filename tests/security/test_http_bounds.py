@@ -4,9 +4,13 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.typing import Origin
 
 from support.answers import chat_body, summary
 from support.nats import NatsServer
@@ -240,3 +244,29 @@ async def test_every_answer_is_what_it_says_it_is(stack: Stack) -> None:
     assert "unsafe" not in page["content-security-policy"]
     assert "frame-ancestors 'none'" in page["content-security-policy"]
     assert page["permissions-policy"]
+
+
+async def test_a_connection_becomes_a_websocket_at_responses(stack: Stack) -> None:
+    url, event = f"ws://localhost:{stack.apis[0].port}/v1/responses", {"type": "response.create", "model": MODEL}
+
+    async def end_of(socket: ClientConnection, **fields: object) -> dict[str, Any]:
+        await socket.send(json.dumps(event | {"store": False, "input": "[[tokens=2]]"} | fields))
+        async for message in socket:
+            found: dict[str, Any] = json.loads(message)
+            if found["type"] in ("response.completed", "error"):
+                return found
+        raise AssertionError("it was closed")
+
+    async with connect(url) as socket:
+        first = (await end_of(socket))["response"]
+        assert first["output"][0]["content"][0]["text"] == "t0 t1"
+        foreign = [{"type": "function_call_output", "call_id": "a", "output": "b"}]
+        assert (await end_of(socket, previous_response_id=first["id"], input=foreign))["status"] == 400
+        forgotten = await end_of(socket, previous_response_id=first["id"])
+        assert forgotten["error"]["code"] == "previous_response_not_found"
+        with pytest.raises(ConnectionClosedError, match="1009"):
+            await end_of(socket, input="x" * 1_000_000)
+    with pytest.raises(InvalidStatus, match="403"):
+        await connect(url, origin=Origin("https://example.com"))
+    offer = GET.replace(b"/v1/models", b"/v1/responses") + b"connection: upgrade, close\r\nupgrade: websocket\r\n\r\n"
+    assert (await send(stack.apis[0], offer)).startswith(b"HTTP/1.1 400 ")

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 from forebay_api.app import create_app
 from forebay_api.clients.keys import ApiKeys
 from forebay_api.context import Context
+from forebay_api.openai.responses.stored import Responses
 from forebay_api.watching.drain_rate import Rates
 from forebay_api.watching.served_models import Models
 from forebay_contracts.nats.consumers import KnownModel
@@ -36,7 +37,7 @@ def app(system: Twins) -> ASGIApp:
             carried=NONE,
             files=NONE,
             batches=NONE,
-            responses=NONE,
+            responses=Responses(NONE, NONE),
             idempotent=NONE,
             webhooks=NONE,
             failed=NONE,

@@ -164,6 +164,38 @@ def test_an_answer_goes_on_from_the_last_message_of_the_assistant(last: dict[str
     assert made.chat_template_kwargs.get("continue_final_message", False) is goes_on
 
 
+def said(role: str, *content: dict[str, Any]) -> dict[str, Any]:
+    return {"role": role, "content": list(content)}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [said("user", {"type": "tool_result", "tool_use_id": "t"})],
+        [
+            said("user", {"type": "tool_result", "tool_use_id": "t"}),
+            said("assistant", {"type": "tool_use", "id": "t", "name": "f", "input": {}}),
+        ],
+    ],
+)
+def test_a_result_needs_its_call(messages: list[dict[str, Any]]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        asked(messages=messages)
+    assert refused.value.param == "messages[0].content[0].tool_use_id"
+
+
+def test_two_tools_have_two_names() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        asked(tools=[{"name": "f", "input_schema": {}}] * 2)
+    assert refused.value.param == "tools"
+
+
+def test_the_input_of_a_call_may_have_numbers_of_any_size() -> None:
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 10**30}}
+    (message,) = asked(messages=[said("assistant", call)]).messages
+    assert message["tool_calls"][0]["function"]["arguments"] == f'{{"a":{10**30}}}'
+
+
 def test_what_is_refused_names_its_member_and_what_is_served_there() -> None:
     with pytest.raises(InvalidRequest) as refused:
         asked(messages=[{"role": "user", "content": [{"type": "image"}]}])

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from forebay_api.http.bodies import validated
 from forebay_api.openai.body import SLICE
+from forebay_api.openai.chat.body import ChatCompletionBody
+from forebay_api.openai.lists import page
 from forebay_api.openai.responses.body import InputTokensBody
 from forebay_api.openai.responses.events import ResponseFold
 from forebay_contracts.wire.errors import InvalidRequest, RequestNotFound
@@ -413,6 +415,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [5]}, "input[0]"),
     ({"input": [{"type": "web_search_call", "id": "a"}]}, "input[0].type"),
     ({"input": [{"type": 5}]}, "input[0].type"),
+    ({"input": [{"type": "compaction", "encrypted_content": "gAAAABpM0Yj"}]}, "input[0].encrypted_content"),
+    ({"tools": [{"type": "namespace", "name": "n", "tools": [NAMESPACE]}]}, "tools[0].tools[0].type"),
     ({"input": [{"role": "user"}]}, "input[0].content"),
     ({"input": [{"role": "tool", "content": "a"}]}, "input[0].role"),
     ({"input": [{"content": "a"}]}, "input[0].role"),
@@ -558,3 +562,22 @@ def test_a_large_body_is_made_in_bounded_time() -> None:
     made = request(body(input=[{"role": "user", "content": parts}, *calls, MESSAGE]))
     assert len(made.messages) == 3
     assert time.process_time() - began < 2
+
+
+def test_pages_come_to_an_end_although_two_items_have_one_id() -> None:
+    items = [{"id": name} for name in "abab"]
+    seen, after = [], ""
+    while (found := page(items, 1, "asc", after))["has_more"]:
+        after = found["last_id"]
+        seen.append(after)
+    assert seen == ["a"]
+    assert found["last_id"] == "b"
+
+
+@pytest.mark.parametrize("metadata", [{"a": "b" * 513}, {str(number): "" for number in range(17)}])
+def test_a_chat_has_the_same_bounds_of_metadata_if_it_is_stored(metadata: dict[str, str]) -> None:
+    chat = {"model": "m", "messages": [{"role": "user", "content": "a"}], "metadata": metadata}
+    assert validated(ChatCompletionBody, json.dumps(chat).encode()).metadata == metadata
+    with pytest.raises(InvalidRequest) as refused:
+        validated(ChatCompletionBody, json.dumps(chat | {"store": True}).encode())
+    assert refused.value.param == "metadata"

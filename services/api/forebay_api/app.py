@@ -24,7 +24,7 @@ from forebay_api.http.documented import ERRORS
 from forebay_api.http.errors import ErrorAnswers
 from forebay_api.http.middleware import REQUEST_ID_HEADER, HeadersMiddleware, TraceMiddleware
 from forebay_api.http.openapi import KEY, Api, described
-from forebay_api.http.routing import Routes
+from forebay_api.http.routing import WEBSOCKET, Routes
 from forebay_api.in_flight.carried import CarriedRequests
 from forebay_api.in_flight.dispatcher import Dispatcher
 from forebay_api.in_flight.files import Files
@@ -43,6 +43,7 @@ from forebay_api.openai.files import routes as files
 from forebay_api.openai.responses import conversation_routes as conversations
 from forebay_api.openai.responses import routes as responses
 from forebay_api.openai.responses.stored import Responses
+from forebay_api.responses_socket import ResponsesSocket
 from forebay_api.routes import ENDPOINTS
 from forebay_api.watching import health, page, queue, requests, steering, usage
 from forebay_api.watching.drain_rate import Rates
@@ -103,8 +104,11 @@ def create_app(context: Context) -> ASGIApp:
         rest.include_router(router)
     paths = frozenset(endpoint.path for endpoint in ENDPOINTS)
     shapes = {endpoint.path: endpoint.errors for endpoint in ENDPOINTS}
+    routes: dict[tuple[str, str], ASGIApp]
     routes = {(endpoint.method, endpoint.path): Create(endpoint, context) for endpoint in ENDPOINTS}
-    served: ASGIApp = Routes(routes, rest, ErrorAnswers(context, shapes))
+    errors = ErrorAnswers(context, shapes)
+    routes[WEBSOCKET, "/v1/responses"] = ResponsesSocket(context, errors)
+    served: ASGIApp = Routes(routes, rest, errors)
     if tracing.enabled():
         served = TraceMiddleware(served, paths)
     served = HeadersMiddleware(served, context)

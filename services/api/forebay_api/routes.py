@@ -18,8 +18,8 @@ from forebay_api.openai.completions.body import CompletionBody
 from forebay_api.openai.completions.format import CompletionFormat
 from forebay_api.openai.embeddings.body import EmbeddingBody
 from forebay_api.openai.embeddings.format import EmbeddingFormat
-from forebay_api.openai.responses.body import InputTokensBody, ResponseBody
-from forebay_api.openai.responses.create import count_input, respond
+from forebay_api.openai.responses.body import CompactBody, InputTokensBody, ResponseBody
+from forebay_api.openai.responses.create import compact, count_input, respond
 from forebay_api.prepare import Prepare, live
 from forebay_api.rerank.body import RerankBody, RerankV2Body
 from forebay_api.rerank.format import RerankFormat
@@ -56,6 +56,7 @@ ENDPOINTS: Final = (
     Endpoint("POST", "/v1/messages", CHAT, MessagesBody, answer, "[Messages]", ANTHROPIC),
     Endpoint("POST", "/v1/messages/count_tokens", CHAT, CountTokensBody, count, "[Messages]", ANTHROPIC),
     Endpoint("POST", "/v1/responses/input_tokens", CHAT, InputTokensBody, count_input, "[Responses]"),
+    Endpoint("POST", "/v1/responses/compact", CHAT, CompactBody, compact, "[Responses]"),
     Endpoint("POST", "/v1/rerank", RERANK, RerankBody, live(RerankFormat), "[Rerank]"),
     Endpoint("POST", "/v2/rerank", RERANK, RerankV2Body, live(RerankFormat), "[Rerank]"),
 )

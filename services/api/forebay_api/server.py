@@ -19,6 +19,7 @@ import uvloop
 from forebay_api.app import create_app, running
 from forebay_api.context import Context
 from forebay_api.http.protocol import BoundedHttp
+from forebay_api.http.websocket import DrainedWebSocket
 from forebay_api.watching.exposition import MULTIPROCESS_DIR
 from forebay_contracts.process import calm_collector, die_with_parent, raise_file_limit
 from forebay_contracts.settings import ApiSettings, load
@@ -74,7 +75,9 @@ async def serve(settings: ApiSettings, sockets: list[socket.socket]) -> None:
             create_app(context),
             loop="uvloop",
             http=functools.partial(BoundedHttp, body_timeout_s=settings.body_timeout),  # type: ignore[arg-type]
-            ws="none",
+            ws=DrainedWebSocket,
+            ws_max_size=settings.max_request_bytes,
+            ws_per_message_deflate=False,
             lifespan="off",
             log_config=None,
             access_log=False,

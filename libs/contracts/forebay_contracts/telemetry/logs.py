@@ -177,5 +177,5 @@ def configure(settings: Settings) -> None:
     stream = open(sys.stderr.fileno(), "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter()
     logging.basicConfig(level=settings.log_level, handlers=[BatchHandler(stream, formatter)], force=True)
-    for noisy in ("httpx", "httpcore", "nats", "asyncio", "urllib3", "filelock", "uvicorn.access"):
+    for noisy in ("httpx", "httpcore", "nats", "asyncio", "urllib3", "filelock", "uvicorn.access", "websockets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -117,8 +117,8 @@ def _path(error: ErrorDetails, body: object) -> tuple[str | int, ...]:
             node = node[part]
     if missing:
         path.append(error["loc"][-1])
-    if "discriminator" in error.get("ctx", {}):
-        path.append(error["ctx"]["discriminator"].strip("'"))
+    if (discriminator := error.get("ctx", {}).get("discriminator", "")).startswith("'"):
+        path.append(discriminator.strip("'"))
     misfit = error.get("ctx", {}).get("error")
     if isinstance(misfit, Misfit):
         path.append(misfit.param)
@@ -158,6 +158,8 @@ def _code(error: ErrorDetails) -> tuple[str, str]:
             return "empty_string", "expected a string with at least one character"
         case "string_too_long":
             return "string_above_max_length", f"expected a string with at most {limits['max_length']} characters"
+        case "literal_error" if limits["expected"] in ("True", "False"):
+            return "invalid_value", f"expected {limits['expected'].lower()}"
         case "literal_error" | "finite_number" | "none_required":
             return "invalid_value", f"expected {_reason(error)}"
         case "union_tag_invalid":

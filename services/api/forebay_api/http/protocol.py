@@ -11,6 +11,7 @@ from typing import Any, Final
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from forebay_api.http import websocket
 from forebay_api.http.peer import Peer
 from forebay_contracts.wire.errors import InvalidRequest
 
@@ -103,11 +104,29 @@ class BoundedHttp(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except HttpParserUpgrade as exc:
-            self._ignore_upgrade(data[exc.args[0] :])
+            if self._should_upgrade():
+                self._become_websocket()
+            else:
+                self._ignore_upgrade(data[exc.args[0] :])
         except HttpParserError:
             self._refuse(400, "the request is not valid HTTP")
         if self._silent_bytes > MAX_HEAD_BYTES:
             self._refuse(431, "the request's headers are too large")
+
+    def _should_upgrade(self) -> bool:
+        return (
+            self.url.partition(b"?")[0] in websocket.PATHS
+            and self.parser.get_method() == b"GET"
+            and not self._refused
+            and not self._answers_before()
+            and (self.limit_concurrency is None or len(self.connections) < self.limit_concurrency)
+            and super()._should_upgrade()
+        )
+
+    def _become_websocket(self) -> None:
+        self._disarm()
+        self.scope["method"] = "GET"
+        self.handle_websocket_upgrade()
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Read the request again without its `Upgrade` header, as RFC 9110 7.8 allows.

@@ -18,6 +18,10 @@ from forebay_contracts.wire.errors import ApiError, ApiStopped
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
+WEBSOCKET: Final = "WEBSOCKET"
+"""Stands for the method of the connections that become WebSockets."""
+
+
 class Routes:
     """Serves `routes`, by method and path, and by FastAPI every other path.
 
@@ -34,10 +38,12 @@ class Routes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
-        if route := self._routes.get((scope["method"], scope["path"])):
+        if route := self._routes.get((scope.get("method", WEBSOCKET), scope["path"])):
             try:
                 await route(scope, receive, send)
             except (Exception, asyncio.CancelledError) as exc:
+                if scope["type"] != "http":
+                    raise
                 # uvicorn cancels what runs at the end of DRAIN_TIMEOUT.
                 error = ApiStopped() if isinstance(exc, asyncio.CancelledError) else exc
                 answer = await self._answer(Request(scope), error)

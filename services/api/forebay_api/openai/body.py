@@ -10,7 +10,7 @@ from functools import cache
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
 
 from forebay_contracts.wire.request import InferenceRequest
 
@@ -32,6 +32,9 @@ ServiceTier = Literal["auto", "default", "flex", "priority"]
 """`priority` is served as `default` is, and `auto` as the client's key says."""
 
 SLICE = 100
+MAX_METADATA = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
 
 
 def _in_slices(value: Any, validate: Callable[[Any], Any]) -> Any:
@@ -47,6 +50,22 @@ def _in_slices(value: Any, validate: Callable[[Any], Any]) -> Any:
 Name = TypeVar("Name", int, str)
 Mapping = Annotated[dict[Name, Item], WrapValidator(_in_slices)]
 """An object whose validation stops at the first SLICE members with a fault."""
+
+
+def bounded(metadata: dict[str, str]) -> dict[str, str]:
+    """The metadata, if it may be kept. Raises ValueError."""
+    if len(metadata) > MAX_METADATA:
+        raise ValueError(f"expected at most {MAX_METADATA} pairs")
+    for name, value in metadata.items():
+        if len(name) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
+            raise ValueError(
+                f"expected keys of at most {MAX_METADATA_KEY} and values of at most {MAX_METADATA_VALUE} characters"
+            )
+    return metadata
+
+
+Metadata = Annotated[Mapping[str, str], AfterValidator(bounded)]
+"""Pairs that are kept with an object."""
 
 
 class Misfit(ValueError):

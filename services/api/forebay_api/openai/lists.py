@@ -22,7 +22,7 @@ def page(items: Sequence[dict[str, Any]], limit: int, order: Order, after: str) 
         places = [place for place, item in enumerate(ordered) if item["id"] == after]
         if not places:
             raise InvalidRequest(f"There is no item '{after}'.", param="after")
-        ordered = ordered[places[0] + 1 :]
+        ordered = ordered[places[-1] + 1 :]  # of several with one id the last, so that pages come to an end
     data = ordered[:limit]
     return {
         "object": "list",

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from forebay_api.anthropic.messages.content import AssistantMessage, Message, TextBlock, text_of
+from forebay_api.anthropic.messages.content import (
+    AssistantMessage,
+    Message,
+    TextBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+    text_of,
+)
 from forebay_api.openai.body import Bool, Finite, Int, Many, Misfit, OpenModel, RequestBody
 from forebay_api.openai.generation import MAX_STOP_STRINGS
 from forebay_contracts.wire.errors import InvalidRequest
@@ -100,8 +107,22 @@ class ConversationBody(RequestBody):
     workspace_id: str | None = None
 
     @model_validator(mode="after")
+    def _results_have_calls(self) -> Self:
+        called: set[str] = set()
+        for place, message in enumerate(self.messages):
+            for at, block in enumerate(() if isinstance(message.content, str) else message.content):
+                if isinstance(block, ToolUseBlock):
+                    called.add(block.id)
+                elif isinstance(block, ToolResultBlock) and block.tool_use_id not in called:
+                    where = f"messages[{place}].content[{at}].tool_use_id"
+                    raise Misfit(where, f"no tool_use block before it has the id {block.tool_use_id[:256]!r}")
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> Self:
         choice = self.tool_choice
+        if len({tool.name for tool in self.tools}) < len(self.tools):
+            raise Misfit("tools", "two tools have one name")
         if choice is not None and choice.type in ("any", "tool") and not self.tools:
             raise Misfit("tool_choice", "tool_choice is only allowed when tools are given")
         if choice is not None and choice.name is not None and choice.name not in {tool.name for tool in self.tools}:

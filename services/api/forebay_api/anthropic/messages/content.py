@@ -6,8 +6,8 @@ Source: https://docs.anthropic.com/en/api/messages.
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import Field
+from pydantic_core import to_json
 
 from forebay_api.openai.body import Many, OpenModel
 
@@ -65,7 +65,7 @@ class ToolUseBlock(OpenModel):
 
     def call(self) -> dict[str, Any]:
         """The call in OpenAI's form."""
-        arguments = orjson.dumps(self.input).decode()
+        arguments = to_json(self.input, inf_nan_mode="null").decode()  # with integers of any size
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
 

@@ -5,9 +5,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator
 
-from forebay_api.openai.body import StrictModel
+from forebay_api.openai.body import Metadata, StrictModel
 from forebay_api.openai.files.upload import ExpiresAfter
-from forebay_api.openai.responses.body import Metadata
 from forebay_contracts.nats.streams import MAX_BATCH_S
 
 MIN_WINDOW_S: Final = 3_600

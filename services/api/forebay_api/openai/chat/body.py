@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from forebay_api.openai.body import Bool, Int, Many, Misfit, OpenModel, StrictModel
+from forebay_api.openai.body import Bool, Int, Many, Misfit, OpenModel, StrictModel, bounded
 from forebay_api.openai.generation import GenerationBody, unlimited
 from forebay_contracts.wire.request import InferenceRequest
 
@@ -136,6 +136,11 @@ class ChatCompletionBody(GenerationBody):
             raise Misfit("continue_final_message", what)
         if self.top_logprobs is not None and not self.logprobs:
             raise Misfit("top_logprobs", "top_logprobs is only allowed when logprobs is true")
+        if self.store and self.metadata is not None:
+            try:
+                bounded(self.metadata)
+            except ValueError as exc:
+                raise Misfit("metadata", str(exc)) from None
         if self.tool_choice not in (None, "none") and not self.tools:
             raise Misfit("tool_choice", "tool_choice is only allowed when tools are given")
         if isinstance(self.tool_choice, NamedToolChoice):

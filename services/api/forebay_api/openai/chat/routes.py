@@ -14,11 +14,10 @@ from forebay_api.context import Caller, Context, Running
 from forebay_api.http.bodies import body_of
 from forebay_api.http.documented import TAKES_JSON
 from forebay_api.in_flight.records import Kept, key_of
-from forebay_api.openai.body import StrictModel
+from forebay_api.openai.body import Metadata, StrictModel
 from forebay_api.openai.chat.format import ChatFormat
 from forebay_api.openai.chat.record import KIND, ChatRecord
 from forebay_api.openai.lists import Limit, Order, page
-from forebay_api.openai.responses.body import Metadata
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import InvalidRequest, RequestNotFound
 

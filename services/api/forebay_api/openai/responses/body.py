@@ -1,4 +1,4 @@
-"""The bodies of `POST /v1/responses` and `POST /v1/responses/input_tokens`.
+"""The bodies of `POST /v1/responses`, and of `input_tokens` and `compact` below it.
 
 Source: https://platform.openai.com/docs/api-reference/responses/create.
 """
@@ -7,9 +7,10 @@ from collections.abc import Mapping as Members
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from forebay_api.openai.body import Bool, Finite, Int, Many, Mapping, Misfit, RequestBody, StrictModel
+from forebay_api.openai.body import Bool, Finite, Int, Many, Metadata, Misfit, RequestBody, StrictModel
+from forebay_api.openai.responses.compaction import ASK, MAX_SUMMARY_TOKENS
 from forebay_api.openai.responses.history import chat_messages
 from forebay_api.openai.responses.items import Id, InputItem, Item, ItemReference, MessageItem
 from forebay_api.openai.responses.record import ResponseRecord, item_id
@@ -32,25 +33,9 @@ from forebay_contracts.wire.errors import RequestNotFound
 from forebay_contracts.wire.request import RECOMMENDABLE, InferenceRequest, Sampling
 
 MAX_TOP_LOGPROBS = 20
-MAX_METADATA = 16
-MAX_METADATA_KEY = 64
-MAX_METADATA_VALUE = 512
 LOGPROBS = "message.output_text.logprobs"
 
-
-def _bounded(metadata: dict[str, str]) -> dict[str, str]:
-    if len(metadata) > MAX_METADATA:
-        raise ValueError(f"expected at most {MAX_METADATA} pairs")
-    for name, value in metadata.items():
-        if len(name) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
-            raise ValueError(
-                f"expected keys of at most {MAX_METADATA_KEY} and values of at most {MAX_METADATA_VALUE} characters"
-            )
-    return metadata
-
-
-Metadata = Annotated[Mapping[str, str], AfterValidator(_bounded)]
-"""Pairs that are kept with an object."""
+TierOfResponse = Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"]
 
 
 class ConversationReference(StrictModel):
@@ -179,6 +164,26 @@ class InputTokensBody(PromptBody):
     """Count the tokens of an input. It waits in the queue, since workers know tokens."""
 
 
+class CompactBody(PromptBody):
+    """Compact a conversation: the model writes a summary, which takes the place of what it has said and done."""
+
+    service_tier: TierOfResponse | None = None
+    # Accepted without effect.
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+
+    def request(self, items: Sequence[Members[str, Any]] = (), **origin: Any) -> InferenceRequest:
+        """The chat that goes into the queue: the conversation `items`, and the wish for its summary."""
+        asked = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": ASK}]}
+        return InferenceRequest(
+            **origin,
+            messages=chat_messages((*items, asked), self.instructions),
+            sampling=Sampling(max_tokens=MAX_SUMMARY_TOKENS, unset=RECOMMENDABLE),
+            fit_max_tokens=True,
+            chat_template_kwargs={"enable_thinking": False},
+        )
+
+
 class ResponseBody(PromptBody):
     """Answer a conversation with items."""
 
@@ -193,7 +198,7 @@ class ResponseBody(PromptBody):
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
     top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
+    service_tier: TierOfResponse | None = None
     include: Many[
         Literal[
             "file_search_call.results",

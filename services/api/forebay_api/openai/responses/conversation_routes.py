@@ -14,9 +14,8 @@ from starlette.requests import Request
 from forebay_api.context import Caller, Context, Running
 from forebay_api.http.bodies import body_of
 from forebay_api.http.documented import TAKES_JSON
-from forebay_api.openai.body import Many, StrictModel
+from forebay_api.openai.body import Many, Metadata, StrictModel
 from forebay_api.openai.lists import Limit, Order, page
-from forebay_api.openai.responses.body import Metadata
 from forebay_api.openai.responses.conversation import Entry
 from forebay_api.openai.responses.items import InputItem, Item
 from forebay_api.openai.responses.record import item_id

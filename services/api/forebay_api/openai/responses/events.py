@@ -142,7 +142,7 @@ class ResponseFold:
             "conversation": {"id": record.conversation} if record.conversation is not None else None,
             "store": record.store,
             **record.parameters,
-            "usage": _usage(self._usage) if self._usage is not None else None,
+            "usage": usage_object(self._usage) if self._usage is not None else None,
         }
 
     def _numbered(self, events: list[Event]) -> list[Event]:
@@ -196,7 +196,8 @@ class ResponseFold:
         return item_id(prefix, self._record.id, self._place)
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage of a response."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},

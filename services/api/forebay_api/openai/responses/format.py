@@ -1,14 +1,18 @@
 """The answer of `POST /v1/responses`, as events and as an object."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import orjson
 
-from forebay_api.openai.responses.events import ResponseFold, sse
+from forebay_api.openai.responses.compaction import sealed
+from forebay_api.openai.responses.events import ResponseFold, sse, usage_object
 from forebay_api.openai.responses.output import Event
-from forebay_api.openai.responses.record import ResponseRecord
-from forebay_contracts.wire.errors import ApiError
+from forebay_api.openai.responses.record import ResponseRecord, item_id
+from forebay_contracts.wire import names
+from forebay_contracts.wire.errors import ApiError, InferenceFailed
 from forebay_contracts.wire.frames import Completed, Delta
+from forebay_contracts.wire.request import InferenceRequest
 
 
 class InputTokensFormat:
@@ -18,6 +22,35 @@ class InputTokensFormat:
         """The answer as one JSON object."""
         tokens = completed.usage.prompt_tokens
         return orjson.dumps({"object": "response.input_tokens", "input_tokens": tokens})
+
+
+class CompactFormat:
+    """A compacted conversation, to be sent as `input`: what users and developers said in `items`, and the summary."""
+
+    def __init__(self, request: InferenceRequest, items: Sequence[Mapping[str, Any]]) -> None:
+        self._request = request
+        self._kept = [item for item in items if item["type"] == "message" and item["role"] != "assistant"]
+
+    def whole(self, deltas: Iterable[Delta], completed: Completed) -> bytes:
+        """The answer as one JSON object. Raises InferenceFailed if the summary is empty."""
+        summary = "".join(delta.text for delta in deltas).strip()
+        if not summary:
+            raise InferenceFailed("the model wrote no summary of the conversation")
+        identifier = names.response_id(self._request.id)
+        compaction = {
+            "id": item_id("cmp", identifier, len(self._kept)),
+            "type": "compaction",
+            "encrypted_content": sealed(summary),
+        }
+        return orjson.dumps(
+            {
+                "id": identifier,
+                "object": "response.compaction",
+                "created_at": int(self._request.created_at),
+                "output": [*self._kept, compaction],
+                "usage": usage_object(completed.usage),
+            }
+        )
 
 
 class ResponseFormat:
@@ -61,6 +94,10 @@ class ResponseFormat:
             self._fold.delta(delta)
         self._fold.completed(completed)
         return self._fold.encode()
+
+    def response(self) -> dict[str, Any]:
+        """The response object as far as it has been written."""
+        return self._fold.response()
 
     def waiting(self) -> bytes:
         """The response object before anything has come."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import orjson
 
+from forebay_api.openai.responses.compaction import opened
 from forebay_api.openai.responses.tools import CUSTOM_INPUT, function_name
 from forebay_contracts.wire.errors import InvalidRequest
 
@@ -43,6 +44,9 @@ class _History:
             case "reasoning":
                 self._assistant = None
                 self._thoughts.append(_joined(item.get("content") or item["summary"], "\n"))
+            case "compaction":
+                summary = opened(item["encrypted_content"])
+                self.append({"role": "assistant", "content": f"Summary of the conversation so far:\n{summary}"})
             case "message":
                 self._say(item)
             case "function_call":

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from forebay_api.openai.body import LenientModel, Many, Misfit
+from forebay_api.openai.responses.compaction import opened
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
 
@@ -152,6 +153,27 @@ class ReasoningItem(Item):
         }
 
 
+class CompactionItem(Item):
+    """The summary that a compaction made of what was said before."""
+
+    prefix = "cmp"
+    type: Literal["compaction"]
+    encrypted_content: str
+
+    @field_validator("encrypted_content")
+    @classmethod
+    def _is_ours(cls, value: str) -> str:
+        try:
+            opened(value)
+        except ValueError:
+            raise ValueError("no compaction of this service made it") from None
+        return value
+
+    def members(self) -> dict[str, Any]:
+        """The summary."""
+        return {"type": self.type, "encrypted_content": self.encrypted_content}
+
+
 class ItemReference(LenientModel):
     """An item of an earlier response, by its id."""
 
@@ -176,7 +198,7 @@ def _kind(value: Any) -> str:
     match kind:
         case None:
             return "reference item" if "id" in value and "role" not in value else "message item"
-        case "message" | "function_call" | "custom_tool_call" | "reasoning":
+        case "message" | "function_call" | "custom_tool_call" | "reasoning" | "compaction":
             return f"{kind} item"
         case "function_call_output" | "custom_tool_call_output":
             return "output item"
@@ -191,6 +213,7 @@ InputItem = Annotated[
     | Annotated[CustomToolCallItem, Tag("custom_tool_call item")]
     | Annotated[CallOutputItem, Tag("output item")]
     | Annotated[ReasoningItem, Tag("reasoning item")]
+    | Annotated[CompactionItem, Tag("compaction item")]
     | Annotated[ItemReference, Tag("reference item")]
     | Annotated[OtherItem, Tag("other item")],
     Discriminator(_kind),

@@ -68,8 +68,14 @@ class Responses:
     async def referenced(
         self, owner: str | None, identifiers: Sequence[str], known: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """The items of stored responses that `identifiers` name, without those that are known."""
+        """The items of stored responses that `identifiers` name, without those that are known.
+
+        Raises:
+            InvalidRequest: they are of too many responses.
+        """
         responses = {response_of(one) for one in identifiers if one not in known}
+        if len(responses) > MAX_CHAIN:
+            raise InvalidRequest(f"An input may refer to items of {MAX_CHAIN} responses.", param="input")
         found: dict[str, dict[str, Any]] = {}
         for identifier in filter(None, responses):
             with contextlib.suppress(RequestNotFound):
@@ -91,7 +97,7 @@ class Responses:
         """A conversation. Raises RequestNotFound."""
         found = await self._records.get(key_of("conv", owner, _known(identifier)), ConversationRecord)
         if found is None:
-            raise RequestNotFound(f"Conversation with id '{identifier}' not found.", code=None)
+            raise RequestNotFound(f"Conversation with id '{identifier}' not found.", param="conversation", code=None)
         return found
 
     async def change(

@@ -93,10 +93,14 @@ class HostedTool(LenientModel):
         return value
 
 
-def _kind(value: Any) -> str:
+def _plain_kind(value: Any) -> str:
     kind = value.get("type") if isinstance(value, Mapping) else None
     # A tag must be no member's name: errors name both.
-    return f"{kind} tool" if kind in ("function", "custom", "namespace") else "hosted tool"
+    return f"{kind} tool" if kind in ("function", "custom") else "hosted tool"
+
+
+def _kind(value: Any) -> str:
+    return "namespace tool" if isinstance(value, Mapping) and value.get("type") == "namespace" else _plain_kind(value)
 
 
 PlainTool = (
@@ -112,7 +116,7 @@ class NamespaceTool(LenientModel):
     type: Literal["namespace"]
     name: ToolName
     description: str | None = None
-    tools: Many[Annotated[PlainTool, Discriminator(_kind)]] = ()
+    tools: Many[Annotated[PlainTool, Discriminator(_plain_kind)]] = ()
 
 
 Tool = Annotated[PlainTool | Annotated[NamespaceTool, Tag("namespace tool")], Discriminator(_kind)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from typing import Any, Final
@@ -20,6 +21,13 @@ _MAX_ANSWER_BYTES: Final = 256 << 20
 """The log probabilities of a long prompt take tens of megabytes."""
 _BROKEN: Final = (aiohttp.ClientError, OSError, RuntimeError)
 """What the client raises of a connection that ended; the last where this side has closed it."""
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # a schema may have integers of more than 64 bits
+        return json.dumps(body).encode()
 
 
 class ServerFailed(Exception):
@@ -124,7 +132,7 @@ class Http:
         self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str] | None = None
     ) -> aiohttp.ClientResponse:
         """The head of the answer."""
-        data = None if body is None else orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
+        data = None if body is None else _encoded(body)
         # A redirection would send the prompt to another server than the one that the operator has named.
         options: dict[str, Any] = {"allow_redirects": False}
         if data:
