@@ -30,11 +30,11 @@ _pass: Final = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class _Decoding:
-    """Sequences with one new token each. `rows`: their places in the pass, a slice where they are adjacent; `keys`:
-    [sequences, length] places in the cache; `mask`: [sequences, 1, 1, length], added to the scores."""
+    """Sequences with one new token each. `rows`: their places in the pass, a slice where they are adjacent; `units` of
+    their keys and values; `mask`: [sequences, 1, 1, length], added to the scores."""
 
     rows: slice | torch.Tensor
-    keys: torch.Tensor
+    units: torch.Tensor
     mask: torch.Tensor
 
 
@@ -51,16 +51,19 @@ class _Block:
 
 @dataclass(frozen=True, slots=True)
 class _Prefill:
-    """New positions of one prompt. `keys`: [past and new, padded to whole blocks] places in the cache."""
+    """New positions of one prompt. `units` of the keys and values of all its positions, padded to whole blocks."""
 
-    keys: torch.Tensor
+    units: torch.Tensor
     blocks: Sequence[_Block]
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     """What every layer needs to know of one pass. `views`: for each layer its keys and values in the cache, each
-    [places, key heads, head size]; `write`: [new tokens] places of the new ones."""
+    [places, key heads, head size]; `write`: the new keys' and values' vectors of the cache.
+
+    The cache is the library's, a page of keys before one of values. Here a page holds its heads one after the other,
+    each a unit of BLOCK vectors: so the keys of a sequence's head are read as one matrix."""
 
     views: Any
     write: torch.Tensor
@@ -86,10 +89,13 @@ def watch_steps(processor: Any) -> None:
     """Have the library's batch processor hand each pass's plan to the layers, and leave the cache's reads to them."""
     inputs, cache = processor.inputs_and_outputs, processor.cache
     allocator = next(iter(cache.cache_allocators.values()))
-    kwargs_of_step = inputs.get_model_kwargs
+    blocks, kwargs_of_step = allocator._copy_view, inputs.get_model_kwargs
 
     def with_plan(use_padding: bool = False) -> Any:
         kwargs = kwargs_of_step(use_padding=use_padding)
+        # A page is read whole, and zeros do not spoil what is masked, as a NaN of an earlier sequence would.
+        write = kwargs["write_index"][0]
+        blocks.index_fill_(0, write[write % BLOCK == 0] // allocator.block_physical_stride, 0)
         _pass.step = _plan(inputs.requests_in_batch, kwargs, allocator._kv_token_views)
         return kwargs
 
@@ -97,9 +103,9 @@ def watch_steps(processor: Any) -> None:
         keys: torch.Tensor, values: torch.Tensor, layer_idx: int, kwargs: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         step: _Step = _pass.step
-        key_cache, value_cache = step.views[layer_idx]
-        key_cache.index_copy_(0, step.write, keys.squeeze(0).transpose(0, 1))
-        value_cache.index_copy_(0, step.write, values.squeeze(0).transpose(0, 1))
+        size = keys.shape[3]
+        vectors = step.views[layer_idx][0].view(-1, size)
+        vectors.index_copy_(0, step.write, torch.cat((keys, values), 1).reshape(-1, size))
         _pass.written = keys, values
         return keys, values
 
@@ -110,6 +116,7 @@ def watch_steps(processor: Any) -> None:
 
 def _plan(requests: Sequence[Any], kwargs: Any, views: Any) -> _Step:
     read, write = kwargs["read_index"][0], kwargs["write_index"][0]
+    heads = next(iter(views.values()))[0].shape[1]
     decoding: dict[int, list[tuple[int, torch.Tensor]]] = {}
     prefills: list[_Prefill] = []
     row = place = 0
@@ -120,13 +127,20 @@ def _plan(requests: Sequence[Any], kwargs: Any, views: Any) -> _Step:
         if keys is not None and request.state.generated_tokens:
             decoding.setdefault(padded_length(total), []).append((row, keys))
         else:
-            prefills.append(_prefill(row, new, write[row : row + new] if keys is None else keys))
+            prefills.append(_prefill(row, new, write[row : row + new] if keys is None else keys, heads))
         row += new
-    groups = [_padded(group, length) for length, group in decoding.items()]
-    return _Step(views, write, groups, prefills)
+    groups = [_padded(group, length, heads) for length, group in decoding.items()]
+    vectors = _units(write // BLOCK, heads) * BLOCK + write % BLOCK
+    return _Step(views, vectors.view(-1), groups, prefills)
 
 
-def _prefill(row: int, new: int, keys: torch.Tensor) -> _Prefill:
+def _units(pages: torch.Tensor, heads: int) -> torch.Tensor:
+    """[2, ..., heads, pages] of `pages` of keys, [..., pages]: the units of the keys and of the values."""
+    of_both = torch.stack((pages, pages + 1)) * heads
+    return of_both.unsqueeze(-2) + torch.arange(heads).unsqueeze(1)
+
+
+def _prefill(row: int, new: int, keys: torch.Tensor, heads: int) -> _Prefill:
     """The last `new` positions of `keys`, whose first is at `row` of the pass.
 
     The kernel's rounding depends on its shapes. Here they depend on the position alone, so that a prompt gets the same
@@ -139,7 +153,7 @@ def _prefill(row: int, new: int, keys: torch.Tensor) -> _Prefill:
         start, end = max(first, past), min(first + BLOCK, total)
         mask = torch.full((BLOCK, first + BLOCK), -math.inf, dtype=torch.bfloat16).triu_(first + 1)
         blocks.append(_Block(slice(row + start - past, row + end - past), start - first, mask))
-    return _Prefill(pad(keys, (0, -total % BLOCK)), blocks)
+    return _Prefill(_units(keys[::BLOCK] // BLOCK, heads), blocks)
 
 
 def padded_length(tokens: int) -> int:
@@ -154,15 +168,16 @@ def padded_length(tokens: int) -> int:
     return length
 
 
-def _padded(group: Sequence[tuple[int, torch.Tensor]], length: int) -> _Decoding:
-    places = torch.zeros(len(group), length, dtype=torch.int64)
+def _padded(group: Sequence[tuple[int, torch.Tensor]], length: int, heads: int) -> _Decoding:
+    pages = torch.zeros(len(group), length // BLOCK, dtype=torch.int64)
     mask = torch.zeros(len(group), 1, 1, length, dtype=torch.bfloat16)
     for index, (_, keys) in enumerate(group):
-        places[index, : keys.numel()] = keys
+        first = keys[::BLOCK]
+        pages[index, : first.numel()] = first // BLOCK
         mask[index, ..., keys.numel() :] = -math.inf
     rows = [row for row, _ in group]
     adjacent = rows[-1] - rows[0] == len(rows) - 1
-    return _Decoding(slice(rows[0], rows[-1] + 1) if adjacent else torch.tensor(rows), places, mask)
+    return _Decoding(slice(rows[0], rows[-1] + 1) if adjacent else torch.tensor(rows), _units(pages, heads), mask)
 
 
 def _attend(
@@ -185,14 +200,12 @@ def _attend(
     step: _Step = _pass.step
     heads, new, size = query.shape[1:]
     key_heads = key.shape[1]
-    key_cache, value_cache = step.views[module.layer_idx]
+    units = step.views[module.layer_idx][0].view(-1, BLOCK * size)
     out = query.new_empty(1, new, heads, size)
     by_token = query[0].transpose(0, 1)
     for group in step.decoding:
-        count, length = group.keys.shape
-        places, shape = group.keys.view(-1), (count, length, key_heads, size)
-        keys = key_cache.index_select(0, places).view(shape).transpose(1, 2)
-        values = value_cache.index_select(0, places).view(shape).transpose(1, 2)
+        count, length = len(group.mask), group.mask.shape[3]
+        keys, values = units.index_select(0, group.units.view(-1)).view(2, count, key_heads, length, size)
         # The heads that share a key head are its queries: no copy of the keys for each of them.
         queries = by_token[group.rows].reshape(count, key_heads, heads // key_heads, size)
         mask = group.mask.to(query.dtype)
@@ -203,8 +216,7 @@ def _attend(
             attended = attend_capped(queries, keys, values, mask, scaling, softcap, s_aux)
         out[0, group.rows] = attended.reshape(count, heads, size)
     for prefill in step.prefills:
-        keys = key_cache.index_select(0, prefill.keys).transpose(0, 1).unsqueeze(0)
-        values = value_cache.index_select(0, prefill.keys).transpose(0, 1).unsqueeze(0)
+        keys, values = units.index_select(0, prefill.units.view(-1)).view(2, 1, key_heads, -1, size)
         for block in prefill.blocks:
             queries = query[:, :, block.rows]
             count, length = queries.shape[2], block.mask.shape[1]

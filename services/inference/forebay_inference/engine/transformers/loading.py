@@ -97,7 +97,7 @@ def load(
         progress(f"bitsandbytes does not quantize all of this model: {actual}")
     if device.type == "cpu":
         with torch.inference_mode():
-            pack_linears(model)
+            pack_linears(model, join=config.model_type in architectures.TESTED)
     give_back_memory()
     progress(f"loaded the weights in {time.monotonic() - started:.1f} s")
     return Loaded(model, tokenizer, device, actual, _context_length(config), _end_tokens(model, tokenizer))
