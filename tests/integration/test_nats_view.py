@@ -284,8 +284,8 @@ async def test_frames_of_a_chat(nats_server: NatsServer, stream: bool) -> None:
     """`nats sub 'inference.>'` while one chat is answered."""
     async with running(nats_server) as stack:
         listener = await Listener(stack).listen("inference.>")
-        # Tokens that come within 15 ms travel together.
-        response = await stack.chat("[[tokens=4 delay_ms=20]]" if stream else "[[tokens=4]]", stream=stream)
+        # Tokens that come within 20 ms travel together.
+        response = await stack.chat("[[tokens=4 delay_ms=50]]" if stream else "[[tokens=4]]", stream=stream)
         request_id = response.headers["x-request-id"]
         # NATS keeps the order of one connection. What api and worker send may cross.
         for subject in ("requests", "admitted", "counters.completed"):
