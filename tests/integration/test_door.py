@@ -81,6 +81,7 @@ async def test_every_path_is_protected(stack: Stack) -> None:
         ("GET", "/v1/chat/completions/{completion_id}/messages"),
         ("POST", "/v1/responses"),
         ("POST", "/v1/responses/input_tokens"),
+        ("POST", "/v1/responses/compact"),
         *((method, "/v1/responses/{response_id}") for method in ("GET", "DELETE")),
         ("POST", "/v1/responses/{response_id}/cancel"),
         ("GET", "/v1/responses/{response_id}/input_items"),
@@ -209,8 +210,9 @@ async def test_options_names_every_method_of_every_path(stack: Stack) -> None:
         response = await stack.http.options(stack.apis[0].url + path.replace("{", "").replace("}", ""), headers=KEY)
         assert response.status_code == 405
         allowed = methods | ({"HEAD"} if "GET" in methods else set())
-        # This path also names a response.
-        allowed |= {"GET", "HEAD", "DELETE"} if path == "/v1/responses/input_tokens" else set()
+        # These paths also name a response.
+        names_a_response = path in ("/v1/responses/input_tokens", "/v1/responses/compact")
+        allowed |= {"GET", "HEAD", "DELETE"} if names_a_response else set()
         assert set(response.headers["allow"].split(", ")) == allowed, path
 
 
