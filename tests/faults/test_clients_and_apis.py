@@ -12,6 +12,7 @@ from forebay_contracts.nats.streams import HEARTBEAT_TTL_S
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
+from support.view import keys
 
 ENDED = (RequestStatus.CANCELLED, RequestStatus.COMPLETED)
 
@@ -21,8 +22,7 @@ def body(order: str, *, stream: bool, **fields: object) -> dict[str, object]:
 
 
 async def request_ids(stack: Stack) -> list[str]:
-    bucket = await stack.connection.jetstream.key_value("inference-requests")
-    return await bucket.keys()
+    return await keys(stack, "inference-requests")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -8,7 +8,7 @@ import httpx
 from forebay_contracts.wire.state import RequestStatus
 from support.nats import NatsServer
 from support.stack import MODEL, Stack, running
-from support.view import idle
+from support.view import idle, keys
 
 
 async def ask(
@@ -112,7 +112,7 @@ async def test_a_key_whose_request_was_never_admitted_is_free_again(nats_server:
     async with running(nats_server) as stack:
         assert (await ask(stack, "[[tokens=2]]", "k")).status_code == 200
         bucket = await stack.connection.jetstream.key_value("inference-answers")
-        (key,) = await bucket.keys()
+        (key,) = await keys(stack, "inference-answers")
         claim = json.loads((await bucket.get(key)).value or b"")
         for age_s in (60, 29):  # the younger one may still be admitted, so it is waited for
             lost = claim | {"request_id": f"lost-{age_s}", "created_at": claim["created_at"] - age_s}

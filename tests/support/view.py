@@ -21,6 +21,14 @@ async def stream_state(stack: Stack, stream: str = "INFERENCE") -> dict[str, Any
     return state
 
 
+async def keys(stack: Stack, bucket: str) -> list[str]:
+    """The keys of a bucket. `KeyValue.keys` of the client finds none if they come before it has asked how many there
+    are."""
+    prefix = f"$KV.{bucket}."
+    state = (await jetstream(stack, f"STREAM.INFO.KV_{bucket}", {"subjects_filter": f"{prefix}>"}))["state"]
+    return [subject.removeprefix(prefix) for subject in state.get("subjects", ())]
+
+
 async def holds(stack: Stack, count: int, timeout_s: float = 30) -> None:
     """Wait until the queue holds `count` requests, waiting and processing together."""
     async with asyncio.timeout(timeout_s):
