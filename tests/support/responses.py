@@ -1,4 +1,4 @@
-"""Responses for unit tests: a body as bytes become it, its record, and frames that answer it."""
+"""Responses for unit tests: a body as bytes become it, tools that clients send, its record, and frames that answer it."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -22,6 +22,28 @@ USAGE = Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=3, reasoning_t
 EVENTS: dict[str, type[BaseModel]] = {
     get_args(kind.model_fields["type"].annotation)[0]: kind for kind in get_args(get_args(ResponseStreamEvent)[0])
 }
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+FUNCTION = {"type": "function", "name": "f", "description": "Does f.", "strict": False, "parameters": SCHEMA}
+NAMESPACE = {"type": "namespace", "name": "agents", "description": "Agents.", "tools": [FUNCTION]}
+CUSTOM = {
+    "type": "custom",
+    "name": "patch",
+    "description": "Applies a patch.",
+    "format": {"type": "grammar", "syntax": "lark", "definition": 'start: "a"'},
+}
+HOSTED = [
+    {"type": "web_search", "external_web_access": False},
+    {"type": "web_search_preview_2025_03_11"},
+    {"type": "file_search", "vector_store_ids": ["v"]},
+    {"type": "code_interpreter", "container": {"type": "auto"}},
+    {"type": "computer_use_preview", "display_width": 1, "display_height": 1, "environment": "linux"},
+    {"type": "mcp", "server_label": "s", "server_url": "https://example.com"},
+    {"type": "image_generation"},
+    {"type": "local_shell"},
+    {"type": "shell"},
+    {"type": "apply_patch"},
+    {"type": "tool_search"},
+]
 
 
 def body(**fields: Any) -> ResponseBody:

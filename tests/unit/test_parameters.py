@@ -273,3 +273,12 @@ def test_a_body_and_what_waits_in_the_queue_have_the_same_defaults() -> None:
     queued = Sampling()
     for name in (type(body).model_fields.keys() & Sampling.model_fields.keys()) - {"logprobs"}:
         assert getattr(body, name) == getattr(queued, name), name
+
+
+@pytest.mark.parametrize("metadata", [{"a": "b" * 513}, {str(number): "" for number in range(17)}])
+def test_a_chat_has_the_same_bounds_of_metadata_if_it_is_stored(metadata: dict[str, str]) -> None:
+    chat = {"model": "m", "messages": [{"role": "user", "content": "a"}], "metadata": metadata}
+    assert validated(ChatCompletionBody, json.dumps(chat).encode()).metadata == metadata
+    with pytest.raises(InvalidRequest) as refused:
+        validated(ChatCompletionBody, json.dumps(chat | {"store": True}).encode())
+    assert refused.value.param == "metadata"
