@@ -1,4 +1,4 @@
-"""Responses for unit tests: a body as bytes become it, tools that clients send, its record, and frames that answer it."""
+"""Responses for unit tests: a body as it comes, tools that clients send, its record, and frames that answer it."""
 
 import json
 from collections.abc import Iterable, Sequence
