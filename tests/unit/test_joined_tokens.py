@@ -149,3 +149,51 @@ async def test_an_error_comes_after_the_tokens_before_it(channel: Channel) -> No
     await reply.send(token(1))
     await reply.fail(InferenceFailed("broken"), final=False)
     assert [type(one).__name__ for one in channel.frames] == ["Delta", "Delta", "Failed"]
+
+
+async def test_what_an_earlier_generation_held_does_not_leave_in_the_next(channel: Channel) -> None:
+    reply = streamed(channel)
+    for number in (0, 1):
+        await reply.send(token(number))
+    ask = channel.ask
+
+    async def later(frame: bytes) -> Resume:
+        reply._depart()
+        await asyncio.sleep(0)
+        return await ask(frame)
+
+    channel.ask = later  # type: ignore[method-assign]
+    reply.attempt = 2
+    await reply.resume()
+    assert channel.deltas() == [(0, 0, (0,), " t0")]
+    await reply.send(token(5))  # the first one of its generation
+    assert channel.deltas()[1:] == [(0, 0, (5,), " t5")]
+
+
+async def test_the_receiver_says_how_an_answer_ended_that_could_not_go_on(channel: Channel) -> None:
+    async def refuse(frame: bytes) -> None:
+        raise Superseded("somebody else has ended the answer")
+
+    reply = streamed(channel)
+    for number in (0, 1):
+        await reply.send(token(number))
+    channel.send = refuse  # type: ignore[method-assign]
+    reply._depart()
+    assert await reply.fail(InferenceFailed("broken"), final=True) is None
+    assert type(channel.frames[-1]).__name__ == "Failed"
+
+
+async def test_nothing_leaves_after_the_end(channel: Channel) -> None:
+    reply = streamed(channel)
+    for number in (0, 1):
+        await reply.send(token(number))
+    reply.close()
+    reply._depart()
+    assert reply._flush is None
+
+
+async def test_the_first_token_after_a_returned_prompt_does_not_wait(channel: Channel) -> None:
+    reply = streamed(channel)
+    await reply.send(token(0, prompt=True))
+    await reply.send(token(1))
+    assert [one.tokens for one in channel.frames] == [(0,), (1,)]

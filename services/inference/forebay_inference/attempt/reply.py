@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -62,6 +63,7 @@ class Reply:
         """The choices whose first token was sent."""
         self._sent_at = time.monotonic()
         self._flush: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def completion_tokens(self) -> int:
@@ -72,11 +74,17 @@ class Reply:
 
     async def resume(self) -> Resume:
         """Announce an attempt that may not be the first; returns what the client has already."""
+        # What an earlier generation holds must not leave under the number of this attempt.
+        self._sent, self._held, self._tails = [], {}, []
+        self._opened.clear()
+        if (flush := self._flush) is not None:
+            self._flush = None
+            flush.cancel()
+            await asyncio.wait([flush])
         # A first attempt has yet to find out whether the request is valid.
         resume = await self._channel.ask(self._started(accepted=self.attempt > 1))
         self._lengths = {choice.index: len(choice.tokens) for choice in resume.choices}
         self.resumed = self.completion_tokens
-        self._sent, self._held, self._tails, self._flush = [], {}, [], None
         return resume
 
     async def announce(self) -> None:
@@ -106,7 +114,8 @@ class Reply:
         self._lengths[index] = offset + len(tokens.token_ids)
         first = self._request.stream and index not in self._opened
         if first or tokens.prompt:
-            self._opened.add(index)
+            if not tokens.prompt:
+                self._opened.add(index)
             await self._channel.send(self._kept(offset, tokens))
             return
         self._held.setdefault(index, []).append(tokens)
@@ -121,8 +130,9 @@ class Reply:
         await self._channel.flush()
 
     def _depart(self) -> None:
-        if self._held and self._flush is None:
+        if self._held and self._flush is None and not self._closed:
             self._flush = asyncio.create_task(self._send_held())
+            self._flush.add_done_callback(_heard)
 
     async def _departed(self) -> None:
         if self._flush is not None:
@@ -169,7 +179,8 @@ class Reply:
             Superseded: the receiver has seen a newer attempt.
         """
         self.close()
-        await self._departed()
+        with contextlib.suppress(Superseded):  # the receiver says how it ended
+            await self._departed()
         while (resume := await self._channel.ask(self._completed)).wanted:
             await self.resend(resume)
             await asyncio.sleep(RESEND_PAUSE_S)
@@ -185,8 +196,9 @@ class Reply:
             Superseded: the receiver has seen a newer attempt, and no state says that the request has ended (`final`).
         """
         self.close()
-        await self._departed()
-        await self._send_held()
+        with contextlib.suppress(Superseded):  # the receiver says how it ended
+            await self._departed()
+            await self._send_held()
         while (resume := await self._channel.ask(failed(self.attempt, error).encode())).newest is not None:
             if not final:
                 raise Superseded(f"{self._request.id}: attempt {resume.newest} has begun")
@@ -205,6 +217,7 @@ class Reply:
 
     def close(self) -> None:
         """Stop what is to be sent later."""
+        self._closed = True
         if self._announcing is not None:
             self._announcing.cancel()
 
@@ -245,6 +258,12 @@ class Reply:
             tool_calls=tokens.tool_calls,
             prompt=tokens.prompt,
         )
+
+
+def _heard(flush: asyncio.Task[None]) -> None:
+    """Whoever waits for it gets its error. Nobody waits if the attempt has ended."""
+    if not flush.cancelled():
+        flush.exception()
 
 
 def _joined(events: Sequence[Tokens]) -> Tokens:

@@ -97,7 +97,8 @@ def pack_linears(model: Any, *, join: bool) -> None:
     A weight that is tied to the embedding is packed as well, which costs its size once more: the embedding is still
     read row by row.
     """
-    for parent in list(model.modules()):
+    # Not the layers themselves: each can be freed when it is replaced.
+    for parent in [module for module in model.modules() if next(module.children(), None) is not None]:
         for names in _JOINED if join else ():
             linears: list[Any] = [getattr(parent, name, None) for name in names]
             alike = {
