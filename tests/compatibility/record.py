@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nats.aio.msg import Msg
 
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 from support.stack import MODEL, Stack, running
 
 KINDS = {
@@ -56,7 +56,7 @@ async def _record(server: NatsServer) -> dict[str, list[object]]:
         for subject in ("inference.>", "$KV.>", "_INBOX.>"):
             await stack.connection.client.subscribe(subject, cb=hear)
         await _ask(stack)
-        await stack.connection.client.flush()
+        await flushed(stack.connection.client)
     return {kind: _distinct(kind, messages) for kind, messages in heard.items()}
 
 

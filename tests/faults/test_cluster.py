@@ -11,6 +11,7 @@ import pytest
 from forebay_contracts.nats.connection import connected
 from forebay_contracts.settings import Settings, load
 from support.cluster import Cluster
+from support.nats import flushed
 from support.stack import Stack, running
 
 
@@ -45,7 +46,7 @@ async def test_a_request_that_the_cluster_is_still_agreeing_on_is_waited_for(clu
         await stack.api(nats_url=head.url)
         async with connected(load(Settings, nats_url=head.url, _env_file=None), "test") as connection:
             tries = await connection.client.subscribe("inference.requests.>")
-            await connection.client.flush()
+            await flushed(connection.client)
             followers = [server.pid for server in cluster.servers if server is not head]
             for pid in followers:
                 os.kill(pid, signal.SIGSTOP)

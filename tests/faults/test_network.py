@@ -5,7 +5,7 @@ import asyncio
 from forebay_contracts.queueing.recent_requests import recent_states
 from forebay_contracts.wire.state import RequestStatus
 from support.answers import error_of, summary
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 from support.proxy import Proxy
 from support.stack import MODEL, Stack, running
 from support.view import holds
@@ -46,7 +46,7 @@ async def test_frames_lost_on_the_way_to_the_api_are_sent_again(nats_server: Nat
             for _ in range(10):  # they go to nobody
                 await anext(deltas)
         orders = await stack.connection.client.subscribe("inference.resend.*")
-        await stack.connection.client.flush()
+        await flushed(stack.connection.client)
         await proxy.start()
         await orders.next_msg(timeout=30)
         assert await answer == EXPECTED

@@ -11,7 +11,7 @@ import pytest_asyncio
 from forebay_contracts import keys
 from forebay_contracts.wire import names
 from forebay_contracts.wire.state import RequestStatus
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 from support.stack import MODEL, Stack, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -156,7 +156,7 @@ async def test_keys_share_the_tokens_by_their_weights(stack: Stack) -> None:
 
 async def test_what_a_key_has_beyond_its_bound_waits_its_turn(stack: Stack) -> None:
     moved = await stack.connection.client.subscribe("inference.deferred.*.carol")
-    await stack.connection.client.flush()
+    await flushed(stack.connection.client)
     busy = asyncio.create_task(ask(stack, HELD, 0, "carol"))
     await processing(stack, 1)
     answers = await asyncio.gather(*(ask(stack, "tokens=20", 0, "carol") for _ in range(3)))

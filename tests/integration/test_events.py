@@ -21,7 +21,7 @@ from forebay_contracts.queueing.status import queue_status
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire.errors import QueueConflict, TooManyListeners
 from forebay_contracts.wire.state import PastAttempt, RequestState, RequestStatus
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 from support.proxy import Proxy
 from support.stack import MODEL, Stack, running
 from support.view import holds
@@ -125,7 +125,7 @@ async def test_while_nobody_listens_nothing_is_asked(nats_server: NatsServer) ->
         async with listening(stack) as events:
             await anext(events)
         await stack.connection.client.subscribe("$JS.API.STREAM.INFO.>", cb=hear)
-        await stack.connection.client.flush()
+        await flushed(stack.connection.client)
         # The api notices that its listener has left with the next message that it cannot send, within a second. Who
         # listens is told the numbers each second, so three seconds of heartbeats must pass without one being read.
         async with asyncio.timeout(30):

@@ -17,7 +17,7 @@ from forebay_inference import handover
 from forebay_inference.handover import Handover, keys
 from support import conversations
 from support.conversations import LONG
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 from support.seams import MODEL, connected
 
 chat = partial(conversations.chat, model=MODEL)
@@ -55,7 +55,7 @@ async def pair(nats_server: NatsServer) -> AsyncIterator[tuple[JetStreamAdmissio
         await admission.publish(FIRST)
         delivery = await a.deliveries.pull()
         assert not await a.handover.taken(FIRST, delivery)
-        await one.client.flush()
+        await flushed(one.client)
         await delivery.ack()
         yield admission, a, b
         await a.deliveries.stop()
@@ -105,7 +105,7 @@ async def test_without_a_free_slot_or_a_conversation_the_request_stays(
     if len(delivery.data) >= handover.LEAST_BYTES:
         # From now on the conversation is here too.
         slot = await waiting(b)
-        await b.connection.client.flush()
+        await flushed(b.connection.client)
         asked = names.conversation_subject(MODEL, (keys(request_) or ("", ""))[1])
         assert (await a.connection.requests.request(asked, timeout_s=20)).data == b"b"
         slot.cancel()

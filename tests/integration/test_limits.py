@@ -10,7 +10,7 @@ from nats.js.kv import KeyValue
 
 from forebay_contracts.wire.state import RequestStatus
 from support.answers import user
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 from support.stack import MODEL, Stack, running
 from support.view import consumer_reaches, holds, idle, jetstream
 
@@ -139,7 +139,7 @@ async def test_changed_limits_are_applied_to_the_live_queue(nats_server: NatsSer
 async def test_same_settings_change_nothing(nats_server: NatsServer) -> None:
     async with running(nats_server) as stack:
         changes = await stack.connection.client.subscribe("$JS.EVENT.ADVISORY.*.*.>")
-        await stack.connection.client.flush()
+        await flushed(stack.connection.client)
         await stack.api()
         await stack.worker()
         await stack.connection.jetstream.add_stream(name="LATER", subjects=["later"])

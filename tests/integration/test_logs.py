@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from forebay_contracts.wire.state import RequestStatus
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 from support.service import Service
 from support.stack import MODEL, Stack, running
 from support.view import holds, idle
@@ -179,7 +179,7 @@ async def _everything_that_can_happen(stack: Stack) -> None:
     await holds(stack, 0)
     # A reply that no api can read; the one to the chat after it comes after it.
     await stack.connection.client.publish(f"inference.replies.{stack.apis[0].id}.x", PROMPT.encode())
-    await stack.connection.client.flush()
+    await flushed(stack.connection.client)
     await stack.http.post(f"{url}/chat/completions", json=chat, headers=right)
 
 

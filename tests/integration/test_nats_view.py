@@ -11,7 +11,7 @@ import pytest
 from nats.aio.msg import Msg
 
 from forebay_contracts.wire.state import RequestStatus
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 from support.stack import MODEL, Stack, running
 from support.view import consumer_reaches, holds, idle, jetstream
 
@@ -59,7 +59,7 @@ class Listener:
             self._changed.set()
 
         await self._stack.connection.client.subscribe(subject, cb=hear)
-        await self._stack.connection.client.flush()
+        await flushed(self._stack.connection.client)
         return self
 
     async def until(self, subject_part: str, payload_part: bytes) -> None:
@@ -287,7 +287,7 @@ async def test_frames_of_a_chat(nats_server: NatsServer, stream: bool) -> None:
         # Tokens that come within 20 ms travel together.
         response = await stack.chat("[[tokens=4 delay_ms=50]]" if stream else "[[tokens=4]]", stream=stream)
         request_id = response.headers["x-request-id"]
-        # NATS keeps the order of one connection. What api and worker send may cross.
+        # What api and worker send may cross: NATS keeps the order of one connection.
         for subject in ("requests", "admitted", "counters.completed"):
             await listener.until(f"inference.{subject}", b"")
         reply_to = f"inference.replies.{stack.apis[0].id}.{request_id}"

@@ -18,7 +18,7 @@ from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
 from forebay_contracts.wire.request import CompletionType, InferenceRequest
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 
 MODEL = "org/model"
 TOKEN = "org-model"
@@ -265,7 +265,7 @@ async def test_a_raised_limit_serves_a_pull_that_waits(nats_server: NatsServer) 
         queue = JetStreamDeliveries(connection, MODEL)
         first = await queue.pull()
         second = asyncio.create_task(queue.pull())
-        await connection.client.flush()
+        await flushed(connection.client)
         assert not second.done()
         await topology.ensure(connection, settings(nats_server, max_concurrent_requests=2), MODEL)
         assert (await second).sequence == first.sequence + 1

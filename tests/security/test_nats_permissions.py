@@ -17,7 +17,7 @@ from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError, QueueUnavailable
 from forebay_contracts.wire.state import RequestState, RequestStatus
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 from support.secured import DEPLOY, ROLES, Site, init, running
 from support.stack import MODEL
 
@@ -169,7 +169,7 @@ async def test_no_answer_goes_where_its_asker_may_not_send(own_site: Site, role:
         await js.publish("$KV.inference-requests.some-id", b"{}")
         await api.request(f"inference.requests.{CONSUMER}.chat", b"{}")
         heard = await stack.connection.client.subscribe("inference.>")
-        await stack.connection.client.flush()
+        await flushed(stack.connection.client)
         before = await everything(own_site)
         async with own_site.client(role) as (client, _, _):
             read = f"{JS}DIRECT.GET.KV_inference-requests.$KV.inference-requests.some-id"

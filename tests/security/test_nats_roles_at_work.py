@@ -12,6 +12,7 @@ from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.errors import ConfigurationError
 from forebay_contracts.wire.state import RequestStatus
+from support.nats import flushed
 from support.receiver import receivers, written
 from support.secured import ROLES, Site, running
 from support.stack import MODEL
@@ -69,7 +70,7 @@ async def test_a_stored_response_within_its_rights(own_site: Site) -> None:
         conversation = await one.conversations.create()
         async with own_site.client("operator") as (client, refusals, _):
             heard = await client.subscribe("inference.answered.*")
-            await client.flush()
+            await flushed(client)
             made = await one.responses.create(model=MODEL, input="[[tokens=3]]", conversation=conversation.id)
             record = await heard.next_msg(timeout=10)
             assert (record.subject, refusals) == (names.answered_subject(names.request_id(made.id)), [])
@@ -125,7 +126,7 @@ async def test_a_worker_can_find_out_whether_an_api_is_connected(site: Site) -> 
     with pytest.raises(NoRespondersError):
         await worker.requests.request(question, timeout_s=10)
     await api.client.subscribe(names.reply_subjects("api-1"))
-    await api.client.flush()
+    await flushed(api.client)
     with pytest.raises(TimeoutError):
         await worker.requests.request(question, timeout_s=0.2)
     await api.close()

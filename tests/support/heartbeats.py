@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from forebay_contracts.nats.connection import Connection
 from forebay_contracts.wire import names
 from forebay_contracts.wire.heartbeats import ApiInfo, WorkerInfo, WorkerStatus
+from support.nats import flushed
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class Heartbeats:
         """Hear all from now on. There need be no bucket yet: a heartbeat is a message like any other."""
         for bucket in (names.APIS_BUCKET, names.WORKERS_BUCKET):
             await connection.client.subscribe(names.bucket_subjects(bucket), cb=self._hear)
-        await connection.client.flush()
+        await flushed(connection.client)
 
     async def until(self, found: Callable[[], T | None]) -> T:
         """Wait until the heartbeats say something, which `found` looks for after each."""

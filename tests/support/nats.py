@@ -9,10 +9,22 @@ import threading
 from collections import deque
 from pathlib import Path
 
+from nats.aio.client import Client
+
 from support.ports import port_of
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 10
+
+
+async def flushed(client: Client) -> None:
+    """Wait until the server has what was sent before.
+
+    `Client.flush` writes its PING at once, before the commands that still wait to be written. The second PING comes
+    after them.
+    """
+    await client.flush()
+    await client.flush()
 
 
 def nats_server_binary() -> str:

@@ -21,6 +21,7 @@ from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.state import RequestState, RequestStatus
 from support.heartbeats import Heartbeats
+from support.nats import flushed
 from support.service import START_TIMEOUT_S, Api, Service, Worker
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -174,7 +175,7 @@ class Stack:
                     yield frame
 
         subscription = await self.connection.client.subscribe("inference.replies.>")
-        await self.connection.client.flush()
+        await flushed(self.connection.client)
         try:
             yield decoded()
         finally:

@@ -13,7 +13,7 @@ from forebay_contracts.nats.topology import ensure
 from forebay_contracts.settings import Settings, load
 from forebay_contracts.wire import names
 from forebay_contracts.wire.heartbeats import ApiInfo
-from support.nats import NatsServer
+from support.nats import NatsServer, flushed
 
 
 async def watching(
@@ -31,7 +31,7 @@ async def beating(connection: Connection) -> Heartbeat[ApiInfo]:
         connection, names.APIS_BUCKET, lambda: ApiInfo(id="a", version="1", started_at=0, heartbeat_at=0)
     )
     await heartbeat.start()
-    await connection.client.flush()
+    await flushed(connection.client)
     return heartbeat
 
 
@@ -55,7 +55,7 @@ async def test_who_said_good_bye_is_gone_at_once(nats_server: NatsServer) -> Non
         heartbeat = await beating(connection)
         assert [info.id for info in presence.alive()] == ["a"]
         await heartbeat.stop()
-        await connection.client.flush()
+        await flushed(connection.client)
         assert not presence.is_alive("a")
         await presence.stop()
 
@@ -100,7 +100,7 @@ async def test_a_silent_member_is_dead_once_it_has_no_connection(
     async with connected(settings, "test") as connection, connected(settings, "api") as api:
         presence = await watching(connection, settings, names.connected_subject)
         await api.client.subscribe(names.reply_subjects("busy"))
-        await api.client.flush()
+        await flushed(api.client)
         lost = asyncio.Event()
         presence.on_lost.append(lost.set)
         heartbeat = await beating(connection)
@@ -128,7 +128,7 @@ async def test_whoever_was_away_for_a_moment_calls_nobody_dead(nats_server: Nats
         presence = await watching(connection, settings)
         heartbeat = await beating(connection)
         await heartbeat.stop()
-        await connection.client.flush()
+        await flushed(connection.client)
         assert not presence.is_alive("a")
         again = asyncio.Event()
 
