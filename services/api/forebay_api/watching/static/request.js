@@ -43,6 +43,7 @@ export function show({ requests, reset }) {
 }
 
 async function look() {
+  if (id === null) return; // what was done to it ended after the view was left
   asking?.abort();
   const { signal } = (asking = new AbortController());
   askedAt = Date.now();

@@ -9,6 +9,7 @@ export function requestRows(body, columns, { chosen, onChoose, onNew, onAct } = 
   const rows = new Map(); // id → { row, cells, state }
   let now = Date.now() / 1000;
   let order = []; // the states that are to be shown
+  let visited = null; // the row that had the focus last, where Tab comes back to
 
   // While somebody points at a row, or has come to it by keyboard, no row moves: what is new waits.
   const held = () => (hovers.matches && body.matches(":hover")) || body.querySelector(":focus-visible") !== null;
@@ -38,7 +39,13 @@ export function requestRows(body, columns, { chosen, onChoose, onNew, onAct } = 
       const there = body.rows[place];
       if (there !== row) body.insertBefore(row, there ?? null);
     });
-    if (!body.querySelector("tr[tabindex='0']") && body.rows[0]) body.rows[0].tabIndex = 0;
+    enterAt(visited?.isConnected ? visited : body.rows[0]);
+  }
+
+  // The one row that Tab leads to.
+  function enterAt(row) {
+    for (const other of body.querySelectorAll("tr[tabindex='0']")) other.tabIndex = -1;
+    if (row) row.tabIndex = 0;
   }
 
   function add(state) {
@@ -107,9 +114,8 @@ export function requestRows(body, columns, { chosen, onChoose, onNew, onAct } = 
   }
 
   body.addEventListener("focusin", ({ target }) => {
-    const row = target.closest("tr");
-    for (const other of body.querySelectorAll("tr[tabindex='0']")) other.tabIndex = -1;
-    row.tabIndex = 0;
+    visited = target.closest("tr");
+    enterAt(visited);
   });
   body.addEventListener("keydown", (event) => {
     const row = event.target;
