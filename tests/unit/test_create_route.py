@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -259,3 +260,13 @@ async def test_a_request_that_a_worker_here_passes_on_to_here_is_refused(system:
     await first.served
     for other in (outer, "theirs", "not an id, theirs"):
         assert (await passed_on(other)).status_code == 200
+
+
+async def test_a_waiting_request_remembers_few_names(system: Twins) -> None:
+    """Pydantic's set of the fields that were given has 728 bytes up to 18 names, and 2,264 from there on."""
+    client = RawClient(system, body("tokens=1", stream=True, temperature=0.5, seed=1), forebay_stream="early")
+    await client.has(2)
+    (waiting,) = system.dispatcher.waiting.values()
+    assert sys.getsizeof(waiting.request.model_fields_set) < 1000
+    client.peer.leave()
+    await client.served
