@@ -132,11 +132,11 @@ def test_whatever_order_frames_come_in_no_token_is_doubled_or_left_out(frames: l
 
 
 async def test_no_body_is_felt_by_other_clients(nats_server: NatsServer) -> None:
-    """As `make soak ARGS=bodies`, with fewer bodies, and with more time for a machine that does other work."""
+    """As `make soak ARGS=bodies`, with fewer bodies, and in CPU time: the machine may do other work."""
     refused, served = ["prompt {}", "input []"], ["token ids", "content parts"]
     async with running(nats_server, max_concurrent_requests=2 * STREAMS) as stack:
         felt = await attacked(stack, refused + served, at_once=3)
     assert felt.statuses == {kind: {"400": 3} for kind in refused} | {kind: {"200": 3} for kind in served}
     assert not felt.wrong
     # Each of the first held up the api for seconds once, and the others together.
-    assert max(felt.health_s, felt.token_s) < 2.5
+    assert felt.cpu_s < 1

@@ -214,7 +214,7 @@ def of(chunk: ChatCompletionChunk) -> str:
 async def test_a_handed_over_request_stays_in_its_trace(nats_server: NatsServer, collector: Collector) -> None:
     async with running(nats_server, workers=2, drain_timeout=0, **collector.settings) as stack:
         stream = await stack.openai().chat.completions.create(
-            model=MODEL, messages=user("[[tokens=100 delay_ms=20]]"), stream=True
+            model=MODEL, messages=user("[[tokens=400 delay_ms=20]]"), stream=True
         )
         async for chunk in stream:
             if (chunk.choices[0].delta.content or "").endswith("t3"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import httpx
+import psutil
 
 from support.answers import chat_body, user
 from support.stack import MODEL, Stack
@@ -81,10 +82,14 @@ KINDS: Final = REFUSED | SERVED
 
 @dataclass
 class Felt:
-    """What others felt: the longest wait for /health/live and for a token, and the answers that were wrong."""
+    """What others felt: the longest wait for /health/live and for a token, and the answers that were wrong.
+
+    `cpu_s` is the most that the api computed during one wait, whatever else the machine does.
+    """
 
     health_s: float = 0.0
     token_s: float = 0.0
+    cpu_s: float = 0.0
     answers: int = 0
     wrong: list[str] = field(default_factory=list)
     statuses: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -94,16 +99,22 @@ class Felt:
 async def attacked(stack: Stack, kinds: Collection[str], at_once: int, size: int = LARGE) -> Felt:
     """Send `at_once` bodies of `size` bytes of each of `kinds` in turn, while STREAMS clients read tokens."""
     felt, url, over = Felt(), stack.apis[0].url, asyncio.Event()
+    api = psutil.Process(stack.apis[0].pid)
+
+    def computed_s() -> float:
+        times = api.cpu_times()
+        return float(times.user + times.system)
 
     async def read() -> None:
         while not over.is_set():
-            await _read(stack, url, felt)
+            await _read(stack, url, felt, computed_s)
 
     async def probe() -> None:
         while not over.is_set():
-            began = time.monotonic()
+            began, computed = time.monotonic(), computed_s()
             answer = await stack.http.get(f"{url}/health/live")
             felt.health_s = max(felt.health_s, time.monotonic() - began)
+            felt.cpu_s = max(felt.cpu_s, computed_s() - computed)
             if answer.status_code != 200:
                 felt.wrong.append(f"/health/live: {answer.status_code}")
             await asyncio.sleep(0.005)
@@ -120,14 +131,15 @@ async def attacked(stack: Stack, kinds: Collection[str], at_once: int, size: int
     return felt
 
 
-async def _read(stack: Stack, url: str, felt: Felt) -> None:
+async def _read(stack: Stack, url: str, felt: Felt, computed_s: Callable[[], float]) -> None:
     body = chat_body(f"[[tokens={TOKENS} delay_ms={TOKEN_MS}]]", stream=True)
     text, last = "", None
     async with stack.http.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
-                now = time.monotonic()
-                felt.token_s = max(felt.token_s, now - (last or now))
+                now = time.monotonic(), computed_s()
+                felt.token_s = max(felt.token_s, now[0] - (last or now)[0])
+                felt.cpu_s = max(felt.cpu_s, now[1] - (last or now)[1])
                 text, last = text + json.loads(line[6:])["choices"][0]["delta"].get("content", ""), now
     felt.answers += 1
     if text != " ".join(f"t{token}" for token in range(TOKENS)):
