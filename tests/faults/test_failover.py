@@ -141,7 +141,7 @@ async def test_rolling_restart_of_workers_fails_nothing(nats_server: NatsServer)
 async def test_handing_over_is_no_failed_attempt(nats_server: NatsServer) -> None:
     async with running(nats_server, workers=3, ack_wait=60, drain_timeout=0, max_deliveries=1) as stack:
         begun = asyncio.Event()
-        answer = asyncio.create_task(streamed(stack, "[[tokens=40 delay_ms=75]]", begun))
+        answer = asyncio.create_task(streamed(stack, "[[tokens=100 delay_ms=75]]", begun))
         await begun.wait()
         left = list(stack.workers)
         for number in (1, 2):
@@ -149,4 +149,4 @@ async def test_handing_over_is_no_failed_attempt(nats_server: NatsServer) -> Non
             left.remove(leaving)
             assert await leaving.stop() == 0
         assert (await stack.begins(attempt=3)).worker == left[0].id
-        assert await answer == expected(40)
+        assert await answer == expected(100)
