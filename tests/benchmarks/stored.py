@@ -3,9 +3,10 @@
     python tests/benchmarks/stored.py [--blocks 3] [--pairs 15] [--clients 64] [--tokens 100] [--answers 20000]
 
 The tokens a second come from two systems in turns (turns.py), with an engine that takes 10 ms for a token and with one
-that takes no time. The time to the first token comes from one system that is asked for both in turns, with as many
-clients as half of its slots. Then so many answers of 50 tokens are stored in one system: bytes of a token in NATS,
-memory of nats-server and api before and after, and the time of a retrieval, of answers drawn at random.
+that takes no time. The time to the first token comes from one system that is asked for both in turns, with one client,
+with eight, and with as many as half of its slots, which come in step. Then so many answers of 50 tokens are stored in
+one system: bytes of a token in NATS, memory of nats-server and api before and after, and the time of a retrieval, of
+answers drawn at random.
 """
 
 import argparse
@@ -31,6 +32,7 @@ KINDS = ("stored", "live")
 DELAYS_MS = (10, 0)
 STORED_TOKENS = 50
 RETRIEVALS = 300
+FIRST_TOKEN_CLIENTS = (1, 8, 32)
 
 
 async def speeds(options: argparse.Namespace) -> dict[str, Any]:
@@ -53,17 +55,19 @@ async def speeds(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def first_tokens(stack: Stack, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds to the first token (p50), in turns of two seconds."""
-    found: dict[str, list[float]] = {name: [] for name in KINDS}
-    for _ in range(options.blocks * 2):
-        for name in KINDS:
-            figures = await drive(
-                stack.apis[0].port, 32, 2, stream=True, tokens=20, delay_ms=10, response=name, warm_up=0.3
-            )
-            found[name].append(figures["first_token_ms"]["p50"])
-    medians = {name: round(statistics.median(values), 3) for name, values in found.items()}
-    log(f"first token p50, ms: {medians}")
-    return medians | {"stored_minus_live": round(medians["stored"] - medians["live"], 3)}
+    """Milliseconds to the first token (p50) by the number of clients, in turns of two seconds."""
+    found: dict[str, Any] = {}
+    for clients in FIRST_TOKEN_CLIENTS:
+        turns: dict[str, list[float]] = {name: [] for name in KINDS}
+        for _ in range(options.blocks * 2):
+            for name in KINDS:
+                load = {"stream": True, "tokens": 20, "delay_ms": 10, "response": name, "warm_up": 0.3}
+                figures = await drive(stack.apis[0].port, clients, 2, **load)
+                turns[name].append(figures["first_token_ms"]["p50"])
+        medians = {name: round(statistics.median(values), 3) for name, values in turns.items()}
+        found[str(clients)] = medians | {"later": spread([a - b for a, b in zip(*turns.values(), strict=True)])}
+        log(f"first token p50, {clients} clients, ms: {found[str(clients)]}")
+    return found
 
 
 async def many(stack: Stack, nats_pid: int, options: argparse.Namespace) -> dict[str, Any]:
