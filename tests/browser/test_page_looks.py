@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import CDPSession, expect
+from playwright.async_api import expect
 
 from forebay_contracts.wire.state import RequestStatus
-from support.browser import Window, Windows
+from support.browser import Window, Windows, busy_s
 from support.nats import NatsServer
 from support.page import FOR_EVER, leave, load, past, remember
 from support.stack import running
@@ -58,13 +58,6 @@ async def can_be_used(window: Window, width: int, view: str) -> None:
     found = await Axe().run(window.page)
     assert found.violations_count == 0, found.generate_report()
     assert await window.page.evaluate(CONTRASTS) == [], view
-
-
-async def busy_s(session: CDPSession) -> float:
-    """How long the page has worked so far: scripts, styles and layout."""
-    metrics = (await session.send("Performance.getMetrics"))["metrics"]
-    work = ("ScriptDuration", "RecalcStyleDuration", "LayoutDuration")
-    return sum(float(one["value"]) for one in metrics if one["name"] in work)
 
 
 @pytest.mark.parametrize(("width", "scheme", "known"), CHOSEN)

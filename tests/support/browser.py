@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from playwright.async_api import ConsoleMessage, Page, Request, async_playwright, expect
+from playwright.async_api import CDPSession, ConsoleMessage, Page, Request, async_playwright, expect
 
 from support.stack import Stack
 
@@ -108,3 +108,10 @@ class Windows:
                 yield window
             finally:
                 await context.close()
+
+
+async def busy_s(session: CDPSession) -> float:
+    """How long the page has worked since `Performance.enable`: scripts, styles and layout."""
+    metrics = (await session.send("Performance.getMetrics"))["metrics"]
+    work = ("ScriptDuration", "RecalcStyleDuration", "LayoutDuration")
+    return sum(float(one["value"]) for one in metrics if one["name"] in work)
