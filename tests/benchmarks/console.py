@@ -1,12 +1,11 @@
 """What a viewer of the page costs an api, and what changes cost the page, with thousands of requests known.
 
-    python tests/benchmarks/console.py [--requests 5000] [--seconds 15] [--rate 20]
+    python tests/benchmarks/console.py
 
 The api's share of a core is measured while nobody watches, and while the overview or the requests are open: each while
-nothing changes, and while so many requests a second end. Needs Debian's chromium.
+nothing changes, and while RATE requests a second end. Needs Debian's chromium.
 """
 
-import argparse
 import asyncio
 import itertools
 import shutil
@@ -21,13 +20,14 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import RESULTS, cpu_s, log, write_part
+from benchmarks.common import cpu_s, log, part_main
 from benchmarks.systems import nats_server
 from support.browser import Windows, busy_s
 from support.page import past, remember
 from support.stack import Stack, running
 
 BUDGET_S = 180
+RATE = 20.0
 VIEWS = ("overview", "requests")
 
 
@@ -44,26 +44,27 @@ async def change(stack: Stack, numbers: Iterator[int], seconds: float, rate: flo
     return ended
 
 
-async def shares(stack: Stack, numbers: Iterator[int], options: argparse.Namespace) -> tuple[dict[str, float], int]:
+async def shares(stack: Stack, numbers: Iterator[int], seconds: float) -> tuple[dict[str, float], int]:
     """The api's percent of a core while nothing changes and while requests end, and how many ended."""
     api, found, changes = psutil.Process(stack.apis[0].pid), dict[str, float](), 0
-    for name, rate in (("quiet", 0), ("changing", options.rate)):
+    for name, rate in (("quiet", 0), ("changing", RATE)):
         before = cpu_s([api])
-        changes = await change(stack, numbers, options.seconds, rate)
-        found[name] = round(100 * (cpu_s([api]) - before) / options.seconds, 2)
+        changes = await change(stack, numbers, seconds, rate)
+        found[name] = round(100 * (cpu_s([api]) - before) / seconds, 2)
     return found, changes
 
 
-async def measure(options: argparse.Namespace) -> dict[str, Any]:
+async def measure(quick: bool) -> dict[str, Any]:
     """All of it."""
+    known, seconds = (500, 3.0) if quick else (5_000, 15.0)
     chromium = shutil.which("chromium")
     assert chromium, "there is no chromium here: apt-get install chromium"
     numbers = itertools.count(100)
     with nats_server() as nats, tempfile.TemporaryDirectory() as folder:
         async with running(nats) as stack:
-            await remember(stack, (past(next(numbers)) for _ in range(options.requests)))
-            unwatched, _ = await shares(stack, numbers, options)
-            found: dict[str, Any] = {"requests": options.requests, "rate": options.rate, "nobody": unwatched}
+            await remember(stack, (past(next(numbers)) for _ in range(known)))
+            unwatched, _ = await shares(stack, numbers, seconds)
+            found: dict[str, Any] = {"requests": known, "rate": RATE, "nobody": unwatched}
             log(f"nobody: {unwatched}")
             for view in VIEWS:
                 async with Windows(chromium, Path(folder) / view).open(stack) as window:
@@ -72,7 +73,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
                     session = await window.page.context.new_cdp_session(window.page)
                     await session.send("Performance.enable")
                     before = await busy_s(session)
-                    watched, changes = await shares(stack, numbers, options)
+                    watched, changes = await shares(stack, numbers, seconds)
                     worked_s = await busy_s(session) - before
                 viewer = {name: round(watched[name] - unwatched[name], 2) for name in watched}
                 found[view] = {"viewer": viewer, "page_ms_a_change": round(1000 * worked_s / changes, 2)}
@@ -80,19 +81,5 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=5_000)
-    parser.add_argument("--seconds", type=float, default=15)
-    parser.add_argument("--rate", type=float, default=20)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    if options.quick:
-        options.requests, options.seconds = 500, 3
-    return write_part("console", BUDGET_S, options.quick, options.results, lambda: asyncio.run(measure(options)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(part_main("console", BUDGET_S, measure, __doc__ or ""))
