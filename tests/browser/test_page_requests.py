@@ -220,7 +220,8 @@ async def test_a_request_is_cancelled_after_its_view_was_left(nats_server: NatsS
         await window.shows("#message", re.compile("was cancelled$"))
         assert (await sent[0]).status_code == 499
         # Once the view looked again at a request that it no longer knew.
-        await window.page.evaluate("new Promise(resolve => setTimeout(resolve))")
+        async with window.page.expect_request("**/health/live"):
+            await window.page.evaluate("new Promise(resolve => setTimeout(resolve)).then(() => fetch('/health/live'))")
         assert not [url for url in window.asked if url.endswith("/null")]
         assert window.complaints == []
 

@@ -84,7 +84,7 @@ KINDS: Final = REFUSED | SERVED
 class Felt:
     """What others felt: the longest wait for /health/live and for a token, and the answers that were wrong.
 
-    `cpu_s` is the most that the api computed during one wait, whatever else the machine does.
+    `cpu_s` is the most that the api, or the worker, computed during one wait, whatever else the machine does.
     """
 
     health_s: float = 0.0
@@ -99,11 +99,10 @@ class Felt:
 async def attacked(stack: Stack, kinds: Collection[str], at_once: int, size: int = LARGE) -> Felt:
     """Send `at_once` bodies of `size` bytes of each of `kinds` in turn, while STREAMS clients read tokens."""
     felt, url, over = Felt(), stack.apis[0].url, asyncio.Event()
-    api = psutil.Process(stack.apis[0].pid)
+    services = [psutil.Process(service.pid) for service in (stack.apis[0], *stack.workers)]
 
-    def computed_s() -> float:
-        times = api.cpu_times()
-        return float(times.user + times.system)
+    def computed_s() -> list[float]:
+        return [sum(service.cpu_times()[:2]) for service in services]
 
     async def read() -> None:
         while not over.is_set():
@@ -114,7 +113,7 @@ async def attacked(stack: Stack, kinds: Collection[str], at_once: int, size: int
             began, computed = time.monotonic(), computed_s()
             answer = await stack.http.get(f"{url}/health/live")
             felt.health_s = max(felt.health_s, time.monotonic() - began)
-            felt.cpu_s = max(felt.cpu_s, computed_s() - computed)
+            felt.cpu_s = max(felt.cpu_s, _most(computed, computed_s()))
             if answer.status_code != 200:
                 felt.wrong.append(f"/health/live: {answer.status_code}")
             await asyncio.sleep(0.005)
@@ -131,7 +130,7 @@ async def attacked(stack: Stack, kinds: Collection[str], at_once: int, size: int
     return felt
 
 
-async def _read(stack: Stack, url: str, felt: Felt, computed_s: Callable[[], float]) -> None:
+async def _read(stack: Stack, url: str, felt: Felt, computed_s: Callable[[], list[float]]) -> None:
     body = chat_body(f"[[tokens={TOKENS} delay_ms={TOKEN_MS}]]", stream=True)
     text, last = "", None
     async with stack.http.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
@@ -139,11 +138,15 @@ async def _read(stack: Stack, url: str, felt: Felt, computed_s: Callable[[], flo
             if line.startswith("data: {"):
                 now = time.monotonic(), computed_s()
                 felt.token_s = max(felt.token_s, now[0] - (last or now)[0])
-                felt.cpu_s = max(felt.cpu_s, now[1] - (last or now)[1])
+                felt.cpu_s = max(felt.cpu_s, _most((last or now)[1], now[1]))
                 text, last = text + json.loads(line[6:])["choices"][0]["delta"].get("content", ""), now
     felt.answers += 1
     if text != " ".join(f"t{token}" for token in range(TOKENS)):
         felt.wrong.append(f"{answer.status_code}: {text}")
+
+
+def _most(before: list[float], after: list[float]) -> float:
+    return max(b - a for a, b in zip(before, after, strict=True))
 
 
 async def _send(url: str, at_once: int, size: int, kinds: list[str]) -> dict[str, Counter[int]]:
